@@ -1,0 +1,36 @@
+"""Parameter-efficient fine-tuning of any PyTorch model, as one Lightning callback."""
+
+from .adapter import Adapter, WeightUpdate
+from .checkpoint import full_state_dict
+from .files import load_adapter, save_adapter
+from .inject import adapters, detach, inject, merge
+from .method import Method
+from .methods import BitFit, FullFineTuning, LastLayers, LLaMAAdapter, LoRA, OutputLayers, PromptTuning
+from .strategy import PEFTStrategy
+from .summary import summary
+from .wiring import load_from_checkpoint
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "Adapter",
+    "BitFit",
+    "FullFineTuning",
+    "LLaMAAdapter",
+    "LastLayers",
+    "LoRA",
+    "Method",
+    "OutputLayers",
+    "PEFTStrategy",
+    "PromptTuning",
+    "WeightUpdate",
+    "adapters",
+    "detach",
+    "full_state_dict",
+    "inject",
+    "load_adapter",
+    "load_from_checkpoint",
+    "merge",
+    "save_adapter",
+    "summary",
+]

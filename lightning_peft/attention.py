@@ -1,0 +1,113 @@
+"""Attention, once for all methods: its calls, its heads, and its key and value projections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .select import ROLES, fused_parts, is_fused
+
+
+class AttentionCalls(TorchFunctionMode):
+    """Context in which ``change(attend, query, key, value, ...)`` stands for ``scaled_dot_product_attention``.
+
+    Enter it as ``calls = AttentionCalls(change)`` and ``with calls:``; the other form loses the object when compiled.
+
+    Args:
+        change: Function of the attention function and its arguments; heads and sizes are read from these.
+    """
+
+    def __init__(self, change: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.change, self.seen = change, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            self.seen = True
+            return self.change(func, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class KeyValue:
+    """Names of the children of an attention module that compute keys and values.
+
+    Args:
+        key: Child whose output holds the keys.
+        value: Child whose output holds the values.
+        rows: Where keys and values begin in the output of a fused child, and where they end.
+    """
+
+    key: str
+    value: str
+    rows: tuple[int, int, int] | None = None
+
+    def __call__(self, host: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Project x (tokens, features) to keys and values (tokens, heads * size), adapters of the children included."""
+        child: Any = host.get_submodule(self.key)
+        if child.weight.is_floating_point():
+            x = x.to(child.weight.dtype)
+        if self.rows is None:
+            return child(x), host.get_submodule(self.value)(x)
+        start, middle, end = self.rows
+        fused = child(x)
+        return fused[..., start:middle], fused[..., middle:end]
+
+
+def key_value(model: nn.Module, name: str) -> KeyValue:
+    """Find the key and value projections among the children of an attention module.
+
+    Raises:
+        TypeError: There are none; says what is looked for.
+    """
+    host = model.get_submodule(name)
+    for child, module in host.named_children():
+        if is_fused(f"{name}.{child}"):
+            _, (_, start, middle), (_, _, end) = fused_parts(module)
+            return KeyValue(child, child, (start, middle, end))
+    keys, values = (_child(model, name, role) for role in ("attention.key", "attention.value"))
+    if keys is None or values is None:
+        raise TypeError(
+            f"{name} ({type(host).__name__}) has no children that are known as key and value projections (such as "
+            f"k_proj and v_proj, key and value, c_attn). Target the module that holds them."
+        )
+    return KeyValue(keys, values)
+
+
+def head_count(host: nn.Module, name: str) -> int:
+    """Read the number of query heads from an attention module or its configuration.
+
+    Raises:
+        TypeError: It says nothing about heads.
+    """
+    for holder in (host, getattr(host, "config", None)):
+        for attribute in ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead"):
+            if isinstance(count := getattr(holder, attribute, None), int):
+                return count
+    raise TypeError(f"{name} ({type(host).__name__}) does not say how many heads it has; give the method heads=....")
+
+
+def require_interceptable(host: nn.Module, name: str) -> None:
+    """Refuse attention that is known not to call ``scaled_dot_product_attention``.
+
+    Raises:
+        TypeError: Says how to load the model instead.
+    """
+    kind = getattr(getattr(host, "config", None), "_attn_implementation", None)
+    if kind not in (None, "sdpa"):
+        raise TypeError(
+            f"{name} uses attn_implementation={kind!r}, where added keys would be silently ignored; "
+            f"load the model with attn_implementation='sdpa'."
+        )
+    if isinstance(host, nn.MultiheadAttention):
+        raise TypeError(f"{name} is torch's nn.MultiheadAttention, whose inner attention call cannot be reached yet.")
+
+
+def _child(model: nn.Module, name: str, role: str) -> str | None:
+    children = [found.rpartition(".")[2] for found in ROLES[role](model) if found.rpartition(".")[0] == name]
+    return children[0] if children else None

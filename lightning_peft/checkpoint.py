@@ -1,0 +1,164 @@
+"""What training can change, and nothing else: which keys a checkpoint keeps, and which base they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .inject import Injection, adapters, inject, injection
+from .method import from_dict, to_dict
+from .select import base_modules, base_parameters
+
+FORMAT = 1
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|_forward_module)\.")
+
+
+def keep_adapters_only(model: nn.Module) -> None:
+    """From now on ``model.state_dict()`` leaves out the frozen base, and loading does not ask for it.
+
+    Heads, metrics and whatever is unfrozen later stay in. ``full_state_dict`` shows everything for a while.
+    """
+    if _drop not in model._state_dict_hooks.values():
+        model.register_state_dict_post_hook(_drop)  # type: ignore[no-untyped-call]
+        model.register_load_state_dict_post_hook(_forgive)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def full_state_dict(model: nn.Module) -> Iterator[None]:
+    """Context in which ``model.state_dict()`` holds the frozen base as well."""
+    record = _injected(model)
+    before, record.shows_base = record.shows_base, True
+    try:
+        yield
+    finally:
+        record.shows_base = before
+
+
+def adapter_keys(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state of adapters and trained base parameters by key; a shared tensor appears once."""
+    state: dict[str, Tensor] = {}
+    for name, _, key, adapter in adapters(model):
+        for entry, value in adapter.state_dict(keep_vars=True).items():
+            state[f"{name}.peft.{key}.{entry}".lstrip(".")] = value
+    for name, module in [("", model), *base_modules(model).items()]:
+        own = {k: p for k, p in module.named_parameters(recurse=False) if p.requires_grad}
+        buffers = dict(module.named_buffers(recurse=False)) if own else {}  # statistics of a trained norm move too
+        kept = {k: b for k, b in buffers.items() if k not in module._non_persistent_buffers_set}
+        state |= {f"{name}.{k}".lstrip("."): value for k, value in (own | kept).items()}
+    seen = set[int]()
+    return {k: v for k, v in state.items() if not (id(v) in seen or seen.add(id(v)))}  # type: ignore[func-returns-value]
+
+
+def check_keys(model: nn.Module, given: Iterable[str], source: str) -> None:
+    """Compare the keys of a state with those that this model's adapters need.
+
+    Raises:
+        ValueError: Some are missing, or some adapter's keys have no place; names them.
+    """
+    expected, cleaned = {clean(k) for k in adapter_keys(model)}, {clean(k) for k in given}
+    missing = sorted(expected - cleaned)
+    extra = sorted(k for k in cleaned - expected if ".peft." in f".{k}")
+    if missing or extra:
+        parts = [f"{what} {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''} ({len(keys)} in all)"
+                 for what, keys in (("lacks", missing), ("has no place for", extra)) if keys]  # fmt: skip
+        raise ValueError(
+            f"{source} does not fit the adapters of this model: it {' and '.join(parts)}. Use the method and settings "
+            f"that it was written with."
+        )
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Return what was injected into a model and into which base, as plain data."""
+    record = _injected(model)
+    return {
+        "format": FORMAT,
+        "methods": [to_dict(method) for method in record.methods],
+        "also_train": list(record.also_train),
+        "base": fingerprint(model),
+    }
+
+
+def restore(model: nn.Module, description: Mapping[str, Any], source: str, strict: bool = True) -> None:
+    """Inject what ``describe`` wrote, unless the same is injected already, and check the base.
+
+    Raises:
+        ValueError: The description is of another format or method, or (if strict) of another base.
+    """
+    if description.get("format") != FORMAT:
+        raise ValueError(f"{source} has format {description.get('format')!r}; this version reads {FORMAT}.")
+    record = injection(model)
+    if record is None:
+        inject(model, [from_dict(data) for data in description["methods"]], description["also_train"])
+    elif [to_dict(method) for method in record.methods] != description["methods"]:
+        names = ", ".join(str(data.get("method")) for data in description["methods"])
+        raise ValueError(f"{source} was written with {names} in other settings than this model's: {record.methods}.")
+    found = fingerprint(model)
+    if strict and None not in (found, description["base"]) and found != description["base"]:
+        raise ValueError(
+            f"{source} belongs to another base model: fingerprint {description['base']}, here {found}. Load "
+            f"the weights that it was trained on, or pass strict=False (PEFTStrategy: check_base=False) to try anyway."
+        )
+
+
+def fingerprint(model: nn.Module) -> str | None:
+    """Return a short digest of the frozen base: shapes and up to 64 values of each parameter, rounded to bfloat16.
+
+    Names do not enter, nor does the type that values are stored in; None where values are not at hand (meta, sharded).
+    """
+    digest, samples = hashlib.sha256(), []
+    for parameter in base_parameters(model).values():
+        if not parameter.requires_grad:
+            if parameter.is_meta or isinstance(parameter, DTensor):
+                return None
+            digest.update(str(tuple(parameter.shape)).encode())
+            flat = parameter.detach().reshape(-1)
+            samples.append(flat[:: max(1, len(flat) // 64)][:64].bfloat16().cpu())
+    if samples:
+        digest.update(torch.cat(samples).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def clean(key: str) -> str:
+    """Return a key without what wrappers put into it."""
+    return _WRAPPERS.sub("", key)
+
+
+def base_names(model: nn.Module) -> set[str]:
+    """Return the state-dict keys of the base that training cannot change now."""
+    trained = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    names = {n for n, _ in model.named_parameters(remove_duplicate=False)} - trained
+    for name, module in base_modules(model).items():
+        if not any(p.requires_grad for p in module.parameters(recurse=False)):
+            names |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False)}
+    return {clean(n) for n in names if ".peft." not in f".{n}"}
+
+
+def _injected(model: nn.Module) -> Injection:
+    record = injection(model)
+    if record is None:
+        raise ValueError(
+            f"Nothing was injected into this {type(model).__name__}; pass the very module given to inject."
+        )
+    return record
+
+
+def _drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    record = injection(module)
+    if record is not None and not record.shows_base:
+        names = base_names(module)
+        for key in [k for k in state if k.startswith(prefix) and clean(k[len(prefix) :]) in names]:
+            del state[key]
+
+
+def _forgive(module: nn.Module, incompatible: Any) -> None:
+    if injection(module) is not None:
+        names = base_names(module)
+        missing = incompatible.missing_keys
+        missing[:] = [k for k in missing if clean(k).removeprefix("module.") not in names]

@@ -1,0 +1,218 @@
+"""How it runs: a host keeps its type, its keys and its forward; a class in front of its own calls the adapters."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .adapter import Adapter
+from .method import Method
+from .select import SLOT, base_parameters, select_parameters
+
+_RECORD = "_peft_injection"
+
+
+@dataclass
+class Injection:
+    """What was injected into a model; lives on its root."""
+
+    methods: list[Method] = field(default_factory=list)
+    also_train: list[str] = field(default_factory=list)
+    trained: list[str] = field(default_factory=list)  # names of base parameters that train
+    required_grad: dict[str, bool] = field(default_factory=dict)  # of base parameters, before
+    shows_base: bool = False  # whether state_dict() holds the frozen base although it is hooked to leave it out
+
+
+class _Adapted:
+    """In front of a host's own class."""
+
+    _host_class: Any
+    peft: nn.ModuleDict
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        build, (cls, *args), *rest = reduced
+        if cls is not _adapted(self._host_class):  # sharding put a class of its own in front
+            return build, (cls, *args), *rest
+        return _rebuild, (self._host_class,), *rest
+
+
+@functools.cache
+def _adapted(cls: Any) -> type[nn.Module]:
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call: Callable[..., Any] = functools.partial(cls.forward, self)
+        for adapter in self.peft.values():
+            call = functools.partial(adapter, self, call)
+        return call(*args, **kwargs)
+
+    # The same name: libraries look models up by it (loss functions, wrapping policies, saved configurations).
+    namespace = {"forward": forward, "_host_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (_Adapted, cls), namespace)
+
+
+def _rebuild(cls: Any) -> nn.Module:
+    new = _adapted(cls)
+    return new.__new__(new)
+
+
+def inject(model: nn.Module, method: Method | Sequence[Method], also_train: Sequence[str] = ()) -> nn.Module:
+    """Freeze ``model`` and adapt it in place; nothing is changed if anything is wrong.
+
+    Args:
+        model: Any module. Its own parameters keep their names, its layers their types.
+        method: One method or several; of two on one host, the later is the outer.
+        also_train: Patterns or roles of base modules and parameters that train too, such as a new head.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: A pattern matches nothing, a setting does not fit a layer, or a name is taken.
+        TypeError: A host cannot be adapted; the message says what to do instead.
+    """
+    methods = [method] if isinstance(method, Method) else list(method)
+    record = injection(model) or Injection(
+        required_grad={n: p.requires_grad for n, p in base_parameters(model).items()}
+    )
+    names = Counter(m.name for m in [*record.methods, *methods])
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"Two methods are named {twice[0]!r}; give one of them another name.")
+    plan = [(m, host_name, adapter) for m in methods for host_name, adapter in m.adapters(model)]
+    trained = {name for m in methods for name in m.parameters(model)} | set(select_parameters(model, also_train))
+    for m, host_name, adapter in plan:
+        _refuse(model.get_submodule(host_name), host_name, _key(m.name, adapter))
+    if not plan and not trained:
+        raise ValueError("Nothing would train: the methods add no adapter and choose no parameter.")
+
+    record.methods += methods
+    record.also_train += also_train
+    record.trained = [name for name in record.required_grad if name in trained or name in record.trained]
+    model.__dict__[_RECORD] = record
+    for name, parameter in base_parameters(model).items():
+        parameter.requires_grad_(name in record.trained)
+    for m, host_name, adapter in plan:
+        _attach(model.get_submodule(host_name), _key(m.name, adapter), adapter)
+    _call_children(model)
+    return model
+
+
+def injection(model: nn.Module) -> Injection | None:
+    """Return the record of what ``inject`` did to this very module."""
+    return model.__dict__.get(_RECORD)
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Adapter]]:
+    """Yield (host's name, host, adapter's name, adapter); found by type, never by the spelling of a name."""
+    found: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, _Adapted)]
+    for name, host in found:
+        for key, adapter in host.peft.items():
+            yield name, host, key, adapter
+
+
+def adapters_of(model: nn.Module, method: Method) -> dict[str, Adapter]:
+    """Return the adapters of one method by host name, with the part of a fused host appended."""
+    return {
+        f"{name}.{adapter.part}" if adapter.part else name: adapter
+        for name, _, key, adapter in adapters(model)
+        if key == _key(method.name, adapter)
+    }
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Remove every adapter, restore classes and ``requires_grad``; base parameters that trained keep their values."""
+    for _, host, key, _ in list(adapters(model)):
+        _remove(host, key)
+    record: Injection | None = model.__dict__.pop(_RECORD, None)
+    for name, parameter in base_parameters(model).items():
+        if record is not None:
+            parameter.requires_grad_(record.required_grad.get(name, True))
+    return model
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Fold every adapter into its host and restore the original classes: all of them, or none if one cannot.
+
+    Raises:
+        TypeError: A method's adapters cannot be expressed by a weight.
+        ValueError: A host shares a parameter with another module.
+    """
+    found = list(adapters(model))
+    if not found and injection(model) is None:
+        raise ValueError("There is nothing to merge: no method was injected into this model.")
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    for host_name, host, key, adapter in found:
+        if type(adapter).merge is Adapter.merge:
+            raise TypeError(f"{key!r} at {host_name} cannot be merged: no weight of the host expresses it.")
+        if any(owners[id(p)] > 1 for p in host._parameters.values() if p is not None):
+            raise ValueError(f"{host_name} shares a parameter with another module; untie it before merging.")
+        if any(not p.is_floating_point() for p in host._parameters.values() if p is not None):
+            raise TypeError(f"{host_name} stores whole numbers; dequantize it before merging.")
+    for _, host, _, adapter in found:  # in order: inner before outer
+        with torch.no_grad():
+            adapter.merge(host)
+    return detach(model)
+
+
+def _key(name: str, adapter: Adapter) -> str:
+    return f"{name}_{adapter.part}" if adapter.part else name
+
+
+def _refuse(host: nn.Module, name: str, key: str) -> None:
+    """Raise if an adapter on this host could not work; each case fails silently without this check."""
+    kind = type(host).__name__
+    if isinstance(host, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            f"{name} belongs to nn.MultiheadAttention, which reads it and never calls it; target other layers."
+        )
+    if isinstance(host, (nn.ModuleList, nn.ModuleDict)) or type(host).forward is nn.Module.forward:
+        raise TypeError(f"{name} is a {kind}, which is never called; target the modules inside.")
+    if isinstance(host, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{name} is a ScriptModule, whose calls cannot be surrounded; adapt the module before scripting."
+        )
+    if "forward" in vars(host):
+        raise TypeError(f"forward of {name} was replaced on the instance, which hides any adapter; inject before that.")
+    if any(isinstance(p, DTensor) for p in host.parameters()):
+        raise TypeError(f"{name} is sharded already, so adapters would train on each rank alone; inject, then shard.")
+    if not isinstance(host, _Adapted) and hasattr(host, SLOT):
+        raise TypeError(f"{name} has an attribute {SLOT!r} of its own, where its adapters would live.")
+    if isinstance(host, _Adapted) and key in host.peft:
+        raise ValueError(f"{name} already has an adapter {key!r}; give the method another name.")
+
+
+def _attach(host: nn.Module, key: str, adapter: Adapter) -> None:
+    if not isinstance(host, _Adapted):
+        host.peft = nn.ModuleDict()
+        kind: Any = type(host)
+        host.__class__ = _adapted(kind)
+    parameter = next(host.parameters(), None)
+    slot: Any = host.peft
+    slot[key] = adapter if parameter is None else adapter.to(parameter.device)
+    adapter.train(host.training)
+
+
+def _remove(host: Any, key: str) -> None:
+    host.peft.pop(key)
+    if not host.peft:
+        host.__class__ = host._host_class
+        del host.peft
+
+
+def _call_children(model: nn.Module) -> None:
+    """In eval mode torch's encoder layers read the weights of their children without calling them, unless hooked."""
+    for module in model.modules():
+        reads = isinstance(module, (nn.TransformerEncoderLayer, nn.MultiheadAttention)) and any(adapters(module))
+        if reads and _nothing not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_nothing)
+
+
+def _nothing(module: nn.Module, args: Any) -> None:
+    """Change nothing."""

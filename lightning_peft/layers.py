@@ -1,0 +1,139 @@
+"""Layer types, once for all methods: what a linear map is, and how its weight is read and changed.
+
+Every weight is seen in one layout, ``(out, in, *kernel)``, whatever the layer stores. Other libraries' layers join with
+``layer_of.register(TheirLayer)(lambda host: TheirKind())``.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Layer(ABC):
+    """What is known about one type of linear layer; holds no state, the host is passed in."""
+
+    looks_up = False  # inputs are indices, not features
+
+    @abstractmethod
+    def apply(self, host: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """Apply the host's linear map with another ``weight`` of shape (any, in, *kernel) and no bias."""
+
+    @abstractmethod
+    def mix(self, host: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Map the features of an output of ``apply`` with ``weight`` of shape (any, features)."""
+
+    def read(self, host: Any) -> Tensor:
+        """Return the host's weight as (out, in, *kernel), a view where possible."""
+        weight: Tensor = host.weight
+        return weight
+
+    def shape(self, host: Any) -> torch.Size:
+        """Return (out, in, *kernel)."""
+        return self.read(host).shape
+
+    @torch.no_grad()
+    def add(self, host: Any, delta: Tensor) -> None:
+        """Add ``delta`` of shape (out, in, *kernel) to the host's weight, rounding once."""
+        if not host.weight.is_floating_point():
+            raise TypeError(f"{type(host).__name__} stores {host.weight.dtype}; dequantize it before merging.")
+        self.read(host).add_(delta)
+
+    def factorizes(self, host: Any) -> bool:
+        """Whether ``apply`` with B A equals ``mix`` with B after ``apply`` with A."""
+        return True
+
+
+class LinearKind(Layer):
+    """``nn.Linear``: y = x W^T."""
+
+    def apply(self, host: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def mix(self, host: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(hidden, weight)
+
+
+class TransposedKind(LinearKind):
+    """``Conv1D`` of GPT-2: a linear layer that stores W^T."""
+
+    def read(self, host: Any) -> Tensor:
+        weight: Tensor = host.weight
+        return weight.T
+
+
+class EmbeddingKind(LinearKind):
+    """``nn.Embedding``: the linear map of one-hot vectors, stored as W^T."""
+
+    looks_up = True
+
+    def apply(self, host: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return F.embedding(x, weight.T, host.padding_idx)
+
+    def read(self, host: Any) -> Tensor:
+        weight: Tensor = host.weight
+        return weight.T
+
+
+class ConvKind(Layer):
+    """``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``."""
+
+    def apply(self, host: Any, x: Tensor, weight: Tensor) -> Tensor:
+        result: Tensor = host._conv_forward(x, weight, None)  # knows the padding modes
+        return result
+
+    def mix(self, host: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        pointwise = (F.conv1d, F.conv2d, F.conv3d)[host.weight.dim() - 3]
+        return pointwise(hidden, weight.reshape(*weight.shape, *[1] * (host.weight.dim() - 2)))
+
+    def factorizes(self, host: Any) -> bool:
+        return bool(host.groups == 1)
+
+
+@functools.singledispatch
+def layer_of(host: nn.Module) -> Layer:
+    """Return what is known about a layer's type; a ``TypeError`` where nothing is."""
+    for cls in type(host).__mro__:
+        if f"{cls.__module__}.{cls.__qualname__}" in _FOREIGN:
+            return _FOREIGN[f"{cls.__module__}.{cls.__qualname__}"]
+    raise TypeError(
+        f"{type(host).__name__} is no known linear layer (nn.Linear, nn.Conv1d/2d/3d, nn.Embedding, transformers' "
+        f"Conv1D). Choose other targets, or teach it with lightning_peft.layers.layer_of.register."
+    )
+
+
+_LINEAR, _EMBEDDING, _CONV = LinearKind(), EmbeddingKind(), ConvKind()
+_FOREIGN: dict[str, Layer] = {"transformers.pytorch_utils.Conv1D": TransposedKind()}  # named, so nothing is imported
+
+
+@layer_of.register
+def _(host: nn.Linear) -> Layer:
+    return _LINEAR
+
+
+@layer_of.register
+def _(host: nn.Embedding) -> Layer:
+    return _EMBEDDING
+
+
+@layer_of.register(nn.Conv1d)
+@layer_of.register(nn.Conv2d)
+@layer_of.register(nn.Conv3d)
+def _(host: nn.Module) -> Layer:
+    return _CONV
+
+
+def is_called_linear(module: nn.Module) -> bool:
+    """Whether a module maps features linearly when called: not embeddings, not torch's ``out_proj``, which is read."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False
+    try:
+        layer = layer_of(module)
+    except TypeError:
+        return False
+    return isinstance(layer, LinearKind) and not layer.looks_up

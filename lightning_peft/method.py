@@ -1,0 +1,82 @@
+"""Where adapters go and what they are: a method is a recipe, and is itself the configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .adapter import Adapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A recipe for fine-tuning: settings only. All state lives in the adapters, so that checkpoints carry it.
+
+    Args:
+        name: Name of the adapters on their hosts, and in files.
+    """
+
+    name: str
+
+    def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
+        """Yield (host's dotted name, adapter). The whole model is in sight, so adapters may share tensors."""
+        return ()
+
+    def parameters(self, model: nn.Module) -> Iterable[str]:
+        """Yield names of base parameters that train as well."""
+        return ()
+
+    def penalty(self, adapters: Sequence[Adapter]) -> Tensor | None:
+        """Return a term of the training objective; its gradient is added before each optimizer step."""
+        return None
+
+    def after_step(self, adapters: Sequence[Adapter], step: int, total_steps: int) -> None:
+        """Do what follows optimizer step number ``step`` (from 1) of ``total_steps``; gradients are still there."""
+
+    def metrics(self, adapters: Mapping[str, Adapter]) -> Mapping[str, Tensor]:
+        """Return scalars worth logging, of adapters by host name."""
+        return {}
+
+
+def to_dict(method: Method) -> dict[str, Any]:
+    """Return a method as plain data: its class name and its fields."""
+    fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    return {"method": type(method).__name__, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
+
+
+def from_dict(data: Mapping[str, Any]) -> Method:
+    """Return the method that ``to_dict`` described.
+
+    Only classes that the program has imported itself are found; a file never causes an import.
+
+    Raises:
+        ValueError: No such method is known, or it does not take these fields.
+    """
+    fields = dict(data)
+    name = fields.pop("method", None)
+    known = {cls.__name__: cls for cls in _subclasses(Method)}
+    if name not in known:
+        raise ValueError(f"Method {name!r} is not known here; import its module first. Known: {', '.join(known)}.")
+    try:
+        return known[name](**fields)
+    except TypeError as error:
+        raise ValueError(
+            f"The stored settings do not fit {name}: {error}. A newer version may have written them."
+        ) from error
+
+
+def _subclasses(cls: type[Method]) -> Iterator[type[Method]]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+def require(condition: bool, field: str, value: object, expected: str) -> None:
+    """Raise a ``ValueError`` for a setting that is not what it must be."""
+    if not condition:
+        raise ValueError(f"{field} must be {expected}, got {value!r}.")

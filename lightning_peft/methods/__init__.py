@@ -1,0 +1,9 @@
+"""The methods, one file each."""
+
+from .bitfit import BitFit
+from .llama_adapter import LLaMAAdapter
+from .lora import LoRA
+from .prompt_tuning import PromptTuning
+from .subsets import FullFineTuning, LastLayers, OutputLayers
+
+__all__ = ["BitFit", "FullFineTuning", "LLaMAAdapter", "LastLayers", "LoRA", "OutputLayers", "PromptTuning"]

@@ -1,0 +1,67 @@
+"""BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models, https://arxiv.org/abs/2106.10199."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..adapter import Adapter, Call, parameter_like
+from ..layers import is_called_linear, layer_of
+from ..method import Method
+from ..select import base_parameters, select, select_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitFit(Method):
+    """Trains the biases of the base model and nothing else; a new head trains through ``also_train``.
+
+    Args:
+        name: Name of the method.
+        targets: Globs of modules or parameters whose biases train; all biases if empty.
+        add_missing: Whether linear layers of the blocks that have no bias get one, starting at zero, as in models
+            such as Llama or T5.
+    """
+
+    name: str = "bitfit"
+    targets: list[str] = dataclasses.field(default_factory=list)
+    add_missing: bool = False
+
+    def adapters(self, model: nn.Module) -> Iterable[tuple[str, AddedBias]]:
+        if self.add_missing:
+            for name, host in select(model, self.targets or ["all-linear"]).items():
+                if is_called_linear(host) and getattr(host, "bias", None) is None:
+                    yield name, AddedBias(host)
+
+    def parameters(self, model: nn.Module) -> Iterable[str]:
+        pool = select_parameters(model, self.targets) if self.targets else list(base_parameters(model))
+        names = [name for name in pool if "bias" in name.rpartition(".")[2]]
+        if not names and not self.add_missing:
+            raise ValueError(
+                f"No parameter {f'below {self.targets!r} ' if self.targets else ''}is a bias. "
+                f"BitFit(add_missing=True) gives the linear layers of the blocks one."
+            )
+        return names
+
+
+class AddedBias(Adapter):
+    """y = host(x) + bias, for a linear layer without a bias; the bias starts at zero."""
+
+    def __init__(self, host: Any) -> None:
+        super().__init__()
+        self.bias = parameter_like(host.weight, layer_of(host).shape(host)[0])
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.bias)
+
+    def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = inner(*args, **kwargs)
+        return y + self.bias.to(y.dtype)
+
+    def merge(self, host: Any) -> None:
+        """Make it the host's own bias."""
+        host.bias = nn.Parameter(self.bias.detach().to(host.weight.dtype, copy=True))

@@ -1,0 +1,128 @@
+"""LLaMA-Adapter: Efficient Fine-tuning of Language Models with Zero-init Attention, https://arxiv.org/abs/2303.16199."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter, Call, parameter_like
+from ..attention import AttentionCalls, KeyValue, head_count, key_value, require_interceptable
+from ..layers import layer_of
+from ..method import Method, require
+from ..select import select
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLaMAAdapter(Method):
+    """Lets every query attend to learned prompts through an own softmax and a gate that starts at zero.
+
+    o = W_o (softmax(q K^T) V + tanh(gate) softmax(q (W_k P)^T) (W_v P)), with P (length, features) and one gate for
+    each head. Prompt keys have no positions and every token sees them. At gate zero the model is the base, bit by bit.
+    The paper writes the bare gate, its authors' code tanh(gate), which is what runs here.
+
+    Args:
+        name: Name of the adapters on their hosts, and in files.
+        length: Number of prompts K of each layer.
+        layers: Number L of attention modules that are adapted, counted from the output; all but the lowest two if not
+            given, as the paper's 30 of 32.
+        gate_warmup_steps: Number of optimizer steps during which the gates stay at zero. Their gradients fill the
+            optimizer's averages meanwhile, so that the first move of a gate follows many batches and not one.
+        targets: Globs of attention modules, or roles.
+        heads: Number of query heads, for attention modules that do not tell.
+    """
+
+    name: str = "llama_adapter"
+    length: int = 10
+    layers: int | None = None
+    gate_warmup_steps: int = 0
+    targets: list[str] = dataclasses.field(default_factory=lambda: ["attention"])
+    heads: int | None = None
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.length, int) and self.length > 0, "length", self.length, "a positive whole number")
+        for field in ("layers", "heads"):
+            value = getattr(self, field)
+            require(value is None or isinstance(value, int) and value > 0, field, value, "a positive whole number")
+        steps = self.gate_warmup_steps
+        require(isinstance(steps, int) and steps >= 0, "gate_warmup_steps", steps, "a whole number of steps")
+
+    def adapters(self, model: nn.Module) -> Iterable[tuple[str, LLaMAAdapterPrompt]]:
+        hosts = select(model, self.targets)
+        layers = self.layers or max(1, len(hosts) - 2)
+        require(layers <= len(hosts), "layers", layers, f"at most {len(hosts)}, the number of attention modules found")
+        for name, host in list(hosts.items())[-layers:]:
+            require_interceptable(host, name)
+            heads = self.heads or head_count(host, name)
+            yield name, LLaMAAdapterPrompt(host, key_value(model, name), self.length, heads)
+
+    def after_step(self, adapters: Sequence[Adapter], step: int, total_steps: int) -> None:
+        if step <= self.gate_warmup_steps:
+            for adapter in adapters:
+                nn.init.zeros_(adapter.get_parameter("gate"))
+
+    def metrics(self, adapters: Mapping[str, Adapter]) -> Mapping[str, Tensor]:
+        gates = {name: adapter.get_parameter("gate").detach().tanh().abs() for name, adapter in adapters.items()}
+        return {f"{self.name}/gate/{name}": gate.mean() for name, gate in gates.items()}
+
+
+class LLaMAAdapterPrompt(Adapter):
+    """Prompts (length, features) and gates (heads,) of one attention module.
+
+    Args:
+        host: Attention module.
+        project: Its key and value projections.
+        length: Number of prompts.
+        heads: Number of query heads.
+    """
+
+    def __init__(self, host: nn.Module, project: KeyValue, length: int, heads: int) -> None:
+        super().__init__()
+        key: Any = host.get_submodule(project.key)
+        self.project = project
+        self.prompt = parameter_like(key.weight, length, layer_of(key).shape(key)[1])
+        self.gate = parameter_like(key.weight, heads)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.prompt)
+        nn.init.zeros_(self.gate)
+
+    def forward(self, host: nn.Module, inner: Call, *args: Any, **kwargs: Any) -> Any:
+        key, value = self.project(host, self.prompt)
+
+        def gated(attend: Call, query: Tensor, *rest: Any, **settings: Any) -> Tensor:
+            own: Tensor = attend(query, *rest, **settings)
+            return own + self._prompted(query, key, value, settings.get("scale"))
+
+        calls = AttentionCalls(gated)
+        with calls:
+            output = inner(*args, **kwargs)
+        if not calls.seen:
+            raise RuntimeError(
+                f"{type(host).__name__} did not call scaled_dot_product_attention, so its adapter has no effect; "
+                f"load the model with attn_implementation='sdpa' and do not ask for attention weights."
+            )
+        return output
+
+    def _prompted(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """tanh(gate) softmax(q K^T) V for q (batch, heads, tokens, size), K and V (length, kv_heads * size)."""
+        heads, size = query.shape[1], query.shape[-1]
+        if heads != len(self.gate):
+            raise ValueError(
+                f"The attention call has {heads} heads, the adapter {len(self.gate)} gates; give heads=...."
+            )
+        key, value = (_by_head(t, heads, size).to(query.dtype) for t in (key, value))
+        scores = query @ key.mT * (size**-0.5 if scale is None else scale)
+        weights = torch.tanh(self.gate)[:, None, None] * scores.softmax(-1, dtype=torch.float32)
+        return weights.to(query.dtype) @ value
+
+
+def _by_head(x: Tensor, heads: int, size: int) -> Tensor:
+    """(length, kv_heads * size) -> (heads, length, size), each group's repeated for its query heads."""
+    x = x.view(len(x), -1, size).transpose(0, 1)
+    return x.repeat_interleave(heads // len(x), 0)

@@ -1,0 +1,68 @@
+"""Fine-tuning of what the model already has: all of it, its output layers, its last blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..method import Method, require
+from ..select import base_parameters, blocks, output_layers, select_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullFineTuning(Method):
+    """Trains every parameter of the base model; the reference that the other methods are measured against."""
+
+    name: str = "full"
+
+    def parameters(self, model: nn.Module) -> Iterable[str]:
+        return [name for name, parameter in base_parameters(model).items() if parameter.is_floating_point()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputLayers(Method):
+    """Trains existing output layers: the weighted layers that follow the last block.
+
+    Args:
+        name: Name of the method.
+        targets: Globs of modules or parameters, or roles. The role ``output`` refuses a layer that shares its weight
+            with the input embeddings, because these would change too; name such a layer if that is wanted.
+    """
+
+    name: str = "output_layers"
+    targets: list[str] = dataclasses.field(default_factory=lambda: ["output"])
+
+    def parameters(self, model: nn.Module) -> Iterable[str]:
+        chosen = select_parameters(model, self.targets)
+        if "output" in self.targets:
+            own = tuple(f"{name}." for name in output_layers(model))
+            tied = [n for n in select_parameters(model, ["output"]) if not n.startswith(own)]
+            require(not tied, "output layer", f"tied to {tied[0]}" if tied else "", f"untied, or named: {list(own)!r}")
+        return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastLayers(Method):
+    """Trains the last ``count`` blocks and everything that follows them.
+
+    Args:
+        name: Name of the method.
+        count: Number of blocks, counted from the output.
+    """
+
+    name: str = "last_layers"
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.count, int) and self.count > 0, "count", self.count, "a positive whole number")
+
+    def parameters(self, model: nn.Module) -> Iterable[str]:
+        names = list(blocks(model))
+        require(self.count <= len(names), "count", self.count, f"at most {len(names)}, the number of blocks found")
+        modules = [name for name, _ in model.named_modules()]
+        following = modules[modules.index(names[-self.count]) :]
+        parameters = base_parameters(model)
+        return [name for name in parameters if name.rpartition(".")[0] in set(following)]

@@ -1,0 +1,194 @@
+"""From names to modules and parameters: globs on the end of dotted names, and roles. No pattern matches nothing."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from .layers import is_called_linear, layer_of
+
+SLOT = "peft"  # the child of an adapted module below which its adapters live; never part of the base
+
+_NAMES = {
+    "attention.query": ("query", "query_proj", "q_lin", "q_proj", "SelfAttention.q", "EncDecAttention.q", "wq"),
+    "attention.key": ("key", "key_proj", "k_lin", "k_proj", "SelfAttention.k", "EncDecAttention.k", "wk"),
+    "attention.value": ("value", "value_proj", "v_lin", "v_proj", "SelfAttention.v", "EncDecAttention.v", "wv"),
+    "attention.output": (
+        *("attention.output.dense", "out_lin", "o_proj", "out_proj", "attn.c_proj", "attn.proj"),
+        *("SelfAttention.o", "EncDecAttention.o"),
+    ),
+    "feedforward.up": (
+        *("intermediate.dense", "lin1", "up_proj", "gate_proj", "gate_up_proj", "c_fc", "fc1"),
+        *("DenseReluDense.wi*", "linear1"),
+    ),
+    "feedforward.down": (
+        *("*[0-9].output.dense", "lin2", "down_proj", "mlp.c_proj", "fc2", "DenseReluDense.wo", "linear2"),
+    ),
+}
+_FUSED = ("c_attn", "attn.qkv", "qkv_proj")  # query, key and value in one weight, one below the other
+_PARTS = {"attention.query": "query", "attention.key": "key", "attention.value": "value"}
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a glob matches the end of a dotted name: ``q_proj`` matches ``layers.0.attn.q_proj``."""
+    return fnmatchcase("." + name, "*." + pattern)
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of the base model by name, adapters and the root left out."""
+    return {name: module for name, module in model.named_modules() if name and f".{SLOT}." not in f".{name}."}
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of the base model by name, adapters left out; a shared one appears once."""
+    return {name: parameter for name, parameter in model.named_parameters() if f".{SLOT}." not in f".{name}"}
+
+
+def select(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()) -> dict[str, nn.Module]:
+    """Return modules by name, in the model's order.
+
+    Args:
+        model: Where to look.
+        targets: Globs on the end of dotted names, or roles; see ``ROLES``.
+        exclude: Globs of modules to leave out.
+
+    Raises:
+        ValueError: A target or an exclusion matches nothing; names what the model has.
+    """
+    modules = base_modules(model)
+    chosen = set[str]()
+    for target in _listed(targets, "targets"):
+        found = set(ROLES[target](model)) if target in ROLES else {n for n in modules if matches(n, target)}
+        chosen |= found or _nothing(target, modules)
+    for pattern in _listed(exclude, "exclude", empty=True):
+        chosen -= {n for n in modules if matches(n, pattern)} or _nothing(pattern, modules)
+    if not chosen:
+        raise ValueError(f"exclude={list(exclude)!r} leaves nothing of targets={list(targets)!r}.")
+    return {name: module for name, module in modules.items() if name in chosen}
+
+
+def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Return names of base parameters: those below a module, or named themselves, by glob or role.
+
+    Raises:
+        ValueError: A pattern matches no parameter; names what the model has.
+    """
+    parameters, modules = base_parameters(model), base_modules(model)
+    shared = {name: next(n for n, p in parameters.items() if p is parameter) for name, parameter in _all(model)}
+    chosen = set[str]()
+    for pattern in _listed(patterns, "also_train", empty=True):
+        if pattern in ROLES:
+            owners = set(ROLES[pattern](model))
+        else:
+            owners = {name for name in modules if matches(name, pattern)}
+        found = {shared[n] for n in shared if matches(n, pattern) or any(n.startswith(f"{o}.") for o in owners)}
+        chosen |= found or _nothing(pattern, modules | parameters)
+    return [name for name in parameters if name in chosen]
+
+
+def parts(host_name: str, host: nn.Module, targets: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Return (part, first row, last row + 1) of a fused layer that roles ask for; empty for all of it."""
+    named = any(matches(host_name, target) for target in targets if target not in ROLES)
+    if named or not is_fused(host_name):
+        return []
+    wanted = {_PARTS.get(target) for target in targets}
+    return [part for part in fused_parts(host) if part[0] in wanted or "all-linear" in targets]
+
+
+def is_fused(name: str) -> bool:
+    """Whether a layer of this name computes query, key and value at once."""
+    return any(matches(name, pattern) for pattern in _FUSED)
+
+
+def fused_parts(host: nn.Module) -> list[tuple[str, int, int]]:
+    """Return (part, first row, last row + 1) of query, key and value in a layer that computes all three."""
+    rows, width, *_ = layer_of(host).shape(host)
+    query = rows // 3 if rows == 3 * width else width  # with grouped heads there are fewer keys than queries
+    keys = (rows - query) // 2
+    if keys < 1 or query + 2 * keys != rows:
+        raise ValueError(f"A fused layer of {rows} rows over {width} features has no query, key and value parts.")
+    return [("query", 0, query), ("key", query, query + keys), ("value", query + keys, rows)]
+
+
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the repeated blocks of a model (encoder before decoder): equal neighbours in an outermost list."""
+    found: dict[str, nn.Module] = {}
+    for name, module in [("", model), *base_modules(model).items()]:
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and not any(name.startswith(f"{b}.") for b in found):
+            children = dict(module.named_children())
+            if len({type(child) for child in children.values()}) == 1 and any(True for _ in module.parameters()):
+                found |= {f"{name}.{key}".lstrip("."): child for key, child in children.items()}
+    return found
+
+
+def output_layers(model: nn.Module) -> list[str]:
+    """Return the names of the weighted layers that follow the last block; without blocks, of the last layer."""
+    modules = base_modules(model)
+    leaves = [n for n, m in modules.items() if any(p.dim() > 1 for p in m.parameters(recurse=False))]
+    last = next(reversed(blocks(model)), None)
+    if last is None:
+        return leaves[-1:]
+    order = {name: position for position, name in enumerate(modules)}
+    end = max(order[name] for name in order if f"{name}.".startswith(f"{last}."))
+    return [name for name in leaves if order[name] > end]
+
+
+def attention_modules(model: nn.Module) -> list[str]:
+    """Return the names of the modules that hold key projections, alone or fused, and of torch's own attention."""
+    holders = {name.rpartition(".")[0] for name in _named("attention.key")(model)}
+    modules = base_modules(model)
+    return [n for n, m in modules.items() if n in holders or isinstance(m, nn.MultiheadAttention)]
+
+
+def _named(role: str) -> Callable[[nn.Module], Iterable[str]]:
+    patterns = (*_NAMES[role], *(_FUSED if role in _PARTS else ()))
+
+    def find(model: nn.Module) -> Iterator[str]:
+        for name, module in base_modules(model).items():
+            if is_called_linear(module) and any(matches(name, pattern) for pattern in patterns):
+                yield name
+
+    return find
+
+
+def _all_linear(model: nn.Module) -> list[str]:
+    """Linear layers of the blocks; of a model without blocks, all but the output layer."""
+    linear = [name for name, module in base_modules(model).items() if is_called_linear(module)]
+    inside = tuple(f"{name}." for name in blocks(model))
+    return [n for n in linear if f"{n}.".startswith(inside)] if inside else linear[:-1]
+
+
+ROLES: dict[str, Callable[[nn.Module], Iterable[str]]] = {
+    **{role: _named(role) for role in _NAMES},
+    "attention": attention_modules,
+    "all-linear": _all_linear,
+    "blocks": blocks,
+    "output": output_layers,
+}
+
+
+def _all(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if f".{SLOT}." not in f".{name}":
+            yield name, parameter
+
+
+def _listed(patterns: Sequence[str], what: str, empty: bool = False) -> Sequence[str]:
+    if isinstance(patterns, str):
+        raise TypeError(f"{what} is a list of patterns; write [{patterns!r}].")
+    if not patterns and not empty:
+        raise ValueError(f"{what} is empty; give globs such as ['query'], or roles: {', '.join(ROLES)}.")
+    return patterns
+
+
+def _nothing(pattern: str, named: Iterable[str]) -> set[str]:
+    """Raise: a pattern without a match is a typo more often than a wish."""
+    kinds = list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in named))
+    ends = {kind.rpartition(".")[2] for kind in kinds} - {"*"}
+    close = difflib.get_close_matches(pattern, [*ends, *kinds, *ROLES], n=5)
+    known = f"Close names: {', '.join(close)}." if close else f"The model has: {', '.join(kinds[:40])}."
+    raise ValueError(f"{pattern!r} matches nothing in the model. {known} Roles: {', '.join(ROLES)}.")

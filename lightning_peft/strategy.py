@@ -1,0 +1,211 @@
+"""The callback: drives methods through a Trainer's life and keeps checkpoints small. It knows no method."""
+
+from __future__ import annotations
+
+import functools
+import random
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.optim import Optimizer
+
+from .checkpoint import fingerprint
+from .inject import adapters, adapters_of, injection
+from .method import Method
+from .optimizers import add_gradient
+from .select import SLOT, base_parameters
+from .summary import summary
+from .wiring import adopt, after_build, wire_checkpoints, wire_optimizers
+
+
+class PEFTStrategy(pl.Callback):
+    """Fine-tunes with one method or several, in any stage of any Trainer; checkpoints hold adapter state only.
+
+    The base is frozen and adapted as soon as the network exists: in ``setup``, or after the module's own
+    ``configure_model`` or ``setup`` where it builds its network there. What the user injected before is kept.
+
+    Args:
+        method: What to train: one method, or a list of which later ones are outer where two share a host.
+        also_train: Globs or roles of base modules and parameters that train too, such as a new head.
+        lr_factors: Factors of the learning rate, by method name or by glob of parameter names; they survive
+            schedulers and the learning-rate finder.
+        no_decay: Globs of parameter names without weight decay.
+        frozen_mode: ``eval``: what holds no trained parameter runs in evaluation mode while the rest trains, without
+            dropout. ``train``: its dropout is active. Frozen batch norm keeps its statistics in both.
+        check_base: Whether a checkpoint must have been trained on this very base.
+        full_checkpoint: Whether checkpoints hold the frozen base as well.
+        show_summary: Whether to print once what trains.
+
+    Raises:
+        ValueError: A method does not fit the model, or a trained parameter got no gradient in the first step.
+    """
+
+    def __init__(
+        self,
+        method: Method | list[Method],
+        also_train: list[str] | None = None,
+        lr_factors: dict[str, float] | None = None,
+        no_decay: list[str] | None = None,
+        frozen_mode: Literal["eval", "train"] = "eval",
+        check_base: bool = True,
+        full_checkpoint: bool = False,
+        show_summary: bool = True,
+    ) -> None:
+        super().__init__()
+        self.methods: Sequence[Method] = [method] if isinstance(method, Method) else list(method)
+        if not self.methods or not all(isinstance(m, Method) for m in self.methods):
+            raise TypeError(f"method must be a Method such as LoRA(rank=8), or a list of them, got {method!r}.")
+        if frozen_mode not in ("eval", "train"):
+            raise ValueError(f"frozen_mode must be 'eval' or 'train', got {frozen_mode!r}.")
+        self.also_train, self.lr_factors, self.no_decay = also_train or [], lr_factors or {}, no_decay or []
+        self.frozen_mode, self.check_base = frozen_mode, check_base
+        self.full_checkpoint, self.show_summary = full_checkpoint, show_summary
+        self._step, self._total_steps = 0, 0
+        self._base: str | None = None
+        self._unchecked = set[int]()
+        self._random: dict[str, Any] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Arrange for injection at the earliest moment the network exists."""
+        if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
+            raise TypeError("BitsandbytesPrecision would replace adapted layers; quantize the base before injection.")
+        fresh = not any(True for _ in adapters(pl_module)) and injection(pl_module) is None
+        if fresh and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and stage == "fit":
+            raise RuntimeError(
+                "A spawned process cannot hand adapters back to this one. Use strategy='ddp', or call "
+                "lightning_peft.inject(module, method, also_train) before fit."
+            )
+        if fresh and stage != "fit" and trainer.ckpt_path is None:
+            warnings.warn(f"{stage} runs with fresh adapters: give ckpt_path, or load_adapter before.", stacklevel=2)
+        hook = next((h for h in ("configure_model", "setup") if is_overridden(h, pl_module)), None)
+        if hook is None or not fresh:
+            self.apply(pl_module)
+        else:
+            after_build(pl_module, hook, self.apply)
+
+    def apply(self, pl_module: pl.LightningModule) -> None:
+        """Adapt a module now; what ``setup`` does as soon as the network exists. Calling it again changes nothing."""
+        adopt(pl_module, self.methods, self.also_train)
+        if not self.full_checkpoint:
+            wire_checkpoints(pl_module, self.check_base)
+        wire_optimizers(pl_module, self.lr_factors, self.no_decay)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show what trains."""
+        if self.show_summary:
+            rank_zero_info(f"\n{summary(pl_module)}")
+        _checkpoint_without_reentry(pl_module)
+        self._base = fingerprint(pl_module)
+        if self._random and trainer.world_size == 1:  # a checkpoint knows the state of one rank alone
+            restore_random_state(self._random)  # here, before the first data loader draws its seed
+        self._random = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take up the count of steps, which a checkpoint may have set."""
+        self._step, self._total_steps = trainer.global_step, int(trainer.estimated_stepping_batches)
+        self._unchecked = {id(p) for p in pl_module.parameters() if p.requires_grad}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the random generators: dropout and shuffling go on where they stopped."""
+        return random_state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state of the random generators until training starts."""
+        self._random = state_dict
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put frozen modules into their mode."""
+        set_mode(pl_module, self.frozen_mode)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Add the gradients of penalties; before the first step, find parameters without one."""
+        for method in self.methods:
+            penalty = method.penalty(list(adapters_of(pl_module, method).values()))
+            if penalty is not None:
+                add_gradient(penalty, optimizer)
+        if self._unchecked:
+            self._check_gradients(pl_module, optimizer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let methods follow each optimizer step."""
+        if trainer.global_step == self._step:
+            return  # gradients accumulate
+        self._step = trainer.global_step
+        for method in self.methods:
+            found = adapters_of(pl_module, method)
+            method.after_step(list(found.values()), self._step, self._total_steps)
+            if self._step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+                pl_module.log_dict(dict(method.metrics(found)), on_step=True, on_epoch=False)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make sure that the base is what it was."""
+        if self._base is not None and fingerprint(pl_module) != self._base:
+            raise RuntimeError(
+                "Frozen base weights changed during fit, so the adapter does not fit the base that it started from. "
+                "Something other than the optimizer writes to them."
+            )
+
+    def _check_gradients(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        here = {id(p) for group in optimizer.param_groups for p in group["params"]} & self._unchecked
+        names = [name for name, p in pl_module.named_parameters() if id(p) in here and p.grad is None]
+        if names:
+            raise ValueError(
+                f"{len(names)} trained parameters got no gradient in the first step: {', '.join(names[:5])}. Their "
+                f"modules do not take part in the loss; leave them out of targets or also_train. With gradient "
+                f"checkpointing, use use_reentrant=False."
+            )
+        self._unchecked -= here
+
+
+def set_mode(module: nn.Module, frozen: Literal["eval", "train"]) -> None:
+    """Set the mode of what holds no trained base parameter; adapters always train. Batch norm there never does."""
+    trained = {name for name, p in base_parameters(module).items() if p.requires_grad}
+    for name, part in module.named_children():
+        if name == SLOT:
+            part.train()
+        elif any(n.startswith(f"{name}.") for n in trained):
+            set_mode(part, frozen)
+        elif any(True for _ in part.parameters()):
+            part.train(frozen == "train")
+            for inner in part.modules():
+                if isinstance(inner, nn.modules.batchnorm._BatchNorm):
+                    inner.eval()
+            for _, _, _, adapter in adapters(part):
+                adapter.train()
+
+
+def _checkpoint_without_reentry(module: nn.Module) -> None:
+    """Let transformers' gradient checkpointing work below frozen embeddings, where the reentrant kind gives none."""
+    for part in module.modules():
+        function = vars(part).get("_gradient_checkpointing_func")
+        if isinstance(function, functools.partial) and function.keywords.get("use_reentrant", True):
+            part._gradient_checkpointing_func = functools.partial(  # type: ignore[assignment]
+                function.func, *function.args, **{**function.keywords, "use_reentrant": False}
+            )
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of Python's and torch's random generators, as plain data and tensors."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Set the random generators to what ``random_state`` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(state["torch"].cpu())
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

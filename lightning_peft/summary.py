@@ -1,0 +1,67 @@
+"""What trains and what does not, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .checkpoint import adapter_keys
+from .inject import adapters_of, injection
+from .select import base_parameters
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Parameters of an adapted model.
+
+    Args:
+        rows: (what, number of places, trained parameters) for each method and for what else trains.
+        trainable: Number of parameters that train.
+        total: Number of parameters, adapters included, a shared one once.
+        saved_bytes: Size of what an adapter file holds.
+        base_bytes: Size of the base model's parameters.
+    """
+
+    rows: tuple[tuple[str, int, int], ...]
+    trainable: int
+    total: int
+    saved_bytes: int
+    base_bytes: int
+
+    def __str__(self) -> str:
+        """Return the table as text."""
+        lines = [f"{what:<28} {places:>6} {count:>15,}" for what, places, count in self.rows]
+        share = 100 * self.trainable / max(1, self.total)
+        head = f"{'trains':<28} {'places':>6} {'parameters':>15}"
+        last = f"{self.trainable:,} of {self.total:,} parameters train ({share:.3g} %)"
+        size = f"an adapter takes {_size(self.saved_bytes)}, the base model {_size(self.base_bytes)}"
+        return "\n".join([head, *lines, last, size])
+
+
+def summary(model: nn.Module) -> Summary:
+    """Count what trains, by method; works on the meta device too."""
+    record, rows = injection(model), []
+    trained = {n: p.numel() for n, p in base_parameters(model).items() if p.requires_grad}
+    for method in record.methods if record else ():
+        found = list(adapters_of(model, method).values())
+        parameters = {id(p): p.numel() for adapter in found for p in adapter.parameters()}
+        if parameters:
+            rows.append((f"{type(method).__name__} ({method.name})", len(found), sum(parameters.values())))
+    if trained:
+        rows.append(("base parameters", len(trained), sum(trained.values())))
+    return Summary(
+        rows=tuple(rows),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total=sum(p.numel() for p in model.parameters()),
+        saved_bytes=sum(v.numel() * v.element_size() for v in adapter_keys(model).values()),
+        base_bytes=sum(p.numel() * p.element_size() for p in base_parameters(model).values()),
+    )
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

@@ -1,0 +1,159 @@
+"""Virtual tokens, once for all prompt methods: they enter a backbone's call, and leave its output again."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Call
+from .select import base_modules
+
+
+class Insertion:
+    """Puts virtual tokens before the first token of each row that is no padding.
+
+    Args:
+        length: Number p of virtual tokens.
+        mask: Padding mask of shape (batch, n), zero or False at padding; without one the rows have no padding.
+    """
+
+    def __init__(self, length: int, mask: Tensor | None) -> None:
+        self.length, self.index = length, None
+        if mask is not None:
+            lead = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+            lead = lead.where(lead < mask.shape[-1], 0)  # rows of padding alone, as some samplers fill up with
+            place = torch.arange(mask.shape[-1] + length, device=mask.device).expand(len(mask), -1)
+            inside = torch.where(place < lead + length, place - lead, place)
+            self.index = torch.where(place < lead, place + length, inside)  # into [virtual tokens; tokens]
+            place = place[:, : mask.shape[-1]]
+            self.kept = torch.where(place < lead, place, place + length)
+
+    def insert(self, virtual: Tensor, tokens: Tensor) -> Tensor:
+        """(batch, p, ...) into (batch, n, ...) -> (batch, p + n, ...)."""
+        joined = torch.cat([virtual, tokens], 1)
+        return joined if self.index is None else _take(joined, self.index)
+
+    def remove(self, x: Tensor) -> Tensor:
+        """(batch, p + n, ...) -> (batch, n, ...)."""
+        return x[:, self.length :] if self.index is None else _take(x, self.kept)
+
+    def mask(self, mask: Tensor) -> Tensor:
+        """Extend a mask by visible virtual tokens."""
+        return self.insert(mask.new_ones(len(mask), self.length), mask)
+
+    def positions(self, positions: Tensor) -> Tensor:
+        """Let virtual tokens take the first positions, and move the tokens on by p."""
+        if self.index is not None:
+            positions = positions.expand(len(self.index), -1)
+            first = positions.gather(1, self.index.argmin(1, keepdim=True).clamp(max=positions.shape[1] - 1))
+        else:
+            first = positions[:, :1]
+        moved = torch.where(positions >= first, positions + self.length, positions)
+        return self.insert(first + torch.arange(self.length, device=positions.device), moved)
+
+
+def surround(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, keep: bool = False) -> Any:
+    """Call a backbone with virtual tokens inserted; its output has the positions of its input.
+
+    Once a cache holds the virtual tokens, only masks and positions are still moved.
+
+    Args:
+        host: Module that takes ``input_ids`` or ``inputs_embeds``, and ``attention_mask``.
+        inner: The host's own call.
+        call: Arguments by name.
+        prompt: Shape (p, features), or (batch, p, features) with an own prompt for each row.
+        keep: Whether the output keeps the virtual tokens, as an encoder's does for cross-attention.
+    """
+    call = dict(call)
+    length, mask = prompt.shape[-2], call.get("attention_mask")
+    if mask is not None and mask.dim() != 2:
+        raise ValueError(f"attention_mask must be (batch, tokens) where virtual tokens enter, got {tuple(mask.shape)}.")
+    where = Insertion(length, mask)
+    if mask is not None:
+        call["attention_mask"] = where.mask(mask)
+    past = call.get("past_key_values")
+    if past is not None and past.get_seq_length() > 0:
+        for name in ("position_ids", "cache_position"):
+            if call.get(name) is not None:
+                call[name] = call[name] + length
+        return inner(**call)
+
+    tokens = call.get("inputs_embeds")
+    if tokens is None:
+        tokens = host.get_input_embeddings()(call.pop("input_ids"))
+    _refuse_length(host, length + tokens.shape[1])
+    call["inputs_embeds"] = where.insert(prompt.to(tokens.dtype).expand(len(tokens), -1, -1), tokens)
+    if call.get("position_ids") is not None:
+        call["position_ids"] = where.positions(call["position_ids"])
+    if call.get("token_type_ids") is not None:
+        types = call["token_type_ids"]
+        call["token_type_ids"] = where.insert(types.amin(1, keepdim=True).expand(-1, length), types)
+    if call.get("cache_position") is not None:
+        call["cache_position"] = torch.arange(length + tokens.shape[1], device=tokens.device)
+    output = inner(**call)
+    return output if keep else _without(output, where, getattr(host, "pooler", None))
+
+
+def names_of(host: nn.Module) -> list[str]:
+    """Return the names of the positional arguments of a module's forward."""
+    return list(inspect.signature(type(host).forward).parameters)[1:]
+
+
+@functools.singledispatch
+def _without(output: Any, where: Insertion, pooler: nn.Module | None) -> Any:
+    """Take the virtual tokens out of what a backbone returns; pooling sees the tokens alone."""
+    if not isinstance(output, MutableMapping):
+        raise TypeError(f"Virtual tokens cannot be taken out of a {type(output).__name__}.")
+    for name in ("last_hidden_state", "hidden_states", "pooler_output"):
+        value = output.get(name)
+        if value is None:
+            continue
+        if name == "pooler_output":
+            value = None if pooler is None else pooler(output["last_hidden_state"])
+        else:
+            value = where.remove(value) if isinstance(value, Tensor) else tuple(where.remove(v) for v in value)
+        output[name] = value
+    return output
+
+
+@_without.register
+def _(output: Tensor, where: Insertion, pooler: nn.Module | None) -> Tensor:
+    return where.remove(output)
+
+
+@_without.register
+def _(output: tuple, where: Insertion, pooler: nn.Module | None) -> tuple[Any, ...]:  # type: ignore[type-arg]
+    hidden, *rest = output
+    hidden = where.remove(hidden)
+    if pooler is not None and rest:
+        rest[0] = pooler(hidden)
+    return hidden, *rest
+
+
+def backbones(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield (name, module) of the outermost transformers backbones: no head, input embeddings known."""
+    found: list[str] = []
+    for name, module in [("", model), *base_modules(model).items()]:
+        is_backbone = (
+            callable(getattr(module, "get_input_embeddings", None)) and getattr(module, "base_model", 0) is module
+        )
+        if is_backbone and not any(name.startswith(f"{other}." if other else "") for other in found):
+            found.append(name)
+            yield name, module
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
+
+
+def _refuse_length(host: Any, tokens: int) -> None:
+    most = getattr(getattr(host, "config", None), "max_position_embeddings", None)
+    if most is not None and tokens > most:
+        raise ValueError(
+            f"{tokens} positions, virtual tokens included, are more than the model's {most}; shorten the text."
+        )
