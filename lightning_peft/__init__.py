@@ -1,5 +1,7 @@
 """Parameter-efficient fine-tuning of any PyTorch model, as one Lightning callback."""
 
+from importlib.metadata import version
+
 from .adapter import Adapter, WeightUpdate
 from .checkpoint import full_state_dict
 from .files import load_adapter, save_adapter
@@ -10,7 +12,7 @@ from .strategy import PEFTStrategy
 from .summary import summary
 from .wiring import load_from_checkpoint
 
-__version__ = "0.1.0.dev0"
+__version__ = version("lightning-peft")
 
 __all__ = [
     "Adapter",

@@ -104,6 +104,16 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
     return config, state
 
 
+def inspect_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return an adapter's description with key, shape, type and norm of each tensor, as plain data."""
+    config, state = read_adapter(folder)
+    tensors = [
+        {"key": key, "shape": list(value.shape), "dtype": str(value.dtype), "norm": value.float().norm().item()}
+        for key, value in state.items()
+    ]
+    return {**config, "tensors": tensors, "parameters": sum(value.numel() for value in state.values())}
+
+
 def _aligned(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state under this model's names, if they differ by the name of an enclosing module alone."""
     if not state or not target or state.keys() == target.keys():

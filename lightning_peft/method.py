@@ -59,7 +59,7 @@ def from_dict(data: Mapping[str, Any]) -> Method:
     """
     fields = dict(data)
     name = fields.pop("method", None)
-    known = {cls.__name__: cls for cls in _subclasses(Method)}
+    known = methods_by_name()
     if name not in known:
         raise ValueError(f"Method {name!r} is not known here; import its module first. Known: {', '.join(known)}.")
     try:
@@ -68,6 +68,11 @@ def from_dict(data: Mapping[str, Any]) -> Method:
         raise ValueError(
             f"The stored settings do not fit {name}: {error}. A newer version may have written them."
         ) from error
+
+
+def methods_by_name() -> dict[str, type[Method]]:
+    """Return every method that the program has imported."""
+    return {cls.__name__: cls for cls in _subclasses(Method)}
 
 
 def _subclasses(cls: type[Method]) -> Iterator[type[Method]]:

@@ -12,8 +12,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.imports import RequirementCache
 from torch import nn
 from torch.optim import Optimizer
 
@@ -22,7 +23,7 @@ from .inject import adapters, adapters_of, injection
 from .method import Method
 from .optimizers import add_gradient
 from .select import SLOT, base_parameters
-from .summary import summary
+from .summary import Summary, summary
 from .wiring import adopt, after_build, wire_checkpoints, wire_optimizers
 
 
@@ -101,7 +102,7 @@ class PEFTStrategy(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show what trains."""
         if self.show_summary:
-            rank_zero_info(f"\n{summary(pl_module)}")
+            show(summary(pl_module))
         _checkpoint_without_reentry(pl_module)
         self._base = fingerprint(pl_module)
         if self._random and trainer.world_size == 1:  # a checkpoint knows the state of one rank alone
@@ -184,6 +185,24 @@ def set_mode(module: nn.Module, frozen: Literal["eval", "train"]) -> None:
                     inner.eval()
             for _, _, _, adapter in adapters(part):
                 adapter.train()
+
+
+@rank_zero_only
+def show(counts: Summary) -> None:
+    """Print what trains: as a rich table where rich is installed, as Lightning does, else as text."""
+    if not RequirementCache("rich"):
+        rank_zero_info(f"\n{counts}")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table, console = Table("trains"), Console()
+    for heading in ("places", "parameters"):
+        table.add_column(heading, justify="right")
+    for what, places, parameters in counts.rows:
+        table.add_row(what, f"{places:,}", f"{parameters:,}")
+    console.print(table)
+    console.print(counts.caption)
 
 
 def _checkpoint_without_reentry(module: nn.Module) -> None:

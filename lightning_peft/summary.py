@@ -32,11 +32,17 @@ class Summary:
     def __str__(self) -> str:
         """Return the table as text."""
         lines = [f"{what:<28} {places:>6} {count:>15,}" for what, places, count in self.rows]
-        share = 100 * self.trainable / max(1, self.total)
         head = f"{'trains':<28} {'places':>6} {'parameters':>15}"
-        last = f"{self.trainable:,} of {self.total:,} parameters train ({share:.3g} %)"
-        size = f"an adapter takes {_size(self.saved_bytes)}, the base model {_size(self.base_bytes)}"
-        return "\n".join([head, *lines, last, size])
+        return "\n".join([head, *lines, self.caption])
+
+    @property
+    def caption(self) -> str:
+        """What trains of all, and what a file of it takes."""
+        share = 100 * self.trainable / max(1, self.total)
+        return (
+            f"{self.trainable:,} of {self.total:,} parameters train ({share:.3g} %);\n"
+            f"an adapter takes {size(self.saved_bytes)}, the base model {size(self.base_bytes)}"
+        )
 
 
 def summary(model: nn.Module) -> Summary:
@@ -59,7 +65,8 @@ def summary(model: nn.Module) -> Summary:
     )
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
+    """Return a number of bytes as text, in powers of 1,000."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

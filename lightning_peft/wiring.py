@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -192,17 +195,30 @@ def load_from_checkpoint(
     Raises:
         ValueError: The checkpoint was written without PEFTStrategy, or for another base.
     """
-
-    class Loading(module_class):  # type: ignore[misc, valid-type]
-        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            if KEY in checkpoint and injection(self) is None:
-                if is_overridden("configure_model", self):
-                    self.configure_model()
-                restore(self, checkpoint[KEY], str(path), strict=check_base)
-                wire_checkpoints(self, check_base)
-            check_checkpoint(self, checkpoint, check_base)
-            super().on_load_checkpoint(checkpoint)
-
-    module: _Module = Loading.load_from_checkpoint(path, **kwargs)
-    module.__class__ = module_class
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    shell = {key: value for key, value in checkpoint.items() if key != KEY} | {"state_dict": {}}
+    file = io.BytesIO()
+    torch.save(shell, file)
+    file.seek(0)
+    with warnings.catch_warnings():  # Lightning builds the module from its saved arguments; values follow below
+        warnings.filterwarnings("ignore", "(Found keys that are in the model state dict|The state dict in)")
+        module = module_class.load_from_checkpoint(file, strict=False, **kwargs)
+    inject_from_checkpoint(module, checkpoint, check_base)
+    module.load_state_dict(checkpoint["state_dict"])
     return module
+
+
+def inject_from_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any], check_base: bool = True) -> None:
+    """Inject what an adapter-only checkpoint says into a module that has no adapters yet.
+
+    Called in a module's own ``on_load_checkpoint``, it makes the module's ``load_from_checkpoint`` read such files.
+
+    Raises:
+        ValueError: The checkpoint does not fit; says how.
+    """
+    if KEY in checkpoint and injection(module) is None:
+        if is_overridden("configure_model", module):
+            module.configure_model()
+        restore(module, checkpoint[KEY], "The checkpoint", strict=check_base)
+        wire_checkpoints(module, check_base)
+    check_checkpoint(module, checkpoint, check_base)

