@@ -11,15 +11,33 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-WORDS = "good bad fine awful film plot ending the a was name one two colour red blue say yes no".split()
+WORDS = [
+    "good",
+    "bad",
+    "fine",
+    "awful",
+    "film",
+    "plot",
+    "ending",
+    "the",
+    "a",
+    "was",
+    "name",
+    "one",
+    "two",
+    "red",
+    "blue",
+]
 
 
-def save_tokenizer(folder: Path, special: dict[str, str], template: processors.TemplateProcessing) -> str:
+def save_tokenizer(folder: Path, special: dict[str, str], template: processors.TemplateProcessing, *names: str) -> str:
     words = [*dict.fromkeys(special.values()), *WORDS]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=special["unk_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = template
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **special)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=128, model_input_names=["input_ids", *names], **special
+    )
     fast.save_pretrained(folder)
     return str(folder)
 
@@ -33,7 +51,7 @@ def encoder_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return save_tokenizer(tmp_path_factory.mktemp("encoder"), special, template)
+    return save_tokenizer(tmp_path_factory.mktemp("encoder"), special, template, "token_type_ids", "attention_mask")
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +59,7 @@ def decoder_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     """<unk> 0, <s> 1, </s> 2, then the words; no padding token, as with Llama."""
     template = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    return save_tokenizer(tmp_path_factory.mktemp("decoder"), special, template)
+    return save_tokenizer(tmp_path_factory.mktemp("decoder"), special, template, "attention_mask")
 
 
 @pytest.fixture

@@ -1,0 +1,5 @@
+"""Ready LightningModules and DataModules over transformers: pip install "lightning-peft[text]"."""
+
+from lightning_peft.tasks.text_data import TextDataModule
+
+__all__ = ["TextDataModule"]
