@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_peft.tasks.names import close_names, close_paths, quoted, where
+from lightning_peft.tasks.names import close_paths, did_you_mean, quoted, where
 
 Row = dict[str, Any]
 
@@ -24,7 +24,7 @@ class Table:
 
     Args:
         path: The file.
-        rows: A mapping from column to value for each row.
+        rows: A mapping from column to value for each row; all have the same columns, what a JSON row lacks is None.
         numbers: Where each row is: the line it starts on, or its position in the list of a JSON file. Both start at 1.
     """
 
@@ -37,14 +37,13 @@ class Table:
         return Table(path=self.path, rows=[self.rows[i] for i in indices], numbers=[self.numbers[i] for i in indices])
 
     def values(self, column: str) -> list[Any]:
-        """One column. Rows of a JSON file that lack it give None."""
-        names = dict.fromkeys(name for row in self.rows for name in row)
-        if column not in names:
+        """One column."""
+        if column not in self.rows[0]:
             raise ValueError(
-                f"{str(self.path)!r} has no column {column!r}. Its columns: {quoted(names)}. "
-                f"{close_names(column, names)}"
+                f"{str(self.path)!r} has no column {column!r}. Its columns: {quoted(self.rows[0])}."
+                f"{did_you_mean(column, self.rows[0])} Give the name of one of them."
             )
-        return [row.get(column) for row in self.rows]
+        return [row[column] for row in self.rows]
 
     def texts(self, column: str, *, blank: bool = False) -> list[str]:
         """One column of text.
@@ -99,7 +98,8 @@ def read_table(name: str) -> Table:
         raise ValueError(f"{name!r} holds no rows. Give a file with at least one.")
     if empty:
         raise ValueError(f"{name!r} is empty in {where(empty)}. Remove what is empty.")
-    return Table(path=path, rows=rows, numbers=numbers)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Table(path=path, rows=[{**names, **row} for row in rows], numbers=numbers)
 
 
 def _decode(path: Path) -> str:

@@ -14,6 +14,12 @@ def close_names(name: str, known: Iterable[str]) -> str:
     return f"Close names: {quoted(close)}." if close else f"Available: {quoted(names)}."
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question with the closest of names that the sentence before lists; nothing when none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
 def close_paths(path: Path, known: Iterable[Path]) -> str:
     """The same for a missing file or folder, among those of its own folder."""
     if not path.parent.is_dir():

@@ -32,7 +32,9 @@ def test_every_format_reads_the_same_plain_and_gzipped(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_a_byte_order_mark_windows_line_ends_and_blank_lines_at_the_end_do_not_matter(tmp_path: Path, name: str) -> None:
+def test_a_byte_order_mark_windows_line_ends_and_blank_lines_at_the_end_do_not_matter(
+    tmp_path: Path, name: str
+) -> None:
     content = b"\xef\xbb\xbf" + PLAIN[name].replace("\n", "\r\n").encode() + b"\r\n\r\n"
     assert read_table(save(tmp_path, name, content)).rows == ROWS
 
@@ -94,7 +96,9 @@ def test_a_broken_file_is_refused_with_the_row(tmp_path: Path, name: str, conten
 
 def test_a_missing_column_names_what_there_is(tmp_path: Path) -> None:
     table = read_table(save(tmp_path, "t.csv", "sentence,label\na,b\n"))
-    with pytest.raises(ValueError, match="no column 'sentnce'. Its columns: 'sentence', 'label'. Close names: 'sentence'"):
+    with pytest.raises(
+        ValueError, match="no column 'sentnce'. Its columns: 'sentence', 'label'. Did you mean 'sentence'"
+    ):
         table.texts("sentnce")
 
 
