@@ -1,5 +1,6 @@
 """Ready LightningModules and DataModules over transformers: pip install "lightning-peft[text]"."""
 
+from lightning_peft.tasks.instructions import InstructionDataModule
 from lightning_peft.tasks.text_data import TextDataModule
 
-__all__ = ["TextDataModule"]
+__all__ = ["InstructionDataModule", "TextDataModule"]
