@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_peft.tasks.files import Table, read_table
+from lightning_peft.tasks.files import Table
 from lightning_peft.tasks.models import build_tokenizer
+from lightning_peft.tasks.splits import Split, Splits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Example = dict[str, Any]
-Split = Literal["train", "validation", "test", "predict"]
 
 IGNORED = -100
 
@@ -59,52 +58,34 @@ class Collator:
 
 
 class TableDataModule(LightningDataModule, ABC):
-    """Reads tables, tokenises them once, and serves padded batches; a child says how a table becomes examples.
+    """Tokenises tables once and serves padded batches; a child says how a table becomes examples.
 
     Args:
-        files: The file of each split; None where there is none.
-        limits: The number of rows to keep of a split; None keeps all.
+        splits: The rows of each split.
         tokenizer: A reference as `lightning_peft.tasks.models.locate` reads it.
         max_length: Longest row in tokens.
         batch_size: Rows per batch.
         num_workers: Processes that build batches.
-        validation_fraction: Share of the train file that is held out when there is no validation file.
     """
 
     padding_side: str | None = None
 
     def __init__(
-        self,
-        files: Mapping[Split, str | None],
-        limits: Mapping[Split, int | None],
-        tokenizer: str | None,
-        max_length: int,
-        batch_size: int,
-        num_workers: int,
-        validation_fraction: float,
+        self, splits: Splits, tokenizer: str | None, max_length: int, batch_size: int, num_workers: int
     ) -> None:
         super().__init__()
         if tokenizer is None:
             raise ValueError(
                 "Got neither model nor tokenizer, expected one of them. Give the model whose tokenizer to use."
             )
-        counts = {"max_length": max_length, "batch_size": batch_size}
-        counts |= {f"limit_{split}": limit for split, limit in limits.items() if limit is not None}
-        for name, count in counts.items():
+        for name, count in {"max_length": max_length, "batch_size": batch_size}.items():
             if count < 1:
                 raise ValueError(f"Got {name}={count}, expected 1 or more.")
-        if not 0 <= validation_fraction < 1:
-            raise ValueError(
-                f"Got validation_fraction={validation_fraction}, expected 0 (none) to below 1, such as 0.1."
-            )
-        self.files = files
-        self.limits = limits
+        self.splits = splits
         self.reference = tokenizer
         self.max_length = max_length
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self.validation_fraction = validation_fraction
-        self._tables: dict[str, Table] = {}
         self._examples: dict[Split, list[Example]] = {}
 
     @abstractmethod
@@ -125,49 +106,19 @@ class TableDataModule(LightningDataModule, ABC):
     def setup(self, stage: str) -> None:
         """Read and tokenise what the stage needs, unless the labels' meaning is still to come from a checkpoint."""
         for split in _SPLITS[stage]:
-            if self.ready(split) and (split != "validation" or self.has_validation or stage == "validate"):
+            optional = stage == "fit" and split == "validation" and not self.splits.has(split)
+            if self.ready(split) and not optional:
                 self.examples(split)
 
     def ready(self, split: Split) -> bool:
         """Whether a split can be encoded before a checkpoint is loaded."""
         return True
 
-    @property
-    def has_validation(self) -> bool:
-        """Whether there are rows to validate on."""
-        return self.files["validation"] is not None or self.validation_fraction > 0
-
     def examples(self, split: Split) -> list[Example]:
         """The encoded rows of a split."""
         if split not in self._examples:
-            table = self.table(split)
-            limit = self.limits.get(split)
-            self._examples[split] = self.encode(split, table.take(range(len(table.rows))[:limit]))
+            self._examples[split] = self.encode(split, self.splits.rows(split))
         return self._examples[split]
-
-    def table(self, split: Split) -> Table:
-        """The rows of a split, before its limit."""
-        if self.files["validation"] is not None or split not in ("train", "validation") or not self.has_validation:
-            return self.file(split)
-        table = self.file("train")
-        count = round(len(table.rows) * self.validation_fraction) or 1
-        if count == len(table.rows):
-            raise ValueError(
-                f"{str(table.path)!r} has {count} rows, too few to hold out "
-                f"validation_fraction={self.validation_fraction} of them. "
-                "Give a validation file, or set validation_fraction=0 to train without validation."
-            )
-        order = torch.randperm(len(table.rows), generator=torch.Generator().manual_seed(0)).tolist()
-        return table.take(sorted(order[:count] if split == "validation" else order[count:]))
-
-    def file(self, split: Split) -> Table:
-        """The whole file of a split, read once."""
-        name = self.files[split]
-        if name is None:
-            raise ValueError(f"Got {split}=None, expected a file. Set {split} to the path of the {split} file.")
-        if name not in self._tables:
-            self._tables[name] = read_table(name)
-        return self._tables[name]
 
     def train_dataloader(self) -> DataLoader[Example]:
         """Shuffled batches of the train rows."""
@@ -175,7 +126,7 @@ class TableDataModule(LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader[Example] | list[DataLoader[Example]]:
         """Batches of the validation rows; an empty list without any."""
-        return self._loader("validation") if self.has_validation else []
+        return self._loader("validation") if self.splits.has("validation") else []
 
     def test_dataloader(self) -> DataLoader[Example]:
         """Batches of the test rows."""

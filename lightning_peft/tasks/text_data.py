@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from lightning_peft.tasks.batches import Example, Split, TableDataModule
+from lightning_peft.tasks.batches import Example, TableDataModule
 from lightning_peft.tasks.files import Table
 from lightning_peft.tasks.names import quoted, where
+from lightning_peft.tasks.splits import Split, Splits
 
 Classes = list[str] | list[int]
 
@@ -51,15 +52,10 @@ class TextDataModule(TableDataModule):
         limit_validation: int | None = None,
         validation_fraction: float = 0.1,
     ) -> None:
-        super().__init__(
-            files={"train": train, "validation": validation, "test": test, "predict": predict},
-            limits={"train": limit_train, "validation": limit_validation},
-            tokenizer=tokenizer or model,
-            max_length=max_length,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            validation_fraction=validation_fraction,
-        )
+        files: dict[Split, str | None] = {"train": train, "validation": validation, "test": test, "predict": predict}
+        limits: dict[Split, int | None] = {"train": limit_train, "validation": limit_validation}
+        splits = Splits(files, limits, validation_fraction)
+        super().__init__(splits, tokenizer or model, max_length, batch_size, num_workers)
         self.save_hyperparameters(logger=False)
         self.columns = [text] if isinstance(text, str) else text
         if len(self.columns) not in (1, 2):
@@ -69,7 +65,7 @@ class TextDataModule(TableDataModule):
 
     def ready(self, split: Split) -> bool:
         """Labels can be encoded once the classes are known, or can be read from the train file."""
-        return split in ("train", "predict") or self.classes is not None or self.files["train"] is not None
+        return split in ("train", "predict") or self.classes is not None or self.splits.has("train")
 
     def encode(self, split: Split, table: Table) -> list[Example]:
         """Token ids, attention mask and, unless it is to be predicted, the label's index of each row."""
@@ -83,7 +79,7 @@ class TextDataModule(TableDataModule):
 
     def _indices(self, split: Split, table: Table) -> list[int]:
         if split == "train" or self.classes is None:
-            train = self.file("train")
+            train = self.splits.file("train")
             self._agree(_classes(_labels(train, self.label)), f"the train file {str(train.path)!r}")
         index = {str(name): position for position, name in enumerate(self.classes or ())}
         labels = _labels(table, self.label)
