@@ -6,10 +6,11 @@ from typing import Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_peft.tasks.batches import IGNORED, Example, Split, TableDataModule
+from lightning_peft.tasks.batches import IGNORED, Example, TableDataModule
 from lightning_peft.tasks.files import Table
 from lightning_peft.tasks.models import prompt_ids
-from lightning_peft.tasks.names import quoted
+from lightning_peft.tasks.names import quoted, where
+from lightning_peft.tasks.splits import Split, Splits
 
 PromptStyle = Literal["alpaca", "plain"]
 
@@ -93,15 +94,10 @@ class InstructionDataModule(TableDataModule):
         limit_validation: int | None = None,
         validation_fraction: float = 0.05,
     ) -> None:
-        super().__init__(
-            files={"train": train, "validation": validation, "test": test, "predict": predict},
-            limits={"train": limit_train, "validation": limit_validation},
-            tokenizer=tokenizer or model,
-            max_length=max_length,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            validation_fraction=validation_fraction,
-        )
+        files: dict[Split, str | None] = {"train": train, "validation": validation, "test": test, "predict": predict}
+        limits: dict[Split, int | None] = {"train": limit_train, "validation": limit_validation}
+        splits = Splits(files, limits, validation_fraction)
+        super().__init__(splits, tokenizer or model, max_length, batch_size, num_workers)
         self.save_hyperparameters(logger=False)
         if prompt_style not in _TEMPLATES:
             raise ValueError(f"Got prompt_style={prompt_style!r}, expected 'alpaca' or 'plain'.")
@@ -120,10 +116,10 @@ class InstructionDataModule(TableDataModule):
             responses = self.tokenizer(outputs, add_special_tokens=False, verbose=False)["input_ids"]
             end = [self.tokenizer.eos_token_id]
             rows = [(tokens, response + end) for tokens, response in zip(prompts, responses, strict=True)]
-        kept = [row for row in rows if len(row[0]) < self.max_length]
-        if len(kept) < len(rows):
-            self._report(len(rows) - len(kept), len(rows), table)
-        return [self._example(*row) for row in kept]
+        long = [number for number, row in zip(table.numbers, rows, strict=True) if len(row[0]) >= self.max_length]
+        if long:
+            self._report(split, long, table)
+        return [self._example(*row) for row in rows if len(row[0]) < self.max_length]
 
     def prompts(self, table: Table) -> list[str]:
         """The prompt of each row."""
@@ -146,8 +142,12 @@ class InstructionDataModule(TableDataModule):
             example["labels"] = [IGNORED] * len(tokens) + ids[len(tokens) :]
         return example
 
-    def _report(self, dropped: int, count: int, table: Table) -> None:
-        what = f"The prompts of {dropped} of {count} rows of {str(table.path)!r} fill max_length={self.max_length}"
-        if dropped == count:
+    def _report(self, split: Split, long: list[int], table: Table) -> None:
+        """Drop what cannot be learned from with a warning; but every row to predict has its prediction."""
+        count = len(table.rows)
+        what = f"The prompts of {len(long)} of {count} rows of {str(table.path)!r} fill max_length={self.max_length}"
+        if split == "predict":
+            raise ValueError(f"{what}: {where(long)}. Raise max_length, or shorten the prompts.")
+        if len(long) == count:
             raise ValueError(f"{what}: no row is left. Raise max_length, or shorten the prompts.")
         rank_zero_warn(f"{what} and leave no room for a response: they are dropped. Raise max_length to keep them.")

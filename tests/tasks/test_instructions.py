@@ -91,6 +91,11 @@ def test_prompts_to_continue_have_no_response(decoder_tokenizer: str, write: Wri
     assert sorted(batch) == ["attention_mask", "input_ids"]
     assert batch["input_ids"].tolist() == [[1, 13, 11, 2], [1, 14, 15, 11]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    data = InstructionDataModule(
+        predict=path, tokenizer=decoder_tokenizer, instruction="ask", input=None, prompt_style="plain", max_length=4
+    )
+    with pytest.raises(ValueError, match="1 of 2 rows of .* fill max_length=4: row 2. Raise max_length"):
+        data.setup("predict")
 
 
 def test_a_json_list_and_gzipped_jsonl_give_the_same_rows_and_limits_hold(
@@ -129,8 +134,8 @@ def test_columns_and_styles_are_checked(decoder_tokenizer: str, write: Write) ->
 @pytest.mark.skipif(not (ALPACA.is_dir() and STORIES.is_dir()), reason="the shared data and models are not here")
 def test_real_alpaca_rows_read_back_as_prompt_and_response() -> None:
     files = {"train": str(ALPACA / "train.jsonl.gz"), "validation": str(ALPACA / "dev.jsonl.gz")}
-    data = InstructionDataModule(**files, model=str(STORIES), limit_train=40, limit_validation=5)
-    with pytest.warns(UserWarning, match="of 40 rows"):
+    data = InstructionDataModule(**files, model=str(STORIES), limit_validation=5)
+    with pytest.warns(UserWarning, match="The prompts of 5 of 4500 rows"):
         data.setup("fit")
     tokenizer = build_tokenizer(str(STORIES))
     text = tokenizer.decode([token for token in data.examples("train")[0]["labels"] if token != -100])
