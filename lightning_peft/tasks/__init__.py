@@ -1,6 +1,7 @@
 """Ready LightningModules and DataModules over transformers: pip install "lightning-peft[text]"."""
 
+from lightning_peft.tasks.classification import TextClassification
 from lightning_peft.tasks.instructions import InstructionDataModule
 from lightning_peft.tasks.text_data import TextDataModule
 
-__all__ = ["InstructionDataModule", "TextDataModule"]
+__all__ = ["InstructionDataModule", "TextClassification", "TextDataModule"]
