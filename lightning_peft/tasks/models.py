@@ -64,11 +64,11 @@ def _package_folder(reference: str) -> Path:
         )
     specification = importlib.util.find_spec(name)
     if specification is None or not specification.submodule_search_locations:
-        package = _EXTRAS.get(name, name.replace("_", "-"))
-        raise ModuleNotFoundError(
-            f"{reference!r} needs the Python package {name!r}, which is not installed. "
-            f'Install it with: pip install "{package}"'
+        known = _EXTRAS.get(name)
+        advice = (
+            f'Install it with: pip install "{known}"' if known else "Correct its name, or install what provides it."
         )
+        raise ModuleNotFoundError(f"{reference!r} needs the Python package {name!r}, which is not installed. {advice}")
     folder = Path(next(iter(specification.submodule_search_locations)), inside)
     if not folder.is_dir():
         raise FileNotFoundError(f"The package {name!r} has no folder {inside!r}. {_neighbours(folder)}")
