@@ -1,0 +1,8 @@
+"""Ready LightningModules and DataModules over transformers: pip install "lightning-peft[text]"."""
+
+from lightning_peft.tasks.causal_lm import CausalLM
+from lightning_peft.tasks.classification import TextClassification
+from lightning_peft.tasks.instructions import InstructionDataModule
+from lightning_peft.tasks.text_data import TextDataModule
+
+__all__ = ["CausalLM", "InstructionDataModule", "TextClassification", "TextDataModule"]

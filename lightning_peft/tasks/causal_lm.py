@@ -1,0 +1,178 @@
+"""A transformers decoder that continues text, as a LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric, MetricCollection
+
+from lightning_peft.tasks.batches import IGNORED, Collator
+from lightning_peft.tasks.models import build_model, build_tokenizer, prompt_ids
+from lightning_peft.tasks.optimization import adamw, check_optimization
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Perplexity(MeanMetric):
+    """exp of the mean loss per token, over all batches."""
+
+    def compute(self) -> Tensor:
+        """The perplexity so far."""
+        mean: Tensor = super().compute()
+        return mean.exp()
+
+
+class CausalLM(LightningModule):
+    """Predicts each next token; logs the loss, and in validation and test also ``val_perplexity`` and the like.
+
+    Validation and test losses are means over tokens, whatever the batches. Labels of -100 do not count. Give exactly
+    one of ``model`` and ``config``; the network is built in train mode.
+
+    Args:
+        model: Pretrained model: a folder, package:name/folder in an installed Python package, or a hub name.
+        config: Settings of a model with random weights, with its model_type.
+        tokenizer: Where generate finds its tokenizer, in the same forms; by default the data's or the model's.
+        max_new_tokens: Longest continuation in tokens.
+        learning_rate: Highest learning rate.
+        weight_decay: Decoupled weight decay of AdamW.
+        warmup_fraction: Share of all steps in which the learning rate grows.
+        schedule: What the learning rate does after the warm-up.
+        dtype: Data type of the weights; auto keeps that of the pretrained file.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        config: dict[str, Any] | None = None,
+        tokenizer: str | None = None,
+        max_new_tokens: int = 64,
+        learning_rate: float = 5e-4,
+        weight_decay: float = 0.0,
+        warmup_fraction: float = 0.06,
+        schedule: Literal["linear", "cosine", "constant"] = "linear",
+        dtype: Literal["auto", "bfloat16", "float16", "float32"] = "float32",
+    ) -> None:
+        super().__init__()
+        check_optimization(learning_rate, weight_decay, warmup_fraction)
+        self.save_hyperparameters()
+        self.network = build_model("AutoModelForCausalLM", model, config, dtype)
+        metrics = MetricCollection({"loss": MeanMetric(), "perplexity": Perplexity()})
+        self.val_metrics = metrics.clone(prefix="val_")
+        self.test_metrics = metrics.clone(prefix="test_")
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of ``generate``, loaded on first use."""
+        reference = self.hparams["tokenizer"] or self.hparams["model"]
+        if reference is None:
+            raise ValueError("Got neither model nor tokenizer, so text cannot be read. Give CausalLM a tokenizer.")
+        return build_tokenizer(reference)
+
+    def setup(self, stage: str) -> None:
+        """Take the tokenizer of the data, unless one was named."""
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is not None and self.hparams["tokenizer"] is None:
+            self.tokenizer = tokenizer
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        """Logits of the token after each.
+
+        Args:
+            batch: ``input_ids`` and ``attention_mask``; anything else is ignored.
+
+        Shape:
+            (batch, tokens, vocabulary)
+        """
+        logits: Tensor = self.network(**_inputs(batch), use_cache=False).logits
+        return logits
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        """Mean cross entropy of the labelled tokens."""
+        loss, _ = self._loss(batch)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        """Log loss and perplexity."""
+        self._evaluate(self.val_metrics, batch)
+
+    def test_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        """Log loss and perplexity."""
+        self._evaluate(self.test_metrics, batch)
+
+    def _evaluate(self, metrics: MetricCollection, batch: dict[str, Tensor]) -> None:
+        metrics.update(*self._loss(batch))
+        self.log_dict(metrics, prog_bar=True)
+
+    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        targets = batch["labels"][:, 1:].flatten()
+        logits = self(**batch)[:, :-1].flatten(0, 1).float()
+        count = (targets != IGNORED).sum()
+        total = cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        return total / count.clamp(min=1), count
+
+    def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> list[str]:
+        """The continuation of each prompt."""
+        return self.generate(batch)
+
+    @torch.no_grad()
+    def generate(self, prompts: str | list[str] | Mapping[str, Tensor], **settings: object) -> list[str]:
+        """Continue prompts, without dropout; greedily unless the settings say otherwise.
+
+        Args:
+            prompts: Texts, or a batch with ``input_ids`` and ``attention_mask``, padded on either side.
+            settings: Of transformers' ``generate``, such as ``do_sample=True``.
+
+        Returns:
+            The new text of each prompt, without the prompt.
+        """
+        if not isinstance(prompts, Mapping):
+            prompts = _prompt_batch(self.tokenizer, [prompts] if isinstance(prompts, str) else prompts)
+        inputs = {name: value.to(self.device) for name, value in _left_padded(_inputs(prompts)).items()}
+        defaults = {"max_new_tokens": self.hparams["max_new_tokens"], "do_sample": False}
+        defaults |= {"pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": self.tokenizer.eos_token_id}
+        network: Any = self.network
+        with _evaluating(network):
+            tokens = network.generate(**inputs, **(defaults | settings))
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return texts
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW over what requires a gradient, with the schedule."""
+        names = ("learning_rate", "weight_decay", "warmup_fraction", "schedule")
+        return adamw(self, **{name: self.hparams[name] for name in names})
+
+
+def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def _prompt_batch(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> dict[str, Tensor]:
+    rows = prompt_ids(tokenizer, texts)
+    return Collator(tokenizer)([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows])
+
+
+def _left_padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    order = batch["attention_mask"].argsort(dim=1, stable=True)
+    return {name: value.gather(1, order) for name, value in batch.items()}
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

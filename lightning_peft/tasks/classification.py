@@ -1,0 +1,137 @@
+"""A transformers classifier of text as a LightningModule."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from lightning_peft.tasks.models import build_model
+from lightning_peft.tasks.names import quoted
+from lightning_peft.tasks.optimization import adamw, check_optimization
+
+
+class TextClassification(LightningModule):
+    """Classifies texts or pairs of texts; logs loss, accuracy and macro F1 as ``val_accuracy`` and the like.
+
+    Give exactly one of ``model`` and ``config``. The network is built in train mode (transformers loads in eval mode
+    and Lightning does not change that), its new layers from torch's global generator, which ``seed_everything`` seeds.
+
+    Args:
+        model: Pretrained model: a folder, package:name/folder in an installed Python package, or a hub name.
+        config: Settings of a model with random weights, with its model_type.
+        num_classes: Number of different labels.
+        learning_rate: Highest learning rate.
+        weight_decay: Decoupled weight decay of AdamW.
+        warmup_fraction: Share of all steps in which the learning rate grows.
+        schedule: What the learning rate does after the warm-up.
+        dtype: Data type of the weights; auto keeps that of the pretrained file.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        config: dict[str, Any] | None = None,
+        *,
+        num_classes: int,
+        learning_rate: float = 5e-4,
+        weight_decay: float = 0.0,
+        warmup_fraction: float = 0.06,
+        schedule: Literal["linear", "cosine", "constant"] = "linear",
+        dtype: Literal["auto", "bfloat16", "float16", "float32"] = "float32",
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"Got num_classes={num_classes}, expected 2 or more, one for each label of the data.")
+        check_optimization(learning_rate, weight_decay, warmup_fraction)
+        self.save_hyperparameters()
+        problem = {"num_labels": num_classes, "problem_type": "single_label_classification"}
+        self.network = build_model("AutoModelForSequenceClassification", model, config, dtype, **problem)
+        self.has_token_types = "token_type_ids" in inspect.signature(self.network.forward).parameters
+        self.classes: list[str] | list[int] | None = None
+        metrics = MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+                "macro_f1": MulticlassF1Score(num_classes, average="macro"),
+            }
+        )
+        self.val_metrics = metrics.clone(prefix="val_")
+        self.test_metrics = metrics.clone(prefix="test_")
+
+    def setup(self, stage: str) -> None:
+        """Check the data's classes, and pad as its tokenizer does.
+
+        Args:
+            stage: The Trainer's.
+
+        Raises:
+            ValueError: If the data has another number of classes.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        classes = getattr(data, "classes", None)
+        num_classes = self.hparams["num_classes"]
+        if classes is not None and len(classes) != num_classes:
+            raise ValueError(
+                f"Got num_classes={num_classes}, but the data has {len(classes)} classes: {quoted(classes)}. "
+                f"Set num_classes={len(classes)}."
+            )
+        tokenizer = getattr(data, "tokenizer", None)
+        if tokenizer is not None:
+            self.network.config.pad_token_id = tokenizer.pad_token_id  # decoders find the last token by it
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        """Logits, one row per text.
+
+        Args:
+            batch: What the tokenizer returned. Labels are ignored.
+
+        Shape:
+            (batch, classes)
+        """
+        ignored = {"labels"} if self.has_token_types else {"labels", "token_type_ids"}
+        logits: Tensor = self.network(**{name: batch[name] for name in batch if name not in ignored}).logits
+        return logits
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        """Cross entropy."""
+        loss = cross_entropy(self(**batch).float(), batch["labels"])
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        """Log loss and metrics."""
+        self._evaluate("val", self.val_metrics, batch)
+
+    def test_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        """Log loss and metrics."""
+        self._evaluate("test", self.test_metrics, batch)
+
+    def _evaluate(self, name: str, metrics: MetricCollection, batch: dict[str, Tensor]) -> None:
+        labels = batch["labels"]
+        logits = self(**batch).float()
+        metrics.update(logits, labels)
+        loss = cross_entropy(logits, labels)
+        self.log(f"{name}_loss", loss, prog_bar=True, batch_size=len(labels), sync_dist=True)
+        self.log_dict(metrics, prog_bar=True, batch_size=len(labels))
+
+    def on_predict_start(self) -> None:
+        """Take the names of the classes, which a checkpoint may have brought."""
+        self.classes = getattr(getattr(self.trainer, "datamodule", None), "classes", None)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Any]:
+        """The most likely class of each text, by name if the data knows it, and the probabilities of all classes."""
+        probabilities = self(**batch).float().softmax(dim=-1)
+        indices = probabilities.argmax(dim=-1).tolist()
+        labels = indices if self.classes is None else [self.classes[index] for index in indices]
+        return {"labels": labels, "probabilities": probabilities}
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW over what requires a gradient, with the schedule."""
+        names = ("learning_rate", "weight_decay", "warmup_fraction", "schedule")
+        return adamw(self, **{name: self.hparams[name] for name in names})

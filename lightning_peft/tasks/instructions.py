@@ -1,0 +1,153 @@
+"""Instructions with responses in the format of Alpaca (https://github.com/tatsu-lab/stanford_alpaca)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_peft.tasks.batches import IGNORED, Example, TableDataModule
+from lightning_peft.tasks.files import Table
+from lightning_peft.tasks.models import prompt_ids
+from lightning_peft.tasks.names import quoted, where
+from lightning_peft.tasks.splits import Split, Splits
+
+PromptStyle = Literal["alpaca", "plain"]
+
+_NO_INPUT = {"", "no input", "<noinput>"}
+_TEMPLATES: dict[PromptStyle, tuple[str, str]] = {  # without and with an input
+    "alpaca": (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Response:",
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:",
+    ),
+    "plain": ("{instruction}\n", "{instruction}\n{input}\n"),
+}
+
+
+def prompt(instruction: str, context: str = "", style: PromptStyle = "alpaca") -> str:
+    r"""The text before a response.
+
+    Args:
+        instruction: What to do.
+        context: What to do it with; "", "No input" and "<noinput>" mean nothing.
+        style: ``alpaca`` wraps both as Stanford's Alpaca did, ``plain`` ends each with a line break.
+
+    Example:
+        >>> prompt("Translate to French.", "Hello", style="plain")
+        'Translate to French.\nHello\n'
+        >>> prompt("Tell a story.", "<noinput>", style="plain")
+        'Tell a story.\n'
+    """
+    alone, paired = _TEMPLATES[style]
+    if context.strip().lower() in _NO_INPUT:
+        return alone.format(instruction=instruction)
+    return paired.format(instruction=instruction, input=context)
+
+
+class InstructionDataModule(TableDataModule):
+    """Instructions with responses from JSON, JSONL, CSV or TSV files, plain or gzipped (.gz).
+
+    A row is the prompt's tokens, the response's and the end token. Only the latter two carry labels; the prompt's are
+    -100. Prompt and response are tokenised apart, so a prompt has the same tokens in training and in generation.
+
+    Args:
+        train: File to train on.
+        validation: File to validate on. Without one, a share of the train file is held out.
+        test: File to test on.
+        predict: File with prompts to continue; it needs no responses.
+        instruction: Column of the instruction.
+        input: Column of the instruction's input, whose values may be missing; null if there is none.
+        output: Column of the response.
+        prompt_style: alpaca wraps instruction and input in Alpaca's text, plain joins them by line breaks.
+        model: The model whose tokenizer to use: a folder, package:name/folder, or a hub name.
+        tokenizer: Another tokenizer than the model's, in the same forms.
+        max_length: Longest row in tokens; longer responses are cut, rows whose prompt leaves no room are dropped.
+        batch_size: Rows per batch.
+        num_workers: Processes that build batches.
+        limit_train: Train on the first rows only, for a quick trial.
+        limit_validation: Validate on the first rows only.
+        validation_fraction: Share of the train file to validate on when there is no validation file; 0 for none.
+    """
+
+    padding_side = "right"
+
+    def __init__(
+        self,
+        train: str | None = None,
+        validation: str | None = None,
+        test: str | None = None,
+        predict: str | None = None,
+        instruction: str = "instruction",
+        input: str | None = "input",
+        output: str = "output",
+        prompt_style: Literal["alpaca", "plain"] = "alpaca",
+        model: str | None = None,
+        tokenizer: str | None = None,
+        max_length: int = 512,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        limit_train: int | None = None,
+        limit_validation: int | None = None,
+        validation_fraction: float = 0.05,
+    ) -> None:
+        files: dict[Split, str | None] = {"train": train, "validation": validation, "test": test, "predict": predict}
+        limits: dict[Split, int | None] = {"train": limit_train, "validation": limit_validation}
+        splits = Splits(files, limits, validation_fraction)
+        super().__init__(splits, tokenizer or model, max_length, batch_size, num_workers)
+        self.save_hyperparameters(logger=False)
+        if prompt_style not in _TEMPLATES:
+            raise ValueError(f"Got prompt_style={prompt_style!r}, expected 'alpaca' or 'plain'.")
+        self.instruction = instruction
+        self.input = input
+        self.output = output
+        self.prompt_style: PromptStyle = prompt_style
+
+    def encode(self, split: Split, table: Table) -> list[Example]:
+        """Token ids, attention mask and, unless it is to be predicted, labels of each row that fits."""
+        prompts = prompt_ids(self.tokenizer, self.prompts(table))
+        if split == "predict":
+            rows: list[tuple[list[int], list[int]]] = [(tokens, []) for tokens in prompts]
+        else:
+            outputs = table.texts(self.output, blank=True)
+            responses = self.tokenizer(outputs, add_special_tokens=False, verbose=False)["input_ids"]
+            end = [self.tokenizer.eos_token_id]
+            rows = [(tokens, response + end) for tokens, response in zip(prompts, responses, strict=True)]
+        long = [number for number, row in zip(table.numbers, rows, strict=True) if len(row[0]) >= self.max_length]
+        if long:
+            self._report(split, long, table)
+        return [self._example(*row) for row in rows if len(row[0]) < self.max_length]
+
+    def prompts(self, table: Table) -> list[str]:
+        """The prompt of each row."""
+        instructions = table.texts(self.instruction)
+        if self.input is None:
+            contexts = [""] * len(instructions)
+        elif self.input in table.rows[0]:
+            contexts = table.texts(self.input, blank=True)
+        else:
+            raise ValueError(
+                f"{str(table.path)!r} has no column {self.input!r}. Its columns: {quoted(table.rows[0])}. "
+                "Set input to the column of the instruction's input, or to null if there is none."
+            )
+        return [prompt(*pair, self.prompt_style) for pair in zip(instructions, contexts, strict=True)]
+
+    def _example(self, tokens: list[int], response: list[int]) -> Example:
+        ids = (tokens + response)[: self.max_length]
+        example = {"input_ids": ids, "attention_mask": [1] * len(ids)}
+        if response:
+            example["labels"] = [IGNORED] * len(tokens) + ids[len(tokens) :]
+        return example
+
+    def _report(self, split: Split, long: list[int], table: Table) -> None:
+        """Drop what cannot be learned from with a warning; but every row to predict has its prediction."""
+        count = len(table.rows)
+        what = f"The prompts of {len(long)} of {count} rows of {str(table.path)!r} fill max_length={self.max_length}"
+        if split == "predict":
+            raise ValueError(f"{what}: {where(long)}. Raise max_length, or shorten the prompts.")
+        if len(long) == count:
+            raise ValueError(f"{what}: no row is left. Raise max_length, or shorten the prompts.")
+        rank_zero_warn(f"{what} and leave no room for a response: they are dropped. Raise max_length to keep them.")

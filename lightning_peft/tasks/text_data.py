@@ -1,0 +1,139 @@
+"""Tables of labelled text, one text or a pair per row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from lightning_peft.tasks.batches import Example, TableDataModule
+from lightning_peft.tasks.files import Table
+from lightning_peft.tasks.names import quoted, where
+from lightning_peft.tasks.splits import Split, Splits
+
+Classes = list[str] | list[int]
+
+
+class TextDataModule(TableDataModule):
+    """Rows of text with a label, from CSV, TSV, JSONL or JSON files, plain or gzipped (.gz).
+
+    The labels of the train file, sorted, are the `classes`; checkpoints keep them, so that a prediction has names.
+
+    Args:
+        train: File to train on; its labels are the classes.
+        validation: File to validate on. Without one, a share of the train file is held out.
+        test: File to test on.
+        predict: File to predict; it needs no labels.
+        text: Column of the text, or a list of two columns for pairs of sentences.
+        label: Column of the label: strings or whole numbers.
+        model: The model whose tokenizer to use: a folder, package:name/folder, or a hub name.
+        tokenizer: Another tokenizer than the model's, in the same forms.
+        max_length: Longest row in tokens; longer ones are cut.
+        batch_size: Rows per batch.
+        num_workers: Processes that build batches.
+        limit_train: Train on the first rows only, for a quick trial.
+        limit_validation: Validate on the first rows only.
+        validation_fraction: Share of the train file to validate on when there is no validation file; 0 for none.
+    """
+
+    def __init__(
+        self,
+        train: str | None = None,
+        validation: str | None = None,
+        test: str | None = None,
+        predict: str | None = None,
+        text: str | list[str] = "text",
+        label: str = "label",
+        model: str | None = None,
+        tokenizer: str | None = None,
+        max_length: int = 128,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        limit_train: int | None = None,
+        limit_validation: int | None = None,
+        validation_fraction: float = 0.1,
+    ) -> None:
+        files: dict[Split, str | None] = {"train": train, "validation": validation, "test": test, "predict": predict}
+        limits: dict[Split, int | None] = {"train": limit_train, "validation": limit_validation}
+        splits = Splits(files, limits, validation_fraction)
+        super().__init__(splits, tokenizer or model, max_length, batch_size, num_workers)
+        self.save_hyperparameters(logger=False)
+        self.columns = [text] if isinstance(text, str) else text
+        if len(self.columns) not in (1, 2):
+            raise ValueError(f"Got text={text!r}, expected one column or a list of two.")
+        self.label = label
+        self.classes: Classes | None = None
+
+    def ready(self, split: Split) -> bool:
+        """Labels can be encoded once the classes are known, or can be read from the train file."""
+        return split in ("train", "predict") or self.classes is not None or self.splits.has("train")
+
+    def encode(self, split: Split, table: Table) -> list[Example]:
+        """Token ids, attention mask and, unless it is to be predicted, the label's index of each row."""
+        texts = [table.texts(column) for column in self.columns]
+        labels = [] if split == "predict" else self._indices(split, table)
+        tokens = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
+        examples = [{name: tokens[name][row] for name in tokens} for row in range(len(table.rows))]
+        for example, index in zip(examples, labels, strict=False):
+            example["labels"] = index
+        return examples
+
+    def _indices(self, split: Split, table: Table) -> list[int]:
+        if split == "train" or self.classes is None:
+            train = self.splits.file("train")
+            self._agree(_classes(_labels(train, self.label)), f"the train file {str(train.path)!r}")
+        index = {str(name): position for position, name in enumerate(self.classes or ())}
+        labels = _labels(table, self.label)
+        for label, number in zip(labels, table.numbers, strict=True):
+            if label not in index:
+                raise ValueError(
+                    f"Row {number} of {str(table.path)!r} has the label {label!r}, which the train file does not have. "
+                    f"Known labels: {quoted(index)}. Correct the row, or add such rows to the train file."
+                )
+        return [index[label] for label in labels]
+
+    def _agree(self, classes: Classes, source: str) -> None:
+        if self.classes not in (None, classes):
+            raise ValueError(
+                f"{source} has the classes {quoted(classes)}, but {quoted(self.classes or ())} are in use already. "
+                "A trained classifier keeps its classes: use the train file and the checkpoint that belong together."
+            )
+        self.classes = classes
+
+    def state_dict(self) -> dict[str, Any]:
+        """The classes."""
+        return {"classes": self.classes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the classes of a checkpoint.
+
+        Args:
+            state_dict: As `state_dict` returned it.
+
+        Raises:
+            ValueError: If the train file has others.
+        """
+        if state_dict["classes"] is not None:
+            self._agree(state_dict["classes"], "The checkpoint")
+
+
+def _labels(table: Table, column: str) -> list[str]:
+    values = table.values(column)
+    wrong = [
+        number
+        for number, value in zip(table.numbers, values, strict=True)
+        if not isinstance(value, (str, int)) or not str(value).strip()
+    ]
+    if wrong:
+        raise ValueError(
+            f"Column {column!r} of {str(table.path)!r} holds no string or whole number in {where(wrong)}. "
+            "Give every row a label."
+        )
+    return [str(value) for value in values]
+
+
+def _classes(labels: Iterable[str]) -> Classes:
+    """Whole numbers in order if all labels are, else strings in order: the same for a CSV and a JSONL file."""
+    names = set(labels)
+    if all(name.removeprefix("-").isdecimal() and str(int(name)) == name for name in names):
+        return sorted(map(int, names))
+    return sorted(names)

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import LightningDataModule, Trainer, seed_everything
+from torch.nn.functional import cross_entropy
+
+from lightning_peft.tasks import CausalLM, InstructionDataModule
+
+Write = Callable[..., str]
+STORIES = Path(__file__).parents[2].parent / "shared" / "models" / "stories260K"
+
+
+def trainer(folder: Path, **settings: Any) -> Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    return Trainer(accelerator="cpu", default_root_dir=folder, enable_checkpointing=False, **quiet, **settings)
+
+
+@pytest.fixture
+def facts(decoder_tokenizer: str, write: Write) -> LightningDataModule:
+    """Two facts to learn by heart, and their questions."""
+    pairs = [("name one", "red film good"), ("name two", "blue"), ("name a", "bad plot")]
+    path = write("t.jsonl", [{"instruction": question, "output": answer} for question, answer in pairs])
+    files = {"train": path, "validation": path, "test": path, "predict": path}
+    settings = {"input": None, "prompt_style": "plain", "batch_size": 2, "max_length": 99}
+    return InstructionDataModule(**files, tokenizer=decoder_tokenizer, **settings)
+
+
+def test_facts_are_learned_by_heart_and_generated(
+    tmp_path: Path, llama: dict[str, Any], facts: LightningDataModule
+) -> None:
+    seed_everything(1, verbose=False)
+    module = CausalLM(config=llama, learning_rate=1e-2, max_new_tokens=6)
+    training = trainer(tmp_path, max_epochs=40, check_val_every_n_epoch=40)
+    training.fit(module, facts)
+    assert set(training.callback_metrics) == {"train_loss", "val_loss", "val_perplexity"}
+    assert training.callback_metrics["val_loss"] < 0.05
+    predictions = trainer(tmp_path).predict(module, facts)
+    assert predictions == [["red film good", "blue"], ["bad plot"]]
+    assert module.generate("name two") == ["blue"]
+    assert module.generate(["name two", "name one"], max_new_tokens=1) == ["blue", "red"]
+
+
+def test_losses_are_means_over_tokens_whatever_the_batches(
+    tmp_path: Path, llama: dict[str, Any], facts: LightningDataModule
+) -> None:
+    module = CausalLM(config=llama)
+    (results,) = trainer(tmp_path).test(module, facts, verbose=False)
+    losses = []
+    for row in facts.examples("test"):
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        with torch.no_grad():
+            logits = module.eval().network(input_ids=ids).logits[0]
+        losses += cross_entropy(logits[:-1], labels[1:], reduction="none", ignore_index=-100)[
+            labels[1:] != -100
+        ].tolist()
+    assert len(losses) == 4 + 2 + 3  # each answer and its end token
+    assert results["test_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert results["test_perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+
+
+def test_two_steps_train_every_parameter(tmp_path: Path, llama: dict[str, Any], facts: LightningDataModule) -> None:
+    module = CausalLM(config=llama)
+    before = {name: value.clone() for name, value in module.network.named_parameters()}
+    trainer(tmp_path, max_steps=2).fit(module, facts)
+    assert not [name for name, value in module.network.named_parameters() if torch.equal(value, before[name])]
+
+
+def test_a_batch_without_labelled_tokens_has_loss_zero(llama: dict[str, Any]) -> None:
+    ids = torch.tensor([[1, 5, 6]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, -100)}
+    assert CausalLM(config=llama)._loss(batch)[0] == 0
+
+
+def test_generation_does_not_depend_on_the_side_of_padding_and_restores_modes(
+    llama: dict[str, Any], decoder_tokenizer: str
+) -> None:
+    seed_everything(5, verbose=False)
+    module = CausalLM(config=llama, tokenizer=decoder_tokenizer, max_new_tokens=5)
+    module.network.model.norm.eval()
+    right = {"input_ids": torch.tensor([[1, 7, 2, 2], [1, 7, 8, 9]])}
+    right["attention_mask"] = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    left = {"input_ids": torch.tensor([[2, 2, 1, 7], [1, 7, 8, 9]])}
+    left["attention_mask"] = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    alone = {name: value[:1, :2] for name, value in right.items()}
+    texts = module.generate(right)
+    assert texts == module.generate(left)
+    assert texts[:1] == module.generate(alone) == module.generate("film")
+    assert [name for name, part in module.network.named_modules() if not part.training] == ["model.norm"]
+
+
+def test_text_needs_a_tokenizer(llama: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="neither model nor tokenizer, so text cannot be read. Give CausalLM"):
+        CausalLM(config=llama).generate("name")
+    with pytest.raises(ValueError, match="expected exactly one of the two"):
+        CausalLM()
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="the shared models are not here")
+def test_a_real_model_tells_a_story() -> None:
+    (story,) = CausalLM(str(STORIES)).generate("Once upon a time", max_new_tokens=12)
+    assert "there was a" in story
