@@ -74,15 +74,11 @@ class TableDataModule(LightningDataModule, ABC):
         self, splits: Splits, tokenizer: str | None, max_length: int, batch_size: int, num_workers: int
     ) -> None:
         super().__init__()
-        if tokenizer is None:
-            raise ValueError(
-                "Got neither model nor tokenizer, expected one of them. Give the model whose tokenizer to use."
-            )
         for name, count in {"max_length": max_length, "batch_size": batch_size}.items():
             if count < 1:
                 raise ValueError(f"Got {name}={count}, expected 1 or more.")
         self.splits = splits
-        self.reference = tokenizer
+        self.reference = tokenizer  # None: that of the model that the Trainer trains
         self.max_length = max_length
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -95,10 +91,17 @@ class TableDataModule(LightningDataModule, ABC):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, loaded on first use."""
-        tokenizer = build_tokenizer(self.reference, self.padding_side)
+        trained = getattr(self.trainer, "lightning_module", None)
+        reference = self.reference or getattr(trained, "hparams", {}).get("model")
+        if reference is None:
+            raise ValueError(
+                "Got neither model nor tokenizer, and the module that is trained names no model either. Give the data "
+                "the model whose tokenizer to use."
+            )
+        tokenizer = build_tokenizer(reference, self.padding_side)
         if self.max_length > tokenizer.model_max_length:
             raise ValueError(
-                f"Got max_length={self.max_length}, but the model of {self.reference!r} takes at most "
+                f"Got max_length={self.max_length}, but the model of {reference!r} takes at most "
                 f"{tokenizer.model_max_length} tokens. Lower max_length."
             )
         return tokenizer

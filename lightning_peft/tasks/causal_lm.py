@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from lightning_peft.tasks.batches import IGNORED, Collator
 from lightning_peft.tasks.models import build_model, build_tokenizer, prompt_ids
 from lightning_peft.tasks.optimization import adamw, check_optimization
+from lightning_peft.wiring import KEY, inject_from_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -146,6 +147,11 @@ class CausalLM(LightningModule):
         new = tokens[:, inputs["input_ids"].shape[1] :]
         texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return texts
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the adapters of a checkpoint that holds adapters only, so that ``load_from_checkpoint`` reads it."""
+        if KEY in checkpoint:
+            inject_from_checkpoint(self, checkpoint)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over what requires a gradient, with the schedule."""

@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from lightning_peft.tasks.models import build_model
 from lightning_peft.tasks.names import quoted
 from lightning_peft.tasks.optimization import adamw, check_optimization
+from lightning_peft.wiring import KEY, inject_from_checkpoint
 
 
 class TextClassification(LightningModule):
@@ -130,6 +131,11 @@ class TextClassification(LightningModule):
         indices = probabilities.argmax(dim=-1).tolist()
         labels = indices if self.classes is None else [self.classes[index] for index in indices]
         return {"labels": labels, "probabilities": probabilities}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the adapters of a checkpoint that holds adapters only, so that ``load_from_checkpoint`` reads it."""
+        if KEY in checkpoint:
+            inject_from_checkpoint(self, checkpoint)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over what requires a gradient, with the schedule."""

@@ -63,7 +63,8 @@ class InstructionDataModule(TableDataModule):
         input: Column of the instruction's input, whose values may be missing; null if there is none.
         output: Column of the response.
         prompt_style: alpaca wraps instruction and input in Alpaca's text, plain joins them by line breaks.
-        model: The model whose tokenizer to use: a folder, package:name/folder, or a hub name.
+        model: The model whose tokenizer to use: a folder, package:name/folder, or a hub name; by default the one that
+            is trained.
         tokenizer: Another tokenizer than the model's, in the same forms.
         max_length: Longest row in tokens; longer responses are cut, rows whose prompt leaves no room are dropped.
         batch_size: Rows per batch.

@@ -25,7 +25,8 @@ class TextDataModule(TableDataModule):
         predict: File to predict; it needs no labels.
         text: Column of the text, or a list of two columns for pairs of sentences.
         label: Column of the label: strings or whole numbers.
-        model: The model whose tokenizer to use: a folder, package:name/folder, or a hub name.
+        model: The model whose tokenizer to use: a folder, package:name/folder, or a hub name; by default the one that
+            is trained.
         tokenizer: Another tokenizer than the model's, in the same forms.
         max_length: Longest row in tokens; longer ones are cut.
         batch_size: Rows per batch.
