@@ -111,18 +111,20 @@ class LLaMAAdapterPrompt(Adapter):
 
     def _prompted(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """tanh(gate) softmax(q K^T) V for q (batch, heads, tokens, size), K and V (length, kv_heads * size)."""
-        heads, size = query.shape[1], query.shape[-1]
-        if heads != len(self.gate):
+        heads, size = len(self.gate), query.shape[-1]
+        key, value = (x.view(len(x), -1, size).transpose(0, 1).to(query.dtype) for x in (key, value))
+        groups = heads // len(key)
+        if query.shape[1:3] == (len(key), groups):  # one token, the query heads of a group passed as its tokens
+            return self._prompted_heads(query.reshape(len(query), heads, -1, size), key, value, scale).view_as(query)
+        if query.shape[1] != heads:
             raise ValueError(
-                f"The attention call has {heads} heads, the adapter {len(self.gate)} gates; give heads=...."
+                f"The attention call has {query.shape[1]} heads, the adapter {heads} gates; give heads=...."
             )
-        key, value = (_by_head(t, heads, size).to(query.dtype) for t in (key, value))
-        scores = query @ key.mT * (size**-0.5 if scale is None else scale)
+        return self._prompted_heads(query, key, value, scale)
+
+    def _prompted_heads(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """The same for q with all its heads, K and V (kv_heads, length, size)."""
+        key, value = (x.repeat_interleave(query.shape[1] // len(x), 0) for x in (key, value))
+        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
         weights = torch.tanh(self.gate)[:, None, None] * scores.softmax(-1, dtype=torch.float32)
         return weights.to(query.dtype) @ value
-
-
-def _by_head(x: Tensor, heads: int, size: int) -> Tensor:
-    """(length, kv_heads * size) -> (heads, length, size), each group's repeated for its query heads."""
-    x = x.view(len(x), -1, size).transpose(0, 1)
-    return x.repeat_interleave(heads // len(x), 0)

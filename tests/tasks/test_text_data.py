@@ -141,7 +141,7 @@ def test_predicting_needs_no_labels_and_takes_the_classes_of_a_checkpoint(
 
 def test_settings_and_files_that_are_missing_are_named(encoder_tokenizer: str, reviews: str) -> None:
     with pytest.raises(ValueError, match="neither model nor tokenizer"):
-        TextDataModule(reviews).tokenizer
+        _ = TextDataModule(reviews).tokenizer
     with pytest.raises(ValueError, match="batch_size=0, expected 1 or more"):
         TextDataModule(reviews, tokenizer=encoder_tokenizer, batch_size=0)
     with pytest.raises(ValueError, match="limit_train=0, expected 1 or more"):

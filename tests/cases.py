@@ -1,0 +1,42 @@
+"""The table that every law runs over: methods x models, with what each claims."""
+
+from dataclasses import dataclass
+
+from models import MODELS
+
+import lightning_peft as lp
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    methods: tuple[lp.Method, ...]
+    starts_at_base: bool = True
+    mergeable: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.model}-{'+'.join(type(m).__name__ for m in self.methods)}"
+
+
+def methods_for(model: str) -> list[Case]:
+    bias = {"add_missing": model == "llama"}
+    prompt = {"targets": ["trunk"], "embeddings": "embed"} if model == "plain" else {}
+    return [
+        Case(model, (lp.LoRA(rank=4, alpha=6),)),
+        Case(model, (lp.LoRA(rank=3, targets=["all-linear"]),)),
+        Case(model, (lp.LLaMAAdapter(length=3, layers=2),), mergeable=False),
+        Case(model, (lp.PromptTuning(length=3, **prompt),), starts_at_base=False, mergeable=False),
+        Case(model, (lp.BitFit(**bias),)),
+        Case(model, (lp.FullFineTuning(),)),
+        Case(model, (lp.OutputLayers(),)),
+        Case(model, (lp.LastLayers(count=2),)),
+        Case(
+            model,
+            (lp.LoRA(rank=4), lp.LLaMAAdapter(length=3), lp.PromptTuning(length=2, **prompt), lp.OutputLayers()),
+            starts_at_base=False,
+            mergeable=False,
+        ),
+    ]
+
+
+CASES = [case for model in MODELS for case in methods_for(model)]

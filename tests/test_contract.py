@@ -1,0 +1,222 @@
+"""The laws that every method obeys on every model."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES
+from models import MODELS, logits, tokens
+from torch import nn
+
+import lightning_peft as lp
+
+CAUSAL = [case for case in CASES if case.model in ("llama", "gpt2")]
+TRANSFORMERS = [case for case in CASES if case.model != "plain"]
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request):
+    return request.param
+
+
+def adapted(case):
+    torch.manual_seed(1)
+    return lp.inject(MODELS[case.model](), list(case.methods))
+
+
+def disturb(model):
+    """Give every trained tensor values that matter."""
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with torch.no_grad():
+                parameter.add_(torch.randn_like(parameter), alpha=0.3 if ".peft." in name else 0.05)
+    return model
+
+
+@torch.no_grad()
+def run(model, **kwargs):
+    return logits(model(tokens(), **kwargs))
+
+
+def test_base_keys_stay_and_a_base_state_loads_after_injection(case):
+    base, model = MODELS[case.model](), adapted(case)
+    assert base.state_dict().keys() <= model.state_dict().keys()
+    result = model.load_state_dict(base.state_dict(), strict=False)
+    assert not result.unexpected_keys
+    assert all(".peft." in key for key in result.missing_keys)
+    assert all(isinstance(new, type(old)) for old, new in zip(base.modules(), _base_modules(model), strict=True))
+
+
+def _base_modules(model):
+    return [m for name, m in model.named_modules() if ".peft" not in f".{name}"]
+
+
+def test_step_0_is_the_base_bit_for_bit(case):
+    same = torch.equal(run(adapted(case)), run(MODELS[case.model]()))
+    assert same == case.starts_at_base
+
+
+def test_trained_values_matter_and_both_modes_agree(case):
+    model = disturb(adapted(case))
+    y = run(model)
+    assert (y - run(MODELS[case.model]())).abs().max() > 1e-4
+    torch.testing.assert_close(run(model.train()), y, atol=1e-5, rtol=1e-5)
+
+
+def test_detach_restores_the_base(case):
+    base, model = MODELS[case.model](), adapted(case)
+    required = [p.requires_grad for p in base.parameters()]
+    lp.detach(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
+    assert [p.requires_grad for p in model.parameters()] == required
+    assert torch.equal(run(model), run(base))
+
+
+def test_merge_equals_live_or_refuses_untouched(case):
+    model = disturb(adapted(case))
+    y, before = run(model), copy.deepcopy(model.state_dict())
+    if not case.mergeable:
+        with pytest.raises(TypeError, match="cannot be merged"):
+            lp.merge(model)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        return
+    lp.merge(model)
+    torch.testing.assert_close(run(model), y, atol=1e-5, rtol=1e-5)
+    assert [type(m) for m in model.modules()] == [type(m) for m in MODELS[case.model]().modules()]
+    assert not any(".peft." in key for key in model.state_dict())
+
+
+def test_update_is_the_map_of_delta(case):
+    model = disturb(adapted(case)).double()
+    for _, host, _, adapter in lp.adapters(model):
+        if isinstance(adapter, lp.WeightUpdate):
+            x = torch.randn(3, adapter.shape[1], dtype=torch.float64)
+            torch.testing.assert_close(adapter.update(host, x), F.linear(x, adapter.delta()))
+
+
+def test_three_steps_train_what_is_declared_and_nothing_else(case):
+    model = adapted(case).train()
+    declared = {name for name, p in model.named_parameters() if p.requires_grad}
+    expected = {f"{n}.peft.{k}.{p}" for n, _, k, a in lp.adapters(model) for p, _ in a.named_parameters()}
+    expected |= {name for method in case.methods for name in method.parameters(MODELS[case.model]())}
+    assert declared == expected
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        out = logits(model(tokens()))
+        F.cross_entropy(out.flatten(0, -2), torch.arange(out.flatten(0, -2).shape[0]) % 3).backward()
+        assert {n for n, p in model.named_parameters() if p.grad is not None} == declared
+        optimizer.step()
+    still = {name for name in declared if torch.equal(model.get_parameter(name), before[name])}
+    assert not {name for name in still if not _without_influence(name)}
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved <= declared
+
+
+def _without_influence(name):
+    """A key's bias moves all scores of a query alike; rows of a table that no token reads get no gradient."""
+    return name.endswith(("key.bias", "k_proj.bias")) or "embeddings" in name or ".k_proj.peft" in name
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_are_equal_and_independent(case, copied):
+    model = disturb(adapted(case))
+    y = run(model)
+    twin = copied(model)
+    assert torch.equal(run(twin), y)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_() if parameter.requires_grad else None
+    assert torch.equal(run(model), y)
+    assert not torch.equal(run(twin), y)
+
+
+def test_an_adapter_file_brings_it_back(case, tmp_path):
+    model = disturb(adapted(case))
+    lp.save_adapter(model, tmp_path)
+    fresh = lp.load_adapter(MODELS[case.model](), tmp_path)
+    assert torch.equal(run(fresh), run(model))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n, p in fresh.named_parameters() if p.requires_grad} == trained
+
+
+def test_a_narrow_base_keeps_wide_adapters(case):
+    cast_after, cast_before = adapted(case).bfloat16(), MODELS[case.model]().bfloat16()
+    torch.manual_seed(1)
+    lp.inject(cast_before, list(case.methods))
+    for model in (cast_after, cast_before):
+        types = {p.dtype for *_, a in lp.adapters(model) for p in a.parameters()}
+        assert types <= {torch.float32}
+        assert run(model).dtype == torch.bfloat16
+        assert run(model).isfinite().all()
+
+
+@pytest.mark.slow
+def test_compiles_whole_with_gradients(case):
+    torch._dynamo.reset()
+    model = disturb(adapted(case))
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    y = logits(model(tokens()))
+    expected = torch.autograd.grad(y.square().sum(), [model.get_parameter(n) for n in names])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    z = logits(compiled(tokens()))
+    torch.testing.assert_close(z, y, atol=1e-5, rtol=1e-5)
+    found = torch.autograd.grad(z.square().sum(), [model.get_parameter(n) for n in names])
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("case", TRANSFORMERS, ids=str)
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+def test_gradient_checkpointing_gives_the_same_gradients(case):
+    results = []
+    for checkpointing in (False, True):
+        model = disturb(adapted(case)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            assert model.is_gradient_checkpointing
+        logits(model(tokens())).square().mean().backward()
+        results.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(results[1], results[0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", CAUSAL, ids=str)
+def test_generation_agrees_with_and_without_cache_beams_and_padding(case):
+    model = disturb(adapted(case))
+    x, mask = tokens(), torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    cached = model.generate(x, attention_mask=mask, **settings)
+    assert torch.equal(model.generate(x, attention_mask=mask, use_cache=False, **settings), cached)
+    alone = model.generate(x[:1, 2:], attention_mask=mask[:1, 2:], **settings)
+    assert torch.equal(cached[0, 7:], alone[0, 5:])
+    beams = model.generate(x, attention_mask=mask, num_beams=3, **settings)
+    assert torch.equal(model.generate(x, attention_mask=mask, num_beams=3, use_cache=False, **settings), beams)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("case", [c for c in CASES if c.model != "bert"], ids=str)
+def test_padding_does_not_matter(case, side):
+    model = disturb(adapted(case))
+    x = tokens()
+    ones, padding = torch.ones_like(x), torch.zeros(2, 3, dtype=torch.long)
+    order = (lambda a, b: torch.cat([b, a], 1)) if side == "left" else (lambda a, b: torch.cat([a, b], 1))
+    mask = order(ones, padding)
+    positions = {} if case.model == "plain" else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    with torch.no_grad():
+        y = logits(model(order(x, padding), attention_mask=mask, **positions))
+    kept = y[:, 3:] if side == "left" else y[:, :7]
+    torch.testing.assert_close(kept, run(model, attention_mask=ones), atol=1e-5, rtol=1e-5)
+
+
+def test_a_module_of_torch_in_eval_mode_is_adapted_too():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, 0.0, batch_first=True), 2).eval()
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        base = encoder(x)
+        disturb(lp.inject(encoder, lp.LoRA(targets=["linear1", "linear2"])))
+        y = encoder(x)
+        assert (y - base).abs().max() > 1e-2
+        torch.testing.assert_close(encoder.train()(x), y, atol=1e-5, rtol=1e-5)
