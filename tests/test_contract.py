@@ -62,7 +62,7 @@ def test_step_0_is_the_base_bit_for_bit(case):
 def test_trained_values_matter_and_both_modes_agree(case):
     model = disturb(adapted(case))
     y = run(model)
-    assert (y - run(MODELS[case.model]())).abs().max() > 1e-4
+    assert (y - run(MODELS[case.model]())).abs().max() > 1e-3
     torch.testing.assert_close(run(model.train()), y, atol=1e-5, rtol=1e-5)
 
 
