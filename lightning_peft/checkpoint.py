@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from .inject import Injection, adapters, inject, injection
 from .method import from_dict, to_dict
-from .select import base_modules, base_parameters
+from .select import SLOT, base_modules, base_parameters
 
 FORMAT = 1
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|_forward_module)\.")
@@ -41,12 +41,12 @@ def full_state_dict(model: nn.Module) -> Iterator[None]:
         record.shows_base = before
 
 
-def adapter_keys(model: nn.Module) -> dict[str, Tensor]:
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state of adapters and trained base parameters by key; a shared tensor appears once."""
     state: dict[str, Tensor] = {}
     for name, _, key, adapter in adapters(model):
         for entry, value in adapter.state_dict(keep_vars=True).items():
-            state[f"{name}.peft.{key}.{entry}".lstrip(".")] = value
+            state[f"{name}.{SLOT}.{key}.{entry}".lstrip(".")] = value
     for name, module in [("", model), *base_modules(model).items()]:
         own = {k: p for k, p in module.named_parameters(recurse=False) if p.requires_grad}
         buffers = dict(module.named_buffers(recurse=False)) if own else {}  # statistics of a trained norm move too
@@ -56,18 +56,25 @@ def adapter_keys(model: nn.Module) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if not (id(v) in seen or seen.add(id(v)))}  # type: ignore[func-returns-value]
 
 
-def check_keys(model: nn.Module, given: Iterable[str], source: str) -> None:
-    """Compare the keys of a state with those that this model's adapters need.
+def check_state(model: nn.Module, given: Mapping[str, Tensor], source: str) -> None:
+    """Compare a state with what this model's adapters need, before anything of it is loaded.
 
     Raises:
-        ValueError: Some are missing, or some adapter's keys have no place; names them.
+        ValueError: Keys are missing, keys of adapters have no place, or shapes differ; names them.
     """
-    expected, cleaned = {clean(k) for k in adapter_keys(model)}, {clean(k) for k in given}
-    missing = sorted(expected - cleaned)
-    extra = sorted(k for k in cleaned - expected if ".peft." in f".{k}")
-    if missing or extra:
-        parts = [f"{what} {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''} ({len(keys)} in all)"
-                 for what, keys in (("lacks", missing), ("has no place for", extra)) if keys]  # fmt: skip
+    expected = {clean(k): v for k, v in adapter_state(model).items()}
+    state = {clean(k): v for k, v in given.items()}
+    wrong = {
+        "lacks": sorted(expected.keys() - state.keys()),
+        "has no place for": sorted(k for k in state.keys() - expected.keys() if f".{SLOT}." in f".{k}"),
+        "has another shape of": [
+            f"{k} {tuple(state[k].shape)} instead of {tuple(v.shape)}"
+            for k, v in expected.items()
+            if k in state and state[k].shape != v.shape
+        ],
+    }
+    parts = [f"{what} {', '.join(keys[:5])} ({len(keys)} in all)" for what, keys in wrong.items() if keys]
+    if parts:
         raise ValueError(
             f"{source} does not fit the adapters of this model: it {' and '.join(parts)}. Use the method and settings "
             f"that it was written with."
@@ -137,7 +144,7 @@ def base_names(model: nn.Module) -> set[str]:
     for name, module in base_modules(model).items():
         if not any(p.requires_grad for p in module.parameters(recurse=False)):
             names |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False)}
-    return {clean(n) for n in names if ".peft." not in f".{n}"}
+    return {clean(n) for n in names if f".{SLOT}." not in f".{n}"}
 
 
 def _injected(model: nn.Module) -> Injection:
@@ -158,7 +165,9 @@ def _drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) 
 
 
 def _forgive(module: nn.Module, incompatible: Any) -> None:
-    if injection(module) is not None:
+    record = injection(module)
+    if record is not None:
+        record.fresh = False
         names = base_names(module)
         missing = incompatible.missing_keys
         missing[:] = [k for k in missing if clean(k).removeprefix("module.") not in names]

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from .checkpoint import adapter_keys, check_keys, clean, describe, restore
+from .checkpoint import adapter_state, check_state, clean, describe, restore
 from .inject import detach, injection
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -32,7 +32,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Returns:
         The folder.
     """
-    state = {clean(k): v.detach().contiguous().cpu() for k, v in adapter_keys(model).items()}
+    state = {clean(k): v.detach().contiguous().cpu() for k, v in adapter_state(model).items()}
     weights = save(state)
     config = {"library": "lightning_peft", **describe(model), "sha256": hashlib.sha256(weights).hexdigest()}
     folder = Path(folder)
@@ -63,13 +63,11 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], strict: bool 
     fresh = injection(model) is None
     try:
         restore(model, config, str(folder), strict)
-        target = {clean(k): v for k, v in adapter_keys(model).items()}
+        target = {clean(k): v for k, v in adapter_state(model).items()}
         state = _aligned(state, target)
-        check_keys(model, state, str(folder))
-        for key, value in state.items():
-            if key not in target or value.shape != target[key].shape:
-                there = tuple(target[key].shape) if key in target else "no such entry"
-                raise ValueError(f"{folder}: {key!r} has shape {tuple(value.shape)}, this model {there}.")
+        check_state(model, state, str(folder))
+        if extra := state.keys() - target.keys():
+            raise ValueError(f"{folder} has values of {sorted(extra)[:5]}, which this model has not or does not train.")
     except Exception:
         if fresh:
             detach(model)
@@ -77,6 +75,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], strict: bool 
     with torch.no_grad():
         for key, value in state.items():
             target[key].copy_(value)
+    if (record := injection(model)) is not None:
+        record.fresh = False
     return model
 
 

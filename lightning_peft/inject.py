@@ -27,6 +27,7 @@ class Injection:
     also_train: list[str] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)  # names of base parameters that train
     required_grad: dict[str, bool] = field(default_factory=dict)  # of base parameters, before
+    fresh: bool = True  # whether nothing was trained or loaded yet
     shows_base: bool = False  # whether state_dict() holds the frozen base although it is hooked to leave it out
 
 

@@ -73,6 +73,7 @@ class PEFTStrategy(pl.Callback):
         self._base: str | None = None
         self._unchecked = set[int]()
         self._random: dict[str, Any] = {}
+        self._mid_epoch = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Arrange for injection at the earliest moment the network exists."""
@@ -84,8 +85,6 @@ class PEFTStrategy(pl.Callback):
                 "A spawned process cannot hand adapters back to this one. Use strategy='ddp', or call "
                 "lightning_peft.inject(module, method, also_train) before fit."
             )
-        if fresh and stage != "fit" and trainer.ckpt_path is None:
-            warnings.warn(f"{stage} runs with fresh adapters: give ckpt_path, or load_adapter before.", stacklevel=2)
         hook = next((h for h in ("configure_model", "setup") if is_overridden(h, pl_module)), None)
         if hook is None or not fresh:
             self.apply(pl_module)
@@ -107,20 +106,34 @@ class PEFTStrategy(pl.Callback):
         self._base = fingerprint(pl_module)
         if self._random and trainer.world_size == 1:  # a checkpoint knows the state of one rank alone
             restore_random_state(self._random)  # here, before the first data loader draws its seed
-        self._random = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up the count of steps, which a checkpoint may have set."""
+        set_mode(pl_module, self.frozen_mode)  # a run resumed inside an epoch never starts it
+        if self._random.get("mid_epoch") and trainer.world_size == 1:
+            restore_random_state(self._random)  # the uninterrupted run had its data loader already
+        self._random = {}
+        record = injection(pl_module)
+        if record is not None:
+            record.fresh = False
         self._step, self._total_steps = trainer.global_step, int(trainer.estimated_stepping_batches)
         self._unchecked = {id(p) for p in pl_module.parameters() if p.requires_grad}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the random generators: dropout and shuffling go on where they stopped."""
-        return random_state()
+        return {**random_state(), "mid_epoch": self._mid_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of the random generators until training starts."""
         self._random = state_dict
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn where adapters that nobody trained or loaded are evaluated."""
+        record = injection(pl_module)
+        if record is not None and record.fresh and not self.full_checkpoint and trainer.state.fn != "fit":
+            warnings.warn("Fresh adapters are evaluated: give ckpt_path, or call load_adapter before.", stacklevel=2)
+
+    on_test_start = on_predict_start = on_validation_start
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put frozen modules into their mode."""
@@ -141,6 +154,7 @@ class PEFTStrategy(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let methods follow each optimizer step."""
+        self._mid_epoch = not trainer.is_last_batch
         if trainer.global_step == self._step:
             return  # gradients accumulate
         self._step = trainer.global_step

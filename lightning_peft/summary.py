@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .checkpoint import adapter_keys
+from .checkpoint import adapter_state
 from .inject import adapters_of, injection
 from .select import base_parameters
 
@@ -60,7 +60,7 @@ def summary(model: nn.Module) -> Summary:
         rows=tuple(rows),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=sum(p.numel() for p in model.parameters()),
-        saved_bytes=sum(v.numel() * v.element_size() for v in adapter_keys(model).values()),
+        saved_bytes=sum(v.numel() * v.element_size() for v in adapter_state(model).values()),
         base_bytes=sum(p.numel() * p.element_size() for p in base_parameters(model).values()),
     )
 

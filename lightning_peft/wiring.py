@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from .checkpoint import check_keys, describe, keep_adapters_only, restore
+from .checkpoint import check_state, describe, keep_adapters_only, restore
 from .inject import Injection, adapters, inject, injection
 from .method import Method
 from .optimizers import Rule, apply_factors, grouped, keep_trainable, optimizers_in
@@ -120,7 +120,7 @@ def check_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any], che
         )
     restore(module, checkpoint[KEY], "The checkpoint", strict=check_base)
     if "state_dict" in checkpoint:  # strategies that load in shards have taken it out
-        check_keys(module, checkpoint["state_dict"], "The checkpoint")
+        check_state(module, checkpoint["state_dict"], "The checkpoint")
 
 
 def wire_optimizers(module: pl.LightningModule, lr_factors: dict[str, float], no_decay: Sequence[str]) -> None:

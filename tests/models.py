@@ -16,7 +16,8 @@ def bert() -> nn.Module:
 
     config = BertConfig(
         vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=48, num_labels=3, hidden_dropout_prob=0.0, initializer_range=0.1, attention_probs_dropout_prob=0.0,
+        initializer_range=0.1, max_position_embeddings=48, num_labels=3, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     return BertForSequenceClassification(config)
 
@@ -26,7 +27,8 @@ def llama() -> nn.Module:
 
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=48, tie_word_embeddings=False, pad_token_id=0, initializer_range=0.1,
+        initializer_range=0.1, num_key_value_heads=2, max_position_embeddings=48, tie_word_embeddings=False,
+        pad_token_id=0,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
@@ -36,7 +38,8 @@ def gpt2() -> nn.Module:
 
     config = GPT2Config(
         vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=3, n_head=4, n_positions=48, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.1, tie_word_embeddings=False,
+        initializer_range=0.1, pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        tie_word_embeddings=False,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 

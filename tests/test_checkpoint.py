@@ -1,0 +1,204 @@
+"""Checkpoints hold what trains and nothing else, and a resumed run ends where an uninterrupted one does."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from models import MODELS
+from torch.utils.data import DataLoader
+from trainer_models import Module, data, module, trainer
+
+import lightning_peft as lp
+from lightning_peft.checkpoint import fingerprint
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Checkpoint directory"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+]
+METHODS = {
+    "LoRA": lambda: lp.LoRA(rank=2, dropout=0.2),
+    "LLaMAAdapter": lambda: lp.LLaMAAdapter(length=3, gate_warmup_steps=2),
+    "PromptTuning": lambda: lp.PromptTuning(length=3),
+    "BitFit": lambda: lp.BitFit(add_missing=True),
+    "FullFineTuning": lp.FullFineTuning,
+    "OutputLayers": lp.OutputLayers,
+    "LastLayers": lambda: lp.LastLayers(count=2),
+    "two": lambda: [lp.PromptTuning(length=2), lp.LoRA(rank=2, dropout=0.1)],
+}
+BASES = ["bert", "llama", "gpt2"]
+
+
+def strategy(name, **settings):
+    return lp.PEFTStrategy(METHODS[name](), show_summary=False, **settings)
+
+
+def fit(name, base, epochs, *callbacks, path=None, place="init"):
+    pl.seed_everything(7, verbose=False)
+    net = module(base, place)
+    trainer(strategy(name), *callbacks, epochs=epochs).fit(net, data(shuffle=True), ckpt_path=path)
+    return net
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", METHODS)
+def test_resuming_ends_with_the_same_weights(name, base, tmp_path):
+    whole = fit(name, base, 2)
+    fit(name, base, 1, ModelCheckpoint(tmp_path, save_last=True))
+    resumed = fit(name, base, 2, path=tmp_path / "last.ckpt", place="configure_model")
+    with lp.full_state_dict(whole), lp.full_state_dict(resumed):
+        expected, found = whole.state_dict(), resumed.state_dict()
+    assert expected.keys() == found.keys()
+    different = [key for key in expected if not torch.equal(expected[key], found[key])]
+    assert not different
+    assert fingerprint(whole) == fingerprint(resumed)
+
+
+class Resumable(DataLoader):
+    """A loader that goes on where it stopped."""
+
+    start = given = 0
+
+    def __iter__(self):
+        self.given, self.start = self.start, 0
+        for position, batch in enumerate(super().__iter__()):
+            if position >= self.given:
+                self.given = position + 1
+                yield batch
+
+    def state_dict(self):
+        return {"given": self.given}
+
+    def load_state_dict(self, state):
+        self.start = state["given"]
+
+
+def test_resuming_in_the_middle_of_an_epoch_ends_with_the_same_weights(tmp_path):
+    def run(steps, *callbacks, path=None):
+        pl.seed_everything(7, verbose=False)
+        net = module()
+        rows = data().dataset
+        trainer(strategy("LoRA"), *callbacks, epochs=None, max_steps=steps).fit(net, Resumable(rows, 2), ckpt_path=path)
+        return net
+
+    whole = run(3)
+    run(1, ModelCheckpoint(tmp_path, every_n_train_steps=1, save_last=True))
+    resumed = run(3, path=tmp_path / "last.ckpt")
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
+def test_resuming_from_the_best_validation_ends_with_the_same_weights(tmp_path):
+    def run(epochs, *callbacks, path=None):
+        pl.seed_everything(7, verbose=False)
+        net = module()
+        trainer(strategy("LoRA"), *callbacks, epochs=epochs).fit(net, data(shuffle=True), data(), ckpt_path=path)
+        return net
+
+    whole = run(2, ModelCheckpoint(tmp_path / "whole", monitor="val_loss"))
+    saved = ModelCheckpoint(tmp_path / "half", monitor="val_loss")
+    run(1, saved)
+    resumed = run(2, ModelCheckpoint(tmp_path / "half", monitor="val_loss"), path=saved.best_model_path)
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_checkpoint_holds_exactly_what_trains(name, weights_only, tmp_path):
+    net = fit(name, "llama", 1, ModelCheckpoint(tmp_path, save_last=True, save_weights_only=weights_only))
+    trained = {key: p for key, p in net.named_parameters() if p.requires_grad}
+    for path in tmp_path.glob("*.ckpt"):
+        checkpoint = torch.load(path, weights_only=True)
+        assert checkpoint["state_dict"].keys() == trained.keys()
+        assert checkpoint["lightning_peft"]["base"] == fingerprint(net)
+        numbers = sum(p.numel() for p in trained.values())
+        assert path.stat().st_size < 4 * numbers * (1 if weights_only else 3) + 60_000
+    assert len(list(tmp_path.glob("*.ckpt"))) == 2
+    fresh = lp.load_from_checkpoint(Module, path)
+    assert torch.equal(fresh.net.eval()(data().dataset).logits, net.net.eval()(data().dataset).logits)
+
+
+@pytest.mark.parametrize("place", ["init", "setup", "configure_model"])
+def test_a_fresh_trainer_tests_a_checkpoint(place, tmp_path):
+    saved = ModelCheckpoint(tmp_path)
+    pl.seed_everything(7, verbose=False)
+    net = module("llama", place)
+    first = trainer(strategy("two"), saved)
+    first.fit(net, data())
+    expected = first.test(net, data(), verbose=False)
+    fresh = trainer(strategy("two"))
+    assert fresh.test(module("llama", place), data(), ckpt_path=saved.best_model_path, verbose=False) == expected
+    assert fresh.global_step == 0
+
+
+def test_what_the_module_keeps_and_what_thaws_later_stays_in(tmp_path):
+    class Keeper(Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1))
+
+    net = Keeper()
+    tuner = trainer(strategy("LoRA"))
+    tuner.fit(net, data())
+    net.seen += 3
+    net.net.model.norm.requires_grad_(True)
+    tuner.save_checkpoint(tmp_path / "x.ckpt")
+    state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+    assert state["seen"] == 3
+    assert "net.model.norm.weight" in state
+    assert "net.model.embed_tokens.weight" not in state
+    with lp.full_state_dict(net):
+        assert MODELS["llama"]().state_dict().keys() <= {key.removeprefix("net.") for key in net.state_dict()}
+
+
+def test_a_full_checkpoint_holds_the_base(tmp_path):
+    tuner = trainer(strategy("LoRA", full_checkpoint=True))
+    net = module()
+    tuner.fit(net, data())
+    tuner.save_checkpoint(tmp_path / "x.ckpt")
+    state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+    assert {f"net.{key}" for key in MODELS["llama"]().state_dict()} < state.keys()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    tuner = trainer(strategy("LoRA"))
+    tuner.fit(module(), data())
+    tuner.save_checkpoint(tmp_path / "x.ckpt")
+    return tmp_path / "x.ckpt"
+
+
+def change(path, edit):
+    checkpoint = torch.load(path, weights_only=True)
+    edit(checkpoint)
+    torch.save(checkpoint, path)
+
+
+KEY = "net.model.layers.0.self_attn.q_proj.peft.lora.a"
+BAD = {
+    "missing": (lambda c: c["state_dict"].pop(KEY), rf"lacks {KEY} \(1 in all\)"),
+    "extra": (lambda c: c["state_dict"].update({f"{KEY}x": torch.ones(1)}), rf"no place for {KEY}x"),
+    "shape": (
+        lambda c: c["state_dict"].update({KEY: torch.ones(5, 5)}),
+        rf"another shape of {KEY} \(5, 5\) instead of \(2, 32\)",
+    ),
+    "base": (lambda c: c["lightning_peft"].update(base="0123"), "belongs to another base model: fingerprint 0123"),
+    "settings": (lambda c: c["lightning_peft"]["methods"][0].update(rank=3), "other settings than this model's"),
+    "format": (lambda c: c["lightning_peft"].update(format=99), "format 99; this version reads 1"),
+    "no adapters": (lambda c: c.pop("lightning_peft"), "written without PEFTStrategy"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_changed(case, saved):
+    edit, said = BAD[case]
+    change(saved, edit)
+    net = module()
+    tuner = trainer(strategy("LoRA"), epochs=2)
+    with pytest.raises((ValueError, RuntimeError), match=said):
+        tuner.fit(net, data(), ckpt_path=saved)
+    assert fingerprint(net) == fingerprint(lp.inject(module(), METHODS["LoRA"]()))
+    assert all(adapter.b.abs().sum() == 0 for *_, adapter in lp.adapters(net))
+
+
+def test_another_base_may_be_allowed(saved):
+    change(saved, BAD["base"][0])
+    trainer(strategy("LoRA", check_base=False), epochs=2).fit(module(), data(), ckpt_path=saved)

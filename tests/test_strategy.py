@@ -1,0 +1,291 @@
+"""The callback through a Trainer's life."""
+
+import csv
+import itertools
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from trainer_models import Module, data, module, trainer
+
+import lightning_peft as lp
+
+
+def strategy(**settings):
+    return lp.PEFTStrategy(lp.LoRA(rank=2), show_summary=False, **settings)
+
+
+def held_by(tuner):
+    return [p for o in tuner.optimizers for group in o.param_groups for p in group["params"]]
+
+
+@pytest.mark.filterwarnings("ignore:Fresh adapters are evaluated")
+@pytest.mark.parametrize("place", ["init", "setup", "configure_model"])
+def test_injection_happens_once_whatever_runs_in_whatever_order(place):
+    net = module("llama", place)
+    for first, second in itertools.product([strategy], repeat=2):
+        tuner = trainer(first())
+        tuner.validate(net, data(), verbose=False)
+        tuner.fit(net, data(), data())
+        tuner.test(net, data(), verbose=False)
+        trainer(second()).predict(net, data())
+    found = list(lp.adapters(net))
+    assert len(found) == 6
+    assert all(adapter.b.abs().sum() > 0 for *_, adapter in found)
+    assert len(net._state_dict_hooks) == 1
+    assert len(net._load_state_dict_post_hooks) == 1
+
+
+@pytest.mark.parametrize("where", ["module", "network"])
+def test_what_the_user_injected_is_respected(where, tmp_path):
+    net = module()
+    lp.inject(net if where == "module" else net.net, lp.LoRA(rank=2))
+    before = [adapter for *_, adapter in lp.adapters(net)]
+    tuner = trainer(strategy())
+    tuner.fit(net, data())
+    assert [adapter for *_, adapter in lp.adapters(net)] == before
+    tuner.save_checkpoint(tmp_path / "x.ckpt")
+    assert len(torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]) == 12
+    with pytest.raises(ValueError, match=r"Pass the same methods, or call lightning_peft\.detach"):
+        trainer(lp.PEFTStrategy(lp.LoRA(rank=3))).fit(net, data())
+
+
+def adamw(net):
+    return torch.optim.AdamW(net.parameters(), lr=0.01)
+
+
+FORMS = {
+    "optimizer": adamw,
+    "list": lambda net: [adamw(net)],
+    "dictionary": lambda net: {"optimizer": adamw(net)},
+    "pair": lambda net: ([adamw(net)], []),
+    "adagrad": lambda net: torch.optim.Adagrad(net.parameters()),
+    "head only": lambda net: torch.optim.AdamW(net.net.lm_head.parameters()),
+    "groups": lambda net: torch.optim.AdamW([{"params": [p]} for p in net.parameters()]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_optimizer_holds_exactly_what_trains(form):
+    class Configured(Module):
+        def configure_optimizers(self):
+            return FORMS[form](self)
+
+    net = Configured()
+    tuner = trainer(strategy(also_train=["lm_head"]))
+    tuner.fit(net, data())
+    trained = [p for p in net.parameters() if p.requires_grad]
+    assert len(trained) == 13
+    assert sorted(map(id, held_by(tuner))) == sorted(map(id, trained))
+    assert {id(p) for p in tuner.optimizers[0].state} == {id(p) for p in trained}
+
+
+def test_an_optimizer_built_before_injection_trains_the_adapters():
+    class Eager(Module):
+        def __init__(self):
+            super().__init__()
+            self.optimizer = adamw(self)
+
+        def configure_optimizers(self):
+            return self.optimizer
+
+    net = Eager()
+    trainer(strategy()).fit(net, data())
+    assert all(adapter.b.abs().sum() > 0 for *_, adapter in lp.adapters(net))
+
+
+def test_several_optimizers_that_forget_a_parameter_are_refused():
+    class Two(Module):
+        automatic_optimization = False
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.net.model.layers[i].parameters(), 0.1) for i in (0, 1)]
+
+    with pytest.raises(ValueError, match=r"2 optimizers and none holds net\.model\.layers\.2"):
+        trainer(strategy(), accumulate_grad_batches=1).fit(Two(), data())
+
+
+def test_factors_survive_schedulers_and_no_decay_is_a_group():
+    class Scheduled(Module):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1, weight_decay=0.5)
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=8, cycle_momentum=False)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    rates = []
+
+    class Watch(pl.Callback):
+        def on_before_optimizer_step(self, tuner, net, optimizer):
+            self.before = {
+                n: (p.detach().clone(), p.grad.clone()) for n, p in net.named_parameters() if p.requires_grad
+            }
+            self.lr = optimizer.param_groups[0]["lr"]
+
+        def on_train_batch_end(self, tuner, net, *args):
+            if tuner.global_step > len(rates):
+                rates.append({})
+                for name, (value, gradient) in self.before.items():
+                    decay = 0.0 if name.endswith(".b") else 0.5
+                    step = gradient + decay * value
+                    moved = value - net.get_parameter(name).detach()
+                    rates[-1][name] = (moved.norm() / step.norm()).item() / self.lr
+
+    trainer(strategy(lr_factors={"*.b": 16.0}, no_decay=["*.b"]), Watch()).fit(Scheduled(), data())
+    assert len(rates) == 4
+    for step in rates[1:]:  # in the first step, A has no gradient
+        for name, rate in step.items():
+            assert rate == pytest.approx(16.0 if name.endswith(".b") else 1.0, rel=0.02)
+
+
+@pytest.mark.parametrize("settings", [{"lr_factors": {"lroa": 2.0}}, {"no_decay": ["*.bias"]}], ids=str)
+def test_a_pattern_without_a_trained_parameter_is_an_error(settings):
+    with pytest.raises(ValueError, match="is no trainable parameter or method"):
+        trainer(strategy(**settings)).fit(module(), data())
+
+
+def test_a_trained_parameter_without_a_gradient_is_named():
+    class Unused(Module):
+        def __init__(self):
+            super().__init__()
+            self.spare = nn.Linear(32, 32)
+
+    with pytest.raises(ValueError, match=r"2 trained parameters got no gradient in the first step: spare\.weight"):
+        trainer(strategy(also_train=["spare"])).fit(Unused(), data())
+
+
+def test_frozen_modules_evaluate_and_frozen_statistics_stay():
+    class Normed(Module):
+        def build(self):
+            self.net = nn.Sequential(
+                nn.Embedding(64, 8),
+                nn.Dropout(0.5),
+                nn.Flatten(),
+                nn.BatchNorm1d(56),
+                nn.Linear(56, 8),
+                nn.Linear(8, 3),
+            )
+
+    for mode in ("eval", "train"):
+        net = Normed().train()
+        modes = {}
+
+        class Look(pl.Callback):
+            def on_train_batch_start(self, tuner, net, batch, index, modes=modes):
+                modes.update({name: part.training for name, part in net.named_modules()})
+
+        method = lp.LoRA(rank=2, dropout=0.3, targets=["net.4"])
+        trainer(lp.PEFTStrategy(method, also_train=["net.5"], frozen_mode=mode), Look()).fit(net, data())
+        assert torch.equal(net.net[3].running_mean, torch.zeros(56))
+        assert modes["net.4.peft.lora"]
+        assert modes["net.5"]
+        assert not modes["net.3"]
+        assert modes["net.4"] == (mode == "train")
+
+
+def test_a_base_that_changes_is_noticed():
+    class Writes(Module):
+        def on_train_batch_end(self, *args):
+            with torch.no_grad():
+                self.net.model.norm.weight.add_(0.1)
+
+    with pytest.raises(RuntimeError, match="Frozen base weights changed during fit"):
+        trainer(strategy()).fit(Writes(), data())
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_gates_open_after_the_warm_up_and_are_logged(tmp_path):
+    opened = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, tuner, net, *args):
+            gates = [adapter.gate.abs().min().item() for *_, adapter in lp.adapters(net)]
+            opened.append((tuner.global_step, min(gates)))
+
+    def run(epochs, path=None):
+        net = module()
+        method = lp.LLaMAAdapter(length=3, layers=2, gate_warmup_steps=6)
+        tuner = trainer(
+            lp.PEFTStrategy(method), Look(), epochs=epochs, logger=CSVLogger(tmp_path, name=None, version=str(epochs))
+        )
+        tuner.fit(net, data(), ckpt_path=path)
+        tuner.save_checkpoint(tmp_path / "x.ckpt")
+        return net
+
+    run(1)
+    run(2, tmp_path / "x.ckpt")
+    assert {step for step, _ in opened} == set(range(9))
+    assert all((gate > 0) == (step > 6) for step, gate in opened)
+    with (tmp_path / "2" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train_loss"]]
+    name = "llama_adapter/gate/net.model.layers.2.self_attn"
+    assert [float(row[name]) > 0 for row in rows] == [False, False, True, True]
+
+
+def test_penalties_steps_and_metrics_of_ones_own_method():
+    from dataclasses import dataclass
+
+    calls = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Shrinking(lp.LoRA):
+        name: str = "shrinking"
+
+        def penalty(self, adapters):
+            return sum(adapter.a.square().sum() for adapter in adapters)
+
+        def after_step(self, adapters, step, total_steps):
+            calls.append((len(adapters), step, total_steps))
+
+    class Penalized(Module):
+        def training_step(self, batch, index):
+            loss = super().training_step(batch, index)
+            return loss + sum(adapter.a.square().sum() for *_, adapter in lp.adapters(self))
+
+    results = []
+    for make, method in ((Module, Shrinking(rank=2)), (Penalized, lp.LoRA(rank=2, name="shrinking"))):
+        pl.seed_everything(1, verbose=False)
+        net = make()
+        trainer(lp.PEFTStrategy(method)).fit(net, data())
+        results.append({key: value for key, value in net.state_dict().items() if "peft" in key})
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+    assert calls == [(6, step, 4) for step in (1, 2, 3, 4)]
+
+
+def test_narrow_precision_keeps_wide_adapters():
+    net = module()
+    trainer(strategy(), precision="bf16-true").fit(net, data())
+    assert net.net.model.norm.weight.dtype == torch.bfloat16
+    assert {p.dtype for *_, adapter in lp.adapters(net) for p in adapter.parameters()} == {torch.float32}
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+def test_reentrant_gradient_checkpointing_still_trains():
+    net = module()
+    net.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    trainer(strategy()).fit(net.train(), data())
+    assert all(adapter.b.abs().sum() > 0 for *_, adapter in lp.adapters(net))
+
+
+@pytest.mark.slow
+def test_spawned_processes_are_refused_unless_injected_before():
+    with pytest.raises(
+        torch.multiprocessing.ProcessRaisedException, match=r"A spawned process cannot hand adapters back"
+    ):
+        trainer(strategy(), strategy="ddp_spawn", devices=2).fit(module(), data())
+
+
+def test_evaluation_with_fresh_adapters_warns():
+    with pytest.warns(UserWarning, match="Fresh adapters are evaluated: give ckpt_path"):
+        trainer(strategy()).validate(module(), data(), verbose=False)
+
+
+def test_what_is_no_method_is_refused():
+    with pytest.raises(TypeError, match=r"method must be a Method such as LoRA"):
+        lp.PEFTStrategy("LoRA")
+
+
+def test_the_summary_is_printed_once(capsys):
+    trainer(lp.PEFTStrategy(lp.LoRA(rank=2))).fit(module(), data())
+    assert capsys.readouterr().out.count("parameters train") == 1
