@@ -189,6 +189,6 @@ def _nothing(pattern: str, named: Iterable[str]) -> set[str]:
     """Raise: a pattern without a match is a typo more often than a wish."""
     kinds = list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in named))
     ends = {kind.rpartition(".")[2] for kind in kinds} - {"*"}
-    close = difflib.get_close_matches(pattern, [*ends, *kinds, *ROLES], n=5)
+    close = [] if pattern in ROLES else difflib.get_close_matches(pattern, [*ends, *kinds, *ROLES], n=5)
     known = f"Close names: {', '.join(close)}." if close else f"The model has: {', '.join(kinds[:40])}."
     raise ValueError(f"{pattern!r} matches nothing in the model. {known} Roles: {', '.join(ROLES)}.")

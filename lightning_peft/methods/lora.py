@@ -46,7 +46,7 @@ class LoRA(Method):
 
     def __post_init__(self) -> None:
         for rank in (self.rank, *self.rank_pattern.values()):
-            require(isinstance(rank, int) and rank > 0, "rank", rank, "a positive whole number")
+            require(type(rank) is int and rank > 0, "rank", rank, "a positive whole number")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             require(math.isfinite(alpha) and alpha > 0, "alpha", alpha, "a positive number")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "a probability in [0, 1)")

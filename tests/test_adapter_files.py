@@ -1,0 +1,161 @@
+"""Adapter folders: whole or refused, and the model unchanged when they are."""
+
+import json
+
+import pytest
+import torch
+from models import MODELS, logits, tokens
+from safetensors.torch import load_file, save_file
+from torch import nn
+from trainer_models import Module
+
+import lightning_peft as lp
+from lightning_peft.checkpoint import fingerprint
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+KEY = "model.layers.1.self_attn.v_proj.peft.lora.b"
+
+
+def model(method=None, base="llama"):
+    net = MODELS[base]()
+    return net if method is None else lp.inject(net, method)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    net = model(lp.LoRA(rank=2))
+    for *_, adapter in lp.adapters(net):
+        nn.init.normal_(adapter.b)
+    return lp.save_adapter(net, tmp_path / "adapter")
+
+
+def edit_json(folder, **changes):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **changes}))
+
+
+def edit_tensors(folder, change):
+    import hashlib
+
+    state = load_file(folder / WEIGHTS)
+    change(state)
+    save_file(state, folder / WEIGHTS)
+    edit_json(folder, sha256=hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest())
+
+
+def flip(folder):
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    content[-5] ^= 1
+    (folder / WEIGHTS).write_bytes(content)
+
+
+METHOD = {"method": "LoRA", "name": "lora", "rank": 2}
+DAMAGE = {
+    "no folder": (lambda f: f.rename(f.with_name("moved")), FileNotFoundError, f"{CONFIG} is missing"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), FileNotFoundError, f"{WEIGHTS} is missing"),
+    "cut short": (
+        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-40]),
+        ValueError,
+        "damaged or cut short",
+    ),
+    "empty": (lambda f: (f / WEIGHTS).write_bytes(b""), ValueError, "damaged or cut short"),
+    "flipped bit": (flip, ValueError, "checksum"),
+    "broken JSON": (lambda f: (f / CONFIG).write_text("{"), ValueError, "damaged"),
+    "peft's": (lambda f: (f / CONFIG).write_text('{"peft_type": "LORA"}'), ValueError, "not written by lightning_peft"),
+    "other format": (lambda f: edit_json(f, format=7), ValueError, "format 7; this version reads 1"),
+    "other base": (lambda f: edit_json(f, base="abcd"), ValueError, "another base model: fingerprint abcd"),
+    "unknown method": (lambda f: edit_json(f, methods=[{"method": "os.system"}]), ValueError, "is not known here"),
+    "unknown field": (lambda f: edit_json(f, methods=[{**METHOD, "rnak": 1}]), ValueError, "do not fit LoRA: .*rnak"),
+    "bad value": (lambda f: edit_json(f, methods=[{**METHOD, "rank": None}]), ValueError, "rank must be"),
+    "missing key": (lambda f: edit_tensors(f, lambda s: s.pop(KEY)), ValueError, f"lacks {KEY}"),
+    "extra key": (
+        lambda f: edit_tensors(f, lambda s: s.update({f"{KEY}2": torch.ones(2)})),
+        ValueError,
+        f"no place for {KEY}2",
+    ),
+    "base key": (
+        lambda f: edit_tensors(f, lambda s: s.update({"model.norm.weight": torch.ones(32)})),
+        ValueError,
+        "values of .'model.norm.weight'",
+    ),
+    "wrong shape": (
+        lambda f: edit_tensors(f, lambda s: s.update({KEY: torch.ones(3, 2)})),
+        ValueError,
+        r"\(3, 2\) instead of \(16, 2\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_folder_that_does_not_fit_leaves_the_model_as_it_was(case, folder):
+    damage, error, said = DAMAGE[case]
+    damage(folder)
+    net, untouched = model(), model()
+    with pytest.raises(error, match=said) as raised:
+        lp.load_adapter(net, folder)
+    assert "\n" not in str(raised.value)
+    assert [type(m) for m in net.modules()] == [type(m) for m in untouched.modules()]
+    assert [p.requires_grad for p in net.parameters()] == [True] * len(list(untouched.parameters()))
+    assert all(torch.equal(v, untouched.state_dict()[k]) for k, v in net.state_dict().items())
+    assert net.state_dict().keys() == untouched.state_dict().keys()
+
+
+def test_another_base_may_be_tried(folder):
+    edit_json(folder, base="abcd")
+    assert len(list(lp.adapters(lp.load_adapter(model(), folder, strict=False)))) == 6
+
+
+def test_an_adapter_moves_between_a_module_and_its_network(tmp_path):
+    net = model(lp.LoRA(rank=2))
+    nn.init.normal_(net.model.layers[0].self_attn.q_proj.peft["lora"].b)
+    lp.save_adapter(net, tmp_path / "bare")
+    inside = lp.load_adapter(Module(), tmp_path / "bare")
+    lp.save_adapter(inside, tmp_path / "module")
+    back = lp.load_adapter(model(), tmp_path / "module")
+    for other in (inside.net, back):
+        assert torch.equal(logits(other(tokens())), logits(net(tokens())))
+
+
+def test_loading_into_other_methods_or_settings_is_refused(folder):
+    for method in (lp.LoRA(rank=3), lp.BitFit(add_missing=True)):
+        with pytest.raises(ValueError, match="other settings than this model's"):
+            lp.load_adapter(model(method), folder)
+    assert len(list(lp.adapters(lp.load_adapter(model(lp.LoRA(rank=2)), folder)))) == 6
+
+
+@pytest.mark.parametrize("broken", [WEIGHTS, CONFIG])
+def test_a_crash_while_writing_leaves_the_file_that_was_there(broken, folder, monkeypatch):
+    import os
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    replace = os.replace
+
+    def crash(source, target):
+        if str(target).endswith(broken):
+            raise OSError("disk gone")
+        replace(source, target)
+
+    net = lp.load_adapter(model(), folder)
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="disk gone"):
+        lp.save_adapter(net, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_fingerprint_knows_values_and_not_names_or_types():
+    net = lp.inject(model(), lp.LoRA(rank=2))
+    print_of = fingerprint(net)
+    assert fingerprint(lp.inject(Module(), lp.LoRA(rank=2))) == print_of
+    assert fingerprint(lp.inject(model().bfloat16(), lp.LoRA(rank=2))) == print_of
+    changed = lp.inject(model(), lp.LoRA(rank=2))
+    with torch.no_grad():
+        changed.model.norm.weight[0] += 0.1
+    assert fingerprint(changed) != print_of
+    with torch.device("meta"):
+        assert fingerprint(lp.inject(MODELS["llama"].make(), lp.LoRA(rank=2))) is None
+
+
+def test_saving_needs_the_module_that_was_injected(tmp_path):
+    net = lp.inject(Module(), lp.LoRA(rank=2))
+    with pytest.raises(ValueError, match="Nothing was injected into this LlamaForCausalLM"):
+        lp.save_adapter(net.net, tmp_path)

@@ -1,0 +1,237 @@
+"""What injection refuses, and what it finds."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import MODELS, tokens
+from torch import nn
+
+import lightning_peft as lp
+from lightning_peft.select import ROLES, select
+
+
+def chain():
+    return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+def replaced():
+    model = chain()
+    forward = model[0].forward
+    model[0].forward = lambda x: forward(x)
+    return model
+
+
+def sharded():
+    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+
+    model = chain()
+    mesh = init_device_mesh("cpu", (1,))
+    model[0].weight = nn.Parameter(DTensor.from_local(model[0].weight.detach(), mesh, [Replicate()]))
+    return model
+
+
+def eager():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    return LlamaForCausalLM._from_config(config, attn_implementation="eager")
+
+
+def torch_encoder():
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), 2)
+
+
+def holder():
+    model = chain()
+    model[0].peft = nn.Linear(1, 1)
+    return model
+
+
+REFUSED = {
+    "read, never called": (torch_encoder, lp.LoRA(targets=["out_proj"]), TypeError, "reads it and never calls it"),
+    "replaced forward": (replaced, lp.LoRA(targets=["0"]), TypeError, "replaced on the instance"),
+    "sharded": (sharded, lp.LoRA(targets=["0"], rank=2), TypeError, "sharded already"),
+    "own attribute": (holder, lp.LoRA(targets=["0"]), TypeError, "attribute 'peft' of its own"),
+    "no linear layer": (chain, lp.LoRA(targets=["1"]), TypeError, "Tanh is no known linear layer"),
+    "typo": (MODELS["llama"], lp.LoRA(targets=["q_proj", "v_prj"]), ValueError, "'v_prj' matches nothing.*v_proj"),
+    "excluded typo": (MODELS["llama"], lp.LoRA(exclude=["layer.0.*"]), ValueError, "'layer.0.*' matches nothing"),
+    "all excluded": (MODELS["llama"], lp.LoRA(exclude=["*"]), ValueError, "leaves nothing"),
+    "rank too large": (MODELS["llama"], lp.LoRA(rank=17), ValueError, "must be at most 16, got 17"),
+    "rank pattern": (MODELS["llama"], lp.LoRA(rank_pattern={"o_proj": 2}), ValueError, "rank_pattern must be a glob"),
+    "eager attention": (eager, lp.LLaMAAdapter(), TypeError, "attn_implementation='eager'.*'sdpa'"),
+    "torch's attention": (torch_encoder, lp.LLaMAAdapter(), TypeError, "nn.MultiheadAttention"),
+    "too many layers": (MODELS["llama"], lp.LLaMAAdapter(layers=4), ValueError, "layers must be at most 3"),
+    "no backbone": (chain, lp.PromptTuning(), ValueError, "give PromptTuning targets and embeddings"),
+    "no bias": (MODELS["llama"], lp.BitFit(), ValueError, r"BitFit\(add_missing=True\)"),
+    "no blocks": (chain, lp.LastLayers(), ValueError, "number of blocks found"),
+    "unknown role": (chain, lp.LoRA(), ValueError, "'attention.query' matches nothing.*The model has: \\*"),
+    "same name": (MODELS["llama"], [lp.LoRA(), lp.LoRA(rank=2)], ValueError, "Two methods are named 'lora'"),
+    "head": (MODELS["llama"], lp.LoRA(), ValueError, "'lm_heda' matches nothing.*lm_head"),
+}
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refusal_says_what_to_do_and_changes_nothing(case, request):
+    make, method, error, said = REFUSED[case]
+    if case == "sharded":
+        request.getfixturevalue("process_group")
+    model = make()
+    keys, kinds = list(model.state_dict()), [type(m) for m in model.modules()]
+    with pytest.raises(error, match=said) as raised:
+        lp.inject(model, method, also_train=["lm_heda"] if case == "head" else [])
+    assert "\n" not in str(raised.value)
+    assert list(model.state_dict()) == keys
+    assert [type(m) for m in model.modules()] == kinds
+    assert all(p.requires_grad for p in model.parameters())
+
+
+SETTINGS = [
+    (lp.LoRA, {"rank": float("nan")}),
+    (lp.LoRA, {"rank": 0}),
+    (lp.LoRA, {"rank": True}),
+    (lp.LoRA, {"alpha": float("nan")}),
+    (lp.LoRA, {"dropout": 1.0}),
+    (lp.LoRA, {"rank_pattern": {"x": -1}}),
+    (lp.LLaMAAdapter, {"length": 0}),
+    (lp.LLaMAAdapter, {"gate_warmup_steps": -1}),
+    (lp.PromptTuning, {"init": "txt"}),
+    (lp.PromptTuning, {"init": "text"}),
+    (lp.PromptTuning, {"targets": ["x"]}),
+    (lp.LastLayers, {"count": 0}),
+]
+
+
+@pytest.mark.parametrize(("method", "settings"), SETTINGS, ids=str)
+def test_settings_that_cannot_be_are_refused_at_once(method, settings):
+    with pytest.raises(ValueError, match=rf"({'|'.join([*settings, 'rank', 'init_text', 'embeddings'])}) must be .*, got "):
+        method(**settings)
+
+
+def test_a_string_for_a_list_of_targets_is_refused():
+    with pytest.raises(TypeError, match=r"write \['query'\]"):
+        lp.inject(MODELS["bert"](), lp.LoRA(targets="query"))
+
+
+def test_a_second_method_joins_the_first():
+    model = lp.inject(MODELS["llama"](), lp.LoRA(rank=2))
+    lp.inject(model, lp.PromptTuning(length=2), also_train=["lm_head"])
+    assert lp.summary(model).trainable == 3 * 2 * (32 + 32 + 32 + 16) + 2 * 32 + 64 * 32
+    assert len(list(lp.adapters(model))) == 7
+    with pytest.raises(ValueError, match="Two methods are named 'lora'"):
+        lp.inject(model, lp.LoRA(rank=4))
+    lp.detach(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_tied_weights_are_not_merged():
+    model = chain()
+    model.append(nn.Linear(8, 8))
+    model[3].weight = model[0].weight
+    lp.inject(model, lp.LoRA(targets=["0"], rank=2))
+    with pytest.raises(ValueError, match="0 shares a parameter"):
+        lp.merge(model)
+
+
+def test_tied_output_layers_are_trained_only_by_name():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tied = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2, n_positions=8))
+    with pytest.raises(ValueError, match=r"tied to transformer\.wte\.weight"):
+        lp.inject(tied, lp.OutputLayers())
+    lp.inject(tied, lp.OutputLayers(targets=["lm_head"]))
+    assert {n for n, p in tied.named_parameters() if p.requires_grad} == {"transformer.wte.weight"}
+
+
+def test_eager_attention_at_run_time_is_noticed():
+    model = lp.inject(MODELS["llama"](), lp.LLaMAAdapter(length=2))
+    model.config._attn_implementation = "eager"
+    with pytest.raises(RuntimeError, match="did not call scaled_dot_product_attention"):
+        model(tokens())
+
+
+def test_a_prompt_longer_than_the_positions_is_noticed():
+    model = lp.inject(MODELS["bert"](), lp.PromptTuning(length=42))
+    with pytest.raises(ValueError, match="49 positions, virtual tokens included, are more than the model's 48"):
+        model(tokens())
+
+
+def family(name):
+    import transformers as t
+
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    with torch.device("meta"):
+        return {
+            "bert": lambda: t.BertModel(t.BertConfig(vocab_size=8, **small)),
+            "distilbert": lambda: t.DistilBertModel(t.DistilBertConfig(vocab_size=8, dim=8, n_layers=1, n_heads=2)),
+            "deberta": lambda: t.DebertaV2Model(t.DebertaV2Config(vocab_size=8, **small)),
+            "gpt2": lambda: t.GPT2Model(t.GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2)),
+            "llama": lambda: t.LlamaModel(t.LlamaConfig(vocab_size=8, **small)),
+            "t5": lambda: t.T5Model(t.T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)),
+            "bart": lambda: t.BartModel(
+                t.BartConfig(vocab_size=8, d_model=8, encoder_layers=1, decoder_layers=1,
+                             encoder_attention_heads=2, decoder_attention_heads=2)
+            ),
+            "vit": lambda: t.ViTModel(t.ViTConfig(image_size=8, patch_size=4, **small)),
+            "torch": torch_encoder,
+        }[name]()  # fmt: skip
+
+
+FEEDFORWARD = {
+    "bert": 1,
+    "distilbert": 1,
+    "deberta": 1,
+    "gpt2": 1,
+    "llama": 1,
+    "t5": 2,
+    "bart": 2,
+    "vit": 1,
+    "torch": 2,
+}
+ATTENTIONS = {"bert": 1, "distilbert": 1, "deberta": 1, "gpt2": 1, "llama": 1, "t5": 3, "bart": 3, "vit": 1, "torch": 0}
+
+
+@pytest.mark.parametrize("name", FEEDFORWARD)
+def test_roles_find_each_layer_of_a_family_once(name):
+    model = family(name)
+    found = {role: list(ROLES[role](model)) for role in ROLES}
+    assert len(found["feedforward.down"]) == FEEDFORWARD[name]
+    assert len(found["feedforward.up"]) == FEEDFORWARD[name] * (2 if name == "llama" else 1)
+    for role in ("attention.query", "attention.key", "attention.value", "attention.output"):
+        assert len(found[role]) == ATTENTIONS[name], role
+    assert len(found["attention"]) == (ATTENTIONS[name] or 2)
+    separate = {n for role in ROLES if "." in role for n in found[role]}
+    assert separate == set(found["all-linear"])
+
+
+def test_globs_match_ends_of_names_in_the_models_order():
+    model = MODELS["llama"]()
+    assert list(select(model, ["layers.[02].self_attn.v_proj", "layers.0.*.q_proj"])) == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.2.self_attn.v_proj",
+    ]
+    assert len(select(model, ["q_proj"], exclude=["layers.1.*"])) == 2
+    assert not select(model, ["mlp"]).keys() & select(model, ["mlp.*"]).keys()
+
+
+def test_a_convolutional_net_takes_lora_and_its_last_layers():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4, 2)).eval()
+    x = torch.randn(2, 3, 4, 4)
+    y = model(x)
+    lp.inject(model, [lp.LoRA(targets=["0"], rank=2), lp.OutputLayers()])
+    assert torch.equal(model(x), y)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        "0.peft.lora.a", "0.peft.lora.b", "3.weight", "3.bias",
+    }  # fmt: skip
+    F.cross_entropy(model(x), torch.tensor([0, 1])).backward()
+    assert model[0].peft["lora"].b.grad.abs().sum() > 0
