@@ -109,7 +109,7 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     config, state = read_adapter(folder)
     tensors = [
         {"key": key, "shape": list(value.shape), "dtype": str(value.dtype), "norm": value.float().norm().item()}
-        for key, value in state.items()
+        for key, value in sorted(state.items())
     ]
     return {**config, "tensors": tensors, "parameters": sum(value.numel() for value in state.values())}
 

@@ -60,7 +60,10 @@ class Resumable(DataLoader):
 
     def __iter__(self):
         self.given, self.start = self.start, 0
-        for position, batch in enumerate(super().__iter__()):
+        return self.rest(super().__iter__())
+
+    def rest(self, batches):
+        for position, batch in enumerate(batches):
             if position >= self.given:
                 self.given = position + 1
                 yield batch

@@ -113,7 +113,9 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("method", "settings"), SETTINGS, ids=str)
 def test_settings_that_cannot_be_are_refused_at_once(method, settings):
-    with pytest.raises(ValueError, match=rf"({'|'.join([*settings, 'rank', 'init_text', 'embeddings'])}) must be .*, got "):
+    with pytest.raises(
+        ValueError, match=rf"({'|'.join([*settings, 'rank', 'init_text', 'embeddings'])}) must be .*, got "
+    ):
         method(**settings)
 
 
