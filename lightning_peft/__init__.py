@@ -8,9 +8,9 @@ from .files import load_adapter, save_adapter
 from .inject import adapters, detach, inject, merge
 from .method import Method
 from .methods import BitFit, FullFineTuning, LastLayers, LLaMAAdapter, LoRA, OutputLayers, PromptTuning
+from .restoring import load_from_checkpoint
 from .strategy import PEFTStrategy
 from .summary import summary
-from .wiring import load_from_checkpoint
 
 __version__ = version("lightning-peft")
 

@@ -27,9 +27,9 @@ from . import tasks  # noqa: F401  # so that its classes are known by their shor
 from .files import inspect_adapter, load_adapter, save_adapter
 from .inject import injection, merge
 from .method import methods_by_name
+from .restoring import inject_from_checkpoint
 from .strategy import PEFTStrategy
 from .summary import size, summary
-from .wiring import inject_from_checkpoint
 
 
 class PEFTTrainer(pl.Trainer):

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import functools
-import random
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.imports import RequirementCache
-from torch import nn
 from torch.optim import Optimizer
 
+from .adapter import Adapter
 from .checkpoint import fingerprint
 from .inject import adapters, adapters_of, injection
 from .method import Method
+from .modes import checkpoint_without_reentry, set_mode
 from .optimizers import add_gradient
-from .select import SLOT, base_parameters
+from .random_state import random_state, restore_random_state
+from .restoring import wire_checkpoints
 from .summary import Summary, summary
-from .wiring import adopt, after_build, wire_checkpoints, wire_optimizers
+from .wiring import adopt, after_build, wire_optimizers
 
 
 class PEFTStrategy(pl.Callback):
@@ -71,6 +70,7 @@ class PEFTStrategy(pl.Callback):
         self.full_checkpoint, self.show_summary = full_checkpoint, show_summary
         self._step, self._total_steps = 0, 0
         self._base: str | None = None
+        self._adapters: list[tuple[Method, dict[str, Adapter]]] = []  # looked up once, not at each step
         self._unchecked = set[int]()
         self._random: dict[str, Any] = {}
         self._mid_epoch = False
@@ -102,7 +102,7 @@ class PEFTStrategy(pl.Callback):
         """Show what trains."""
         if self.show_summary:
             show(summary(pl_module))
-        _checkpoint_without_reentry(pl_module)
+        checkpoint_without_reentry(pl_module)
         self._base = fingerprint(pl_module)
         if self._random and trainer.world_size == 1:  # a checkpoint knows the state of one rank alone
             restore_random_state(self._random)  # here, before the first data loader draws its seed
@@ -116,6 +116,7 @@ class PEFTStrategy(pl.Callback):
         record = injection(pl_module)
         if record is not None:
             record.fresh = False
+        self._adapters = [(method, adapters_of(pl_module, method)) for method in self.methods]
         self._step, self._total_steps = trainer.global_step, int(trainer.estimated_stepping_batches)
         self._unchecked = {id(p) for p in pl_module.parameters() if p.requires_grad}
 
@@ -143,8 +144,8 @@ class PEFTStrategy(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Add the gradients of penalties; before the first step, find parameters without one."""
-        for method in self.methods:
-            penalty = method.penalty(list(adapters_of(pl_module, method).values()))
+        for method, found in self._adapters:
+            penalty = method.penalty(list(found.values()))
             if penalty is not None:
                 add_gradient(penalty, optimizer)
         if self._unchecked:
@@ -158,8 +159,7 @@ class PEFTStrategy(pl.Callback):
         if trainer.global_step == self._step:
             return  # gradients accumulate
         self._step = trainer.global_step
-        for method in self.methods:
-            found = adapters_of(pl_module, method)
+        for method, found in self._adapters:
             method.after_step(list(found.values()), self._step, self._total_steps)
             if self._step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
                 pl_module.log_dict(dict(method.metrics(found)), on_step=True, on_epoch=False)
@@ -184,23 +184,6 @@ class PEFTStrategy(pl.Callback):
         self._unchecked -= here
 
 
-def set_mode(module: nn.Module, frozen: Literal["eval", "train"]) -> None:
-    """Set the mode of what holds no trained base parameter; adapters always train. Batch norm there never does."""
-    trained = {name for name, p in base_parameters(module).items() if p.requires_grad}
-    for name, part in module.named_children():
-        if name == SLOT:
-            part.train()
-        elif any(n.startswith(f"{name}.") for n in trained):
-            set_mode(part, frozen)
-        elif any(True for _ in part.parameters()):
-            part.train(frozen == "train")
-            for inner in part.modules():
-                if isinstance(inner, nn.modules.batchnorm._BatchNorm):
-                    inner.eval()
-            for _, _, _, adapter in adapters(part):
-                adapter.train()
-
-
 @rank_zero_only
 def show(counts: Summary) -> None:
     """Print what trains: as a rich table where rich is installed, as Lightning does, else as text."""
@@ -217,28 +200,3 @@ def show(counts: Summary) -> None:
         table.add_row(what, f"{places:,}", f"{parameters:,}")
     console.print(table)
     console.print(counts.caption)
-
-
-def _checkpoint_without_reentry(module: nn.Module) -> None:
-    """Let transformers' gradient checkpointing work below frozen embeddings, where the reentrant kind gives none."""
-    for part in module.modules():
-        function = vars(part).get("_gradient_checkpointing_func")
-        if isinstance(function, functools.partial) and function.keywords.get("use_reentrant", True):
-            part._gradient_checkpointing_func = functools.partial(  # type: ignore[assignment]
-                function.func, *function.args, **{**function.keywords, "use_reentrant": False}
-            )
-
-
-def random_state() -> dict[str, Any]:
-    """Return the state of Python's and torch's random generators, as plain data and tensors."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Set the random generators to what ``random_state`` returned."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    torch.set_rng_state(state["torch"].cpu())
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, MetricCollection
 
+from lightning_peft.restoring import KEY, inject_from_checkpoint
 from lightning_peft.tasks.batches import IGNORED, Collator
 from lightning_peft.tasks.models import build_model, build_tokenizer, prompt_ids
 from lightning_peft.tasks.optimization import adamw, check_optimization
-from lightning_peft.wiring import KEY, inject_from_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,10 +12,10 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
+from lightning_peft.restoring import KEY, inject_from_checkpoint
 from lightning_peft.tasks.models import build_model
 from lightning_peft.tasks.names import quoted
 from lightning_peft.tasks.optimization import adamw, check_optimization
-from lightning_peft.wiring import KEY, inject_from_checkpoint
 
 
 class TextClassification(LightningModule):
