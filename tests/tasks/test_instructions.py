@@ -57,6 +57,12 @@ def test_only_the_response_and_the_end_carry_labels(decoder_tokenizer: str, writ
     assert batch["labels"].tolist() == [[-100] * 4 + [3, 8, 2], [-100] * 4 + [4, 2, -100]]
 
 
+def test_a_tokenizer_without_an_end_is_refused(encoder_tokenizer: str, write: Write) -> None:
+    data = InstructionDataModule(test=write("t.jsonl", rows("good")), tokenizer=encoder_tokenizer, max_length=99)
+    with pytest.raises(ValueError, match="The tokenizer has no end token"):
+        data.setup("test")
+
+
 def test_an_empty_response_is_the_end_alone(decoder_tokenizer: str, write: Write) -> None:
     data = InstructionDataModule(test=write("t.jsonl", rows("")), tokenizer=decoder_tokenizer, max_length=99)
     data.setup("test")
