@@ -22,9 +22,11 @@ def surround_hook(module: pl.LightningModule, hook: str, around: Callable[..., A
 
     Copies of the module keep the surrounded hook and bind it to themselves. A second call replaces the first.
     """
-    before = module.__dict__.get(hook)
-    before = getattr(before, "__func__", before)
-    before = getattr(before, "_peft_own", before)
+    before: Any = module.__dict__.get(hook)
+    if isinstance(before, types.MethodType):
+        before = getattr(before.__func__, "_peft_own", before.__func__)
+    elif before is not None:  # a function that was put on the instance knows no self
+        before = functools.partial(_without_self, before)
 
     def surrounded(self: pl.LightningModule, *args: Any, **kwargs: Any) -> Any:
         own = getattr(type(self), hook) if before is None else before
@@ -34,6 +36,10 @@ def surround_hook(module: pl.LightningModule, hook: str, around: Callable[..., A
     surrounded.__name__ = hook  # pickling a bound method looks its function up by name
     surrounded._peft_own = before  # type: ignore[attr-defined]
     module.__dict__[hook] = types.MethodType(surrounded, module)
+
+
+def _without_self(function: Callable[..., Any], module: pl.LightningModule, *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
 
 
 def after_build(module: pl.LightningModule, hook: str, then: Callable[[pl.LightningModule], None]) -> None:

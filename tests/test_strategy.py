@@ -96,6 +96,16 @@ def test_an_optimizer_built_before_injection_trains_the_adapters():
     assert all(adapter.b.abs().sum() > 0 for *_, adapter in lp.adapters(net))
 
 
+def test_a_function_put_on_the_instance_configures_too():
+    net = module()
+    optimizer = adamw(net)
+    net.configure_optimizers = lambda: optimizer
+    tuner = trainer(strategy())
+    tuner.fit(net, data())
+    assert tuner.optimizers == [optimizer]
+    assert len(held_by(tuner)) == 12
+
+
 def test_several_optimizers_that_forget_a_parameter_are_refused():
     class Two(Module):
         automatic_optimization = False
