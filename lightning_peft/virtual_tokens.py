@@ -136,15 +136,24 @@ def _(output: tuple, where: Insertion, pooler: nn.Module | None) -> tuple[Any, .
 
 
 def backbones(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield (name, module) of the outermost transformers backbones: no head, input embeddings known."""
+    """Yield (name, module) of the outermost transformers backbones: no head, input embeddings known.
+
+    Where a decoder-only backbone is a mere shell around its decoder (OPT), heads call the decoder; so does this.
+    """
     found: list[str] = []
     for name, module in [("", model), *base_modules(model).items()]:
-        is_backbone = (
-            callable(getattr(module, "get_input_embeddings", None)) and getattr(module, "base_model", 0) is module
-        )
-        if is_backbone and not any(name.startswith(f"{other}." if other else "") for other in found):
+        if _embeds(module) and getattr(module, "base_model", None) is module:
+            if any(name.startswith(f"{other}." if other else "") for other in found):
+                continue
             found.append(name)
-            yield name, module
+            shell = not getattr(module.config, "is_encoder_decoder", False) and _embeds(
+                getattr(module, "decoder", None)
+            )
+            yield (f"{name}.decoder".lstrip("."), module.decoder) if shell else (name, module)
+
+
+def _embeds(module: Any) -> bool:
+    return callable(getattr(module, "get_input_embeddings", None))
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

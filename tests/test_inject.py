@@ -64,6 +64,7 @@ REFUSED = {
     "torch's attention": (torch_encoder, lp.LLaMAAdapter(), TypeError, "nn.MultiheadAttention"),
     "too many layers": (MODELS["llama"], lp.LLaMAAdapter(layers=4), ValueError, "layers must be at most 3"),
     "no backbone": (chain, lp.PromptTuning(), ValueError, "give PromptTuning targets and embeddings"),
+    "no tokens": (lambda: family("vit"), lp.PromptTuning(), TypeError, "ViTModel embeds no tokens"),
     "no bias": (MODELS["llama"], lp.BitFit(), ValueError, r"BitFit\(add_missing=True\)"),
     "no blocks": (chain, lp.LastLayers(), ValueError, "number of blocks found"),
     "unknown role": (chain, lp.LoRA(), ValueError, "'attention.query' matches nothing.*The model has: \\*"),
@@ -237,3 +238,24 @@ def test_a_convolutional_net_takes_lora_and_its_last_layers():
     }  # fmt: skip
     F.cross_entropy(model(x), torch.tensor([0, 1])).backward()
     assert model[0].peft["lora"].b.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["opt", "distilbert", "roberta", "qwen2"])
+def test_prompts_reach_the_output_and_get_gradients(name):
+    import transformers as t
+
+    small = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = {
+        "opt": lambda: t.OPTForCausalLM(t.OPTConfig(ffn_dim=8, word_embed_proj_dim=8, **small)),
+        "distilbert": lambda: t.DistilBertForMaskedLM(t.DistilBertConfig(vocab_size=16, dim=8, n_layers=1, n_heads=2)),
+        "roberta": lambda: t.RobertaForMaskedLM(t.RobertaConfig(intermediate_size=8, **small)),
+        "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(intermediate_size=8, num_key_value_heads=2, **small)),
+    }[name]()
+    lp.inject(model, lp.PromptTuning(length=2))
+    x = torch.tensor([[3, 4, 5]])
+    for output in (model(x).logits, model(x, return_dict=False)[0]):
+        assert output.shape == (1, 3, 16)
+        ((*_, adapter),) = lp.adapters(model)
+        adapter.prompt.grad = None
+        output.square().sum().backward()
+        assert adapter.prompt.grad.abs().sum() > 0

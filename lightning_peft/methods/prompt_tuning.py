@@ -65,6 +65,10 @@ class PromptTuning(Method):
                 "No transformers backbone is found in the model; give PromptTuning targets and embeddings."
             )
         for name, host in hosts:
+            if not isinstance(host.get_input_embeddings(), nn.Embedding):
+                raise TypeError(
+                    f"{name or type(host).__name__} embeds no tokens; give PromptTuning targets and embeddings."
+                )
             prompt = self._start(host.get_input_embeddings(), model)
             if not getattr(host.config, "is_encoder_decoder", False):
                 yield name, Prompt(host, prompt)

@@ -40,7 +40,12 @@ class OutputLayers(Method):
         if "output" in self.targets:
             own = tuple(f"{name}." for name in output_layers(model))
             tied = [n for n in select_parameters(model, ["output"]) if not n.startswith(own)]
-            require(not tied, "output layer", f"tied to {tied[0]}" if tied else "", f"untied, or named: {list(own)!r}")
+            require(
+                not tied,
+                "output layer",
+                f"tied to {tied[0]}" if tied else "",
+                f"untied, or named in targets: {output_layers(model)}",
+            )
         return chosen
 
 
