@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -24,6 +25,8 @@ from .random_state import random_state, restore_random_state
 from .restoring import wire_checkpoints
 from .summary import Summary, summary
 from .wiring import adopt, after_build, wire_optimizers
+
+_AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 
 
 class PEFTStrategy(pl.Callback):
@@ -85,6 +88,13 @@ class PEFTStrategy(pl.Callback):
                 "A spawned process cannot hand adapters back to this one. Use strategy='ddp', or call "
                 "lightning_peft.inject(module, method, also_train) before fit."
             )
+        averaging = [i for i, c in enumerate(trainer.callbacks) if isinstance(c, _AVERAGING)]  # type: ignore[attr-defined]
+        if fresh and averaging and averaging[0] < trainer.callbacks.index(self):  # type: ignore[attr-defined]
+            raise ValueError("Weight averaging copies the module in its own setup; list PEFTStrategy before it.")
+        if fresh and averaging and is_overridden("configure_model", pl_module):
+            pl_module.configure_model()  # else what averaging copies next has no network
+            self.apply(pl_module)
+            return
         hook = next((h for h in ("configure_model", "setup") if is_overridden(h, pl_module)), None)
         if hook is None or not fresh:
             self.apply(pl_module)

@@ -299,3 +299,22 @@ def test_what_is_no_method_is_refused():
 def test_the_summary_is_printed_once(capsys):
     trainer(lp.PEFTStrategy(lp.LoRA(rank=2))).fit(module(), data())
     assert capsys.readouterr().out.count("parameters train") == 1
+
+
+@pytest.mark.filterwarnings("ignore:(SWA is currently only supported|Swapping scheduler)")
+@pytest.mark.parametrize("place", ["init", "configure_model"])
+def test_weight_averaging_averages_the_adapters(place):
+    class Watch(pl.Callback):
+        def on_train_epoch_end(self, tuner, net):
+            epochs.append([adapter.b.detach().clone() for *_, adapter in lp.adapters(net)])
+
+    epochs = []
+    net = module("llama", place)
+    averaging = pl.callbacks.StochasticWeightAveraging(0.01, swa_epoch_start=1)
+    trainer(strategy(), averaging, Watch(), epochs=4, accumulate_grad_batches=1).fit(net, data())
+    final = [adapter.b for *_, adapter in lp.adapters(net)]
+    start = [torch.zeros_like(b) for b in final]  # averaging samples the weights that each epoch starts with
+    for values, average in zip(zip(start, *epochs[:3], strict=True), final, strict=True):
+        torch.testing.assert_close(average, torch.stack(values).mean(0), atol=1e-6, rtol=1e-4)
+    with pytest.raises(ValueError, match="list PEFTStrategy before it"):
+        trainer(pl.callbacks.StochasticWeightAveraging(0.01), strategy()).fit(module(), data())
