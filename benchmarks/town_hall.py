@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 METHODS = ["output_layers", "prompt_tuning", "bitfit", "lora", "last_layers", "full_fine_tuning"]
+LABELS = {"lora": (12, 5, "start"), "prompt_tuning": (0, 24, "middle"), "output_layers": (0, 24, "middle")}
 
 
 def run(name: str) -> dict[str, object]:
@@ -49,8 +50,9 @@ def picture(results: dict[str, dict[str, float]]) -> str:
         x = left + width * (math.log10(row["trainable_parameters"]) - low) / (high - low)
         y = bottom - height * (100 * row["test_accuracy"] - 60) / 15
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="#6a3fb5"/>')
-        above = -12 if name not in ("bitfit", "output_layers") else 22
-        parts.append(f'<text x="{x:.1f}" y="{y + above:.1f}" text-anchor="middle">{name.replace("_", " ")}</text>')
+        right, down, anchor = LABELS.get(name, (0, -12, "middle"))
+        place = f'x="{x + right:.1f}" y="{y + down:.1f}" text-anchor="{anchor}"'
+        parts.append(f"<text {place}>{name.replace('_', ' ')}</text>")
     parts.append(f'<text x="{left + width / 2}" y="{bottom + 45}" text-anchor="middle">trained parameters</text>')
     parts.append(f'<text x="{left}" y="30">test accuracy on the town-hall messages</text></svg>')
     return "\n".join(parts) + "\n"

@@ -131,6 +131,9 @@ def detach(model: nn.Module) -> nn.Module:
     """Remove every adapter, restore classes and ``requires_grad``; base parameters that trained keep their values."""
     for _, host, key, _ in list(adapters(model)):
         _remove(host, key)
+    for module in model.modules():
+        for number in [number for number, hook in module._forward_pre_hooks.items() if hook is _nothing]:
+            del module._forward_pre_hooks[number]
     record: Injection | None = model.__dict__.pop(_RECORD, None)
     for name, parameter in base_parameters(model).items():
         if record is not None:

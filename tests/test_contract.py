@@ -220,3 +220,5 @@ def test_a_module_of_torch_in_eval_mode_is_adapted_too():
         y = encoder(x)
         assert (y - base).abs().max() > 1e-2
         torch.testing.assert_close(encoder.train()(x), y, atol=1e-5, rtol=1e-5)
+        assert torch.equal(lp.detach(encoder.eval())(x), base)
+    assert not any(module._forward_pre_hooks for module in encoder.modules())
