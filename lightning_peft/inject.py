@@ -95,10 +95,11 @@ def inject(model: nn.Module, method: Method | Sequence[Method], also_train: Sequ
 
     record.methods += methods
     record.also_train += also_train
-    record.trained = [name for name in record.required_grad if name in trained or name in record.trained]
+    trained |= set(record.trained)
+    record.trained = [name for name in record.required_grad if name in trained]
     model.__dict__[_RECORD] = record
     for name, parameter in base_parameters(model).items():
-        parameter.requires_grad_(name in record.trained)
+        parameter.requires_grad_(name in trained)
     for m, host_name, adapter in plan:
         _attach(model.get_submodule(host_name), _key(m.name, adapter), adapter)
     _call_children(model)

@@ -36,7 +36,7 @@ class Method(ABC):
         return None
 
     def after_step(self, adapters: Sequence[Adapter], step: int, total_steps: int) -> None:
-        """Do what follows optimizer step number ``step`` (from 1) of ``total_steps``; gradients are still there."""
+        """Do what follows optimizer step ``step`` (from 1) of ``total_steps`` (-1: unknown); gradients remain."""
 
     def metrics(self, adapters: Mapping[str, Adapter]) -> Mapping[str, Tensor]:
         """Return scalars worth logging, of adapters by host name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -127,7 +128,8 @@ class PEFTStrategy(pl.Callback):
         if record is not None:
             record.fresh = False
         self._adapters = [(method, adapters_of(pl_module, method)) for method in self.methods]
-        self._step, self._total_steps = trainer.global_step, int(trainer.estimated_stepping_batches)
+        self._step, total = trainer.global_step, trainer.estimated_stepping_batches
+        self._total_steps = -1 if math.isinf(total) else int(total)
         self._unchecked = {id(p) for p in pl_module.parameters() if p.requires_grad}
 
     def state_dict(self) -> dict[str, Any]:

@@ -318,3 +318,13 @@ def test_weight_averaging_averages_the_adapters(place):
         torch.testing.assert_close(average, torch.stack(values).mean(0), atol=1e-6, rtol=1e-4)
     with pytest.raises(ValueError, match="list PEFTStrategy before it"):
         trainer(pl.callbacks.StochasticWeightAveraging(0.01), strategy()).fit(module(), data())
+
+
+def test_a_run_without_a_last_step_trains():
+    class Stop(pl.Callback):
+        def on_train_epoch_end(self, tuner, net):
+            tuner.should_stop = True
+
+    net = module()
+    trainer(strategy(), Stop(), epochs=-1).fit(net, data())
+    assert all(adapter.b.abs().sum() > 0 for *_, adapter in lp.adapters(net))
