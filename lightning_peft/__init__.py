@@ -8,6 +8,7 @@ from .files import load_adapter, save_adapter
 from .inject import adapters, detach, inject, merge
 from .method import Method
 from .methods import BitFit, FullFineTuning, LastLayers, LLaMAAdapter, LoRA, OutputLayers, PromptTuning
+from .quantize import dequantize, quantize
 from .restoring import load_from_checkpoint
 from .strategy import PEFTStrategy
 from .summary import summary
@@ -27,12 +28,14 @@ __all__ = [
     "PromptTuning",
     "WeightUpdate",
     "adapters",
+    "dequantize",
     "detach",
     "full_state_dict",
     "inject",
     "load_adapter",
     "load_from_checkpoint",
     "merge",
+    "quantize",
     "save_adapter",
     "summary",
 ]

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from .inject import Injection, adapters, inject, injection
 from .method import from_dict, to_dict
+from .quantized_layers import original_of, sample
 from .select import SLOT, base_modules, base_parameters
 
 FORMAT = 1
@@ -117,16 +119,18 @@ def restore(model: nn.Module, description: Mapping[str, Any], source: str, stric
 def fingerprint(model: nn.Module) -> str | None:
     """Return a short digest of the frozen base: shapes and up to 64 values of each parameter, rounded to bfloat16.
 
-    Names do not enter, nor does the type that values are stored in; None where values are not at hand (meta, sharded).
+    Names do not enter, nor does the type that values are stored in; of a weight that ``quantize`` changed it is the
+    original that counts. None where values are not at hand (meta, sharded).
     """
     digest, samples = hashlib.sha256(), []
-    for parameter in base_parameters(model).values():
+    for name, parameter in base_parameters(model).items():
         if not parameter.requires_grad:
-            if parameter.is_meta or isinstance(parameter, DTensor):
+            owner, _, key = name.rpartition(".")
+            original = original_of(model.get_submodule(owner)) if key == "weight" else None
+            if original is None and (parameter.is_meta or isinstance(parameter, DTensor)):
                 return None
-            digest.update(str(tuple(parameter.shape)).encode())
-            flat = parameter.detach().reshape(-1)
-            samples.append(flat[:: max(1, len(flat) // 64)][:64].bfloat16().cpu())
+            digest.update(str(tuple(original.shape if original else parameter.shape)).encode())
+            samples.append(original.values if original else sample(parameter))
     if samples:
         digest.update(torch.cat(samples).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -160,8 +164,13 @@ def _drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) 
     record = injection(module)
     if record is not None and not record.shows_base:
         names = base_names(module)
-        for key in [k for k in state if k.startswith(prefix) and clean(k[len(prefix) :]) in names]:
+        for key in [k for k in state if k.startswith(prefix) and _within(clean(k[len(prefix) :]), names)]:
             del state[key]
+
+
+def _within(key: str, names: set[str]) -> bool:
+    """Whether a key is one of these names or below one: bitsandbytes writes statistics as ``weight.absmax``."""
+    return any(part in names for part in accumulate(key.split("."), "{}.{}".format))
 
 
 def _forgive(module: nn.Module, incompatible: Any) -> None:

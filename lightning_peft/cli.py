@@ -31,6 +31,11 @@ from .restoring import inject_from_checkpoint
 from .strategy import PEFTStrategy
 from .summary import size, summary
 
+# torch's own come first: bitsandbytes has others of the same names, which would make short names ambiguous.
+_OPTIMIZERS = sorted(
+    (cls for cls in vars(torch.optim).values() if isinstance(cls, type)), key=lambda cls: cls is torch.optim.Optimizer
+)
+
 
 class PEFTTrainer(pl.Trainer):
     """A Trainer with the tools that need a model and its configuration."""
@@ -101,7 +106,7 @@ class PEFTCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the method, the optimizer, and what follows a fit."""
         parser.add_lightning_class_args(PEFTStrategy, "peft")
-        parser.add_optimizer_args((torch.optim.Optimizer,))
+        parser.add_optimizer_args(tuple(_OPTIMIZERS))
         parser.add_lr_scheduler_args(LRSchedulerTypeTuple)
         parser.add_argument("--adapter_dir", type=str | None, default=None, help="Where fit saves the adapter")
         parser.add_argument("--test_after_fit", type=bool, default=False, help="Whether fit ends with a test")

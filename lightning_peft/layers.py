@@ -98,9 +98,8 @@ class ConvKind(Layer):
 @functools.singledispatch
 def layer_of(host: nn.Module) -> Layer:
     """Return what is known about a layer's type; a ``TypeError`` where nothing is."""
-    for cls in type(host).__mro__:
-        if f"{cls.__module__}.{cls.__qualname__}" in _FOREIGN:
-            return _FOREIGN[f"{cls.__module__}.{cls.__qualname__}"]
+    if (layer := _foreign(host)) is not None:
+        return layer
     raise TypeError(
         f"{type(host).__name__} is no known linear layer (nn.Linear, nn.Conv1d/2d/3d, nn.Embedding, transformers' "
         f"Conv1D). Choose other targets, or teach it with lightning_peft.layers.layer_of.register."
@@ -108,12 +107,19 @@ def layer_of(host: nn.Module) -> Layer:
 
 
 _LINEAR, _EMBEDDING, _CONV = LinearKind(), EmbeddingKind(), ConvKind()
-_FOREIGN: dict[str, Layer] = {"transformers.pytorch_utils.Conv1D": TransposedKind()}  # named, so nothing is imported
+# Classes of layers, or of their weights, by name, so that nothing is imported.
+FOREIGN: dict[str, Layer] = {"transformers.pytorch_utils.Conv1D": TransposedKind()}
+
+
+def _foreign(host: nn.Module) -> Layer | None:
+    classes = (*type(host).__mro__, *type(getattr(host, "weight", None)).__mro__)
+    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in classes)
+    return next((FOREIGN[name] for name in names if name in FOREIGN), None)
 
 
 @layer_of.register
 def _(host: nn.Linear) -> Layer:
-    return _LINEAR
+    return _foreign(host) or _LINEAR
 
 
 @layer_of.register

@@ -15,8 +15,8 @@ def bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        initializer_range=0.1, max_position_embeddings=48, num_labels=3, hidden_dropout_prob=0.0,
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=WIDTH * 3 // 2, num_hidden_layers=3,
+        num_attention_heads=4, initializer_range=0.1, max_position_embeddings=48, num_labels=3, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     return BertForSequenceClassification(config)
@@ -26,9 +26,9 @@ def llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        initializer_range=0.1, num_key_value_heads=2, max_position_embeddings=48, tie_word_embeddings=False,
-        pad_token_id=0,
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=WIDTH * 3 // 2, num_hidden_layers=3,
+        num_attention_heads=4, initializer_range=0.1, num_key_value_heads=2, max_position_embeddings=48,
+        tie_word_embeddings=False, pad_token_id=0,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
@@ -65,7 +65,7 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.attention, self.norm = Attention(), nn.LayerNorm(WIDTH)
-        self.fc1, self.fc2 = nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
+        self.fc1, self.fc2 = nn.Linear(WIDTH, WIDTH * 3 // 2), nn.Linear(WIDTH * 3 // 2, WIDTH)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         x = x + self.attention(self.norm(x), attention_mask)

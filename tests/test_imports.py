@@ -7,8 +7,12 @@ import lightning_peft as lp
 
 ROOT = Path(lp.__file__).parent
 ORDER = [
-    *["layers", "select", "attention", "adapter", "method", "virtual_tokens", "methods", "inject", "checkpoint"],
+    *["layers", "select", "attention", "adapter", "method", "virtual_tokens", "methods", "inject"],
     *[
+        "quantized_layers",
+        "nf4",
+        "quantize",
+        "checkpoint",
         "files",
         "summary",
         "optimizers",

@@ -1,0 +1,152 @@
+"""A frozen base in 4 or 8 bits: QLoRA, https://arxiv.org/abs/2305.14314.
+
+A layer stays the object that it was: it changes its class and its weight, and keeps name, bias, hooks and references.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from . import nf4
+from .adapter import WeightUpdate
+from .inject import _Adapted, _adapted, adapters, injection
+from .layers import TransposedKind, is_called_linear, layer_of
+from .quantized_layers import Int8Linear, Original, QuantizedKind, QuantizedLinear, original_of, remember, sample
+from .select import select
+
+KINDS = ("nf4", "int8")
+
+
+@torch.no_grad()
+def quantize(
+    model: nn.Module, kind: str, targets: Sequence[str] = ("all-linear",), backend: str | None = None
+) -> nn.Module:
+    """Store linear layers in few bits, in place and one after the other; nothing is changed if anything is wrong.
+
+    Args:
+        model: Any module, on the device that it shall train on, before ``inject``.
+        kind: "nf4", 4.127 bits for each value, doubly quantized; or "int8", with one scale for each row.
+        targets: Globs on the end of module names, or roles. The paper takes all linear layers of the blocks.
+        backend: Library for "nf4", "bitsandbytes" or "torchao"; None takes the first that runs on the model's
+            device and stores all shapes.
+
+    Returns:
+        The model. The weights that were quantized are frozen.
+
+    Raises:
+        ValueError: A setting is unknown, a pattern matches nothing, or a weight is shared, quantized, without values or
+            of a shape that no library stores.
+        TypeError: A target is no linear layer that can be quantized; names the first.
+        RuntimeError: Adapters were injected already.
+        ImportError: No library for "nf4" is installed that runs on the model's device.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}.")
+    if backend is not None and (kind == "int8" or backend not in nf4.LIBRARIES):
+        raise ValueError(f"backend={backend!r} does not fit: nf4 has {', '.join(nf4.LIBRARIES)}; int8 needs none.")
+    if injection(model) is not None or any(adapters(model)):
+        raise RuntimeError("This model is adapted already; quantize before inject.")
+    hosts = select(model, list(targets))
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    readers = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    read = {id(module) for reader in readers for module in reader.modules()}
+    for name, host in hosts.items():
+        _refuse(name, host, read=id(host) in read, shared=owners[id(getattr(host, "weight", None))] > 1)
+    library = nf4.library_for(hosts, backend) if kind == "nf4" else None
+    for host in hosts.values():
+        _quantize(host, library)
+    return model
+
+
+@torch.no_grad()
+def dequantize(model: nn.Module) -> float:
+    """Give every quantized layer the class and type that it had, with the weight that it computes with, in place.
+
+    Adapters stay and work, and can be merged then. The weights stay frozen.
+
+    Args:
+        model: What ``quantize`` or another library quantized.
+
+    Returns:
+        Norm of the difference to the weights before quantization, relative to their norm; nan if they are not known.
+
+    Raises:
+        ValueError: Nothing in the model is quantized.
+    """
+    hosts = [m for m in model.modules() if is_called_linear(m) and isinstance(layer_of(m), QuantizedKind)]
+    if not hosts:
+        raise ValueError("There is nothing to dequantize: no layer of this model is quantized.")
+    known = [original for original in map(original_of, hosts) if original is not None]
+    for host in hosts:
+        _dequantize(host)
+    if len(known) < len(hosts):
+        return math.nan
+    return math.sqrt(sum(o.squared_error for o in known) / max(sum(o.squared_norm for o in known), 1e-300))
+
+
+def _refuse(name: str, host: Any, read: bool, shared: bool) -> None:
+    """Raise if a layer cannot be quantized."""
+    kind = type(host).__name__
+    if not is_called_linear(host):
+        raise TypeError(f"{name} is a {kind}, no linear layer that is called; quantize all-linear or other targets.")
+    layer = layer_of(host)
+    if isinstance(layer, QuantizedKind):
+        raise ValueError(f"{name} is quantized already; dequantize it first, or choose other targets.")
+    plain = isinstance(layer, TransposedKind) or type(host).forward is nn.Linear.forward
+    if not plain or "forward" in vars(host) or "weight" not in host._parameters or isinstance(host.weight, DTensor):
+        raise TypeError(f"{name} ({kind}) is no plain linear layer: it computes, or its weight is stored, in another "
+                        f"way. Quantize before it is changed or sharded, or choose other targets.")  # fmt: skip
+    if read:
+        raise TypeError(f"{name} belongs to nn.TransformerEncoderLayer, which reads its weight; choose other targets.")
+    if host.weight.is_meta:
+        raise ValueError(f"{name} has no values yet (meta device); load the model, then quantize.")
+    if not host.weight.is_floating_point():
+        raise TypeError(f"{name} stores {host.weight.dtype}; only floating weights can be quantized.")
+    if shared:
+        raise ValueError(f"{name} shares its weight with another module; untie it, or choose other targets.")
+
+
+def _quantize(host: Any, library: str | None) -> None:
+    stored = host.weight.detach()
+    original = Original(type(host), stored.dtype, tuple(stored.shape), sample(stored), 0.0, 0.0)
+    weight = layer_of(host).read(host).detach().contiguous()
+    host.out_features, host.in_features = weight.shape  # Conv1D calls them otherwise
+    if library is None:
+        host.__class__ = Int8Linear
+        host.encode(weight)
+    else:
+        nf4.store(host, weight, library)
+    error = (layer_of(host).read(host).float() - weight.float()).square().sum().item()
+    remember(
+        host, dataclasses.replace(original, squared_error=error, squared_norm=weight.float().square().sum().item())
+    )
+
+
+def _dequantize(host: Any) -> None:
+    original = original_of(host)
+    weight = layer_of(host).read(host).detach()
+    cls = nn.Linear if original is None else original.cls
+    for name in ("quant_state", "state"):  # of bitsandbytes
+        vars(host).pop(name, None)
+    if isinstance(host, QuantizedLinear):
+        host._buffers.clear()
+    remember(host, None)
+    host.__class__ = _adapted(cls) if isinstance(host, _Adapted) else cls  # type: ignore[arg-type]
+    host.weight = nn.Parameter(weight if original is None else weight.to(original.dtype), requires_grad=False)
+    if host.bias is not None:
+        host.bias.data = host.bias.data.to(host.weight.dtype)  # bitsandbytes casts it when it is called
+    layer = layer_of(host)
+    if isinstance(layer, TransposedKind):
+        host.weight = nn.Parameter(host.weight.T.contiguous(), requires_grad=False)
+    if isinstance(host, _Adapted):
+        for adapter in host.peft.values():
+            if isinstance(adapter, WeightUpdate):
+                adapter.layer = layer
