@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .adapter import Adapter
+from .adapter import Adapter, WeightUpdate
+from .layers import read_attribute
 from .method import Method
 from .select import SLOT, base_parameters, select_parameters
 
@@ -54,8 +55,18 @@ def _adapted(cls: Any) -> type[nn.Module]:
             call = functools.partial(adapter, self, call)
         return call(*args, **kwargs)
 
+    read = read_attribute(cls)
+
+    def updated(self: Any) -> Any:
+        weight = self._parameters[read]
+        for adapter in self.peft.values():
+            weight = adapter.updated_whole(weight) if isinstance(adapter, WeightUpdate) else weight
+        return weight
+
     # The same name: libraries look models up by it (loss functions, wrapping policies, saved configurations).
     namespace = {"forward": forward, "_host_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    if read is not None:
+        namespace[read] = property(updated)
     return type(cls.__name__, (_Adapted, cls), namespace)
 
 
@@ -89,7 +100,8 @@ def inject(model: nn.Module, method: Method | Sequence[Method], also_train: Sequ
     plan = [(m, host_name, adapter) for m in methods for host_name, adapter in m.adapters(model)]
     trained = {name for m in methods for name in m.parameters(model)} | set(select_parameters(model, also_train))
     for m, host_name, adapter in plan:
-        _refuse(model.get_submodule(host_name), host_name, _key(m.name, adapter))
+        _refuse(model.get_submodule(host_name), host_name, _key(m.name, adapter), adapter)
+    _refuse_company([(n, a) for n, *_, a in adapters(model)] + [(n, a) for _, n, a in plan])
     if not plan and not trained:
         raise ValueError("Nothing would train: the methods add no adapter and choose no parameter.")
 
@@ -170,12 +182,12 @@ def _key(name: str, adapter: Adapter) -> str:
     return f"{name}_{adapter.part}" if adapter.part else name
 
 
-def _refuse(host: nn.Module, name: str, key: str) -> None:
+def _refuse(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
     """Raise if an adapter on this host could not work; each case fails silently without this check."""
     kind = type(host).__name__
-    if isinstance(host, nn.modules.linear.NonDynamicallyQuantizableLinear):
+    if isinstance(host, nn.modules.linear.NonDynamicallyQuantizableLinear) and not isinstance(adapter, WeightUpdate):
         raise TypeError(
-            f"{name} belongs to nn.MultiheadAttention, which reads it and never calls it; target other layers."
+            f"{name} belongs to nn.MultiheadAttention, which reads its weight and never calls it; target other layers."
         )
     if isinstance(host, (nn.ModuleList, nn.ModuleDict)) or type(host).forward is nn.Module.forward:
         raise TypeError(f"{name} is a {kind}, which is never called; target the modules inside.")
@@ -191,6 +203,18 @@ def _refuse(host: nn.Module, name: str, key: str) -> None:
         raise TypeError(f"{name} has an attribute {SLOT!r} of its own, where its adapters would live.")
     if isinstance(host, _Adapted) and key in host.peft:
         raise ValueError(f"{name} already has an adapter {key!r}; give the method another name.")
+
+
+def _refuse_company(found: Sequence[tuple[str, Adapter]]) -> None:
+    """Raise where an adapter that rewrites rows of a weight as a whole would share them."""
+    for name, adapter in found:
+        updates = [a for n, a in found if n == name and a is not adapter and isinstance(a, WeightUpdate)]
+        others = [a for a in updates if "" in (a.part, adapter.part) or a.part == adapter.part]
+        if adapter.alone and others:
+            raise ValueError(
+                f"{type(adapter).__name__} at {name} rewrites the whole weight and cannot share it with "
+                f"{type(others[0]).__name__}; give the methods different targets."
+            )
 
 
 def _attach(host: nn.Module, key: str, adapter: Adapter) -> None:

@@ -40,7 +40,7 @@ class PEFTStrategy(pl.Callback):
         method: What to train: one method, or a list of which later ones are outer where two share a host.
         also_train: Globs or roles of base modules and parameters that train too, such as a new head.
         lr_factors: Factors of the learning rate, by method name or by glob of parameter names; they survive
-            schedulers and the learning-rate finder.
+            schedulers and the learning-rate finder. A factor of 0 freezes.
         no_decay: Globs of parameter names without weight decay.
         frozen_mode: ``eval``: what holds no trained parameter runs in evaluation mode while the rest trains, without
             dropout. ``train``: its dropout is active. Frozen batch norm keeps its statistics in both.

@@ -7,7 +7,8 @@ import lightning_peft as lp
 
 ROOT = Path(lp.__file__).parent
 ORDER = [
-    *["layers", "select", "attention", "adapter", "method", "virtual_tokens", "methods", "inject", "checkpoint"],
+    *["layers", "select", "attention", "products", "adapter", "low_rank", "method", "virtual_tokens", "methods"],
+    *["inject", "checkpoint"],
     *[
         "files",
         "summary",
