@@ -7,7 +7,7 @@ from .checkpoint import full_state_dict
 from .files import load_adapter, save_adapter
 from .inject import adapters, detach, inject, merge
 from .method import Method
-from .methods import BitFit, FullFineTuning, LastLayers, LLaMAAdapter, LoRA, OutputLayers, PromptTuning
+from .methods import AdaLoRA, BitFit, FullFineTuning, LastLayers, LLaMAAdapter, LoRA, OutputLayers, PromptTuning
 from .restoring import load_from_checkpoint
 from .strategy import PEFTStrategy
 from .summary import summary
@@ -15,6 +15,7 @@ from .summary import summary
 __version__ = version("lightning-peft")
 
 __all__ = [
+    "AdaLoRA",
     "Adapter",
     "BitFit",
     "FullFineTuning",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -38,6 +38,14 @@ class Adapter(nn.Module, ABC):
     def merge(self, host: Any) -> None:
         """Fold this adapter into the host's parameters, in place, if a weight can express it."""
         raise NotImplementedError
+
+    def pack(self) -> dict[str, Tensor]:
+        """Return what an adapter file holds of this adapter."""
+        return self.state_dict(keep_vars=True)
+
+    def unpack(self, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the state that ``pack`` gave this for."""
+        return dict(packed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         if recurse:

@@ -130,6 +130,8 @@ class PEFTStrategy(pl.Callback):
         self._adapters = [(method, adapters_of(pl_module, method)) for method in self.methods]
         self._step, total = trainer.global_step, trainer.estimated_stepping_batches
         self._total_steps = -1 if math.isinf(total) else int(total)
+        for method in self.methods:
+            method.check_run(self._total_steps)
         self._unchecked = {id(p) for p in pl_module.parameters() if p.requires_grad}
 
     def state_dict(self) -> dict[str, Any]:
