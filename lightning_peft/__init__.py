@@ -5,10 +5,11 @@ from importlib.metadata import version
 from .adapter import Adapter, WeightUpdate
 from .checkpoint import full_state_dict
 from .files import load_adapter, save_adapter
-from .inject import adapters, detach, inject, merge
+from .inject import adapters, detach, inject
+from .merging import merge
 from .method import Method
-from .methods import BitFit, FullFineTuning, LastLayers, LLaMAAdapter, LoRA, OutputLayers, PromptTuning
-from .quantize import dequantize, quantize
+from .methods import AdaLoRA, BitFit, FullFineTuning, LastLayers, LLaMAAdapter, LoRA, OutputLayers, PromptTuning
+from .quantization import dequantize, quantize
 from .restoring import load_from_checkpoint
 from .strategy import PEFTStrategy
 from .summary import summary
@@ -16,6 +17,7 @@ from .summary import summary
 __version__ = version("lightning-peft")
 
 __all__ = [
+    "AdaLoRA",
     "Adapter",
     "BitFit",
     "FullFineTuning",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import layer_of
+from .products import Update, saves_work, updated_linear
 
 Call = Callable[..., Any]
 
@@ -23,6 +24,8 @@ class Adapter(nn.Module, ABC):
     trained in 16 bits lose their updates to rounding.
     """
 
+    alone = False  # whether no other adapter may update the same rows of its host's weight
+    unmergeable = "no weight of the host expresses it"  # why, where ``merge`` is not implemented
     part = ""  # which part of a host this adapter serves, where a method puts several on one host
 
     @abstractmethod
@@ -36,6 +39,14 @@ class Adapter(nn.Module, ABC):
     def merge(self, host: Any) -> None:
         """Fold this adapter into the host's parameters, in place, if a weight can express it."""
         raise NotImplementedError
+
+    def pack(self) -> dict[str, Tensor]:
+        """Return what an adapter file holds of this adapter."""
+        return self.state_dict(keep_vars=True)
+
+    def unpack(self, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the state that ``pack`` gave this for."""
+        return dict(packed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         if recurse:
@@ -59,9 +70,10 @@ def parameter_like(weight: Tensor, *shape: int) -> nn.Parameter:
 
 
 class WeightUpdate(Adapter):
-    """Adds ``delta()`` to the weight of a linear layer: y = host(x) + update(x).
+    """Trains a linear layer's weight: y = host(x) + update(x), or one product with the updated weight, by cost.
 
-    Law: ``update(host, x) == layer_of(host).apply(host, x, delta())``.
+    Laws: ``update(host, x) == layer.apply(host, x, d)`` with ``d = updated(w) - w`` of this part's rows ``w``, and
+    ``updated(w) == w + delta()`` unless a method says otherwise.
 
     Args:
         host: Layer whose weight, seen as (out, in, *kernel), is updated.
@@ -73,6 +85,7 @@ class WeightUpdate(Adapter):
         self.layer = layer_of(host)
         out, *rest = self.layer.shape(host)
         self.part, first, stop = part or ("", 0, out)
+        self.rows = (first, stop)
         self.shape = (stop - first, *rest)  # of delta()
         self.outside = (first, out - stop)  # rows before and after
 
@@ -84,15 +97,51 @@ class WeightUpdate(Adapter):
     def update(self, host: Any, x: Tensor) -> Tensor:
         """Return the update of the output (of its part), the cheapest way this method has."""
 
-    def forward(self, host: Any, inner: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def updated(self, weight: Tensor) -> Tensor:
+        """Return what becomes of a weight (of its part), as (out, in, *kernel)."""
+        return weight + self.delta()
+
+    def in_form(self) -> Update | None:
+        """Return what one product with the updated weight needs; None where only ``update`` will do."""
+        return None
+
+    def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
+        if self.layer.is_read:
+            return inner(*args, **kwargs)  # the host reads its weight, and finds the updated one
+        return self._called(host, inner, *args, **kwargs)
+
+    def _called(self, host: Any, inner: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        updates = self._one_product(host, inner, x)
+        if updates:
+            return updated_linear(x, self.layer.read(host), host.bias, updates)
         y: Tensor = inner(x, *args, **kwargs)
         update = self.update(host, x)
         if any(self.outside):
             update = F.pad(update, self.outside)
         return y + update.to(y.dtype)
 
+    def _one_product(self, host: Any, inner: Call, x: Tensor) -> list[Update]:
+        """Return this adapter's update, after those further inside, if together they make one product cheaper."""
+        chain, call = [self], inner
+        while isinstance(called := getattr(call, "func", None), WeightUpdate):
+            chain.append(called)
+            call = call.args[1]  # type: ignore[attr-defined]
+        if not self.layer.multiplies(host, called) or (host.weight.requires_grad and torch.is_grad_enabled()):
+            return []
+        found = [one.in_form() for one in reversed(chain)]
+        updates = [update for update in found if update is not None]
+        exact = all(factor.dtype == host.weight.dtype for update in updates for factor in update.factors)
+        if len(updates) == len(chain) and exact and saves_work(updates, x, self.layer.read(host)):
+            return updates  # a narrower weight would round small updates away
+        return []
+
+    def updated_whole(self, weight: Tensor) -> Tensor:
+        """Return a weight as the host stores it, with this part's rows updated."""
+        first, stop = self.rows
+        return torch.cat([weight[:first], self.updated(weight[first:stop]).to(weight.dtype), weight[stop:]])
+
     def merge(self, host: Any) -> None:
-        delta = self.delta().detach()
-        if any(self.outside):
-            delta = F.pad(delta, (*[0, 0] * (delta.dim() - 1), *self.outside))
-        self.layer.add(host, delta)
+        weight = self.layer.read(host)
+        first, stop = self.rows
+        wide = weight[first:stop].to(torch.promote_types(weight.dtype, torch.float32))
+        self.layer.write(host, self.updated(wide).detach(), first)

@@ -43,11 +43,17 @@ def full_state_dict(model: nn.Module) -> Iterator[None]:
         record.shows_base = before
 
 
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state of adapters and trained base parameters by key; a shared tensor appears once."""
+def adapter_state(model: nn.Module, packed: bool = False) -> dict[str, Tensor]:
+    """Return the state of adapters and trained base parameters by key; a shared tensor appears once.
+
+    Args:
+        model: An adapted model.
+        packed: Whether adapters leave out what only further training needs.
+    """
     state: dict[str, Tensor] = {}
     for name, _, key, adapter in adapters(model):
-        for entry, value in adapter.state_dict(keep_vars=True).items():
+        own = adapter.pack() if packed else adapter.state_dict(keep_vars=True)
+        for entry, value in own.items():
             state[f"{name}.{SLOT}.{key}.{entry}".lstrip(".")] = value
     for name, module in [("", model), *base_modules(model).items()]:
         own = {k: p for k, p in module.named_parameters(recurse=False) if p.requires_grad}
@@ -56,6 +62,16 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
         state |= {f"{name}.{k}".lstrip("."): value for k, value in (own | kept).items()}
     seen = set[int]()
     return {k: v for k, v in state.items() if not (id(v) in seen or seen.add(id(v)))}  # type: ignore[func-returns-value]
+
+
+def unpacked(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state that ``adapter_state(model, packed=True)`` gave this for."""
+    rest = dict(state)
+    for name, _, key, adapter in adapters(model):
+        prefix = clean(f"{name}.{SLOT}.{key}.".lstrip("."))
+        own = {k.removeprefix(prefix): rest.pop(k) for k in list(rest) if k.startswith(prefix)}
+        rest |= {prefix + entry: value for entry, value in adapter.unpack(own).items()}
+    return rest
 
 
 def check_state(model: nn.Module, given: Mapping[str, Tensor], source: str) -> None:

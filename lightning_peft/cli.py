@@ -25,7 +25,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from . import tasks  # noqa: F401  # so that its classes are known by their short names
 from .files import inspect_adapter, load_adapter, save_adapter
-from .inject import injection, merge
+from .inject import injection
+from .merging import merge
 from .method import methods_by_name
 from .restoring import inject_from_checkpoint
 from .strategy import PEFTStrategy

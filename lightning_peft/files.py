@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from .checkpoint import adapter_state, check_state, clean, describe, restore
+from .checkpoint import adapter_state, check_state, clean, describe, restore, unpacked
 from .inject import detach, injection
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -32,7 +32,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Returns:
         The folder.
     """
-    state = {clean(k): v.detach().contiguous().cpu() for k, v in adapter_state(model).items()}
+    state = {clean(k): v.detach().contiguous().cpu() for k, v in adapter_state(model, packed=True).items()}
     weights = save(state)
     config = {"library": "lightning_peft", **describe(model), "sha256": hashlib.sha256(weights).hexdigest()}
     folder = Path(folder)
@@ -63,8 +63,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], strict: bool 
     fresh = injection(model) is None
     try:
         restore(model, config, str(folder), strict)
+        state = _aligned(state, {clean(k): v for k, v in adapter_state(model, packed=True).items()})
+        state = unpacked(model, state)
         target = {clean(k): v for k, v in adapter_state(model).items()}
-        state = _aligned(state, target)
         check_state(model, state, str(folder))
         if extra := state.keys() - target.keys():
             raise ValueError(f"{folder} has values of {sorted(extra)[:5]}, which this model has not or does not train.")

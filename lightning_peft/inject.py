@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .adapter import Adapter
+from .adapter import Adapter, WeightUpdate
+from .layers import read_attribute
 from .method import Method
+from .quantized_layers import keep_differentiable, refuse_repacked
 from .select import SLOT, base_parameters, select_parameters
 
 _RECORD = "_peft_injection"
@@ -31,8 +33,8 @@ class Injection:
     shows_base: bool = False  # whether state_dict() holds the frozen base although it is hooked to leave it out
 
 
-class _Adapted:
-    """In front of a host's own class."""
+class Adapted:
+    """Stands in front of a host's own class."""
 
     _host_class: Any
     peft: nn.ModuleDict
@@ -40,13 +42,15 @@ class _Adapted:
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         build, (cls, *args), *rest = reduced
-        if cls is not _adapted(self._host_class):  # sharding put a class of its own in front
+        if cls is not adapted(self._host_class):  # sharding put a class of its own in front
             return build, (cls, *args), *rest
         return _rebuild, (self._host_class,), *rest
 
 
 @functools.cache
-def _adapted(cls: Any) -> type[nn.Module]:
+def adapted(cls: Any) -> type[nn.Module]:
+    """Return the class of hosts whose own class is ``cls``."""
+
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         call: Callable[..., Any] = functools.partial(cls.forward, self)
@@ -54,13 +58,23 @@ def _adapted(cls: Any) -> type[nn.Module]:
             call = functools.partial(adapter, self, call)
         return call(*args, **kwargs)
 
+    read = read_attribute(cls)
+
+    def updated(self: Any) -> Any:
+        weight = self._parameters[read]
+        for adapter in self.peft.values():
+            weight = adapter.updated_whole(weight) if isinstance(adapter, WeightUpdate) else weight
+        return weight
+
     # The same name: libraries look models up by it (loss functions, wrapping policies, saved configurations).
     namespace = {"forward": forward, "_host_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (_Adapted, cls), namespace)
+    if read is not None:
+        namespace[read] = property(updated)
+    return type(cls.__name__, (Adapted, cls), namespace)
 
 
 def _rebuild(cls: Any) -> nn.Module:
-    new = _adapted(cls)
+    new = adapted(cls)
     return new.__new__(new)
 
 
@@ -88,8 +102,13 @@ def inject(model: nn.Module, method: Method | Sequence[Method], also_train: Sequ
         raise ValueError(f"Two methods are named {twice[0]!r}; give one of them another name.")
     plan = [(m, host_name, adapter) for m in methods for host_name, adapter in m.adapters(model)]
     trained = {name for m in methods for name in m.parameters(model)} | set(select_parameters(model, also_train))
+    refuse_repacked(model)
     for m, host_name, adapter in plan:
-        _refuse(model.get_submodule(host_name), host_name, _key(m.name, adapter))
+        _refuse(model.get_submodule(host_name), host_name, _key(m.name, adapter), adapter)
+    for name in sorted(trained):
+        if not (parameter := model.get_parameter(name)).is_floating_point():
+            raise TypeError(f"{name} is stored as {parameter.dtype} and cannot train; leave it out, or dequantize it.")
+    _refuse_company([(n, a) for n, *_, a in adapters(model)] + [(n, a) for _, n, a in plan])
     if not plan and not trained:
         raise ValueError("Nothing would train: the methods add no adapter and choose no parameter.")
 
@@ -103,6 +122,7 @@ def inject(model: nn.Module, method: Method | Sequence[Method], also_train: Sequ
     for m, host_name, adapter in plan:
         _attach(model.get_submodule(host_name), _key(m.name, adapter), adapter)
     _call_children(model)
+    keep_differentiable(model)
     return model
 
 
@@ -113,7 +133,7 @@ def injection(model: nn.Module) -> Injection | None:
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Adapter]]:
     """Yield (host's name, host, adapter's name, adapter); found by type, never by the spelling of a name."""
-    found: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, _Adapted)]
+    found: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, Adapted)]
     for name, host in found:
         for key, adapter in host.peft.items():
             yield name, host, key, adapter
@@ -142,40 +162,16 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
-def merge(model: nn.Module) -> nn.Module:
-    """Fold every adapter into its host and restore the original classes: all of them, or none if one cannot.
-
-    Raises:
-        TypeError: A method's adapters cannot be expressed by a weight.
-        ValueError: A host shares a parameter with another module.
-    """
-    found = list(adapters(model))
-    if not found and injection(model) is None:
-        raise ValueError("There is nothing to merge: no method was injected into this model.")
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    for host_name, host, key, adapter in found:
-        if type(adapter).merge is Adapter.merge:
-            raise TypeError(f"{key!r} at {host_name} cannot be merged: no weight of the host expresses it.")
-        if any(owners[id(p)] > 1 for p in host._parameters.values() if p is not None):
-            raise ValueError(f"{host_name} shares a parameter with another module; untie it before merging.")
-        if any(not p.is_floating_point() for p in host._parameters.values() if p is not None):
-            raise TypeError(f"{host_name} stores whole numbers; dequantize it before merging.")
-    for _, host, _, adapter in found:  # in order: inner before outer
-        with torch.no_grad():
-            adapter.merge(host)
-    return detach(model)
-
-
 def _key(name: str, adapter: Adapter) -> str:
     return f"{name}_{adapter.part}" if adapter.part else name
 
 
-def _refuse(host: nn.Module, name: str, key: str) -> None:
+def _refuse(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
     """Raise if an adapter on this host could not work; each case fails silently without this check."""
     kind = type(host).__name__
-    if isinstance(host, nn.modules.linear.NonDynamicallyQuantizableLinear):
+    if isinstance(host, nn.modules.linear.NonDynamicallyQuantizableLinear) and not isinstance(adapter, WeightUpdate):
         raise TypeError(
-            f"{name} belongs to nn.MultiheadAttention, which reads it and never calls it; target other layers."
+            f"{name} belongs to nn.MultiheadAttention, which reads its weight and never calls it; target other layers."
         )
     if isinstance(host, (nn.ModuleList, nn.ModuleDict)) or type(host).forward is nn.Module.forward:
         raise TypeError(f"{name} is a {kind}, which is never called; target the modules inside.")
@@ -187,17 +183,29 @@ def _refuse(host: nn.Module, name: str, key: str) -> None:
         raise TypeError(f"forward of {name} was replaced on the instance, which hides any adapter; inject before that.")
     if any(isinstance(p, DTensor) for p in host.parameters()):
         raise TypeError(f"{name} is sharded already, so adapters would train on each rank alone; inject, then shard.")
-    if not isinstance(host, _Adapted) and hasattr(host, SLOT):
+    if not isinstance(host, Adapted) and hasattr(host, SLOT):
         raise TypeError(f"{name} has an attribute {SLOT!r} of its own, where its adapters would live.")
-    if isinstance(host, _Adapted) and key in host.peft:
+    if isinstance(host, Adapted) and key in host.peft:
         raise ValueError(f"{name} already has an adapter {key!r}; give the method another name.")
 
 
+def _refuse_company(found: Sequence[tuple[str, Adapter]]) -> None:
+    """Raise where an adapter that rewrites rows of a weight as a whole would share them."""
+    for name, adapter in found:
+        updates = [a for n, a in found if n == name and a is not adapter and isinstance(a, WeightUpdate)]
+        others = [a for a in updates if "" in (a.part, adapter.part) or a.part == adapter.part]
+        if adapter.alone and others:
+            raise ValueError(
+                f"{type(adapter).__name__} at {name} rewrites the whole weight and cannot share it with "
+                f"{type(others[0]).__name__}; give the methods different targets."
+            )
+
+
 def _attach(host: nn.Module, key: str, adapter: Adapter) -> None:
-    if not isinstance(host, _Adapted):
+    if not isinstance(host, Adapted):
         host.peft = nn.ModuleDict()
         kind: Any = type(host)
-        host.__class__ = _adapted(kind)
+        host.__class__ = adapted(kind)
     parameter = next(host.parameters(), None)
     slot: Any = host.peft
     slot[key] = adapter if parameter is None else adapter.to(parameter.device)

@@ -19,6 +19,7 @@ class Layer(ABC):
     """What is known about one type of linear layer; holds no state, the host is passed in."""
 
     looks_up = False  # inputs are indices, not features
+    is_read = False  # a module further out reads the weight and never calls the layer
 
     @abstractmethod
     def apply(self, host: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -28,21 +29,27 @@ class Layer(ABC):
     def mix(self, host: Any, hidden: Tensor, weight: Tensor) -> Tensor:
         """Map the features of an output of ``apply`` with ``weight`` of shape (any, features)."""
 
-    def read(self, host: Any) -> Tensor:
-        """Return the host's weight as (out, in, *kernel), a view where possible."""
+    def parameter(self, host: Any) -> Tensor:
+        """Return the weight as the host stores it."""
         weight: Tensor = host.weight
         return weight
+
+    def read(self, host: Any) -> Tensor:
+        """Return the host's weight as (out, in, *kernel), a view where possible."""
+        return self.parameter(host)
 
     def shape(self, host: Any) -> torch.Size:
         """Return (out, in, *kernel)."""
         return self.read(host).shape
 
     @torch.no_grad()
-    def add(self, host: Any, delta: Tensor) -> None:
-        """Add ``delta`` of shape (out, in, *kernel) to the host's weight, rounding once."""
-        if not host.weight.is_floating_point():
-            raise TypeError(f"{type(host).__name__} stores {host.weight.dtype}; dequantize it before merging.")
-        self.read(host).add_(delta)
+    def write(self, host: Any, rows: Tensor, first: int = 0) -> None:
+        """Replace rows of the host's weight by ``rows`` of shape (any, in, *kernel), rounding once."""
+        self.read(host)[first : first + len(rows)].copy_(rows)
+
+    def multiplies(self, host: Any, call: object) -> bool:
+        """Whether ``call``, what the host would run, is exactly the product with its weight and its bias."""
+        return False
 
     def factorizes(self, host: Any) -> bool:
         """Whether ``apply`` with B A equals ``mix`` with B after ``apply`` with A."""
@@ -51,6 +58,9 @@ class Layer(ABC):
 
 class LinearKind(Layer):
     """``nn.Linear``: y = x W^T."""
+
+    def multiplies(self, host: Any, call: object) -> bool:
+        return call is nn.Linear.forward and type(host.weight) in _PLAIN
 
     def apply(self, host: Any, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
@@ -62,9 +72,28 @@ class LinearKind(Layer):
 class TransposedKind(LinearKind):
     """``Conv1D`` of GPT-2: a linear layer that stores W^T."""
 
+    def multiplies(self, host: Any, call: object) -> bool:
+        return getattr(call, "__qualname__", "") == "Conv1D.forward" and type(host.weight) in _PLAIN
+
     def read(self, host: Any) -> Tensor:
-        weight: Tensor = host.weight
-        return weight.T
+        return self.parameter(host).T
+
+
+class ReadKind(LinearKind):
+    """A weight that torch's attention reads from a module without calling it."""
+
+    is_read = True
+
+    def multiplies(self, host: Any, call: object) -> bool:
+        return False
+
+    def parameter(self, host: Any) -> Tensor:
+        weight: Tensor | None = host._parameters[
+            read_attribute(type(host))
+        ]  # the attribute itself gives the updated one
+        if weight is None:
+            raise TypeError("This nn.MultiheadAttention has separate projections (kdim, vdim); they cannot be adapted.")
+        return weight
 
 
 class EmbeddingKind(LinearKind):
@@ -72,12 +101,14 @@ class EmbeddingKind(LinearKind):
 
     looks_up = True
 
+    def multiplies(self, host: Any, call: object) -> bool:
+        return False
+
     def apply(self, host: Any, x: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(x, weight.T, host.padding_idx)
 
     def read(self, host: Any) -> Tensor:
-        weight: Tensor = host.weight
-        return weight.T
+        return self.parameter(host).T
 
 
 class ConvKind(Layer):
@@ -106,7 +137,8 @@ def layer_of(host: nn.Module) -> Layer:
     )
 
 
-_LINEAR, _EMBEDDING, _CONV = LinearKind(), EmbeddingKind(), ConvKind()
+_PLAIN = (Tensor, nn.Parameter)  # not sharded, not quantized
+_LINEAR, _READ, _EMBEDDING, _CONV = LinearKind(), ReadKind(), EmbeddingKind(), ConvKind()
 # Classes of layers, or of their weights, by name, so that nothing is imported.
 FOREIGN: dict[str, Layer] = {"transformers.pytorch_utils.Conv1D": TransposedKind()}
 
@@ -120,6 +152,12 @@ def _foreign(host: nn.Module) -> Layer | None:
 @layer_of.register
 def _(host: nn.Linear) -> Layer:
     return _foreign(host) or _LINEAR
+
+
+@layer_of.register(nn.MultiheadAttention)
+@layer_of.register(nn.modules.linear.NonDynamicallyQuantizableLinear)
+def _(host: nn.Module) -> Layer:
+    return _READ
 
 
 @layer_of.register
@@ -136,10 +174,15 @@ def _(host: nn.Module) -> Layer:
 
 def is_called_linear(module: nn.Module) -> bool:
     """Whether a module maps features linearly when called: not embeddings, not torch's ``out_proj``, which is read."""
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return False
     try:
         layer = layer_of(module)
     except TypeError:
         return False
-    return isinstance(layer, LinearKind) and not layer.looks_up
+    return isinstance(layer, LinearKind) and not layer.looks_up and not layer.is_read
+
+
+def read_attribute(kind: type[nn.Module]) -> str | None:
+    """Return the name of the weight that torch's attention reads from modules of this type without calling them."""
+    if issubclass(kind, nn.MultiheadAttention):
+        return "in_proj_weight"
+    return "weight" if issubclass(kind, nn.modules.linear.NonDynamicallyQuantizableLinear) else None

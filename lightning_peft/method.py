@@ -31,6 +31,9 @@ class Method(ABC):
         """Yield names of base parameters that train as well."""
         return ()
 
+    def check_run(self, total_steps: int) -> None:
+        """Raise if a run of so many optimizer steps (-1: unknown) cannot work; called before the first one."""
+
     def penalty(self, adapters: Sequence[Adapter]) -> Tensor | None:
         """Return a term of the training objective; its gradient is added before each optimizer step."""
         return None

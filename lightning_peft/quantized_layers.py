@@ -70,9 +70,6 @@ class QuantizedKind(LinearKind):
     def shape(self, host: Any) -> torch.Size:
         return torch.Size((host.out_features, host.in_features))
 
-    def add(self, host: Any, delta: Tensor) -> None:
-        self.write(host, delta)
-
     def write(self, host: Any, rows: Tensor, first: int = 0) -> None:
         """Refuse: what ``read`` returns is not what is stored."""
         raise TypeError(f"{type(host).__name__} stores its weight in few bits; dequantize before merging.")
@@ -156,6 +153,20 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         weight: Tensor = ctx.decode(*ctx.saved_tensors)
         return grad @ weight.to(grad.dtype), None, None
+
+
+def refuse_repacked(model: nn.Module) -> None:
+    """Raise where bitsandbytes has stored weights anew for inference on the CPU, which no gradient passes."""
+    for name, module in model.named_modules():
+        if getattr(getattr(module, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(f"{name} was repacked by bitsandbytes for inference; load the model again, then inject.")
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from storing weights anew in eval mode: rounded, and without gradients for the input."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def _linear_4bit(host: Any) -> Tensor:

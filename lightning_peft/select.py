@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from .layers import is_called_linear, layer_of
+from .layers import is_called_linear, layer_of, read_attribute
 
 SLOT = "peft"  # the child of an adapted module below which its adapters live; never part of the base
 
@@ -93,7 +93,7 @@ def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 def parts(host_name: str, host: nn.Module, targets: Sequence[str]) -> list[tuple[str, int, int]]:
     """Return (part, first row, last row + 1) of a fused layer that roles ask for; empty for all of it."""
     named = any(matches(host_name, target) for target in targets if target not in ROLES)
-    if named or not is_fused(host_name):
+    if named or not (is_fused(host_name) or isinstance(host, nn.MultiheadAttention)):
         return []
     wanted = {_PARTS.get(target) for target in targets}
     return [part for part in fused_parts(host) if part[0] in wanted or "all-linear" in targets]
@@ -139,9 +139,10 @@ def output_layers(model: nn.Module) -> list[str]:
 
 def attention_modules(model: nn.Module) -> list[str]:
     """Return the names of the modules that hold key projections, alone or fused, and of torch's own attention."""
-    holders = {name.rpartition(".")[0] for name in _named("attention.key")(model)}
     modules = base_modules(model)
-    return [n for n, m in modules.items() if n in holders or isinstance(m, nn.MultiheadAttention)]
+    torch_own = {n for n, m in modules.items() if isinstance(m, nn.MultiheadAttention)}
+    holders = {name.rpartition(".")[0] for name in _named("attention.key")(model) if name not in torch_own}
+    return [n for n in modules if n in holders | torch_own]
 
 
 def _named(role: str) -> Callable[[nn.Module], Iterable[str]]:
@@ -149,7 +150,11 @@ def _named(role: str) -> Callable[[nn.Module], Iterable[str]]:
 
     def find(model: nn.Module) -> Iterator[str]:
         for name, module in base_modules(model).items():
-            if is_called_linear(module) and any(matches(name, pattern) for pattern in patterns):
+            named = is_called_linear(module) and any(matches(name, pattern) for pattern in patterns)
+            reads = (isinstance(module, nn.MultiheadAttention) and role in _PARTS) or (
+                role == "attention.output" and read_attribute(type(module)) == "weight"
+            )
+            if named or reads:
                 yield name
 
     return find
@@ -157,7 +162,7 @@ def _named(role: str) -> Callable[[nn.Module], Iterable[str]]:
 
 def _all_linear(model: nn.Module) -> list[str]:
     """Linear layers of the blocks; of a model without blocks, all but the output layer."""
-    linear = [name for name, module in base_modules(model).items() if is_called_linear(module)]
+    linear = [n for n, m in base_modules(model).items() if is_called_linear(m) or read_attribute(type(m))]
     inside = tuple(f"{name}." for name in blocks(model))
     return [n for n in linear if f"{n}.".startswith(inside)] if inside else linear[:-1]
 

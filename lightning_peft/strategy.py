@@ -22,6 +22,7 @@ from .inject import adapters, adapters_of, injection
 from .method import Method
 from .modes import checkpoint_without_reentry, set_mode
 from .optimizers import add_gradient
+from .quantization import KINDS, quantize_once
 from .random_state import random_state, restore_random_state
 from .restoring import wire_checkpoints
 from .summary import Summary, summary
@@ -40,12 +41,15 @@ class PEFTStrategy(pl.Callback):
         method: What to train: one method, or a list of which later ones are outer where two share a host.
         also_train: Globs or roles of base modules and parameters that train too, such as a new head.
         lr_factors: Factors of the learning rate, by method name or by glob of parameter names; they survive
-            schedulers and the learning-rate finder.
+            schedulers and the learning-rate finder. A factor of 0 freezes.
         no_decay: Globs of parameter names without weight decay.
         frozen_mode: ``eval``: what holds no trained parameter runs in evaluation mode while the rest trains, without
             dropout. ``train``: its dropout is active. Frozen batch norm keeps its statistics in both.
         check_base: Whether a checkpoint must have been trained on this very base.
         full_checkpoint: Whether checkpoints hold the frozen base as well.
+        quantize: Stores the linear layers of the blocks in few bits before injection, one after the other: ``nf4``
+            (QLoRA, https://arxiv.org/abs/2305.14314) with double quantization, or ``int8``. Norms, embeddings and the
+            head keep their type.
         show_summary: Whether to print once what trains.
 
     Raises:
@@ -61,6 +65,7 @@ class PEFTStrategy(pl.Callback):
         frozen_mode: Literal["eval", "train"] = "eval",
         check_base: bool = True,
         full_checkpoint: bool = False,
+        quantize: Literal["nf4", "int8"] | None = None,
         show_summary: bool = True,
     ) -> None:
         super().__init__()
@@ -71,7 +76,9 @@ class PEFTStrategy(pl.Callback):
             raise ValueError(f"frozen_mode must be 'eval' or 'train', got {frozen_mode!r}.")
         self.also_train, self.lr_factors, self.no_decay = also_train or [], lr_factors or {}, no_decay or []
         self.frozen_mode, self.check_base = frozen_mode, check_base
-        self.full_checkpoint, self.show_summary = full_checkpoint, show_summary
+        if quantize not in (None, *KINDS):
+            raise ValueError(f"quantize must be one of {', '.join(KINDS)} or None, got {quantize!r}.")
+        self.full_checkpoint, self.show_summary, self.quantize = full_checkpoint, show_summary, quantize
         self._step, self._total_steps = 0, 0
         self._base: str | None = None
         self._adapters: list[tuple[Method, dict[str, Adapter]]] = []  # looked up once, not at each step
@@ -104,6 +111,8 @@ class PEFTStrategy(pl.Callback):
 
     def apply(self, pl_module: pl.LightningModule) -> None:
         """Adapt a module now; what ``setup`` does as soon as the network exists. Calling it again changes nothing."""
+        if self.quantize is not None:
+            quantize_once(pl_module, self.quantize)
         adopt(pl_module, self.methods, self.also_train)
         if not self.full_checkpoint:
             wire_checkpoints(pl_module, self.check_base)
@@ -130,14 +139,23 @@ class PEFTStrategy(pl.Callback):
         self._adapters = [(method, adapters_of(pl_module, method)) for method in self.methods]
         self._step, total = trainer.global_step, trainer.estimated_stepping_batches
         self._total_steps = -1 if math.isinf(total) else int(total)
+        for method in self.methods:
+            method.check_run(self._total_steps)
         self._unchecked = {id(p) for p in pl_module.parameters() if p.requires_grad}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the random generators: dropout and shuffling go on where they stopped."""
-        return {**random_state(), "mid_epoch": self._mid_epoch}
+        return {**random_state(), "mid_epoch": self._mid_epoch, "quantize": self.quantize}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state of the random generators until training starts."""
+        """Keep the state of the random generators until training starts.
+
+        Raises:
+            ValueError: Training would go on over a base in other bits.
+        """
+        before = state_dict.get("quantize")
+        if before != self.quantize:
+            raise ValueError(f"The checkpoint was trained with quantize={before!r}, this run has {self.quantize!r}.")
         self._random = state_dict
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

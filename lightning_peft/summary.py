@@ -60,7 +60,7 @@ def summary(model: nn.Module) -> Summary:
         rows=tuple(rows),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=sum(p.numel() for p in model.parameters()),
-        saved_bytes=sum(v.numel() * v.element_size() for v in adapter_state(model).values()),
+        saved_bytes=sum(v.numel() * v.element_size() for v in adapter_state(model, packed=True).values()),
         base_bytes=sum(p.numel() * p.element_size() for p in base_parameters(model).values()),
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from .inject import Injection, adapters, inject, injection
@@ -93,7 +93,11 @@ def adopt(module: pl.LightningModule, methods: Sequence[Method], also_train: Seq
 
 
 def wire_optimizers(module: pl.LightningModule, lr_factors: dict[str, float], no_decay: Sequence[str]) -> None:
-    """Make optimizers hold exactly what trains, in groups by factor and decay."""
+    """Make optimizers hold exactly what trains, in groups by factor and decay; a factor of 0 freezes."""
+    for pattern in [p for p, factor in lr_factors.items() if factor == 0]:
+        for parameter in _named_by(module, pattern, dict(module.named_parameters())):
+            parameter.requires_grad_(False)
+    lr_factors = {pattern: factor for pattern, factor in lr_factors.items() if factor != 0}
 
     def configured(self: pl.LightningModule, own: Callable[..., Any]) -> Any:
         rule = group_rule(self, lr_factors, no_decay)
@@ -122,22 +126,25 @@ def group_rule(module: pl.LightningModule, lr_factors: dict[str, float], no_deca
     if not lr_factors and not no_decay:
         return None
     names = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    owners = {id(p): key for _, _, key, adapter in adapters(module) for p in adapter.parameters()}
     special: dict[int, dict[str, float]] = {}
     settings = [(p, "lr_factor", f) for p, f in lr_factors.items()] + [(p, "weight_decay", 0.0) for p in no_decay]
     for pattern, field, value in settings:
-        found = [p for name, p in names.items() if matches(name, pattern) or owners.get(id(p)) == pattern]
-        if not found:
-            raise ValueError(
-                f"{pattern!r} is no trainable parameter or method. Parameters: {', '.join(list(names)[:10])}."
-            )
-        for parameter in found:
+        for parameter in _named_by(module, pattern, names):
             special.setdefault(id(parameter), {})[field] = value
 
     def rule(parameter: Tensor) -> dict[str, float]:
         return special.get(id(parameter), {})
 
     return rule
+
+
+def _named_by(module: pl.LightningModule, pattern: str, names: dict[str, nn.Parameter]) -> list[nn.Parameter]:
+    """Return parameters by a glob of their names or the name of their method."""
+    owners = {id(p): key for _, _, key, adapter in adapters(module) for p in adapter.parameters()}
+    found = [p for name, p in names.items() if matches(name, pattern) or owners.get(id(p)) == pattern]
+    if not found:
+        raise ValueError(f"{pattern!r} is no trainable parameter or method. Parameters: {', '.join(list(names)[:10])}.")
+    return found
 
 
 def _require_groups(groups: list[dict[str, Any]], rule: Rule) -> None:

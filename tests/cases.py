@@ -1,5 +1,6 @@
 """The table that every law runs over: methods x models, with what each claims."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from models import MODELS
@@ -15,7 +16,13 @@ class Case:
     mergeable: bool = True
 
     def __str__(self) -> str:
-        return f"{self.model}-{'+'.join(type(m).__name__ for m in self.methods)}"
+        return f"{self.model}-{'+'.join(_label(m) for m in self.methods)}"
+
+
+def _label(method: lp.Method) -> str:
+    changed = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.name in ("init", "decompose")}
+    extra = [str(v) for k, v in changed.items() if v not in ("kaiming", "random", False)]
+    return "-".join([type(method).__name__, *extra])
 
 
 def methods_for(model: str) -> list[Case]:
@@ -24,6 +31,10 @@ def methods_for(model: str) -> list[Case]:
     return [
         Case(model, (lp.LoRA(rank=4, alpha=6),)),
         Case(model, (lp.LoRA(rank=3, targets=["all-linear"]),)),
+        Case(model, (lp.LoRA(rank=4, targets=["all-linear"], scaling="rank_stabilized", decompose=True),)),
+        Case(model, (lp.LoRA(rank=4, init="pissa"),), starts_at_base=False),
+        Case(model, (lp.LoRA(rank=2, init="orthogonal"), lp.LoRA(name="second", rank=2, init="olora")), False),
+        Case(model, (lp.AdaLoRA(initial_rank=4, target_rank=2),)),
         Case(model, (lp.LLaMAAdapter(length=3, layers=2),), mergeable=False),
         Case(model, (lp.PromptTuning(length=3, **prompt),), starts_at_base=False, mergeable=False),
         Case(model, (lp.BitFit(**bias),)),

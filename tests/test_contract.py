@@ -94,7 +94,10 @@ def test_update_is_the_map_of_delta(case):
     for _, host, _, adapter in lp.adapters(model):
         if isinstance(adapter, lp.WeightUpdate):
             x = torch.randn(3, adapter.shape[1], dtype=torch.float64)
-            torch.testing.assert_close(adapter.update(host, x), F.linear(x, adapter.delta()))
+            weight = adapter.layer.read(host)[slice(*adapter.rows)]
+            torch.testing.assert_close(adapter.update(host, x), F.linear(x, adapter.updated(weight) - weight))
+            if not adapter.alone:
+                torch.testing.assert_close(adapter.updated(weight), weight + adapter.delta())
 
 
 def test_three_steps_train_what_is_declared_and_nothing_else(case):
@@ -222,3 +225,46 @@ def test_a_module_of_torch_in_eval_mode_is_adapted_too():
         torch.testing.assert_close(encoder.train()(x), y, atol=1e-5, rtol=1e-5)
         assert torch.equal(lp.detach(encoder.eval())(x), base)
     assert not any(module._forward_pre_hooks for module in encoder.modules())
+
+
+READ = {
+    "by role": (["attention.query", "attention.value", "attention.output"], 3),
+    "by name": (["self_attn", "out_proj"], 2),
+    "by part": (["attention.key"], 1),
+}
+
+
+@pytest.mark.parametrize("decompose", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("name", READ)
+def test_weights_that_torchs_attention_reads_are_adapted(name, decompose):
+    """The reference is the same encoder with the updated weights written into it."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, 0.0, batch_first=True), 2)
+    base, x = copy.deepcopy(encoder), torch.randn(2, 5, 32)
+    targets, count = READ[name]
+    method = lp.LoRA(targets=targets, rank=2, decompose=decompose)
+    lp.inject(encoder, method)
+    start = encoder(x)
+    torch.testing.assert_close(start, base(x), atol=1e-6 if decompose else 0, rtol=0)
+    disturb(encoder)
+    assert len(list(lp.adapters(encoder))) == 2 * count
+    expected = copy.deepcopy(base)
+    for host_name, _, _, adapter in lp.adapters(encoder):
+        layer = expected.get_submodule(host_name)
+        weight = layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
+        rows = slice(*adapter.rows)
+        v = weight.detach()[rows] + 8 * adapter.b.detach() @ adapter.a.detach()
+        v = v * (adapter.magnitude.detach() / v.norm(dim=1))[:, None] if decompose else v
+        weight.data[rows] = v
+    torch.testing.assert_close(encoder(x), expected(x))
+    assert (encoder(x) - base(x)).abs().max() > 1e-2
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.eval()(x), expected.eval()(x), atol=1e-5, rtol=1e-5)
+    encoder.train()(x).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for *_, a in lp.adapters(encoder) for p in a.parameters())
+    twin = pickle.loads(pickle.dumps(encoder))
+    assert torch.equal(twin(x), encoder(x))
+    merged = lp.merge(twin)
+    torch.testing.assert_close(merged(x), expected(x))
+    assert torch.equal(lp.detach(encoder)(x), base(x))
+    assert torch.equal(encoder.layers[0].self_attn.in_proj_weight, base.layers[0].self_attn.in_proj_weight)

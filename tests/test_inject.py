@@ -1,6 +1,7 @@
 """What injection refuses, and what it finds."""
 
 import os
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -49,8 +50,48 @@ def holder():
     return model
 
 
+def two(layer):
+    return nn.Sequential(layer, nn.Linear(4, 4))
+
+
+class Around(lp.Adapter):
+    def forward(self, host, inner, *args, **kwargs):
+        return inner(*args, **kwargs)
+
+    def reset_parameters(self):
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrap(lp.Method):
+    name: str = "wrap"
+    targets: list[str]
+
+    def adapters(self, model):
+        return ((name, Around()) for name in select(model, self.targets))
+
+
 REFUSED = {
-    "read, never called": (torch_encoder, lp.LoRA(targets=["out_proj"]), TypeError, "reads it and never calls it"),
+    "read, never called": (torch_encoder, Wrap(targets=["out_proj"]), TypeError, "reads its weight and never calls"),
+    "unseen inputs": (torch_encoder, lp.LoRA(targets=["out_proj"], dropout=0.1), ValueError, "dropout at .*unseen"),
+    "several projections": (
+        lambda: two(nn.MultiheadAttention(8, 2, kdim=4)),
+        lp.LoRA(targets=["0"]),
+        TypeError,
+        "kdim",
+    ),
+    "not loaded": (
+        lambda: two(nn.Linear(4, 4, device="meta")),
+        lp.LoRA(targets=["0"], rank=2, init="pissa"),
+        TypeError,
+        "then inject",
+    ),
+    "not alone": (
+        chain,
+        [lp.LoRA(targets=["0"], rank=2, decompose=True), lp.LoRA(name="second", targets=["0"], rank=2)],
+        ValueError,
+        "LoRAAdapter at 0 rewrites the whole weight and cannot share it with LoRAAdapter",
+    ),
     "replaced forward": (replaced, lp.LoRA(targets=["0"]), TypeError, "replaced on the instance"),
     "sharded": (sharded, lp.LoRA(targets=["0"], rank=2), TypeError, "sharded already"),
     "own attribute": (holder, lp.LoRA(targets=["0"]), TypeError, "attribute 'peft' of its own"),
@@ -200,7 +241,7 @@ FEEDFORWARD = {
     "vit": 1,
     "torch": 2,
 }
-ATTENTIONS = {"bert": 1, "distilbert": 1, "deberta": 1, "gpt2": 1, "llama": 1, "t5": 3, "bart": 3, "vit": 1, "torch": 0}
+ATTENTIONS = {"bert": 1, "distilbert": 1, "deberta": 1, "gpt2": 1, "llama": 1, "t5": 3, "bart": 3, "vit": 1, "torch": 2}
 
 
 @pytest.mark.parametrize("name", FEEDFORWARD)
@@ -211,7 +252,7 @@ def test_roles_find_each_layer_of_a_family_once(name):
     assert len(found["feedforward.up"]) == FEEDFORWARD[name] * (2 if name == "llama" else 1)
     for role in ("attention.query", "attention.key", "attention.value", "attention.output"):
         assert len(found[role]) == ATTENTIONS[name], role
-    assert len(found["attention"]) == (ATTENTIONS[name] or 2)
+    assert len(found["attention"]) == ATTENTIONS[name]
     separate = {n for role in ROLES if "." in role for n in found[role]}
     assert separate == set(found["all-linear"])
 

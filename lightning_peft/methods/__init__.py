@@ -1,9 +1,10 @@
 """The methods, one file each."""
 
+from .adalora import AdaLoRA
 from .bitfit import BitFit
 from .llama_adapter import LLaMAAdapter
 from .lora import LoRA
 from .prompt_tuning import PromptTuning
 from .subsets import FullFineTuning, LastLayers, OutputLayers
 
-__all__ = ["BitFit", "FullFineTuning", "LLaMAAdapter", "LastLayers", "LoRA", "OutputLayers", "PromptTuning"]
+__all__ = ["AdaLoRA", "BitFit", "FullFineTuning", "LLaMAAdapter", "LastLayers", "LoRA", "OutputLayers", "PromptTuning"]

@@ -6,23 +6,30 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
-from ..adapter import WeightUpdate, parameter_like
+from ..adapter import parameter_like
 from ..layers import layer_of
+from ..low_rank import FROM_WEIGHT, RANDOM, LowRankUpdate
 from ..method import Method, require
+from ..products import Decomposed, LowRank, Update, row_factor
 from ..select import matches, parts, select
+
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Method):
     """Trains W + (alpha / rank) B A instead of W, with A (rank, in) and B (out, rank); B starts at zero.
 
-    Acts on linear layers, GPT-2's Conv1D, convolutions and embeddings. A layer that computes query, key and value at
-    once has an own pair for each part that a role asks for; named by a glob it has one pair for all its rows.
+    Acts on linear layers, GPT-2's Conv1D, convolutions, embeddings and torch's attention. A layer that computes query,
+    key and value at once has an own pair for each part that a role asks for; named by a glob it has one pair for all
+    its rows. The factors are called ``<name>.a`` and ``<name>.b``: with ``PEFTStrategy(lr_factors={"lora.b": 16})``
+    B learns faster (LoRA+, https://arxiv.org/abs/2402.12354), with ``{"lora.a": 0}`` A stays as it starts and needs
+    neither gradient nor saved inputs (LoRA-FA, https://arxiv.org/abs/2308.03303).
 
     Args:
         name: Name of the adapters on their hosts, and in files.
@@ -30,6 +37,13 @@ class LoRA(Method):
         exclude: Globs of modules to leave out.
         rank: Rank r of the update, at most the smaller side of the weight.
         alpha: The update is scaled by alpha / rank; 16 as in the authors' scripts for GLUE.
+        scaling: ``rank_stabilized`` scales by alpha / sqrt(rank), https://arxiv.org/abs/2312.03732.
+        init: How A and B start. ``kaiming``: A uniform as in the authors' code, B zero. ``gaussian``: A normal with
+            deviation 1 / rank. ``orthogonal``: both random, in orthogonal spaces. ``pissa``: the weight's largest
+            singular values (https://arxiv.org/abs/2404.02948), ``olora``: its QR factors
+            (https://arxiv.org/abs/2406.01775); what they start at is subtracted from the update, never from the base.
+        decompose: Whether to train the length of the updated weight's rows apart from their direction (DoRA,
+            https://arxiv.org/abs/2402.09353).
         dropout: Probability with which inputs of A are dropped in training.
         rank_pattern: Other ranks for some hosts, by glob.
         alpha_pattern: Other alphas for some hosts, by glob.
@@ -40,6 +54,9 @@ class LoRA(Method):
     exclude: list[str] = dataclasses.field(default_factory=list)
     rank: int = 8
     alpha: float = 16.0
+    scaling: Literal["standard", "rank_stabilized"] = "standard"
+    init: Init = "kaiming"
+    decompose: bool = False
     dropout: float = 0.0
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -50,6 +67,9 @@ class LoRA(Method):
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             require(math.isfinite(alpha) and alpha > 0, "alpha", alpha, "a positive number")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "a probability in [0, 1)")
+        scalings = ("standard", "rank_stabilized")
+        require(self.scaling in scalings, "scaling", self.scaling, f"one of {', '.join(scalings)}")
+        require(self.init in get_args(Init), "init", self.init, f"one of {', '.join(get_args(Init))}")
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, LoRAAdapter]]:
         hosts = select(model, self.targets, self.exclude)
@@ -60,14 +80,22 @@ class LoRA(Method):
         for name, host in hosts.items():
             rank = next((r for p, r in self.rank_pattern.items() if matches(name, p)), self.rank)
             alpha = next((a for p, a in self.alpha_pattern.items() if matches(name, p)), self.alpha)
-            out, *rest = layer_of(host).shape(host)
+            layer = layer_of(host)
+            out, *rest = layer.shape(host)
             require(rank <= min(out, math.prod(rest)), f"rank at {name}", rank, f"at most {min(out, math.prod(rest))}")
+            require(
+                not (self.dropout and layer.is_read), f"dropout at {name}", self.dropout, "0: its inputs are unseen"
+            )
+            scale = alpha / (rank if self.scaling == "standard" else math.sqrt(rank))
             for part in (*parts(name, host, self.targets),) or (None,):
-                yield name, LoRAAdapter(host, rank, alpha / rank, self.dropout, part)
+                yield name, LoRAAdapter(host, rank, scale, self.dropout, part, self.init, self.decompose)
 
 
-class LoRAAdapter(WeightUpdate):
+class LoRAAdapter(LowRankUpdate):
     """scale B A, with A of shape (rank, in, *kernel) and B of shape (out, rank).
+
+    Where both factors start from the weight, what they start at is subtracted: scale (B A - B0 A0), so that the stored
+    base is the untouched one. With a magnitude m of shape (out,) the updated weight V becomes m V / ||V||, row by row.
 
     Args:
         host: Layer to update.
@@ -75,37 +103,73 @@ class LoRAAdapter(WeightUpdate):
         scale: Factor of the update.
         dropout: Probability with which inputs are dropped in training; not where inputs are indices.
         part: Rows of a fused layer to update.
+        init: How the factors start; see ``LoRA``.
+        decompose: Whether a magnitude is trained as well.
     """
 
     def __init__(
-        self, host: Any, rank: int, scale: float, dropout: float, part: tuple[str, int, int] | None = None
+        self,
+        host: Any,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        part: tuple[str, int, int] | None = None,
+        init: Init = "kaiming",
+        decompose: bool = False,
     ) -> None:
         super().__init__(host, part)
         out, *rest = self.shape
         self.scale, self.dropout = scale, 0.0 if self.layer.looks_up else dropout
-        self.a, self.b = parameter_like(host.weight, rank, *rest), parameter_like(host.weight, out, rank)
-        self.reset_parameters()
+        self.init, self.alone = init, decompose
+        weight = self.layer.parameter(host)
+        self.a, self.b = parameter_like(weight, rank, *rest), parameter_like(weight, out, rank)
+        if init in FROM_WEIGHT:
+            self.a0, self.b0 = (nn.Buffer(torch.empty_like(factor)) for factor in (self.a, self.b))
+        self.magnitude = parameter_like(weight, out) if decompose else None
+        self.reset_parameters(host)
 
-    def reset_parameters(self) -> None:
-        """Start at no update: the factor that meets the input is random, unless that input is an index."""
-        if self.layer.looks_up:
-            nn.init.zeros_(self.a)
-            nn.init.normal_(self.b)
-        else:
-            nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))  # as the authors' code; the paper says Gaussian
-            nn.init.zeros_(self.b)
+    @torch.no_grad()
+    def reset_parameters(self, host: Any = None) -> None:
+        """Start at no update. ``host`` is needed where the start depends on its weight."""
+        if self.init in FROM_WEIGHT or self.magnitude is not None:
+            if host is None or self.layer.parameter(host).is_meta:
+                raise TypeError(
+                    "decompose and the initial values pissa and olora are computed from the host's weight: load the "
+                    "base model first, then inject."
+                )
+            weight = self.layer.read(host)[slice(*self.rows)].to(self.a.dtype)
+            if self.init in FROM_WEIGHT:
+                a, b = FROM_WEIGHT[self.init](weight.flatten(1), len(self.a), self.scale)
+                for factor, value in ((self.a, a), (self.a0, a), (self.b, b), (self.b0, b)):
+                    factor.copy_(value.view(factor.shape))
+        if self.init in RANDOM:
+            RANDOM[self.init](self.a, self.b, self.layer.looks_up)
+        if self.magnitude is not None:
+            v = LowRank(self.scale).updated(weight.flatten(1), self.a.flatten(1), self.b * 0)  # as forward computes it
+            self.magnitude.copy_(torch.linalg.vector_norm(v, dim=1))
 
-    def delta(self) -> Tensor:
-        return self.scale * (self.b @ self.a.flatten(1)).view(self.shape)
+    def pair(self) -> tuple[Tensor, Tensor]:
+        if self.init in FROM_WEIGHT:
+            return torch.cat([self.a, self.a0]), torch.cat([self.b, -self.b0], 1)
+        return self.a, self.b
+
+    def updated(self, weight: Tensor) -> Tensor:
+        v = weight + self.delta()
+        if self.magnitude is None:
+            return v
+        return v * row_factor(v, self.magnitude).view(-1, *[1] * (v.dim() - 1))
 
     def update(self, host: Any, x: Tensor) -> Tensor:
-        if x.is_floating_point():
-            x = x.to(self.a.dtype)
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
-        if not self.layer.factorizes(host):
-            return self.layer.apply(host, x, self.delta())
-        return self.layer.mix(host, self.layer.apply(host, x, self.a) * self.scale, self.b)
+        if self.magnitude is None:
+            return super().update(host, x)
+        weight = self.layer.read(host)[slice(*self.rows)].to(self.a.dtype)
+        return self.layer.apply(host, self.dropped(x), (self.updated(weight) - weight).to(x.dtype))
+
+    def in_form(self) -> Update | None:
+        update = super().in_form()
+        if update is None or self.magnitude is None:
+            return update
+        return Update(Decomposed(self.scale), self.rows, (*update.factors, self.magnitude))
 
     def extra_repr(self) -> str:
         return f"rank={len(self.a)}, scale={self.scale:g}, dropout={self.dropout:g}"

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from . import nf4
 from .adapter import WeightUpdate
-from .inject import _Adapted, _adapted, adapters, injection
+from .inject import Adapted, adapted, adapters, injection
 from .layers import TransposedKind, is_called_linear, layer_of
 from .quantized_layers import Int8Linear, Original, QuantizedKind, QuantizedLinear, original_of, remember, sample
 from .select import select
@@ -66,6 +66,21 @@ def quantize(
     return model
 
 
+def quantize_once(model: nn.Module, kind: str) -> None:
+    """Quantize, unless this or its user did so before.
+
+    Raises:
+        RuntimeError: Adapters were injected into a base that is not quantized.
+    """
+    if not quantized_layers(model):
+        quantize(model, kind)
+
+
+def quantized_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers whose weights are stored in few bits."""
+    return [m for m in model.modules() if is_called_linear(m) and isinstance(layer_of(m), QuantizedKind)]
+
+
 @torch.no_grad()
 def dequantize(model: nn.Module) -> float:
     """Give every quantized layer the class and type that it had, with the weight that it computes with, in place.
@@ -81,7 +96,7 @@ def dequantize(model: nn.Module) -> float:
     Raises:
         ValueError: Nothing in the model is quantized.
     """
-    hosts = [m for m in model.modules() if is_called_linear(m) and isinstance(layer_of(m), QuantizedKind)]
+    hosts = quantized_layers(model)
     if not hosts:
         raise ValueError("There is nothing to dequantize: no layer of this model is quantized.")
     known = [original for original in map(original_of, hosts) if original is not None]
@@ -139,14 +154,14 @@ def _dequantize(host: Any) -> None:
     if isinstance(host, QuantizedLinear):
         host._buffers.clear()
     remember(host, None)
-    host.__class__ = _adapted(cls) if isinstance(host, _Adapted) else cls  # type: ignore[arg-type]
+    host.__class__ = adapted(cls) if isinstance(host, Adapted) else cls  # type: ignore[arg-type]
     host.weight = nn.Parameter(weight if original is None else weight.to(original.dtype), requires_grad=False)
     if host.bias is not None:
         host.bias.data = host.bias.data.to(host.weight.dtype)  # bitsandbytes casts it when it is called
     layer = layer_of(host)
     if isinstance(layer, TransposedKind):
         host.weight = nn.Parameter(host.weight.T.contiguous(), requires_grad=False)
-    if isinstance(host, _Adapted):
+    if isinstance(host, Adapted):
         for adapter in host.peft.values():
             if isinstance(adapter, WeightUpdate):
                 adapter.layer = layer

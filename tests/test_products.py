@@ -1,0 +1,233 @@
+"""One product with an updated weight equals the plain formula, in value and gradient, wherever it runs."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lightning_peft as lp
+from lightning_peft.products import (
+    Decomposed,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    Update,
+    dropped_low_rank,
+    saves_work,
+    updated_linear,
+)
+
+OUT, IN = 12, 8
+
+
+def plain_low_rank(w, a, b):
+    return w + 0.7 * b @ a
+
+
+def plain_decomposed(w, a, b, m):
+    v = w + 0.7 * b @ a
+    return m[:, None] * v / v.detach().norm(dim=1, keepdim=True)
+
+
+def plain_hadamard(w, x1, y1, x2, y2):
+    return w + (x1 @ y1.T) * (x2 @ y2.T)
+
+
+def plain_tanh(w, x1, y1, x2, y2):
+    return w + (x1 @ y1.T).tanh() * (x2 @ y2.T).tanh()
+
+
+def plain_personal(w, x1, y1, x2, y2):
+    return w + (x1 @ y1.T) * (x2 @ y2.T + 1)
+
+
+def plain_kronecker(w, a, b):
+    return w + 0.7 * torch.kron(a, b).T
+
+
+PAIRS = [(OUT, 3), (IN, 3), (OUT, 3), (IN, 3)]
+FORMS = {
+    "low rank": (LowRank(0.7), plain_low_rank, [(3, IN), (OUT, 3)]),
+    "decomposed": (Decomposed(0.7), plain_decomposed, [(3, IN), (OUT, 3), (OUT,)]),
+    "hadamard": (Hadamard(tanh=False, shift=0.0), plain_hadamard, PAIRS),
+    "hadamard of tanh": (Hadamard(tanh=True, shift=0.0), plain_tanh, PAIRS),
+    "hadamard with a shift": (Hadamard(tanh=False, shift=1.0), plain_personal, PAIRS),
+    "kronecker": (Kronecker(0.7), plain_kronecker, [(2, 4), (4, 3)]),
+}
+
+
+def tensors(shapes, dtype=torch.float64):
+    torch.manual_seed(3)
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("stored", ["plain", "transposed"])
+@pytest.mark.parametrize("name", FORMS)
+def test_values_and_gradients_are_the_formulas(name, stored, bias):
+    form, plain, shapes = FORMS[name]
+    x, offset, *factors = tensors([(2, 5, IN), (OUT,), *shapes])
+    weight = torch.randn(OUT, IN, dtype=torch.float64)
+    weight = weight.T.contiguous().T if stored == "transposed" else weight
+    offset = offset if bias else None
+    y = updated_linear(x, weight, offset, [Update(form, (0, OUT), tuple(factors))])
+    expected = F.linear(x, plain(weight, *factors), offset)
+    torch.testing.assert_close(y, expected)
+    inputs = [t for t in (x, offset, *factors) if t is not None]
+    for loss in (torch.sum, lambda t: t.square().sum()):
+        found = torch.autograd.grad(loss(y), inputs, retain_graph=True)
+        torch.testing.assert_close(found, torch.autograd.grad(loss(expected), inputs, retain_graph=True))
+
+
+def test_parts_update_their_rows_only():
+    x, a1, b1, a2, b2 = tensors([(7, IN), (2, IN), (4, 2), (3, IN), (5, 3)])
+    weight = torch.randn(OUT, IN, dtype=torch.float64)
+    updates = [Update(LowRank(0.5), (0, 4), (a1, b1)), Update(LowRank(2.0), (7, 12), (a2, b2))]
+    y = updated_linear(x, weight, None, updates)
+    expected = F.linear(x, weight) + torch.cat([0.5 * x @ a1.T @ b1.T, x.new_zeros(7, 3), 2 * x @ a2.T @ b2.T], 1)
+    torch.testing.assert_close(y, expected)
+    inputs = [x, a1, b1, a2, b2]
+    found, wanted = (torch.autograd.grad(t.square().sum(), inputs) for t in (y, expected))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_works_in_autocasts_type(name):
+    form, plain, shapes = FORMS[name]
+    x, offset, *factors = tensors([(64, IN), (OUT,), *shapes], torch.float32)
+    weight = torch.randn(OUT, IN)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = updated_linear(x, weight, offset, [Update(form, (0, OUT), tuple(factors))])
+        assert y.dtype == torch.bfloat16
+        gradients = torch.autograd.grad(y.square().mean(), [x, *factors])  # inside autocast, where casts could creep in
+    expected = F.linear(x, plain(weight, *factors), offset)
+    wanted = torch.autograd.grad(expected.square().mean(), [x, *factors])
+    torch.testing.assert_close(y.float(), expected, atol=0.03 * expected.abs().max().item(), rtol=0.02)
+    for gradient, right in zip(gradients, wanted, strict=True):
+        assert gradient.dtype == torch.float32
+        assert (gradient - right).norm() <= 0.05 * right.norm()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.5])
+def test_dropout_drops_inputs_of_the_update_alone(p):
+    x, a, b = tensors([(3, 41, IN), (2, IN), (OUT, 2)])
+    torch.manual_seed(0)
+    y = dropped_low_rank(x, torch.eye(IN, dtype=torch.float64), torch.eye(IN, dtype=torch.float64), 1.0, p)
+    kept = (y != 0).detach()
+    assert kept.double().mean().item() == pytest.approx(1 - p, abs=0.06)
+    torch.manual_seed(0)
+    z = dropped_low_rank(x, a, b, 0.7, p)
+    expected = 0.7 * (x * kept / (1 - round(p * 65536) / 65536)) @ a.T @ b.T
+    torch.testing.assert_close(z, expected)
+    found, wanted = (torch.autograd.grad(t.square().sum(), [x, a, b]) for t in (z, expected))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_dropout_is_fair():
+    torch.manual_seed(0)
+    eye = torch.eye(4)
+    y = dropped_low_rank(torch.ones(100_000, 4), eye, eye, 1.0, 0.1)
+    kept = (y != 0).float()
+    assert kept.mean(0).sub(0.9).abs().max() < 0.005
+    assert torch.corrcoef(kept.T).fill_diagonal_(0).abs().max() < 0.015
+    assert y.mean().item() == pytest.approx(1, abs=0.005)
+
+
+def test_the_cost_rule_counts_tokens_against_width():
+    weight = torch.empty(64, 64)
+    update = Update(LowRank(1.0), (0, 64), (torch.empty(2, 64), torch.empty(64, 2)))
+    assert not saves_work([update], torch.empty(31, 64), weight)
+    assert saves_work([update], torch.empty(4, 8, 64), weight)
+    dense = Update(Hadamard(tanh=False, shift=0.0), (0, 64), ())
+    assert saves_work([dense], torch.empty(1, 64), weight)
+
+
+class Twice(nn.Module):
+    """Calls one layer twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.layer(torch.tanh(self.layer(x)))
+
+
+METHODS = {
+    "lora": lp.LoRA(targets=["layer"], rank=2),
+    "dora": lp.LoRA(targets=["layer"], rank=2, decompose=True),
+}
+
+
+def disturbed(method, dtype=torch.float64):
+    torch.manual_seed(0)
+    model = Twice().to(dtype)
+    lp.inject(model, method)
+    for *_, adapter in lp.adapters(model):
+        for parameter in adapter.parameters():
+            nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def gradients(model, call, tokens):
+    x = torch.randn(tokens, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    y = call(model, x)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return y, *torch.autograd.grad(y.square().sum(), [x, *trained])
+
+
+def plain(model, x):
+    """The same map through weights that autograd builds."""
+    ((_, host, _, adapter),) = lp.adapters(model)
+    weight = adapter.updated(host.weight)
+    return F.linear(torch.tanh(F.linear(x, weight, host.bias)), weight, host.bias)
+
+
+WAYS = {
+    "as it is": lambda model, x: model(x),
+    "checkpointed": lambda model, x: checkpoint(model, x, use_reentrant=False),
+    "copied": lambda model, x: copy.deepcopy(model)(x) * 0 + model(x),
+    "compiled": lambda model, x: torch.compile(model, fullgraph=True, backend="aot_eager")(x),
+}
+
+
+@pytest.mark.parametrize("tokens", [3, 64], ids=["few tokens", "many tokens"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_used_twice_however_it_is_called(method, way, tokens):
+    torch._dynamo.reset()
+    model = disturbed(METHODS[method])
+    torch.testing.assert_close(gradients(model, WAYS[way], tokens), gradients(model, plain, tokens))
+
+
+def test_a_second_derivative_can_be_taken():
+    model = disturbed(METHODS["lora"])
+    x = torch.randn(64, 16, dtype=torch.float64)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    results = []
+    for call in (WAYS["as it is"], plain):
+        first = torch.autograd.grad(call(model, x).square().sum(), trained, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), trained))
+    torch.testing.assert_close(*results)
+
+
+def test_frozen_first_factor_saves_only_the_inner_product():
+    model = disturbed(METHODS["lora"], torch.float32)
+    ((_, _, _, adapter),) = lp.adapters(model)
+    sizes = {}
+
+    def keep(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    x = torch.randn(64, 16)
+    for trained in (True, False):
+        adapter.a.requires_grad_(trained)
+        sizes.clear()
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            model.layer(x)
+        assert sum(n for key, n in sizes.items() if key not in own) == (64 * 16 if trained else 64 * 2)
