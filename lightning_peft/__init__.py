@@ -3,12 +3,22 @@
 from importlib.metadata import version
 
 from .adapter import Adapter, WeightUpdate
-from .checkpoint import full_state_dict
+from .checkpoint import full_state_dict, global_state, local_state
 from .files import load_adapter, save_adapter
 from .inject import adapters, detach, inject
 from .merging import merge
 from .method import Method
-from .methods import AdaLoRA, BitFit, FullFineTuning, LastLayers, LLaMAAdapter, LoRA, OutputLayers, PromptTuning
+from .methods import (
+    AdaLoRA,
+    BitFit,
+    FedPara,
+    FullFineTuning,
+    LastLayers,
+    LLaMAAdapter,
+    LoRA,
+    OutputLayers,
+    PromptTuning,
+)
 from .quantization import dequantize, quantize
 from .restoring import load_from_checkpoint
 from .strategy import PEFTStrategy
@@ -20,6 +30,7 @@ __all__ = [
     "AdaLoRA",
     "Adapter",
     "BitFit",
+    "FedPara",
     "FullFineTuning",
     "LLaMAAdapter",
     "LastLayers",
@@ -33,9 +44,11 @@ __all__ = [
     "dequantize",
     "detach",
     "full_state_dict",
+    "global_state",
     "inject",
     "load_adapter",
     "load_from_checkpoint",
+    "local_state",
     "merge",
     "quantize",
     "save_adapter",

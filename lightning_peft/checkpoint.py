@@ -64,6 +64,25 @@ def adapter_state(model: nn.Module, packed: bool = False) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if not (id(v) in seen or seen.add(id(v)))}  # type: ignore[func-returns-value]
 
 
+def global_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return what the clients of a federation share: all of ``adapter_state`` but ``local_state``.
+
+    ``model.load_state_dict(state, strict=False)`` takes it back.
+    """
+    local = local_state(model)
+    return {key: value.detach() for key, value in adapter_state(model).items() if key not in local}
+
+
+def local_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return what stays with a client: of pFedPara, the factors of the second matrix; of other methods, nothing."""
+    return {
+        f"{name}.{SLOT}.{key}.{entry}".lstrip("."): value.detach()
+        for name, _, key, adapter in adapters(model)
+        for entry, value in adapter.state_dict(keep_vars=True).items()
+        if entry in adapter.personal
+    }
+
+
 def unpacked(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state that ``adapter_state(model, packed=True)`` gave this for."""
     rest = dict(state)

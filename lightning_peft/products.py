@@ -93,7 +93,10 @@ class Hadamard(Form):
 
     def pair(self, x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
         """Return both matrices of the elementwise product."""
-        one, two = x1 @ y1.T, x2 @ y2.T
+        return self.bend(x1 @ y1.T, x2 @ y2.T)
+
+    def bend(self, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
+        """Return f of both matrices, the second shifted."""
         if self.tanh:
             one, two = one.tanh(), two.tanh()
         return one, two + self.shift if self.shift else two

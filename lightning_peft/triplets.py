@@ -58,8 +58,11 @@ class Triplets(LowRankUpdate):
 
     def pack(self) -> dict[str, Tensor]:
         """Return the triplets that are kept, alone."""
-        live = (self.kept != 0) | (self.e.detach() != 0)
-        return {"a": self.a.detach()[live], "b": self.b.detach()[:, live], "e": self.e.detach()[live]}
+        a, b, e = (factor.detach() for factor in (self.a, self.b, self.e))
+        if e.is_meta:
+            return {"a": a, "b": b, "e": e}
+        live = (self.kept != 0) | (e != 0)
+        return {"a": a[live], "b": b[:, live], "e": e[live]}
 
     def unpack(self, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a whole state: triplets that were left out come back as they start."""

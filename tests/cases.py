@@ -19,9 +19,12 @@ class Case:
         return f"{self.model}-{'+'.join(_label(m) for m in self.methods)}"
 
 
+FIELDS = ("init", "decompose", "tanh", "personalized")
+
+
 def _label(method: lp.Method) -> str:
-    changed = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.name in ("init", "decompose")}
-    extra = [str(v) for k, v in changed.items() if v not in ("kaiming", "random", False)]
+    changed = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.name in FIELDS}
+    extra = [v if isinstance(v, str) else k for k, v in changed.items() if v not in ("kaiming", "random", False)]
     return "-".join([type(method).__name__, *extra])
 
 
@@ -35,6 +38,9 @@ def methods_for(model: str) -> list[Case]:
         Case(model, (lp.LoRA(rank=4, init="pissa"),), starts_at_base=False),
         Case(model, (lp.LoRA(rank=2, init="orthogonal"), lp.LoRA(name="second", rank=2, init="olora")), False),
         Case(model, (lp.AdaLoRA(initial_rank=4, target_rank=2),)),
+        Case(model, (lp.FedPara(rank=2),)),
+        Case(model, (lp.FedPara(gamma=0.2, tanh=True),)),
+        Case(model, (lp.FedPara(rank=3, personalized=True, targets=["attention.query", "feedforward.down"]),)),
         Case(model, (lp.LLaMAAdapter(length=3, layers=2),), mergeable=False),
         Case(model, (lp.PromptTuning(length=3, **prompt),), starts_at_base=False, mergeable=False),
         Case(model, (lp.BitFit(**bias),)),

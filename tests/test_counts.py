@@ -49,3 +49,76 @@ def test_output_layers_of_distilbert():
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
     assert trained(DistilBertForSequenceClassification, DistilBertConfig(num_labels=2), lp.OutputLayers()) == 592_130
+
+
+def linear_layers(*sizes):
+    return torch.nn.Sequential(*(torch.nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:], strict=False)))
+
+
+def test_adalora_on_deberta_v3_base():
+    from transformers import DebertaV2Config, DebertaV2Model
+
+    config = DebertaV2Config(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, vocab_size=1000,
+        position_buckets=256, relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True,
+    )  # fmt: skip
+    for rank in (1, 12):
+        found = trained(DebertaV2Model, config, lp.AdaLoRA(initial_rank=rank, target_rank=1))
+        diagonals = rank * 72  # E, which the published count leaves out
+        assert found - diagonals == rank * 165_888
+
+
+class Wide(torch.nn.Module):
+    """The projections of 96 blocks, 12,288 wide."""
+
+    def __init__(self, width):
+        super().__init__()
+        names = ("q_proj", "k_proj", "v_proj", "o_proj")
+        self.layers = torch.nn.ModuleList(
+            torch.nn.ModuleDict({name: torch.nn.Linear(width, width) for name in names}) for _ in range(96)
+        )
+
+
+@pytest.mark.parametrize(
+    ("rank", "targets", "count"),
+    [
+        (1, ["attention.query", "attention.value"], 4_718_592),
+        (8, ["attention.query", "attention.value"], 37_748_736),
+        (2, ["attention.query", "attention.key", "attention.value", "attention.output"], 18_874_368),
+        (4, ["attention.query", "attention.key", "attention.value", "attention.output"], 37_748_736),
+    ],
+)
+def test_lora_on_gpt3(rank, targets, count):
+    assert trained(Wide, 12_288, lp.LoRA(rank=rank, targets=targets)) == count
+
+
+def test_fedpara():
+    assert trained(lambda _: linear_layers(256, 256), None, lp.FedPara(rank=16, targets=["0"])) == 16_384
+    conv = lambda _: torch.nn.Sequential(torch.nn.Conv2d(256, 256, 3, bias=False))  # noqa: E731
+    assert trained(conv, None, lp.FedPara(rank=16, targets=["0"], cores=False)) == 81_920
+    assert trained(conv, None, lp.FedPara(rank=16, targets=["0"])) == 20_992
+
+
+def test_pfedpara_transfers_half():
+    with torch.device("meta"):
+        model = linear_layers(784, 256, 62)
+    assert sum(p.numel() for p in model.parameters()) == 216_576
+    lp.inject(model, lp.FedPara(gamma=0.5, personalized=True, targets=["0", "1"]))
+    assert [adapter.x1.shape[1] for *_, adapter in lp.adapters(model)] == [56, 16]
+    sizes = [sum(v.numel() for v in state(model).values()) for state in (lp.global_state, lp.local_state)]
+    assert sizes == [63_328, 63_328]
+    assert lp.summary(model).trainable == 126_656
+
+
+@pytest.mark.parametrize(
+    ("width", "inner", "layers", "heads", "count"),
+    [(4096, 11008, 32, 32, 159_907_840), (8192, 22016, 80, 64, 799_539_200)],
+    ids=["7b", "65b"],
+)
+def test_qlora_on_llama(width, inner, layers, heads, count):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads
+    )
+    assert trained(LlamaForCausalLM, config, lp.LoRA(rank=64, targets=["all-linear"])) == count
