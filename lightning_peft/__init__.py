@@ -7,7 +7,18 @@ from .checkpoint import full_state_dict
 from .files import load_adapter, save_adapter
 from .inject import adapters, detach, inject, merge
 from .method import Method
-from .methods import AdaLoRA, BitFit, FullFineTuning, LastLayers, LLaMAAdapter, LoRA, OutputLayers, PromptTuning
+from .methods import (
+    AdaLoRA,
+    BitFit,
+    FullFineTuning,
+    KronA,
+    KronABlock,
+    LastLayers,
+    LLaMAAdapter,
+    LoRA,
+    OutputLayers,
+    PromptTuning,
+)
 from .restoring import load_from_checkpoint
 from .strategy import PEFTStrategy
 from .summary import summary
@@ -19,6 +30,8 @@ __all__ = [
     "Adapter",
     "BitFit",
     "FullFineTuning",
+    "KronA",
+    "KronABlock",
     "LLaMAAdapter",
     "LastLayers",
     "LoRA",

@@ -25,6 +25,7 @@ class Adapter(nn.Module, ABC):
     """
 
     alone = False  # whether no other adapter may update the same rows of its host's weight
+    unmergeable = "no weight of the host expresses it"  # why, where merge is not implemented
     part = ""  # which part of a host this adapter serves, where a method puts several on one host
 
     @abstractmethod

@@ -67,6 +67,9 @@ def _adapted(cls: Any) -> type[nn.Module]:
     namespace = {"forward": forward, "_host_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
     if read is not None:
         namespace[read] = property(updated)
+    if issubclass(cls, nn.Sequential):  # which calls its children one after the other: not the adapters
+        namespace["__iter__"] = lambda self: iter([child for child in cls.__iter__(self) if child is not self.peft])
+        namespace["__len__"] = lambda self: cls.__len__(self) - 1
     return type(cls.__name__, (_Adapted, cls), namespace)
 
 
@@ -167,7 +170,7 @@ def merge(model: nn.Module) -> nn.Module:
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     for host_name, host, key, adapter in found:
         if type(adapter).merge is Adapter.merge:
-            raise TypeError(f"{key!r} at {host_name} cannot be merged: no weight of the host expresses it.")
+            raise TypeError(f"{key!r} at {host_name} cannot be merged: {adapter.unmergeable}.")
         if any(owners[id(p)] > 1 for p in host._parameters.values() if p is not None):
             raise ValueError(f"{host_name} shares a parameter with another module; untie it before merging.")
         if any(not p.is_floating_point() for p in host._parameters.values() if p is not None):

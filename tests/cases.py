@@ -20,8 +20,12 @@ class Case:
 
 
 def _label(method: lp.Method) -> str:
-    changed = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.name in ("init", "decompose")}
-    extra = [str(v) for k, v in changed.items() if v not in ("kaiming", "random", False)]
+    changed = {
+        f.name: getattr(method, f.name)
+        for f in dataclasses.fields(method)
+        if f.name in ("init", "decompose", "factor", "residual")
+    }
+    extra = [str(v) for k, v in changed.items() if v not in ("kaiming", "random", False, None)]
     return "-".join([type(method).__name__, *extra])
 
 
@@ -35,6 +39,10 @@ def methods_for(model: str) -> list[Case]:
         Case(model, (lp.LoRA(rank=4, init="pissa"),), starts_at_base=False),
         Case(model, (lp.LoRA(rank=2, init="orthogonal"), lp.LoRA(name="second", rank=2, init="olora")), False),
         Case(model, (lp.AdaLoRA(initial_rank=4, target_rank=2),)),
+        Case(model, (lp.KronA(scale=2),)),
+        Case(model, (lp.KronA(scale=2, targets=["all-linear"], factor=4),)),
+        Case(model, (lp.KronABlock(scale=2),), mergeable=False),
+        Case(model, (lp.KronABlock(scale=2, residual=True),), starts_at_base=False, mergeable=False),
         Case(model, (lp.LLaMAAdapter(length=3, layers=2),), mergeable=False),
         Case(model, (lp.PromptTuning(length=3, **prompt),), starts_at_base=False, mergeable=False),
         Case(model, (lp.BitFit(**bias),)),

@@ -7,9 +7,9 @@ import lightning_peft as lp
 
 ROOT = Path(lp.__file__).parent
 ORDER = [
-    *["layers", "select", "attention", "products", "adapter", "low_rank", "triplets", "method", "virtual_tokens"],
-    *["methods", "inject", "checkpoint", "files", "summary", "optimizers", "modes", "random_state", "wiring"],
-    *["restoring", "strategy", "tasks", "cli", "__main__"],
+    *["layers", "select", "attention", "products", "adapter", "low_rank", "triplets", "method", "kronecker"],
+    *["feedforward", "virtual_tokens", "methods", "inject", "checkpoint", "files", "summary", "optimizers", "modes"],
+    *["random_state", "wiring", "restoring", "strategy", "tasks", "cli", "__main__"],
 ]
 
 

@@ -2,9 +2,22 @@
 
 from .adalora import AdaLoRA
 from .bitfit import BitFit
+from .krona import KronA
+from .krona_block import KronABlock
 from .llama_adapter import LLaMAAdapter
 from .lora import LoRA
 from .prompt_tuning import PromptTuning
 from .subsets import FullFineTuning, LastLayers, OutputLayers
 
-__all__ = ["AdaLoRA", "BitFit", "FullFineTuning", "LLaMAAdapter", "LastLayers", "LoRA", "OutputLayers", "PromptTuning"]
+__all__ = [
+    "AdaLoRA",
+    "BitFit",
+    "FullFineTuning",
+    "KronA",
+    "KronABlock",
+    "LLaMAAdapter",
+    "LastLayers",
+    "LoRA",
+    "OutputLayers",
+    "PromptTuning",
+]
