@@ -70,6 +70,9 @@ def adapted(cls: Any) -> type[nn.Module]:
     namespace = {"forward": forward, "_host_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
     if read is not None:
         namespace[read] = property(updated)
+    if issubclass(cls, nn.Sequential):  # which calls its children one after the other: not the adapters
+        namespace["__iter__"] = lambda self: iter([child for child in cls.__iter__(self) if child is not self.peft])
+        namespace["__len__"] = lambda self: cls.__len__(self) - 1
     return type(cls.__name__, (Adapted, cls), namespace)
 
 

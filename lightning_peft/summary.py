@@ -16,7 +16,7 @@ class Summary:
     """Parameters of an adapted model.
 
     Args:
-        rows: (what, number of places, trained parameters) for each method and for what else trains.
+        rows: (what, number of places with parameters, trained parameters) for each method and for what else trains.
         trainable: Number of parameters that train.
         total: Number of parameters, adapters included, a shared one once.
         saved_bytes: Size of what an adapter file holds.
@@ -50,7 +50,7 @@ def summary(model: nn.Module) -> Summary:
     record, rows = injection(model), []
     trained = {n: p.numel() for n, p in base_parameters(model).items() if p.requires_grad}
     for method in record.methods if record else ():
-        found = list(adapters_of(model, method).values())
+        found = [a for a in adapters_of(model, method).values() if next(a.parameters(), None) is not None]
         parameters = {id(p): p.numel() for adapter in found for p in adapter.parameters()}
         if parameters:
             rows.append((f"{type(method).__name__} ({method.name})", len(found), sum(parameters.values())))

@@ -19,12 +19,12 @@ class Case:
         return f"{self.model}-{'+'.join(_label(m) for m in self.methods)}"
 
 
-FIELDS = ("init", "decompose", "tanh", "personalized")
+FIELDS = ("init", "decompose", "tanh", "personalized", "factor", "residual")
 
 
 def _label(method: lp.Method) -> str:
     changed = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.name in FIELDS}
-    extra = [v if isinstance(v, str) else k for k, v in changed.items() if v not in ("kaiming", "random", False)]
+    extra = [v if isinstance(v, str) else k for k, v in changed.items() if v not in ("kaiming", "random", False, None)]
     return "-".join([type(method).__name__, *extra])
 
 
@@ -41,6 +41,10 @@ def methods_for(model: str) -> list[Case]:
         Case(model, (lp.FedPara(rank=2),)),
         Case(model, (lp.FedPara(gamma=0.2, tanh=True),)),
         Case(model, (lp.FedPara(rank=3, personalized=True, targets=["attention.query", "feedforward.down"]),)),
+        Case(model, (lp.KronA(scale=2),)),
+        Case(model, (lp.KronA(scale=2, targets=["all-linear"], factor=4),)),
+        Case(model, (lp.KronABlock(scale=2),), mergeable=False),
+        Case(model, (lp.KronABlock(scale=2, residual=True),), starts_at_base=False, mergeable=False),
         Case(model, (lp.LLaMAAdapter(length=3, layers=2),), mergeable=False),
         Case(model, (lp.PromptTuning(length=3, **prompt),), starts_at_base=False, mergeable=False),
         Case(model, (lp.BitFit(**bias),)),

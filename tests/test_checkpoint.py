@@ -17,6 +17,8 @@ pytestmark = [
 ]
 METHODS = {
     "LoRA": lambda: lp.LoRA(rank=2, dropout=0.2),
+    "KronA": lp.KronA,
+    "KronABlock": lambda: lp.KronABlock(residual=True),
     "LLaMAAdapter": lambda: lp.LLaMAAdapter(length=3, gate_warmup_steps=2),
     "PromptTuning": lambda: lp.PromptTuning(length=3),
     "BitFit": lambda: lp.BitFit(add_missing=True),

@@ -1,6 +1,7 @@
 """The laws that every method obeys on every model."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -268,3 +269,24 @@ def test_weights_that_torchs_attention_reads_are_adapted(name, decompose):
     torch.testing.assert_close(merged(x), expected(x))
     assert torch.equal(lp.detach(encoder)(x), base(x))
     assert torch.equal(encoder.layers[0].self_attn.in_proj_weight, base.layers[0].self_attn.in_proj_weight)
+
+
+NESTED = [lp.LoRA(rank=2), lp.LoRA(rank=2, decompose=True), lp.AdaLoRA(initial_rank=2, target_rank=1)]
+NESTED += [lp.FedPara(rank=2), lp.FedPara(rank=2, tanh=True), lp.KronA(scale=2)]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("rows", [1, 40], ids=["few tokens", "many tokens"])
+@pytest.mark.parametrize("method", NESTED, ids=lambda m: type(m).__name__)
+def test_rows_that_torch_packs_are_adapted_too(method, rows):
+    """With a padding mask, torch's encoder packs rows into a nested tensor in eval mode."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, 0.0, batch_first=True), 2)
+    method = dataclasses.replace(method, targets=["linear1", "linear2"])
+    disturb(lp.inject(encoder, method))
+    x, padding = torch.randn(rows, 5, 32), torch.zeros(rows, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    with torch.no_grad():
+        y = encoder.train()(x, src_key_padding_mask=padding)
+        z = encoder.eval()(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(z[0, :3], y[0, :3], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(z[1:], y[1:], atol=1e-5, rtol=1e-5)

@@ -8,8 +8,9 @@ import lightning_peft as lp
 ROOT = Path(lp.__file__).parent
 ORDER = [
     *["layers", "quantized_layers", "select", "attention", "products", "adapter", "low_rank", "triplets", "hadamard"],
-    *["method", "virtual_tokens", "methods", "inject", "nf4", "quantization", "merging", "checkpoint", "files"],
-    *["summary", "optimizers", "modes", "random_state", "wiring", "restoring", "strategy", "tasks", "cli", "__main__"],
+    *["method", "kronecker", "feedforward", "virtual_tokens", "methods", "inject", "nf4", "quantization", "merging"],
+    *["checkpoint", "files", "summary", "optimizers", "modes", "random_state", "wiring", "restoring", "strategy"],
+    *["tasks", "cli", "__main__"],
 ]
 
 

@@ -50,6 +50,19 @@ def holder():
     return model
 
 
+def chain_of_chains():
+    return nn.Sequential(chain())
+
+
+class Backwards(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc2, self.fc1 = nn.Linear(8, 4), nn.Linear(4, 8)
+
+    def forward(self, x):
+        return self.fc2(self.fc1(x))
+
+
 def two(layer):
     return nn.Sequential(layer, nn.Linear(4, 4))
 
@@ -101,6 +114,25 @@ REFUSED = {
     "all excluded": (MODELS["llama"], lp.LoRA(exclude=["*"]), ValueError, "leaves nothing"),
     "rank too large": (MODELS["llama"], lp.LoRA(rank=17), ValueError, "must be at most 16, got 17"),
     "rank pattern": (MODELS["llama"], lp.LoRA(rank_pattern={"o_proj": 2}), ValueError, "rank_pattern must be a glob"),
+    "indivisible": (
+        MODELS["llama"],
+        lp.KronA(shape_a=[8, 3]),
+        ValueError,
+        r"shape_a at .*q_proj must be .* dividing 32 \(in; near: 4, 8, 16, 32\) .* \(out; near: 1, 2, 4, 8\), got",
+    ),
+    "indivisible block": (
+        MODELS["llama"],
+        lp.KronABlock(shape_a=[3, 8]),
+        ValueError,
+        "shape_a at .*down_proj must be",
+    ),
+    "no feed-forward block": (chain, lp.KronABlock(), ValueError, "'feedforward.up' matches nothing"),
+    "not a block": (MODELS["llama"], lp.KronABlock(targets=["act_fn"]), ValueError, "holds no linear layers"),
+    "a part of a block": (MODELS["llama"], lp.KronABlock(targets=["up_proj"]), ValueError, "holds no linear layers"),
+    "no square block": (chain_of_chains, lp.KronABlock(targets=["0"]), ValueError, "takes 8 features and returns 4"),
+    "no block left": (MODELS["bert"], lp.KronABlock(exclude=["layer.*"]), ValueError, "leaves nothing"),
+    "excluded typo of a block": (MODELS["bert"], lp.KronABlock(exclude=["layers.*"]), ValueError, "matches nothing"),
+    "down first": (Backwards, lp.KronABlock(), ValueError, "No up-projection comes before fc2"),
     "eager attention": (eager, lp.LLaMAAdapter(), TypeError, "attn_implementation='eager'.*'sdpa'"),
     "torch's attention": (torch_encoder, lp.LLaMAAdapter(), TypeError, "nn.MultiheadAttention"),
     "too many layers": (MODELS["llama"], lp.LLaMAAdapter(layers=4), ValueError, "layers must be at most 3"),
@@ -150,6 +182,14 @@ SETTINGS = [
     (lp.PromptTuning, {"init": "text"}),
     (lp.PromptTuning, {"targets": ["x"]}),
     (lp.LastLayers, {"count": 0}),
+    (lp.KronA, {"shape_a": [4]}),
+    (lp.KronA, {"shape_a": [4, 0]}),
+    (lp.KronA, {"factor": 0}),
+    (lp.KronA, {"factor": 8, "shape_a": [4, 4]}),
+    (lp.KronA, {"scale": 0.0}),
+    (lp.KronABlock, {"factor": 2.5}),
+    (lp.KronABlock, {"scale": float("inf")}),
+    (lp.KronABlock, {"factor": 8, "shape_a": [4, 4]}),
 ]
 
 

@@ -84,6 +84,78 @@ def test_lora_is_a_layer_with_the_updated_weight(name):
     torch.testing.assert_close(list(gradients), list(found))
 
 
+KRONA = [name for name in LAYERS if name not in ("linear without bias", "conv2d dilated, reflecting")]
+
+
+@pytest.mark.parametrize("settings", [{}, {"shape_a": [3, 2]}, {"factor": 1}], ids=str)
+@pytest.mark.parametrize("name", KRONA)
+def test_krona_is_a_layer_with_the_updated_weight(name, settings):
+    make, shape = LAYERS[name]
+    base, groups = make().double(), 2 if "grouped" in name else 1
+    if shape is None:  # a1 divides the vocabulary
+        settings = {"shape_a": [2, 3]} if "shape_a" in settings else settings
+    if groups == 2 and "shape_a" in settings:
+        settings = {"shape_a": [1, 5]}  # a group has three inputs
+    x = torch.tensor([[0, 3, 9], [4, 4, 1]]) if shape is None else torch.randn(shape, dtype=torch.float64)
+    x = x.requires_grad_() if shape else x
+    model = fill(lp.inject(Net(base), lp.KronA(scale=3, targets=["layer"], **settings)))
+    host, adapter = only(model)
+    if "shape_a" in settings:
+        assert list(adapter.a.shape) == settings["shape_a"]
+    y = model(x)
+    inputs = [adapter.a, adapter.b, *([x] if shape else [])]
+    gradients = torch.autograd.grad(y.square().sum(), inputs)
+
+    a, b = (t.detach().clone().requires_grad_() for t in (adapter.a, adapter.b))
+    ones = [1] * (b.dim() - 2)
+    update = 3 * torch.kron(a.view(*a.shape, *ones), b).transpose(0, 1)  # the paper's product is (in, out)
+    row = torch.ones(host.weight.shape, dtype=torch.float64)
+    if shape is None:
+        row[host.padding_idx] = 0  # the padding row gets no gradient in the layer, and its update none either
+        update = update * row.T + (update * (1 - row.T)).detach()
+    stored = host.weight + (update.T if shape is None or name.startswith("transformers") else update)
+    state = {"weight": stored} | ({"bias": host.bias} if getattr(host, "bias", None) is not None else {})
+    expected = torch.func.functional_call(make().double(), state, (x,))
+    torch.testing.assert_close(y, expected)
+    found = torch.autograd.grad(expected.square().sum(), [a, b, *([x] if shape else [])])
+    torch.testing.assert_close(gradients, found)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(
+    ("name", "targets", "block"),
+    [
+        ("llama", ["mlp"], lambda m: (m.model.layers[1].mlp, m.model.layers[1].mlp)),
+        ("llama", ["feedforward"], lambda m: (m.model.layers[1].mlp, m.model.layers[1].mlp.down_proj)),
+        ("gpt2", ["mlp"], lambda m: (m.transformer.h[1].mlp, m.transformer.h[1].mlp)),
+        ("plain", ["feedforward"], lambda m: (lambda x: b1(m).fc2(F.relu(b1(m).fc1(x))), b1(m).fc2)),
+        ("bert", ["feedforward"], lambda m: (lambda x: b1(m).output.dense(b1(m).intermediate(x)), b1(m).output.dense)),
+    ],
+    ids=["llama mlp", "llama", "gpt2 mlp", "plain", "bert"],
+)
+def test_krona_beside_a_block_is_the_papers_sum(name, targets, block, residual):
+    model = fill(lp.inject(MODELS[name](), lp.KronABlock(scale=3, targets=targets, residual=residual))).double()
+    run, host = block(model)
+    run_base, _ = block(MODELS[name]().double())
+    adapter = host.peft["krona_block"]
+    x = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
+    trained = [adapter.a, adapter.b, *([adapter.residual] if residual else [])]
+    y = run(x)
+    fresh = [t.detach().clone().requires_grad_() for t in trained]
+    expected = run_base(x) + 3 * x @ torch.kron(fresh[0], fresh[1])
+    if residual:
+        expected = expected + fresh[2] * x
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(y.square().sum(), [x, *trained]), torch.autograd.grad(expected.square().sum(), [x, *fresh])
+    )
+
+
+def b1(model):
+    """The second block of two of the models."""
+    return model.trunk.blocks[1] if hasattr(model, "trunk") else model.bert.encoder.layer[1]
+
+
 def test_lora_on_parts_of_a_fused_layer_leaves_the_other_rows_alone():
     model = fill(lp.inject(MODELS["gpt2"](), lp.LoRA(rank=2, alpha=4))).double()
     hosts = {(name, key): (host, adapter) for name, host, key, adapter in lp.adapters(model)}
@@ -200,6 +272,30 @@ def test_lora_equals_peft(name):
             weight.copy_(ours.view(weight.shape))
         difference = (model(x) - theirs(x)).abs().max().item()
     print(f"{name}: max difference {difference:.1e}")
+    assert difference <= 2e-6
+
+
+@needs_peft
+@pytest.mark.parametrize("tokens_", [4, 400], ids=["few rows", "many rows"])
+def test_krona_equals_peft(tokens_):
+    import peft
+
+    base, x = Net(nn.Linear(48, 80)), torch.randn(tokens_, 48)
+    other = Net(nn.Linear(48, 80))
+    other.load_state_dict(base.state_dict())
+    config = peft.LoKrConfig(r=64, alpha=32, target_modules=["layer"], decompose_factor=4)
+    theirs = peft.get_peft_model(other, config)
+    layer = theirs.base_model.model.layer
+    one, two = layer.lokr_w1["default"], layer.lokr_w2["default"]
+    method = lp.KronA(scale=32 / 64, targets=["layer"], shape_a=list(one.T.shape))
+    model = lp.inject(base, method)
+    _, adapter = only(model)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for ours, factor in ((adapter.a, one), (adapter.b, two)):
+            factor.copy_(nn.init.normal_(ours, std=0.3).T)
+        difference = (model(x) - theirs(x)).abs().max().item()
+    print(f"{tokens_} rows: max difference {difference:.1e}")
     assert difference <= 2e-6
 
 

@@ -3,6 +3,8 @@
 from .adalora import AdaLoRA
 from .bitfit import BitFit
 from .fedpara import FedPara
+from .krona import KronA
+from .krona_block import KronABlock
 from .llama_adapter import LLaMAAdapter
 from .lora import LoRA
 from .prompt_tuning import PromptTuning
@@ -13,6 +15,8 @@ __all__ = [
     "BitFit",
     "FedPara",
     "FullFineTuning",
+    "KronA",
+    "KronABlock",
     "LLaMAAdapter",
     "LastLayers",
     "LoRA",

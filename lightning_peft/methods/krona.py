@@ -1,0 +1,96 @@
+"""KronA: Parameter Efficient Tuning with Kronecker Adapter, https://arxiv.org/abs/2212.10650."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import WeightUpdate, parameter_like
+from ..kronecker import check_kronecker, shape_of_a, start_factors, times_kronecker
+from ..layers import LinearKind, layer_of
+from ..method import Method
+from ..products import Kronecker, Update
+from ..select import parts, select
+
+
+@dataclass(frozen=True, kw_only=True)
+class KronA(Method):
+    """Trains Y = X W + s X (A kron B), with A (a1, a2) and B (b1, b2), a1 b1 = in and a2 b2 = out; B starts at zero.
+
+    The rank is rank(A) rank(B), mostly far above what LoRA has for as many parameters. Acts on the layers that LoRA
+    acts on; of a convolution, B has the kernel as trailing dimensions. Merges.
+
+    Args:
+        name: Name of the adapters on their hosts, and in files.
+        targets: Globs on the end of module names, or roles. The paper adapts the query and value projections.
+        exclude: Globs of modules to leave out.
+        shape_a: a1 and a2; a1 divides the inputs of every target, a2 its outputs.
+        factor: In place of ``shape_a``: a1 and a2 are the largest divisors up to this. With neither, they are what
+            needs the fewest parameters, close to the square roots.
+        scale: Factor s of the update; 16 is a third party's default, not one from the paper.
+
+    Raises:
+        ValueError: ``shape_a`` does not divide a target's sides.
+    """
+
+    name: str = "krona"
+    targets: list[str] = dataclasses.field(default_factory=lambda: ["attention.query", "attention.value"])
+    exclude: list[str] = dataclasses.field(default_factory=list)
+    shape_a: list[int] | None = None
+    factor: int | None = None
+    scale: float = 16.0
+
+    def __post_init__(self) -> None:
+        check_kronecker(self.shape_a, self.factor, self.scale)
+
+    def adapters(self, model: nn.Module) -> Iterable[tuple[str, KronAUpdate]]:
+        for name, host in select(model, self.targets, self.exclude).items():
+            out, inputs, *kernel = layer_of(host).shape(host)
+            for part in (*parts(name, host, self.targets),) or (None,):
+                rows = part[2] - part[1] if part else out
+                shape = shape_of_a(name, inputs, rows, self.shape_a, self.factor, math.prod(kernel))
+                yield name, KronAUpdate(host, shape, self.scale, part)
+
+
+class KronAUpdate(WeightUpdate):
+    """s (A kron B)^T, with A of shape (a1, a2) and B of shape (b1, b2, *kernel).
+
+    Args:
+        host: Layer to update.
+        shape_a: a1, which divides the inputs, and a2, which divides the outputs.
+        scale: Factor of the update.
+        part: Rows of a fused layer to update.
+    """
+
+    def __init__(
+        self, host: Any, shape_a: tuple[int, int], scale: float, part: tuple[str, int, int] | None = None
+    ) -> None:
+        super().__init__(host, part)
+        (out, inputs, *kernel), (a1, a2), weight = self.shape, shape_a, self.layer.parameter(host)
+        self.scale = scale
+        self.a, self.b = parameter_like(weight, a1, a2), parameter_like(weight, inputs // a1, out // a2, *kernel)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        start_factors(self.a, self.b)
+
+    def delta(self) -> Tensor:
+        return torch.einsum("ij,kl...->jlik...", self.a, self.b * self.scale).reshape(self.shape)
+
+    def update(self, host: Any, x: Tensor) -> Tensor:
+        if isinstance(self.layer, LinearKind) and not self.layer.looks_up and not x.is_nested:
+            return times_kronecker(x, self.a, self.b * self.scale)
+        delta = self.delta()
+        return self.layer.apply(host, x, delta.to(x.dtype) if x.is_floating_point() else delta)
+
+    def in_form(self) -> Update | None:
+        return Update(Kronecker(self.scale), self.rows, (self.a, self.b)) if self.b.dim() == 2 else None
+
+    def extra_repr(self) -> str:
+        return f"a={tuple(self.a.shape)}, b={tuple(self.b.shape)}, scale={self.scale:g}"
