@@ -9,6 +9,7 @@ from .inject import adapters, detach, inject
 from .merging import merge
 from .method import Method
 from .methods import (
+    IA3,
     AdaLoRA,
     BitFit,
     FedPara,
@@ -34,6 +35,7 @@ __all__ = [
     "BitFit",
     "FedPara",
     "FullFineTuning",
+    "IA3",
     "KronA",
     "KronABlock",
     "LLaMAAdapter",

@@ -37,6 +37,7 @@ def methods_for(model: str) -> list[Case]:
         Case(model, (lp.LoRA(rank=4, targets=["all-linear"], scaling="rank_stabilized", decompose=True),)),
         Case(model, (lp.LoRA(rank=4, init="pissa"),), starts_at_base=False),
         Case(model, (lp.LoRA(rank=2, init="orthogonal"), lp.LoRA(name="second", rank=2, init="olora")), False),
+        Case(model, (lp.IA3(),)),
         Case(model, (lp.AdaLoRA(initial_rank=4, target_rank=2),)),
         Case(model, (lp.FedPara(rank=2),)),
         Case(model, (lp.FedPara(gamma=0.2, tanh=True),)),

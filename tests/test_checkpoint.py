@@ -17,6 +17,9 @@ pytestmark = [
 ]
 METHODS = {
     "LoRA": lambda: lp.LoRA(rank=2, dropout=0.2),
+    "DoRA": lambda: lp.LoRA(rank=2, dropout=0.2, decompose=True),
+    "FedPara": lambda: lp.FedPara(rank=2, jacobian_weight=0.1),
+    "IA3": lp.IA3,
     "KronA": lp.KronA,
     "KronABlock": lambda: lp.KronABlock(residual=True),
     "LLaMAAdapter": lambda: lp.LLaMAAdapter(length=3, gate_warmup_steps=2),
@@ -115,7 +118,8 @@ def test_a_checkpoint_holds_exactly_what_trains(name, weights_only, tmp_path):
         assert checkpoint["state_dict"].keys() == trained.keys()
         assert checkpoint["lightning_peft"]["base"] == fingerprint(net)
         numbers = sum(p.numel() for p in trained.values())
-        assert path.stat().st_size < 4 * numbers * (1 if weights_only else 3) + 60_000
+        values = (numbers + 300 * len(trained)) * (1 if weights_only else 3)  # each tensor has a name and a place
+        assert path.stat().st_size < 4 * values + 20_000
     assert len(list(tmp_path.glob("*.ckpt"))) == 2
     fresh = lp.load_from_checkpoint(Module, path)
     assert torch.equal(fresh.net.eval()(data().dataset).logits, net.net.eval()(data().dataset).logits)

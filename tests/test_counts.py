@@ -122,3 +122,12 @@ def test_qlora_on_llama(width, inner, layers, heads, count):
         hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads
     )
     assert trained(LlamaForCausalLM, config, lp.LoRA(rank=64, targets=["all-linear"])) == count
+
+
+def test_ia3_on_t0_3b():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=32128, d_model=2048, d_kv=64, d_ff=5120, num_layers=24, num_heads=32, feed_forward_proj="gated-gelu"
+    )
+    assert trained(T5ForConditionalGeneration, config, lp.IA3()) == 540_672

@@ -1,6 +1,7 @@
 """Every method that updates weights, on every kind of layer, in both types: beside formulas and beside a peer."""
 
 import copy
+import dataclasses
 import importlib.util
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 import lightning_peft as lp
 from lightning_peft.layers import layer_of
 
-TARGETS = {"targets": ["qkv_proj", "layer"]}
+TARGETS = {"targets": ["layer"]}
 METHODS = {
     "lora": lp.LoRA(rank=4, alpha=6, **TARGETS),
     "rslora": lp.LoRA(rank=4, alpha=6, scaling="rank_stabilized", **TARGETS),
@@ -24,6 +25,12 @@ METHODS = {
     "fedpara, narrow": lp.FedPara(rank=1, **TARGETS),
     "pfedpara": lp.FedPara(rank=4, personalized=True, **TARGETS),
     "krona": lp.KronA(scale=2, **TARGETS),
+}
+
+
+IA3 = {
+    "ia3": lp.IA3(targets=["layer"], feedforward_targets=[]),
+    "ia3, inputs": lp.IA3(targets=[], feedforward_targets=["layer"]),
 }
 
 
@@ -66,10 +73,6 @@ def build(layer, method):
     base = make()
     net = Net(name, base)
     if method is not None:
-        if name == "qkv_proj":
-            method = type(method)(**{**vars(method), "targets": ROLES})
-        else:
-            method = type(method)(**{**vars(method), "targets": ["layer"]})
         lp.inject(net, method)
     for *_, adapter in lp.adapters(net):
         for parameter in adapter.parameters():
@@ -135,7 +138,8 @@ def reference(name, layer, net, adapters, x):
 @pytest.mark.parametrize("name", METHODS)
 def test_values_and_gradients_are_those_of_the_updated_weight(name, layer, dtype):
     kind, tolerance = TYPES[dtype]
-    net, x, adapters = build(layer, METHODS[name])
+    method = dataclasses.replace(METHODS[name], targets=ROLES if "qkv" in layer else ["layer"])
+    net, x, adapters = build(layer, method)
     net, x = net.to(kind), x.to(kind).requires_grad_()
     assert len(adapters) == (3 if "qkv" in layer else 1)
     trained = [p for adapter in adapters for p in adapter.parameters()]
@@ -150,6 +154,43 @@ def test_values_and_gradients_are_those_of_the_updated_weight(name, layer, dtype
     ]
     print(f"{name:16} {layer:26} {dtype:9} largest difference: {max(differences):.1e}")
     assert max(differences) < tolerance
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("inputs", [False, True], ids=["outputs", "inputs"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_ia3_scales_outputs_or_inputs(layer, inputs, dtype):
+    kind, tolerance = TYPES[dtype]
+    if inputs and "qkv" in layer:
+        pytest.skip("no paper scales the inputs of a fused layer")
+    ends = ROLES if "qkv" in layer else ["layer"]
+    method = lp.IA3(targets=ends, feedforward_targets=[])
+    if inputs:
+        method = lp.IA3(targets=[], feedforward_targets=ends)
+    net, x, adapters = build(layer, method)
+    net, x = net.to(kind), x.to(kind).requires_grad_()
+    y = net(x)
+    gradients = torch.autograd.grad(y.float().square().mean(), [x, *(a.scales for a in adapters)])
+    host = next(iter(net.children()))
+    weight, bias = layer_of(host).read(host).double(), host.bias.detach().double()
+    z, scales = x.detach().double().requires_grad_(), [a.scales.detach().double().requires_grad_() for a in adapters]
+    places = (-1, 1, 1) if layer == "conv2d" else (-1,)
+    into = z * torch.cat(scales).view(places) if inputs else z
+    conv = layer == "conv2d"
+    out = nn.functional.conv2d(into, weight, bias, stride=2, padding=1) if conv else into @ weight.T + bias
+    expected = out if inputs else out * torch.cat(scales).view(places)
+    wanted = torch.autograd.grad(expected.square().mean(), [z, *scales])
+    pairs = zip((y, *gradients), (expected, *wanted), strict=True)
+    differences = [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs]
+    print(f"ia3 {layer:26} {dtype:9} largest difference: {max(differences):.1e}")
+    assert max(differences) < tolerance
+    if not layer.startswith("quantized") and dtype == "float32":
+        torch.testing.assert_close(lp.merge(net)(x), y, atol=1e-5, rtol=1e-4)
+
+
+def copy_ia3(ours, theirs):
+    vector = theirs.ia3_l["default"]
+    vector.copy_(ours.scales.view(vector.shape))
 
 
 def copy_low_rank(ours, theirs):
@@ -184,6 +225,8 @@ def peers():
 
     lora = {"r": 4, "lora_alpha": 6, "target_modules": ["layer"]}
     return {
+        "ia3": (peft.IA3Config(target_modules=["layer"], feedforward_modules=[]), copy_ia3),
+        "ia3, inputs": (peft.IA3Config(target_modules=["layer"], feedforward_modules=["layer"]), copy_ia3),
         "lora": (peft.LoraConfig(**lora), copy_low_rank),
         "rslora": (peft.LoraConfig(use_rslora=True, **lora), copy_low_rank),
         "dora": (peft.LoraConfig(use_dora=True, **lora), copy_low_rank),
@@ -203,13 +246,13 @@ def peers():
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("layer", ["linear", "conv1d of transformers", "conv2d", "quantized linear"])
-@pytest.mark.parametrize("name", ["lora", "rslora", "dora", "pissa", "adalora", "fedpara", "krona"])
+@pytest.mark.parametrize("name", [*IA3, "lora", "rslora", "dora", "pissa", "adalora", "fedpara", "krona"])
 def test_it_equals_peft_with_copied_weights(name, layer, dtype):
     """Where peft has the method for the layer."""
     import peft
 
     config, copy_weights = copy.deepcopy(peers()[name])
-    method = METHODS[name]
+    method = (METHODS | IA3)[name]
     if "conv1d" in layer and hasattr(config, "fan_in_fan_out"):
         config.fan_in_fan_out = True
     plain, x, _ = build(layer, None)

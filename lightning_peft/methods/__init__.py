@@ -3,6 +3,7 @@
 from .adalora import AdaLoRA
 from .bitfit import BitFit
 from .fedpara import FedPara
+from .ia3 import IA3
 from .krona import KronA
 from .krona_block import KronABlock
 from .llama_adapter import LLaMAAdapter
@@ -15,6 +16,7 @@ __all__ = [
     "BitFit",
     "FedPara",
     "FullFineTuning",
+    "IA3",
     "KronA",
     "KronABlock",
     "LLaMAAdapter",
