@@ -85,10 +85,10 @@ class WeightUpdate(Adapter):
         super().__init__()
         self.layer = layer_of(host)
         out, *rest = self.layer.shape(host)
-        self.part, first, stop = part or ("", 0, out)
-        self.rows = (first, stop)
-        self.shape = (stop - first, *rest)  # of delta()
-        self.outside = (first, out - stop)  # rows before and after
+        self.rows = (0, out)
+        if part is not None:
+            self.part, self.rows = part[0], part[1:]
+        self.shape = (self.rows[1] - self.rows[0], *rest)  # of delta()
 
     @abstractmethod
     def delta(self) -> Tensor:
@@ -117,8 +117,9 @@ class WeightUpdate(Adapter):
             return updated_linear(x, self.layer.read(host), host.bias, updates)
         y: Tensor = inner(x, *args, **kwargs)
         update = self.update(host, x)
-        if any(self.outside):
-            update = F.pad(update, self.outside)
+        if self.part:
+            first, stop = self.rows
+            update = F.pad(update, (first, self.layer.shape(host)[0] - stop))
         return y + update.to(y.dtype)
 
     def _one_product(self, host: Any, inner: Call, x: Tensor) -> list[Update]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from .adapter import Adapter, WeightUpdate
 from .layers import read_attribute
 from .method import Method
 from .quantized_layers import keep_differentiable, refuse_repacked
-from .select import SLOT, base_parameters, select_parameters
+from .select import SLOT, base_modules, base_parameters, select_parameters
 
 _RECORD = "_peft_injection"
 
@@ -97,17 +98,17 @@ def inject(model: nn.Module, method: Method | Sequence[Method], also_train: Sequ
         TypeError: A host cannot be adapted; the message says what to do instead.
     """
     methods = [method] if isinstance(method, Method) else list(method)
-    record = injection(model) or Injection(
-        required_grad={n: p.requires_grad for n, p in base_parameters(model).items()}
-    )
+    base = base_parameters(model)
+    record = injection(model) or Injection(required_grad={n: p.requires_grad for n, p in base.items()})
     names = Counter(m.name for m in [*record.methods, *methods])
     if twice := [name for name, count in names.items() if count > 1]:
         raise ValueError(f"Two methods are named {twice[0]!r}; give one of them another name.")
+    modules = {"": model, **base_modules(model)}
     plan = [(m, host_name, adapter) for m in methods for host_name, adapter in m.adapters(model)]
     trained = {name for m in methods for name in m.parameters(model)} | set(select_parameters(model, also_train))
-    refuse_repacked(model)
+    refuse_repacked(modules)
     for m, host_name, adapter in plan:
-        _refuse(model.get_submodule(host_name), host_name, _key(m.name, adapter), adapter)
+        _refuse(modules[host_name], host_name, _key(m.name, adapter), adapter)
     for name in sorted(trained):
         if not (parameter := model.get_parameter(name)).is_floating_point():
             raise TypeError(f"{name} is stored as {parameter.dtype} and cannot train; leave it out, or dequantize it.")
@@ -120,12 +121,12 @@ def inject(model: nn.Module, method: Method | Sequence[Method], also_train: Sequ
     trained |= set(record.trained)
     record.trained = [name for name in record.required_grad if name in trained]
     model.__dict__[_RECORD] = record
-    for name, parameter in base_parameters(model).items():
+    for name, parameter in base.items():
         parameter.requires_grad_(name in trained)
     for m, host_name, adapter in plan:
-        _attach(model.get_submodule(host_name), _key(m.name, adapter), adapter)
-    _call_children(model)
-    keep_differentiable(model)
+        _attach(modules[host_name], _key(m.name, adapter), adapter)
+    _call_children(modules.values())
+    keep_differentiable(modules.values())
     return model
 
 
@@ -194,10 +195,10 @@ def _refuse(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
 
 def _refuse_company(found: Sequence[tuple[str, Adapter]]) -> None:
     """Raise where an adapter that rewrites rows of a weight as a whole would share them."""
-    for name, adapter in found:
+    for name, adapter in [(n, a) for n, a in found if a.alone]:
         updates = [a for n, a in found if n == name and a is not adapter and isinstance(a, WeightUpdate)]
         others = [a for a in updates if "" in (a.part, adapter.part) or a.part == adapter.part]
-        if adapter.alone and others:
+        if others:
             raise ValueError(
                 f"{type(adapter).__name__} at {name} rewrites the whole weight and cannot share it with "
                 f"{type(others[0]).__name__}; give the methods different targets."
@@ -209,10 +210,12 @@ def _attach(host: nn.Module, key: str, adapter: Adapter) -> None:
         host.peft = nn.ModuleDict()
         kind: Any = type(host)
         host.__class__ = adapted(kind)
-    parameter = next(host.parameters(), None)
+    own = itertools.chain(host._parameters.values(), host.parameters())  # most hosts have some, and no search is needed
+    device = next((p.device for p in own if p is not None), None)
     slot: Any = host.peft
-    slot[key] = adapter if parameter is None else adapter.to(parameter.device)
-    adapter.train(host.training)
+    slot[key] = adapter if all(p.device == device for p in adapter.parameters()) else adapter.to(device)
+    if adapter.training != host.training:
+        adapter.train(host.training)
 
 
 def _remove(host: Any, key: str) -> None:
@@ -222,9 +225,9 @@ def _remove(host: Any, key: str) -> None:
         del host.peft
 
 
-def _call_children(model: nn.Module) -> None:
+def _call_children(modules: Iterable[nn.Module]) -> None:
     """In eval mode torch's encoder layers read the weights of their children without calling them, unless hooked."""
-    for module in model.modules():
+    for module in modules:
         reads = isinstance(module, (nn.TransformerEncoderLayer, nn.MultiheadAttention)) and any(adapters(module))
         if reads and _nothing not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_nothing)

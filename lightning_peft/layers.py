@@ -144,8 +144,13 @@ FOREIGN: dict[str, Layer] = {"transformers.pytorch_utils.Conv1D": TransposedKind
 
 
 def _foreign(host: nn.Module) -> Layer | None:
-    classes = (*type(host).__mro__, *type(getattr(host, "weight", None)).__mro__)
-    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in classes)
+    weight: Any = type(host._parameters.get("weight"))
+    return _foreign_by_type(type(host), weight)
+
+
+@functools.cache
+def _foreign_by_type(*kinds: Any) -> Layer | None:
+    names = (f"{cls.__module__}.{cls.__qualname__}" for kind in kinds for cls in kind.__mro__)
     return next((FOREIGN[name] for name in names if name in FOREIGN), None)
 
 

@@ -54,6 +54,8 @@ class LowRankUpdate(WeightUpdate):
 
 
 def _kaiming(a: Tensor, b: Tensor, looks_up: bool) -> None:
+    if a.is_meta:
+        return  # nothing to fill
     if looks_up:  # the factor that an index selects from starts at zero, as in the authors' code
         nn.init.zeros_(a)
         nn.init.normal_(b)
@@ -68,6 +70,7 @@ def _gaussian(a: Tensor, b: Tensor, looks_up: bool) -> None:
     nn.init.zeros_(zero)
 
 
+@torch.no_grad()
 def _orthogonal(a: Tensor, b: Tensor, looks_up: bool) -> None:
     rank = len(a)
     basis = torch.linalg.qr(torch.randn(rank, rank, dtype=a.dtype, device=a.device)).Q

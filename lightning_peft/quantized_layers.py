@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -155,17 +155,17 @@ class _Product(torch.autograd.Function):
         return grad @ weight.to(grad.dtype), None, None
 
 
-def refuse_repacked(model: nn.Module) -> None:
+def refuse_repacked(modules: Mapping[str, nn.Module]) -> None:
     """Raise where bitsandbytes has stored weights anew for inference on the CPU, which no gradient passes."""
-    for name, module in model.named_modules():
-        if getattr(getattr(module, "quant_state", None), "packing_format_for_cpu", False):
+    for name, module in modules.items():
+        if getattr(vars(module).get("quant_state"), "packing_format_for_cpu", False):
             raise ValueError(f"{name} was repacked by bitsandbytes for inference; load the model again, then inject.")
 
 
-def keep_differentiable(model: nn.Module) -> None:
+def keep_differentiable(modules: Iterable[nn.Module]) -> None:
     """Keep bitsandbytes from storing weights anew in eval mode: rounded, and without gradients for the input."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
+    for module in modules:
+        if "support_avx512bf16_for_cpu" in vars(module):
             vars(module)["support_avx512bf16_for_cpu"] = False
 
 

@@ -119,8 +119,11 @@ class LoRAAdapter(LowRankUpdate):
     ) -> None:
         super().__init__(host, part)
         out, *rest = self.shape
-        self.scale, self.dropout = scale, 0.0 if self.layer.looks_up else dropout
-        self.init, self.alone = init, decompose
+        self.scale, self.init = scale, init
+        if dropout and not self.layer.looks_up:
+            self.dropout = dropout
+        if decompose:
+            self.alone = True
         weight = self.layer.parameter(host)
         self.a, self.b = parameter_like(weight, rank, *rest), parameter_like(weight, out, rank)
         if init in FROM_WEIGHT:
@@ -128,24 +131,27 @@ class LoRAAdapter(LowRankUpdate):
         self.magnitude = parameter_like(weight, out) if decompose else None
         self.reset_parameters(host)
 
-    @torch.no_grad()
     def reset_parameters(self, host: Any = None) -> None:
         """Start at no update. ``host`` is needed where the start depends on its weight."""
-        if self.init in FROM_WEIGHT or self.magnitude is not None:
-            if host is None or self.layer.parameter(host).is_meta:
-                raise TypeError(
-                    "decompose and the initial values pissa and olora are computed from the host's weight: load the "
-                    "base model first, then inject."
-                )
-            weight = self.layer.read(host)[slice(*self.rows)].to(self.a.dtype)
-            if self.init in FROM_WEIGHT:
-                a, b = FROM_WEIGHT[self.init](weight.flatten(1), len(self.a), self.scale)
-                for factor, value in ((self.a, a), (self.a0, a), (self.b, b), (self.b0, b)):
-                    factor.copy_(value.view(factor.shape))
         if self.init in RANDOM:
             RANDOM[self.init](self.a, self.b, self.layer.looks_up)
+        if self.init in FROM_WEIGHT or self.magnitude is not None:
+            self._start_from(host)
+
+    @torch.no_grad()
+    def _start_from(self, host: Any) -> None:
+        if host is None or self.layer.parameter(host).is_meta:
+            raise TypeError(
+                "decompose and the initial values pissa and olora are computed from the host's weight: load the base "
+                "model first, then inject."
+            )
+        weight = self.layer.read(host)[slice(*self.rows)].to(self.a.dtype).flatten(1)
+        if self.init in FROM_WEIGHT:
+            a, b = FROM_WEIGHT[self.init](weight, len(self.a), self.scale)
+            for factor, value in ((self.a, a), (self.a0, a), (self.b, b), (self.b0, b)):
+                factor.copy_(value.view(factor.shape))
         if self.magnitude is not None:
-            v = LowRank(self.scale).updated(weight.flatten(1), self.a.flatten(1), self.b * 0)  # as forward computes it
+            v = LowRank(self.scale).updated(weight, self.a.flatten(1), self.b * 0)  # as forward computes it
             self.magnitude.copy_(torch.linalg.vector_norm(v, dim=1))
 
     def pair(self) -> tuple[Tensor, Tensor]:
