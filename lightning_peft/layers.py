@@ -144,8 +144,8 @@ FOREIGN: dict[str, Layer] = {"transformers.pytorch_utils.Conv1D": TransposedKind
 
 
 def _foreign(host: nn.Module) -> Layer | None:
-    weight: Any = type(host._parameters.get("weight"))
-    return _foreign_by_type(type(host), weight)
+    kinds: Any = type(host), type(host._parameters.get("weight"))
+    return _foreign_by_type(*kinds)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+_FUSIBLE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 Rule = Callable[[Tensor], dict[str, float]]  # what is special about a parameter's group: lr_factor, weight_decay
 
 
@@ -35,6 +36,20 @@ def keep_trainable(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
         )
     if missing and optimizers:
         optimizers[0].param_groups[0]["params"].extend(missing.values())
+
+
+def fuse(optimizers: Sequence[Optimizer]) -> None:
+    """Let torch's own optimizers step over all tensors in one kernel, unless their user chose an implementation.
+
+    Adapters are many small tensors, over which the default takes three times as long.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups if type(optimizer) in _FUSIBLE else ():
+            free = group.get("fused") is None and group.get("foreach") is None
+            other = group.get("capturable") or group.get("differentiable")
+            plain = all(type(p) is nn.Parameter and p.device.type in ("cpu", "cuda") for p in group["params"])
+            if free and plain and not other:
+                group["fused"] = True
 
 
 def optimizers_in(configured: Any) -> list[Optimizer]:

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from .inject import Injection, adapters, inject, injection
 from .method import Method
-from .optimizers import Rule, apply_factors, grouped, keep_trainable, optimizers_in
+from .optimizers import Rule, apply_factors, fuse, grouped, keep_trainable, optimizers_in
 from .select import base_parameters, matches
 
 
@@ -108,6 +108,7 @@ def wire_optimizers(module: pl.LightningModule, lr_factors: dict[str, float], no
                 result = own()
         optimizers = optimizers_in(result)
         keep_trainable(optimizers, self)
+        fuse(optimizers)
         for optimizer in optimizers:
             if rule is not None:
                 _require_groups(optimizer.param_groups, rule)

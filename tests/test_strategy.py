@@ -149,6 +149,57 @@ def test_factors_survive_schedulers_and_no_decay_is_a_group():
             assert rate == pytest.approx(16.0 if name.endswith(".b") else 1.0, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("make", "fused"),
+    [
+        (lambda p: torch.optim.AdamW(p, lr=0.01), True),
+        (lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True), True),
+        (lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9), True),
+        (lambda p: torch.optim.AdamW(p, lr=0.01, fused=False), False),
+        (lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True), None),
+        (lambda p: torch.optim.RMSprop(p, lr=0.01), None),
+    ],
+)
+def test_optimizers_take_one_kernel_unless_told_otherwise(make, fused):
+    ends = []
+    for callback in ([strategy()], []):
+
+        class Own(Module):
+            def configure_optimizers(self):
+                return make([p for p in self.parameters() if p.requires_grad])
+
+        torch.manual_seed(0)
+        net = Own()
+        if not callback:
+            torch.manual_seed(0)
+            lp.inject(net, strategy().methods)
+        else:
+            torch.manual_seed(0)
+        tuner = trainer(*callback)
+        tuner.fit(net, data())
+        ends.append({n: p.detach() for n, p in net.named_parameters() if p.requires_grad})
+        if callback:
+            assert [group.get("fused") for group in tuner.optimizers[0].param_groups] == [fused]
+    torch.testing.assert_close(*ends, atol=1e-5, rtol=1e-3)
+
+
+def test_a_factor_of_zero_freezes_and_survives_a_checkpoint(tmp_path):
+    """LoRA-FA: A stays as it starts, has no gradient and no optimizer state, and is saved."""
+    net = Module()
+    tuner = trainer(strategy(lr_factors={"lora.a": 0.0, "lora.b": 16.0}))
+    tuner.fit(net, data())
+    adapters = [adapter for *_, adapter in lp.adapters(net)]
+    assert all(not a.a.requires_grad and a.b.requires_grad for a in adapters)
+    held = {id(p) for group in tuner.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(a.b) for a in adapters}
+    assert {group["lr_factor"] for group in tuner.optimizers[0].param_groups if group["params"]} == {16.0}
+    tuner.save_checkpoint(tmp_path / "one.ckpt")
+    state = torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"]
+    assert {key.rpartition(".")[2] for key in state} == {"a", "b"}
+    again = lp.load_from_checkpoint(Module, tmp_path / "one.ckpt")
+    assert torch.equal(again.eval().net(data().dataset).logits, net.eval().net(data().dataset).logits)
+
+
 @pytest.mark.parametrize("settings", [{"lr_factors": {"lroa": 2.0}}, {"no_decay": ["*.bias"]}], ids=str)
 def test_a_pattern_without_a_trained_parameter_is_an_error(settings):
     with pytest.raises(ValueError, match="is no trainable parameter or method"):
