@@ -9,7 +9,7 @@ ROOT = Path(lp.__file__).parent
 ORDER = [
     *["layers", "quantized_layers", "select", "attention", "products", "adapter", "low_rank", "triplets", "method"],
     *["virtual_tokens", "methods", "inject", "nf4", "quantization", "merging", "checkpoint", "files", "summary"],
-    *["optimizers", "modes", "random_state", "wiring", "restoring", "strategy", "tasks", "cli", "__main__"],
+    *["plots", "optimizers", "modes", "random_state", "wiring", "restoring", "strategy", "tasks", "cli", "__main__"],
 ]
 
 
