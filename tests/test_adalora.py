@@ -204,6 +204,15 @@ def test_a_gradient_that_is_not_finite_leaves_the_averages_alone(value):
     assert not torch.equal(inside[5].a_mean, before[5]["a_mean"])
 
 
+@pytest.mark.parametrize(("step", "moves"), [(1, True), (6, True), (7, False), (8, False), (10, False)])
+def test_scores_stand_from_the_last_allocation_on(step, moves):
+    model = train(adapted(), ada(), 3)  # leaves gradients
+    inside = found(model)
+    before = torch.cat([one.a_mean.flatten() for one in inside])
+    ada(warmup_steps=1, final_steps=3).after_step(inside, step, 10)
+    assert torch.equal(torch.cat([one.a_mean.flatten() for one in inside]), before) != moves
+
+
 # peft
 
 
