@@ -188,9 +188,11 @@ class PEFTStrategy(pl.Callback):
         self._mid_epoch = not trainer.is_last_batch
         if trainer.global_step == self._step:
             return  # gradients accumulate
+        steps = range(self._step + 1, trainer.global_step + 1)  # one, or several where a module steps by itself
         self._step = trainer.global_step
         for method, found in self._adapters:
-            method.after_step(list(found.values()), self._step, self._total_steps)
+            for step in steps:
+                method.after_step(list(found.values()), step, self._total_steps)
             if self._step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
                 pl_module.log_dict(dict(method.metrics(found)), on_step=True, on_epoch=False)
 

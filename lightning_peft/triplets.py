@@ -58,21 +58,24 @@ class Triplets(LowRankUpdate):
 
     def pack(self) -> dict[str, Tensor]:
         """Return the triplets that are kept, alone."""
-        a, b, e = (factor.detach() for factor in (self.a, self.b, self.e))
-        if e.is_meta:
-            return {"a": a, "b": b, "e": e}
-        live = (self.kept != 0) | (e != 0)
-        return {"a": a[live], "b": b[:, live], "e": e[live]}
+        if self.kept.is_meta:  # nobody knows which
+            return {name: self.get_parameter(name) for name in _FACTORS}
+        live = (self.kept != 0) | (self.e.detach() != 0)
+        return {"a": self.a.detach()[live], "b": self.b.detach()[:, live], "e": self.e.detach()[live]}
 
     def unpack(self, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a whole state: triplets that were left out come back as they start."""
-        state = {name: value.detach().clone() for name, value in self.state_dict().items()}
-        count = len(packed["e"]) if packed.keys() == set(_FACTORS) else len(self.e) + 1
-        if count > len(self.e):
-            return dict(packed)  # does not fit, and is refused by name
-        state["a"][:count], state["b"][:, :count], state["e"][:count] = packed["a"], packed["b"], packed["e"]
-        state["kept"][count:] = 0
-        return state
+        """Return a whole state without averages: triplets that were left out have no influence, but can grow."""
+        state = {name: torch.zeros_like(value) for name, value in self.state_dict().items()}
+        factors = {name: self.get_parameter(name).detach().clone() for name in ("a", "b")}
+        factors["e"] = state.pop("e")
+        count = packed["e"].numel() if "e" in packed else -1
+        fits = {"a": (count, *self.a.shape[1:]), "b": (len(self.b), count), "e": (count,)}
+        if count > len(self.e) or {name: tuple(value.shape) for name, value in packed.items()} != fits:
+            return {name: value for name, value in state.items() if name not in _FACTORS} | dict(packed)  # refused
+        for name, value in packed.items():
+            factors[name][(slice(None), slice(count)) if name == "b" else slice(count)] = value
+        state["kept"][:count] = 1
+        return state | factors
 
     def scores(self) -> Tensor:
         """Return the importance of each triplet, of shape (rank,)."""
@@ -80,7 +83,8 @@ class Triplets(LowRankUpdate):
         return e + a.flatten(1).mean(1) + b.mean(0)
 
     def extra_repr(self) -> str:
-        return f"rank={int(self.kept.sum())} of {len(self.e)}, scale={self.scale:g}"
+        rank = len(self.e) if self.kept.is_meta else int(self.kept.sum())
+        return f"rank={rank} of {len(self.e)}, scale={self.scale:g}"
 
 
 def observe(found: Sequence[Triplets], beta1: float, beta2: float) -> None:

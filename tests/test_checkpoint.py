@@ -5,8 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import MODELS
-from torch.utils.data import DataLoader
-from trainer_models import Module, data, module, trainer
+from trainer_models import Module, Resumable, data, module, trainer
 
 import lightning_peft as lp
 from lightning_peft.checkpoint import fingerprint
@@ -22,6 +21,14 @@ METHODS = {
     "IA3": lp.IA3,
     "KronA": lp.KronA,
     "KronABlock": lambda: lp.KronABlock(residual=True),
+    "AdaLoRA": lambda: lp.AdaLoRA(
+        targets=["attention.query", "attention.value"],
+        initial_rank=3,
+        target_rank=2,
+        dropout=0.2,
+        warmup_steps=1,
+        interval=1,
+    ),
     "LLaMAAdapter": lambda: lp.LLaMAAdapter(length=3, gate_warmup_steps=2),
     "PromptTuning": lambda: lp.PromptTuning(length=3),
     "BitFit": lambda: lp.BitFit(add_missing=True),
@@ -37,6 +44,13 @@ def strategy(name, **settings):
     return lp.PEFTStrategy(METHODS[name](), show_summary=False, **settings)
 
 
+class OneEpoch(pl.Callback):
+    """Ends a run after its first epoch, which the run itself does not know beforehand."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = True
+
+
 def fit(name, base, epochs, *callbacks, path=None, place="init"):
     pl.seed_everything(7, verbose=False)
     net = module(base, place)
@@ -48,7 +62,7 @@ def fit(name, base, epochs, *callbacks, path=None, place="init"):
 @pytest.mark.parametrize("name", METHODS)
 def test_resuming_ends_with_the_same_weights(name, base, tmp_path):
     whole = fit(name, base, 2)
-    fit(name, base, 1, ModelCheckpoint(tmp_path, save_last=True))
+    fit(name, base, 2, OneEpoch(), ModelCheckpoint(tmp_path, save_last=True))
     resumed = fit(name, base, 2, path=tmp_path / "last.ckpt", place="configure_model")
     with lp.full_state_dict(whole), lp.full_state_dict(resumed):
         expected, found = whole.state_dict(), resumed.state_dict()
@@ -56,28 +70,6 @@ def test_resuming_ends_with_the_same_weights(name, base, tmp_path):
     different = [key for key in expected if not torch.equal(expected[key], found[key])]
     assert not different
     assert fingerprint(whole) == fingerprint(resumed)
-
-
-class Resumable(DataLoader):
-    """A loader that goes on where it stopped."""
-
-    start = given = 0
-
-    def __iter__(self):
-        self.given, self.start = self.start, 0
-        return self.rest(super().__iter__())
-
-    def rest(self, batches):
-        for position, batch in enumerate(batches):
-            if position >= self.given:
-                self.given = position + 1
-                yield batch
-
-    def state_dict(self):
-        return {"given": self.given}
-
-    def load_state_dict(self, state):
-        self.start = state["given"]
 
 
 def test_resuming_in_the_middle_of_an_epoch_ends_with_the_same_weights(tmp_path):
@@ -110,16 +102,18 @@ def test_resuming_from_the_best_validation_ends_with_the_same_weights(tmp_path):
 
 @pytest.mark.parametrize("weights_only", [False, True])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_checkpoint_holds_exactly_what_trains(name, weights_only, tmp_path):
+def test_a_checkpoint_holds_exactly_what_trains_and_what_adapters_count(name, weights_only, tmp_path):
     net = fit(name, "llama", 1, ModelCheckpoint(tmp_path, save_last=True, save_weights_only=weights_only))
     trained = {key: p for key, p in net.named_parameters() if p.requires_grad}
+    counted = {key: b for key, b in net.named_buffers() if ".peft." in key}
+    assert bool(counted) == (name == "AdaLoRA")
     for path in tmp_path.glob("*.ckpt"):
         checkpoint = torch.load(path, weights_only=True)
-        assert checkpoint["state_dict"].keys() == trained.keys()
+        assert checkpoint["state_dict"].keys() == trained.keys() | counted.keys()
         assert checkpoint["lightning_peft"]["base"] == fingerprint(net)
-        numbers = sum(p.numel() for p in trained.values())
-        values = (numbers + 300 * len(trained)) * (1 if weights_only else 3)  # each tensor has a name and a place
-        assert path.stat().st_size < 4 * values + 20_000
+        numbers = sum(p.numel() + 300 for p in trained.values()) * (1 if weights_only else 3)  # with AdamW's averages
+        numbers += sum(b.numel() + 300 for b in counted.values())  # each tensor has a name and a place as well
+        assert path.stat().st_size < 4 * numbers + 20_000
     assert len(list(tmp_path.glob("*.ckpt"))) == 2
     fresh = lp.load_from_checkpoint(Module, path)
     assert torch.equal(fresh.net.eval()(data().dataset).logits, net.net.eval()(data().dataset).logits)

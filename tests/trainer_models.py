@@ -68,6 +68,32 @@ def data(shuffle: bool = False) -> DataLoader:
     return DataLoader(rows, batch_size=2, shuffle=shuffle)
 
 
+class Resumable(DataLoader):
+    """A loader that goes on where it stopped, in the same order if it has a generator of its own."""
+
+    start = given = 0
+    drawn = None  # the generator's state before the order was drawn
+
+    def __iter__(self):
+        self.given, self.start = self.start, 0
+        self.drawn = None if self.generator is None else self.generator.get_state()
+        return self.rest(super().__iter__())
+
+    def rest(self, batches):
+        for position, batch in enumerate(batches):
+            if position >= self.given:
+                self.given = position + 1
+                yield batch
+
+    def state_dict(self):
+        return {"given": self.given, "drawn": self.drawn}
+
+    def load_state_dict(self, state):
+        self.start = state["given"]
+        if state["drawn"] is not None:
+            self.generator.set_state(state["drawn"])
+
+
 def trainer(*callbacks, epochs: int = 1, **settings) -> pl.Trainer:
     saves = any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in callbacks)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
