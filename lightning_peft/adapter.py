@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .built import BuiltWeight
 from .layers import layer_of
-from .products import Update, saves_work, updated_linear
+from .products import Update, saves_work, updated_linear, updated_weight
 
 Call = Callable[..., Any]
 
@@ -83,7 +84,7 @@ class WeightUpdate(Adapter):
 
     def __init__(self, host: nn.Module, part: tuple[str, int, int] | None = None) -> None:
         super().__init__()
-        self.layer = layer_of(host)
+        self.layer, self.built = layer_of(host), BuiltWeight()
         out, *rest = self.layer.shape(host)
         self.rows = (0, out)
         if part is not None:
@@ -106,15 +107,24 @@ class WeightUpdate(Adapter):
         """Return what one product with the updated weight needs; None where only ``update`` will do."""
         return None
 
+    def sources(self) -> Sequence[Tensor]:
+        """Return the tensors that the update is made of."""
+        return [*self.parameters(), *self.buffers()]
+
+    def train(self, mode: bool = True) -> WeightUpdate:
+        if mode:
+            self.built.drop()
+        return super().train(mode)
+
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
         if self.layer.is_read:
             return inner(*args, **kwargs)  # the host reads its weight, and finds the updated one
         return self._called(host, inner, *args, **kwargs)
 
     def _called(self, host: Any, inner: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        updates = self._one_product(host, inner, x)
-        if updates:
-            return updated_linear(x, self.layer.read(host), host.bias, updates)
+        product = self._one_product(host, inner, x)
+        if product is not None:
+            return product
         y: Tensor = inner(x, *args, **kwargs)
         update = self.update(host, x)
         if self.part:
@@ -122,20 +132,42 @@ class WeightUpdate(Adapter):
             update = F.pad(update, (first, self.layer.shape(host)[0] - stop))
         return y + update.to(y.dtype)
 
-    def _one_product(self, host: Any, inner: Call, x: Tensor) -> list[Update]:
-        """Return this adapter's update, after those further inside, if together they make one product cheaper."""
+    def _one_product(self, host: Any, inner: Call, x: Tensor) -> Tensor | None:
+        """Return the host's output with this adapter and those further inside, if that is one product and cheaper."""
         chain, call = [self], inner
         while isinstance(called := getattr(call, "func", None), WeightUpdate):
             chain.append(called)
             call = call.args[1]  # type: ignore[attr-defined]
-        if not self.layer.multiplies(host, called) or (host.weight.requires_grad and torch.is_grad_enabled()):
-            return []
+        trains = torch.is_grad_enabled()
+        if not self.layer.multiplies(host, called) or (trains and host.weight.requires_grad):
+            return None
+        if not trains and not self.training and host.weight.device.type == "cpu" and not torch.compiler.is_compiling():
+            return self._built_product(host, chain, x)
+        updates = self._updates(host, chain)
+        if updates and saves_work(updates, x, self.layer.read(host)):
+            return updated_linear(x, self.layer.read(host), host.bias, updates)
+        return None
+
+    def _updates(self, host: Any, chain: Sequence[WeightUpdate]) -> list[Update]:
+        """Return the updates of all these adapters, inner before outer; none if one cannot be had in this form."""
         found = [one.in_form() for one in reversed(chain)]
         updates = [update for update in found if update is not None]
+        # A weight that is narrower than factors would round small updates away.
         exact = all(factor.dtype == host.weight.dtype for update in updates for factor in update.factors)
-        if len(updates) == len(chain) and exact and saves_work(updates, x, self.layer.read(host)):
-            return updates  # a narrower weight would round small updates away
-        return []
+        return updates if exact and len(updates) == len(chain) else []
+
+    def _built_product(self, host: Any, chain: Sequence[WeightUpdate], x: Tensor) -> Tensor | None:
+        factors = [factor for one in chain for factor in one.sources()]
+        weight = self.built.find(host.weight, factors)
+        if weight is None:
+            updates = self._updates(host, chain)
+            if not updates:
+                return None
+            weight = updated_weight(self.layer.read(host), updates)
+            self.built.keep(host.weight, factors, weight)
+            if self.built.weight is None and not saves_work(updates, x, weight):
+                return None
+        return F.linear(x, weight, host.bias)
 
     def updated_whole(self, weight: Tensor) -> Tensor:
         """Return a weight as the host stores it, with this part's rows updated."""

@@ -169,6 +169,12 @@ def updated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequ
         return _apply(_UpdatedLinear, x, weight, bias, dtype, forms, *factors)
 
 
+def updated_weight(weight: Tensor, updates: Sequence[Update]) -> Tensor:
+    """Return the (out, in) weight with its rows updated."""
+    forms = tuple((update.form, update.rows, len(update.factors)) for update in updates)
+    return _updated(weight, forms, [factor for update in updates for factor in update.factors])
+
+
 def dropped_low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
     """Return scale dropout(x) A^T B^T, saving ``x`` and one bit per input; ``p`` counts in steps of 1 / 65536."""
     step = round(p * 65536)

@@ -56,6 +56,9 @@ class Triplets(LowRankUpdate):
     def pair(self) -> tuple[Tensor, Tensor]:
         return self.a * self.e.view(-1, *[1] * (self.a.dim() - 1)), self.b
 
+    def sources(self) -> Sequence[Tensor]:
+        return self.a, self.b, self.e
+
     def pack(self) -> dict[str, Tensor]:
         """Return the triplets that are kept, alone."""
         if self.kept.is_meta:  # nobody knows which

@@ -1,6 +1,7 @@
 """One product with an updated weight equals the plain formula, in value and gradient, wherever it runs."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lightning_peft as lp
+from lightning_peft import built
 from lightning_peft.products import (
     Decomposed,
     Hadamard,
@@ -231,3 +233,61 @@ def test_frozen_first_factor_saves_only_the_inner_product():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             model.layer(x)
         assert sum(n for key, n in sizes.items() if key not in own) == (64 * 16 if trained else 64 * 2)
+
+
+def change_by_optimizer(adapter, host):
+    optimizer = torch.optim.SGD([adapter.b], lr=1.0)
+    adapter.b.grad = torch.ones_like(adapter.b)
+    optimizer.step()
+
+
+CHANGES = {
+    "step": change_by_optimizer,
+    "data": lambda adapter, host: adapter.a.data.add_(1),
+    "new data": lambda adapter, host: setattr(adapter.a, "data", adapter.a.data + 1),
+    "state": lambda adapter, host: adapter.load_state_dict({k: v + 1 for k, v in adapter.state_dict().items()}),
+    "base": lambda adapter, host: host.weight.add_(1),
+    "new base": lambda adapter, host: setattr(host, "weight", nn.Parameter(host.weight + 1, requires_grad=False)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_kept_weight_is_given_up_when_anything_changes(method, change):
+    """In evaluation on the CPU the updated weight is built once."""
+    model = disturbed(METHODS[method]).eval()
+    ((_, host, _, adapter),) = lp.adapters(model)
+    x = torch.randn(5, 16, dtype=torch.float64)
+    with torch.no_grad():
+        model(x)
+        first = adapter.built.weight
+        torch.testing.assert_close(model(x), plain(model, x))
+        assert adapter.built.weight is first is not None
+        if change == "step":
+            with torch.enable_grad():
+                CHANGES[change](adapter, host)
+        else:
+            CHANGES[change](adapter, host)
+        torch.testing.assert_close(model(x), plain(model, x))
+        assert adapter.built.weight is not first
+    model.train()
+    assert adapter.built.weight is None
+
+
+def test_kept_weights_have_a_limit_and_copies_have_none(monkeypatch):
+    before = built.BuiltWeight.total
+    model = disturbed(METHODS["lora"]).eval()
+    ((_, host, _, adapter),) = lp.adapters(model)
+    x = torch.randn(5, 16, dtype=torch.float64)
+    with torch.no_grad():
+        model(x)
+        assert built.BuiltWeight.total - before == host.weight.nbytes
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            ((*_, other),) = lp.adapters(twin)
+            assert other.built.weight is None
+        model.train().eval()
+        monkeypatch.setattr(built, "LIMIT", before)
+        torch.testing.assert_close(model(x), plain(model, x))
+        assert adapter.built.weight is None
+    del twin, other
+    assert built.BuiltWeight.total == before
