@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors
 
 from .adapter import parameter_like
 from .low_rank import LowRankUpdate
@@ -36,9 +39,9 @@ class Triplets(LowRankUpdate):
         for name, shape in zip(_FACTORS, ((rank, *rest), (out, rank), (rank,)), strict=True):
             factor = parameter_like(self.layer.parameter(host), *shape)
             self.register_parameter(name, factor)
-            self.register_buffer(f"{name}_mean", torch.empty_like(factor))
-            self.register_buffer(f"{name}_spread", torch.empty_like(factor))
         self.kept = nn.Buffer(torch.empty_like(self.e))
+        entries = sum(factor.numel() for factor in self.sources())
+        self.mean, self.spread = (nn.Buffer(self.kept.new_empty(entries)) for _ in range(2))
         self.reset_parameters()
 
     a: nn.Parameter
@@ -49,7 +52,7 @@ class Triplets(LowRankUpdate):
         """Start at no update: P and Q normal with deviation 0.02 as in the authors' code, E zero."""
         nn.init.normal_(self.a, std=0.02)
         nn.init.normal_(self.b, std=0.02)
-        for tensor in (self.e, *(self.get_buffer(f"{n}_{kind}") for n in _FACTORS for kind in ("mean", "spread"))):
+        for tensor in (self.e, self.mean, self.spread):
             nn.init.zeros_(tensor)
         nn.init.ones_(self.kept)
 
@@ -80,10 +83,11 @@ class Triplets(LowRankUpdate):
         state["kept"][:count] = 1
         return state | factors
 
-    def scores(self) -> Tensor:
-        """Return the importance of each triplet, of shape (rank,)."""
-        a, b, e = (self.get_buffer(f"{name}_mean") * self.get_buffer(f"{name}_spread") for name in _FACTORS)
-        return e + a.flatten(1).mean(1) + b.mean(0)
+    def apart(self, entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return entries of shape (..., all) as (..., rank, -1) of Q, (..., out, rank) of P and (..., rank) of E."""
+        rank = len(self.e)
+        a, b, e = torch.split(entries, [factor.numel() for factor in self.sources()], -1)
+        return a.unflatten(-1, (rank, -1)), b.unflatten(-1, (-1, rank)), e  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         rank = len(self.e) if self.kept.is_meta else int(self.kept.sum())
@@ -91,29 +95,68 @@ class Triplets(LowRankUpdate):
 
 
 def observe(found: Sequence[Triplets], beta1: float, beta2: float) -> None:
-    """Take the sensitivities |w dL/dw| of one step into the averages; a step without finite gradients is no step."""
-    named = [(one, name, one.get_parameter(name)) for one in found for name in _FACTORS]
-    used = [(one, name, p, p.grad) for one, name, p in named if p.grad is not None]
-    if not used:
-        return
-    gradients = [gradient for *_, gradient in used]
-    if not torch.stack(torch._foreach_norm(gradients, torch.inf)).isfinite().all():
+    """Take the sensitivities |w dL/dw| of one step into the averages; a step without finite gradients is no step.
+
+    All entries lie in one row: a few large operations instead of several for each tensor.
+    """
+    ordered = [one for group in alike(found) for one in group]
+    factors = [factor for one in ordered for factor in one.sources()]
+    gradients = [torch.zeros_like(f) if f.grad is None else f.grad for f in factors]
+    sensitivities: Tensor = _flatten_dense_tensors(gradients)  # type: ignore[no-untyped-call]
+    if not sensitivities.sum().isfinite():
         return  # a gradient scaler has skipped this step
-    means = [one.get_buffer(f"{name}_mean") for one, name, *_ in used]
-    spreads = [one.get_buffer(f"{name}_spread") for one, name, *_ in used]
-    sensitivities = torch._foreach_mul([p.detach() for _, _, p, _ in used], gradients)
-    torch._foreach_abs_(sensitivities)
-    torch._foreach_lerp_(means, sensitivities, 1 - beta1)
-    torch._foreach_sub_(sensitivities, means)
-    torch._foreach_abs_(sensitivities)
-    torch._foreach_lerp_(spreads, sensitivities, 1 - beta2)
+    sensitivities.mul_(_flatten_dense_tensors(factors)).abs_()  # type: ignore[no-untyped-call]
+    means, spreads = in_a_row(ordered, "mean"), in_a_row(ordered, "spread")
+    means.lerp_(sensitivities, 1 - beta1)
+    spreads.lerp_(sensitivities.sub_(means).abs_(), 1 - beta2)
 
 
 def allocate(found: Sequence[Triplets], budget: int) -> None:
     """Keep the ``budget`` best triplets of all, and set E of the others to zero."""
-    scores = torch.cat([one.scores() for one in found])
+    groups = alike(found)
+    ordered = [one for group in groups for one in group]
+    scores = score(groups)
     kept = torch.zeros_like(scores)
     kept[scores.topk(budget).indices] = 1
-    for one, part in zip(found, torch.split(kept, [len(one.e) for one in found]), strict=True):
-        one.kept.copy_(part)
-        one.e.mul_(part)
+    parts = list(torch.split(kept, [one.e.numel() for one in ordered]))
+    torch._foreach_copy_([one.kept for one in ordered], parts)
+    torch._foreach_mul_([one.e for one in ordered], parts)
+
+
+def alike(found: Sequence[Triplets]) -> list[list[Triplets]]:
+    """Return the triplets of all layers in groups of equal shapes."""
+    groups = defaultdict[tuple[Any, ...], list[Triplets]](list)
+    for one in found:
+        groups[one.a.shape, one.b.shape].append(one)
+    return list(groups.values())
+
+
+def score(groups: Sequence[Sequence[Triplets]]) -> Tensor:
+    """Return the importance s(E) + mean s(P) + mean s(Q) of each triplet, in one row, layer after layer."""
+    ordered = [one for group in groups for one in group]
+    entries = in_a_row(ordered, "mean") * in_a_row(ordered, "spread")
+    scores, start = [], 0
+    for group in groups:  # one reduction for all layers of a shape
+        size = group[0].mean.numel()
+        a, b, e = group[0].apart(entries[start : start + len(group) * size].view(len(group), size))
+        scores.append((e + a.mean(-1) + b.mean(-2)).view(-1))
+        start += len(group) * size
+    return torch.cat(scores)
+
+
+def in_a_row(found: Sequence[Triplets], name: str) -> Tensor:
+    """Return the buffers of one name as one tensor that shares their memory; lays them out so where they are not."""
+    buffers = [cast(Tensor, one._buffers[name]) for one in found]
+    first, sizes = buffers[0], [buffer.numel() for buffer in buffers]
+    width, total = first.element_size(), sum(sizes)
+    ends = itertools.accumulate(sizes, initial=0)
+    neighbours = all(b.data_ptr() == first.data_ptr() + width * end for b, end in zip(buffers, ends, strict=False))
+    if neighbours and first.untyped_storage().nbytes() >= width * (first.storage_offset() + total):
+        return first.as_strided((total,), (1,))
+    row = torch.cat(buffers)
+    memory, starts = row.untyped_storage(), itertools.accumulate(sizes, initial=0)
+    for one, start, size in zip(found, starts, sizes, strict=False):
+        setattr(
+            one, name, row.new_empty(0).set_(memory, start, (size,), (1,))
+        )  # no view, so that it may be written anywhere
+    return row
