@@ -1,6 +1,7 @@
-"""python benchmarks/town_hall.py: every method on the town-hall messages, once; writes results/town_hall.{json,svg}.
+"""python benchmarks/town_hall.py [names]: methods on the town-hall messages, once; writes results/town_hall.{json,svg}.
 
-Each run is the command that stands in its configuration's first line. The table and the picture in README.md are these.
+Without names, all of them run; with names, their numbers replace the old ones. Each run is the command that stands in
+its configuration's first line. The table and the picture in README.md are these.
 """
 
 import json
@@ -13,8 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-METHODS = ["output_layers", "prompt_tuning", "bitfit", "lora", "last_layers", "full_fine_tuning"]
-LABELS = {"lora": (12, 5, "start"), "prompt_tuning": (0, 24, "middle"), "output_layers": (0, 24, "middle")}
+METHODS = [
+    *["output_layers", "ia3", "prompt_tuning", "bitfit", "krona", "krona_block", "lora", "dora", "fedpara", "adalora"],
+    *["qlora", "last_layers", "full_fine_tuning"],
+]
 
 
 def run(name: str) -> dict[str, object]:
@@ -35,8 +38,8 @@ def picture(results: dict[str, dict[str, float]]) -> str:
     counts = [row["trainable_parameters"] for row in results.values()]
     low, high = math.floor(math.log10(min(counts))), math.ceil(math.log10(max(counts)))
     parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 370" font-family="sans-serif" font-size="13">',
-        '<rect width="720" height="370" fill="white"/>',
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 370" font-family="sans-serif" font-size="13">',
+        '<rect width="800" height="370" fill="white"/>',
     ]
     for power in range(low, high + 1):
         x = left + width * (power - low) / (high - low)
@@ -46,23 +49,26 @@ def picture(results: dict[str, dict[str, float]]) -> str:
         y = bottom - height * (percent - 60) / 15
         parts.append(f'<line x1="{left}" y1="{y}" x2="{left + width}" y2="{y}" stroke="#ddd"/>')
         parts.append(f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{percent} %</text>')
-    for name, row in results.items():
+    ordered = sorted(results.items(), key=lambda item: item[1]["trainable_parameters"])
+    for number, (name, row) in enumerate(ordered, 1):
         x = left + width * (math.log10(row["trainable_parameters"]) - low) / (high - low)
         y = bottom - height * (100 * row["test_accuracy"] - 60) / 15
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="#6a3fb5"/>')
-        right, down, anchor = LABELS.get(name, (0, -12, "middle"))
-        place = f'x="{x + right:.1f}" y="{y + down:.1f}" text-anchor="{anchor}"'
-        parts.append(f"<text {place}>{name.replace('_', ' ')}</text>")
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="9" fill="#6a3fb5" fill-opacity="0.8"/>')
+        style = 'text-anchor="middle" font-size="11" fill="white"'
+        parts.append(f'<text x="{x:.1f}" y="{y + 4:.1f}" {style}>{number}</text>')
+        parts.append(f'<text x="660" y="{45 + 20 * number}">{number}  {name.replace("_", " ")}</text>')
     parts.append(f'<text x="{left + width / 2}" y="{bottom + 45}" text-anchor="middle">trained parameters</text>')
     parts.append(f'<text x="{left}" y="30">test accuracy on the town-hall messages</text></svg>')
     return "\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":
-    results = {name: run(name) for name in METHODS}
+    target = ROOT / "benchmarks" / "results"
+    old = json.loads((target / "town_hall.json").read_text())["results"] if sys.argv[1:] else {}
+    new = {name: run(name) for name in sys.argv[1:] or METHODS}
+    results = {name: (old | new)[name] for name in METHODS if name in old | new}
     versions = {name: version(name) for name in ("torch", "lightning", "transformers", "lightning-peft")}
     where = {"machine": f"{platform.machine()}, CPU", "python": platform.python_version(), **versions}
-    target = ROOT / "benchmarks" / "results"
     (target / "town_hall.json").write_text(json.dumps({"where": where, "results": results}, indent=2) + "\n")
     (target / "town_hall.svg").write_text(picture(results))
     for name, row in results.items():

@@ -66,12 +66,24 @@ class Decomposed(LowRank):
         a, b, magnitude, w, y, bias = factors
         c = row_factor(super().updated(w, a, b), magnitude)[:, None]
         by_a, by_b = super().gradients(g, x, a, c * b)
-        ones = g.new_ones(1, len(g))  # as a factor, it sums columns faster than sum(0)
-        by_rows = (ones @ (g * y)).squeeze(0).to(a.dtype)
-        if bias is not None:
-            by_rows = by_rows - (ones @ g).squeeze(0) * bias
+        by_rows = column_sums(g, y, bias).to(a.dtype)
         by_magnitude = (by_rows / magnitude).masked_fill(magnitude == 0, 0)  # rows of zeros start there, and stay
         return by_a, by_b * c, by_magnitude
+
+
+def column_sums(g: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the sums over tokens of g (y - bias)."""
+    # On the CPU in pieces that stay in its cache: a product of full size is written to fresh memory and read again.
+    whole = g.device.type != "cpu" or torch.compiler.is_compiling()
+    size = max(1, len(g)) if whole else 256
+    ones = g.new_ones(1, size)  # as a factor, it sums columns faster than sum(0)
+    total = torch.zeros(g.shape[1], dtype=torch.promote_types(g.dtype, torch.float32), device=g.device)
+    for start in range(0, len(g), size):
+        part, row = g[start : start + size], ones[:, : len(g) - start]
+        total = total + (row @ (part * y[start : start + size])).squeeze(0)
+        if bias is not None:
+            total = total - (row @ part).squeeze(0) * bias
+    return total
 
 
 def row_factor(v: Tensor, magnitude: Tensor) -> Tensor:

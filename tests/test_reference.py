@@ -156,6 +156,23 @@ def b1(model):
     return model.trunk.blocks[1] if hasattr(model, "trunk") else model.bert.encoder.layer[1]
 
 
+@pytest.mark.parametrize(
+    "method", [lp.LoRA(rank=2, decompose=True, targets=["layer"]), lp.LoRA(rank=2, init="pissa", targets=["layer"])]
+)
+def test_variants_on_an_embedding_are_a_table_with_the_updated_weight(method):
+    model = fill(lp.inject(Net(nn.Embedding(10, 6).double()), method))
+    host, adapter = only(model)
+    x = torch.tensor([[0, 3, 9], [4, 4, 1]])
+    update = 8 * adapter.b @ adapter.a
+    if method.decompose:
+        v = host.weight.T + update
+        expected = adapter.magnitude[:, None] * v / v.norm(dim=1, keepdim=True)
+    else:
+        expected = host.weight.T + update - 8 * adapter.b0 @ adapter.a0
+    torch.testing.assert_close(model(x), expected.T[x])
+    torch.testing.assert_close(lp.merge(model)(x), expected.T[x])
+
+
 def test_lora_on_parts_of_a_fused_layer_leaves_the_other_rows_alone():
     model = fill(lp.inject(MODELS["gpt2"](), lp.LoRA(rank=2, alpha=4))).double()
     hosts = {(name, key): (host, adapter) for name, host, key, adapter in lp.adapters(model)}

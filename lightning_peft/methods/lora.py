@@ -169,7 +169,8 @@ class LoRAAdapter(LowRankUpdate):
         if self.magnitude is None:
             return super().update(host, x)
         weight = self.layer.read(host)[slice(*self.rows)].to(self.a.dtype)
-        return self.layer.apply(host, self.dropped(x), (self.updated(weight) - weight).to(x.dtype))
+        change = self.updated(weight) - weight
+        return self.layer.apply(host, self.dropped(x), change.to(x.dtype) if x.is_floating_point() else change)
 
     def in_form(self) -> Update | None:
         update = super().in_form()
