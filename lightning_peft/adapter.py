@@ -152,8 +152,9 @@ class WeightUpdate(Adapter):
         """Return the updates of all these adapters, inner before outer; none if one cannot be had in this form."""
         found = [one.in_form() for one in reversed(chain)]
         updates = [update for update in found if update is not None]
-        # A weight that is narrower than factors would round small updates away.
-        exact = all(factor.dtype == host.weight.dtype for update in updates for factor in update.factors)
+        # In 16 bits, a weight would round small updates away; so would factors that sharding has cast down with it.
+        wide = host.weight.dtype in (torch.float32, torch.float64)
+        exact = wide and all(factor.dtype == host.weight.dtype for update in updates for factor in update.factors)
         return updates if exact and len(updates) == len(chain) else []
 
     def _built_product(self, host: Any, chain: Sequence[WeightUpdate], x: Tensor) -> Tensor | None:

@@ -291,3 +291,20 @@ def test_kept_weights_have_a_limit_and_copies_have_none(monkeypatch):
         assert adapter.built.weight is None
     del twin, other
     assert built.BuiltWeight.total == before
+
+
+@pytest.mark.parametrize("narrow", [False, True], ids=["wide factors", "narrow factors"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_small_update_of_a_narrow_weight_is_not_rounded_away(training, narrow):
+    model = Twice().bfloat16()
+    nn.init.zeros_(model.layer.bias)
+    with torch.no_grad():
+        model.layer.weight.copy_(torch.tensor([1.0, -1.0]).repeat(16, 8))  # which 1e-3 does not change in 16 bits
+    lp.inject(model, lp.LoRA(targets=["layer"], rank=1, alpha=1)).train(training)
+    ((_, _, _, adapter),) = lp.adapters(model)
+    for factor, value in ((adapter.a, 1.0), (adapter.b, 1e-3)):
+        factor.data = torch.full_like(factor, value, dtype=torch.bfloat16 if narrow else torch.float32)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            y = model.layer(torch.ones(64, 16, dtype=torch.bfloat16))
+        torch.testing.assert_close(y.float(), torch.full((64, 16), 0.016), rtol=0.01, atol=0)
