@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import WeightUpdate, parameter_like
+from .forms import Hadamard, LowRank
 from .layers import LinearKind
-from .products import Hadamard, LowRank, Update
+from .products import Update
 
 
 class HadamardUpdate(WeightUpdate):

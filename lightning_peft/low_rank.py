@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapter import WeightUpdate
+from .forms import LowRank
 from .layers import LinearKind
-from .products import LowRank, Update, dropped_low_rank
+from .products import Update, dropped_low_rank
 
 
 class LowRankUpdate(WeightUpdate):

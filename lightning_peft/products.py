@@ -1,15 +1,9 @@
-"""One product with an updated weight instead of a product and an update; saves the input, rebuilds the weight.
-
-A form says how factors update a weight ``w`` of shape (out, in), and what their gradients are, given the gradient ``g``
-of shape (tokens, out) and the input ``x`` of shape (tokens, in). No gradient of a full weight is formed where the
-factors' own are cheaper.
-"""
+"""One product with an updated weight instead of a product and an update; saves the input, rebuilds the weight."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,133 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class Form(ABC):
-    """How factors update a weight."""
-
-    keeps_output = False  # whether gradients are computed from the output as well
-    dense = False  # whether the update by itself costs as much as the layer, so that one product is always cheaper
-
-    @abstractmethod
-    def updated(self, w: Tensor, *factors: Tensor) -> Tensor:
-        """Return the updated weight."""
-
-    @abstractmethod
-    def gradients(self, g: Tensor, x: Tensor, *factors: Any) -> tuple[Tensor, ...]:
-        """Return the gradients of the factors."""
-
-
-@dataclass(frozen=True)
-class LowRank(Form):
-    """W + scale B A, with A (rank, in) and B (out, rank)."""
-
-    scale: float
-
-    def updated(self, w: Tensor, *factors: Tensor) -> Tensor:
-        a, b = factors
-        return torch.addmm(w, b, a, alpha=self.scale)
-
-    def gradients(self, g: Tensor, x: Tensor, *factors: Any) -> tuple[Tensor, ...]:
-        a, b = (factor.to(g.dtype) for factor in factors)
-        return ((g @ b).T @ x) * self.scale, ((x @ a.T).T @ g).T * self.scale
-
-
-@dataclass(frozen=True)
-class Decomposed(LowRank):
-    """m (W + scale B A) / ||W + scale B A||, row by row; the norm takes part in no gradient, as in the paper."""
-
-    keeps_output = True
-    dense = True
-
-    def updated(self, w: Tensor, *factors: Tensor) -> Tensor:
-        a, b, magnitude = factors
-        v = super().updated(w, a, b)
-        return v.mul_(row_factor(v, magnitude)[:, None])
-
-    def gradients(self, g: Tensor, x: Tensor, *factors: Any) -> tuple[Tensor, ...]:
-        """Return the gradients; here the weight, the output and its bias follow the factors."""
-        a, b, magnitude, w, y, bias = factors
-        c = row_factor(super().updated(w, a, b), magnitude)[:, None]
-        by_a, by_b = super().gradients(g, x, a, c * b)
-        by_rows = column_sums(g, y, bias).to(a.dtype)
-        by_magnitude = (by_rows / magnitude).masked_fill(magnitude == 0, 0)  # rows of zeros start there, and stay
-        return by_a, by_b * c, by_magnitude
-
-
-def column_sums(g: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the sums over tokens of g (y - bias)."""
-    # On the CPU in pieces that stay in its cache: a product of full size is written to fresh memory and read again.
-    whole = g.device.type != "cpu" or torch.compiler.is_compiling()
-    size = max(1, len(g)) if whole else 256
-    ones = g.new_ones(1, size)  # as a factor, it sums columns faster than sum(0)
-    total = torch.zeros(g.shape[1], dtype=torch.promote_types(g.dtype, torch.float32), device=g.device)
-    for start in range(0, len(g), size):
-        part, row = g[start : start + size], ones[:, : len(g) - start]
-        total = total + (row @ (part * y[start : start + size])).squeeze(0)
-        if bias is not None:
-            total = total - (row @ part).squeeze(0) * bias
-    return total
-
-
-def row_factor(v: Tensor, magnitude: Tensor) -> Tensor:
-    """Return m / ||v|| of each row of ``v``, through whose norm no gradient flows."""
-    norm = torch.linalg.vector_norm(v.detach().flatten(1), dim=1)
-    factor: Tensor = magnitude / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-    return factor
-
-
-@dataclass(frozen=True)
-class Hadamard(Form):
-    """W + f(X1 Y1^T) o (f(X2 Y2^T) + shift), with Xi (out, rank), Yi (in, rank), f the identity or tanh."""
-
-    dense = True
-    tanh: bool
-    shift: float
-
-    def updated(self, w: Tensor, *factors: Tensor) -> Tensor:
-        return torch.addcmul(w, *self.pair(*factors))
-
-    def pair(self, x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both matrices of the elementwise product."""
-        return self.bend(x1 @ y1.T, x2 @ y2.T)
-
-    def bend(self, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
-        """Return f of both matrices, the second shifted."""
-        if self.tanh:
-            one, two = one.tanh(), two.tanh()
-        return one, two + self.shift if self.shift else two
-
-    def gradients(self, g: Tensor, x: Tensor, *factors: Any) -> tuple[Tensor, ...]:
-        x1, y1, x2, y2 = factors
-        one, two = self.pair(*factors)
-        by_weight = (g.T @ x).to(one.dtype)
-        by_one, by_two = by_weight * two, by_weight * one
-        if self.tanh:
-            by_one, by_two = by_one * (1 - one.square()), by_two * (1 - (two - self.shift).square())
-        return by_one @ y1, by_one.T @ x1, by_two @ y2, by_two.T @ x2
-
-
-@dataclass(frozen=True)
-class Kronecker(Form):
-    """W + scale (A kron B)^T, with A (a1, a2) and B (b1, b2), a1 b1 = in and a2 b2 = out."""
-
-    scale: float
-
-    def updated(self, w: Tensor, *factors: Tensor) -> Tensor:
-        (a1, a2), (b1, b2) = (factor.shape for factor in factors)
-        a, b = factors
-        grid = w.reshape(a2, b2, a1, b1)
-        return torch.addcmul(grid, a.T[:, None, :, None], b.T[:, None, :], value=self.scale).reshape(w.shape)
-
-    def gradients(self, g: Tensor, x: Tensor, *factors: Any) -> tuple[Tensor, ...]:
-        a, b = (factor.to(g.dtype) for factor in factors)
-        (a1, a2), (b1, b2), tokens = a.shape, b.shape, len(x)
-        xs = x.view(tokens, a1, b1).transpose(0, 1).reshape(a1, tokens * b1)
-        gs = g.reshape(tokens, a2, b2).transpose(0, 1).reshape(a2 * tokens, b2)
-        by_a = xs @ (gs @ b.T).view(a2, tokens * b1).T
-        by_b = (a.T @ xs).view(a2 * tokens, b1).T @ gs
-        return by_a * self.scale, by_b * self.scale
-
+from .forms import Form
 
 Rows = tuple[int, int]  # the first row of a weight that a form updates, and the one after the last
 

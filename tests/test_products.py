@@ -11,16 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lightning_peft as lp
 from lightning_peft import built
-from lightning_peft.products import (
-    Decomposed,
-    Hadamard,
-    Kronecker,
-    LowRank,
-    Update,
-    dropped_low_rank,
-    saves_work,
-    updated_linear,
-)
+from lightning_peft.forms import Decomposed, Hadamard, Kronecker, LowRank
+from lightning_peft.products import Update, dropped_low_rank, saves_work, updated_linear
 
 OUT, IN = 12, 8
 

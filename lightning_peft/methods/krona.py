@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import WeightUpdate, parameter_like
+from ..forms import Kronecker
 from ..kronecker import check_kronecker, shape_of_a, start_factors, times_kronecker
 from ..layers import LinearKind, layer_of
 from ..method import Method
-from ..products import Kronecker, Update
+from ..products import Update
 from ..select import parts, select
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import parameter_like
+from ..forms import Decomposed, LowRank, row_factor
 from ..layers import layer_of
 from ..low_rank import FROM_WEIGHT, RANDOM, LowRankUpdate
 from ..method import Method, require
-from ..products import Decomposed, LowRank, Update, row_factor
+from ..products import Update
 from ..select import matches, parts, select
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
