@@ -54,7 +54,7 @@ def adapter_state(model: nn.Module, packed: bool = False) -> dict[str, Tensor]:
     for name, _, key, adapter in adapters(model):
         own = adapter.pack() if packed else adapter.state_dict(keep_vars=True)
         for entry, value in own.items():
-            state[f"{name}.{SLOT}.{key}.{entry}".lstrip(".")] = value
+            state[_place(name, key) + entry] = value
     for name, module in [("", model), *base_modules(model).items()]:
         own = {k: p for k, p in module.named_parameters(recurse=False) if p.requires_grad}
         buffers = dict(module.named_buffers(recurse=False)) if own else {}  # statistics of a trained norm move too
@@ -76,7 +76,7 @@ def global_state(model: nn.Module) -> dict[str, Tensor]:
 def local_state(model: nn.Module) -> dict[str, Tensor]:
     """Return what stays with a client: of pFedPara, the factors of the second matrix; of other methods, nothing."""
     return {
-        f"{name}.{SLOT}.{key}.{entry}".lstrip("."): value.detach()
+        _place(name, key) + entry: value.detach()
         for name, _, key, adapter in adapters(model)
         for entry, value in adapter.state_dict(keep_vars=True).items()
         if entry in adapter.personal
@@ -87,7 +87,7 @@ def unpacked(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     """Return the state that ``adapter_state(model, packed=True)`` gave this for."""
     rest = dict(state)
     for name, _, key, adapter in adapters(model):
-        prefix = clean(f"{name}.{SLOT}.{key}.".lstrip("."))
+        prefix = clean(_place(name, key))
         own = {k.removeprefix(prefix): rest.pop(k) for k in list(rest) if k.startswith(prefix)}
         rest |= {prefix + entry: value for entry, value in adapter.unpack(own).items()}
     return rest
@@ -184,6 +184,11 @@ def base_names(model: nn.Module) -> set[str]:
         if not any(p.requires_grad for p in module.parameters(recurse=False)):
             names |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False)}
     return {clean(n) for n in names if f".{SLOT}." not in f".{n}"}
+
+
+def _place(host_name: str, key: str) -> str:
+    """Return what stands in front of the entries of an adapter."""
+    return f"{host_name}.{SLOT}.{key}.".lstrip(".")
 
 
 def _injected(model: nn.Module) -> Injection:

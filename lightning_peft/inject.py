@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -195,9 +195,13 @@ def _refuse(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
 
 def _refuse_company(found: Sequence[tuple[str, Adapter]]) -> None:
     """Raise where an adapter that rewrites rows of a weight as a whole would share them."""
+    updates = defaultdict[str, list[Adapter]](list)
+    for name, adapter in found:
+        if isinstance(adapter, WeightUpdate):
+            updates[name].append(adapter)
     for name, adapter in [(n, a) for n, a in found if a.alone]:
-        updates = [a for n, a in found if n == name and a is not adapter and isinstance(a, WeightUpdate)]
-        others = [a for a in updates if "" in (a.part, adapter.part) or a.part == adapter.part]
+        company = [a for a in updates[name] if a is not adapter]
+        others = [a for a in company if "" in (a.part, adapter.part) or a.part == adapter.part]
         if others:
             raise ValueError(
                 f"{type(adapter).__name__} at {name} rewrites the whole weight and cannot share it with "

@@ -17,10 +17,18 @@ from .products import Update, dropped_low_rank
 
 
 class LowRankUpdate(WeightUpdate):
-    """Adds scale B A to a weight, with A of shape (rank, in, *kernel) and B of shape (out, rank)."""
+    """Adds scale B A to a weight, with A of shape (rank, in, *kernel) and B of shape (out, rank).
 
-    scale = 1.0
-    dropout = 0.0  # probability with which inputs are dropped in training
+    Args:
+        host: Layer to update.
+        scale: Factor of the update.
+        dropout: Probability with which inputs are dropped in training; not where inputs are indices.
+        part: Rows of a fused layer to update.
+    """
+
+    def __init__(self, host: Any, scale: float, dropout: float = 0.0, part: tuple[str, int, int] | None = None) -> None:
+        super().__init__(host, part)
+        self.scale, self.dropout = scale, 0.0 if self.layer.looks_up else dropout
 
     @abstractmethod
     def pair(self) -> tuple[Tensor, Tensor]:
@@ -55,8 +63,6 @@ class LowRankUpdate(WeightUpdate):
 
 
 def _kaiming(a: Tensor, b: Tensor, looks_up: bool) -> None:
-    if a.is_meta:
-        return  # nothing to fill
     if looks_up:  # the factor that an index selects from starts at zero, as in the authors' code
         nn.init.zeros_(a)
         nn.init.normal_(b)

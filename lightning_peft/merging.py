@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import torch
 from torch import nn
 
 from .adapter import Adapter
 from .inject import adapters, detach, injection
-from .layers import is_called_linear, layer_of
 from .quantization import dequantize as dequantize_layers
-from .quantized_layers import QuantizedKind
+from .quantized_layers import is_quantized
+from .select import owners
 
 
 def merge(model: nn.Module, dequantize: bool = False) -> nn.Module:
@@ -33,14 +31,14 @@ def merge(model: nn.Module, dequantize: bool = False) -> nn.Module:
     found = list(adapters(model))
     if not found and injection(model) is None:
         raise ValueError("There is nothing to merge: no method was injected into this model.")
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    held = owners(model)
     quantized = False
     for host_name, host, key, adapter in found:
         if type(adapter).merge is Adapter.merge:
             raise TypeError(f"{key!r} at {host_name} cannot be merged: {adapter.unmergeable}.")
-        if any(owners[id(p)] > 1 for p in host._parameters.values() if p is not None):
+        if any(held[id(p)] > 1 for p in host._parameters.values() if p is not None):
             raise ValueError(f"{host_name} shares a parameter with another module; untie it before merging.")
-        if is_called_linear(host) and isinstance(layer_of(host), QuantizedKind):
+        if is_quantized(host):
             quantized = True
             if not dequantize:
                 raise TypeError(

@@ -43,16 +43,14 @@ def updated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequ
     where a form asks for it, the output are saved. Works in autocast's type where autocast is on; the weight is
     updated in its own type and rounded once.
     """
-    forms = tuple((update.form, update.rows, len(update.factors)) for update in updates)
-    factors = [factor for update in updates for factor in update.factors]
+    forms, factors = _flat(updates)
     with _own_types(x) as dtype:
         return _apply(_UpdatedLinear, x, weight, bias, dtype, forms, *factors)
 
 
 def updated_weight(weight: Tensor, updates: Sequence[Update]) -> Tensor:
     """Return the (out, in) weight with its rows updated."""
-    forms = tuple((update.form, update.rows, len(update.factors)) for update in updates)
-    return _updated(weight, forms, [factor for update in updates for factor in update.factors])
+    return _updated(weight, *_flat(updates))
 
 
 def dropped_low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
@@ -96,6 +94,12 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
 
 
 Forms = tuple[tuple[Form, Rows, int], ...]
+
+
+def _flat(updates: Sequence[Update]) -> tuple[Forms, list[Tensor]]:
+    """Return updates as autograd takes them, tensors apart from the rest; ``_by_form`` joins them again."""
+    forms = tuple((update.form, update.rows, len(update.factors)) for update in updates)
+    return forms, [factor for update in updates for factor in update.factors]
 
 
 def _by_form(forms: Forms, factors: Sequence[Tensor]) -> list[tuple[Form, slice, Sequence[Tensor]]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +18,17 @@ from . import nf4
 from .adapter import WeightUpdate
 from .inject import Adapted, adapted, adapters, injection
 from .layers import TransposedKind, is_called_linear, layer_of
-from .quantized_layers import Int8Linear, Original, QuantizedKind, QuantizedLinear, original_of, remember, sample
-from .select import select
+from .quantized_layers import (
+    Int8Linear,
+    Original,
+    QuantizedKind,
+    QuantizedLinear,
+    is_quantized,
+    original_of,
+    remember,
+    sample,
+)
+from .select import owners, select
 
 KINDS = ("nf4", "int8")
 
@@ -55,11 +63,11 @@ def quantize(
     if injection(model) is not None or any(adapters(model)):
         raise RuntimeError("This model is adapted already; quantize before inject.")
     hosts = select(model, list(targets))
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    held = owners(model)
     readers = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
     read = {id(module) for reader in readers for module in reader.modules()}
     for name, host in hosts.items():
-        _refuse(name, host, read=id(host) in read, shared=owners[id(getattr(host, "weight", None))] > 1)
+        _refuse(name, host, read=id(host) in read, shared=held[id(getattr(host, "weight", None))] > 1)
     library = nf4.library_for(hosts, backend) if kind == "nf4" else None
     for host in hosts.values():
         _quantize(host, library)
@@ -78,7 +86,7 @@ def quantize_once(model: nn.Module, kind: str) -> None:
 
 def quantized_layers(model: nn.Module) -> list[nn.Module]:
     """Return the layers whose weights are stored in few bits."""
-    return [m for m in model.modules() if is_called_linear(m) and isinstance(layer_of(m), QuantizedKind)]
+    return [module for module in model.modules() if is_quantized(module)]
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import FOREIGN, LinearKind, layer_of
+from .layers import FOREIGN, LinearKind, is_called_linear, layer_of
 
 _ORIGINAL = "_peft_original"
 
@@ -73,6 +73,11 @@ class QuantizedKind(LinearKind):
     def write(self, host: Any, rows: Tensor, first: int = 0) -> None:
         """Refuse: what ``read`` returns is not what is stored."""
         raise TypeError(f"{type(host).__name__} stores its weight in few bits; dequantize before merging.")
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module is a linear layer whose weight is stored in few bits."""
+    return is_called_linear(module) and isinstance(layer_of(module), QuantizedKind)
 
 
 class QuantizedLinear(nn.Linear):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
@@ -71,6 +72,11 @@ def select(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()
     return {name: module for name, module in modules.items() if name in chosen}
 
 
+def owners(model: nn.Module) -> Counter[int]:
+    """Return by how many modules each parameter is held, by its id."""
+    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+
+
 def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Return names of base parameters: those below a module, or named themselves, by glob or role.
 
@@ -90,13 +96,13 @@ def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return [name for name in parameters if name in chosen]
 
 
-def parts(host_name: str, host: nn.Module, targets: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Return (part, first row, last row + 1) of a fused layer that roles ask for; empty for all of it."""
+def parts(host_name: str, host: nn.Module, targets: Sequence[str]) -> list[tuple[str, int, int] | None]:
+    """Return (part, first row, last row + 1) of a fused layer that roles ask for; one None for all of it."""
     named = any(matches(host_name, target) for target in targets if target not in ROLES)
     if named or not (is_fused(host_name) or isinstance(host, nn.MultiheadAttention)):
-        return []
+        return [None]
     wanted = {_PARTS.get(target) for target in targets}
-    return [part for part in fused_parts(host) if part[0] in wanted or "all-linear" in targets]
+    return [part for part in fused_parts(host) if part[0] in wanted or "all-linear" in targets] or [None]
 
 
 def is_fused(name: str) -> bool:

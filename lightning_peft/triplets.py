@@ -33,9 +33,8 @@ class Triplets(LowRankUpdate):
     def __init__(
         self, host: Any, rank: int, scale: float, dropout: float = 0.0, part: tuple[str, int, int] | None = None
     ) -> None:
-        super().__init__(host, part)
+        super().__init__(host, scale, dropout, part)
         out, *rest = self.shape
-        self.scale, self.dropout = scale, 0.0 if self.layer.looks_up else dropout
         for name, shape in zip(_FACTORS, ((rank, *rest), (out, rank), (rank,)), strict=True):
             factor = parameter_like(self.layer.parameter(host), *shape)
             self.register_parameter(name, factor)
@@ -156,7 +155,6 @@ def in_a_row(found: Sequence[Triplets], name: str) -> Tensor:
     row = torch.cat(buffers)
     memory, starts = row.untyped_storage(), itertools.accumulate(sizes, initial=0)
     for one, start, size in zip(found, starts, sizes, strict=False):
-        setattr(
-            one, name, row.new_empty(0).set_(memory, start, (size,), (1,))
-        )  # no view, so that it may be written anywhere
+        # No view, so that it may be written anywhere.
+        setattr(one, name, row.new_empty(0).set_(memory, start, (size,), (1,)))
     return row

@@ -94,8 +94,9 @@ def adopt(module: pl.LightningModule, methods: Sequence[Method], also_train: Seq
 
 def wire_optimizers(module: pl.LightningModule, lr_factors: dict[str, float], no_decay: Sequence[str]) -> None:
     """Make optimizers hold exactly what trains, in groups by factor and decay; a factor of 0 freezes."""
+    names, methods = dict(module.named_parameters()), _methods_of(module)
     for pattern in [p for p, factor in lr_factors.items() if factor == 0]:
-        for parameter in _named_by(module, pattern, dict(module.named_parameters())):
+        for parameter in _named_by(pattern, names, methods):
             parameter.requires_grad_(False)
     lr_factors = {pattern: factor for pattern, factor in lr_factors.items() if factor != 0}
 
@@ -127,10 +128,11 @@ def group_rule(module: pl.LightningModule, lr_factors: dict[str, float], no_deca
     if not lr_factors and not no_decay:
         return None
     names = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    methods = _methods_of(module)
     special: dict[int, dict[str, float]] = {}
     settings = [(p, "lr_factor", f) for p, f in lr_factors.items()] + [(p, "weight_decay", 0.0) for p in no_decay]
     for pattern, field, value in settings:
-        for parameter in _named_by(module, pattern, names):
+        for parameter in _named_by(pattern, names, methods):
             special.setdefault(id(parameter), {})[field] = value
 
     def rule(parameter: Tensor) -> dict[str, float]:
@@ -139,10 +141,14 @@ def group_rule(module: pl.LightningModule, lr_factors: dict[str, float], no_deca
     return rule
 
 
-def _named_by(module: pl.LightningModule, pattern: str, names: dict[str, nn.Parameter]) -> list[nn.Parameter]:
+def _methods_of(module: pl.LightningModule) -> dict[int, str]:
+    """Return the names of the methods that parameters belong to, by the parameters' ids."""
+    return {id(p): key for _, _, key, adapter in adapters(module) for p in adapter.parameters()}
+
+
+def _named_by(pattern: str, names: dict[str, nn.Parameter], methods: dict[int, str]) -> list[nn.Parameter]:
     """Return parameters by a glob of their names or the name of their method."""
-    owners = {id(p): key for _, _, key, adapter in adapters(module) for p in adapter.parameters()}
-    found = [p for name, p in names.items() if matches(name, pattern) or owners.get(id(p)) == pattern]
+    found = [p for name, p in names.items() if matches(name, pattern) or methods.get(id(p)) == pattern]
     if not found:
         raise ValueError(f"{pattern!r} is no trainable parameter or method. Parameters: {', '.join(list(names)[:10])}.")
     return found

@@ -85,7 +85,7 @@ class AdaLoRA(Method):
             require(
                 not (self.dropout and layer.is_read), f"dropout at {name}", self.dropout, "0: its inputs are unseen"
             )
-            for part in (*parts(name, host, self.targets),) or (None,):
+            for part in parts(name, host, self.targets):
                 yield name, Triplets(host, rank, self.alpha / (rank + 1e-5), self.dropout, part)
 
     def check_run(self, total_steps: int) -> None:

@@ -64,7 +64,7 @@ class FedPara(Method):
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, HadamardUpdate]]:
         for name, host in select(model, self.targets, self.exclude).items():
-            for part in (*parts(name, host, self.targets),) or (None,):
+            for part in parts(name, host, self.targets):
                 rows, features, *kernel = layer_of(host).shape(host)
                 out = part[2] - part[1] if part else rows
                 rank = self.rank or self.rank_of(out, features, *kernel)

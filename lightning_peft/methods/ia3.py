@@ -47,7 +47,7 @@ class IA3(Method):
             if name in inputs:
                 yield name, Scaling(host, of_inputs=True)
             else:
-                for part in (*parts(name, host, self.targets),) or (None,):
+                for part in parts(name, host, self.targets):
                     yield name, Scaling(host, part=part)
 
 
@@ -87,9 +87,8 @@ class Scaling(Adapter):
         weight = self.layer.read(host)
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if self.of_inputs:
-            inputs = self.scales.view(getattr(host, "groups", 1), -1).repeat_interleave(
-                len(weight) // getattr(host, "groups", 1), 0
-            )
+            groups = getattr(host, "groups", 1)
+            inputs = self.scales.view(groups, -1).repeat_interleave(len(weight) // groups, 0)
             self.layer.write(host, wide * inputs.view(len(weight), -1, *self.trailing))
             return
         self.layer.write(host, wide[self.rows] * self.scales.view(-1, *[1] * (weight.dim() - 1)), self.rows.start)

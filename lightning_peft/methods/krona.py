@@ -53,7 +53,7 @@ class KronA(Method):
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, KronAUpdate]]:
         for name, host in select(model, self.targets, self.exclude).items():
             out, inputs, *kernel = layer_of(host).shape(host)
-            for part in (*parts(name, host, self.targets),) or (None,):
+            for part in parts(name, host, self.targets):
                 rows = part[2] - part[1] if part else out
                 shape = shape_of_a(name, inputs, rows, self.shape_a, self.factor, math.prod(kernel))
                 yield name, KronAUpdate(host, shape, self.scale, part)

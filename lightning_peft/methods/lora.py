@@ -88,7 +88,7 @@ class LoRA(Method):
                 not (self.dropout and layer.is_read), f"dropout at {name}", self.dropout, "0: its inputs are unseen"
             )
             scale = alpha / (rank if self.scaling == "standard" else math.sqrt(rank))
-            for part in (*parts(name, host, self.targets),) or (None,):
+            for part in parts(name, host, self.targets):
                 yield name, LoRAAdapter(host, rank, scale, self.dropout, part, self.init, self.decompose)
 
 
@@ -118,11 +118,9 @@ class LoRAAdapter(LowRankUpdate):
         init: Init = "kaiming",
         decompose: bool = False,
     ) -> None:
-        super().__init__(host, part)
+        super().__init__(host, scale, dropout, part)
         out, *rest = self.shape
-        self.scale, self.init = scale, init
-        if dropout and not self.layer.looks_up:
-            self.dropout = dropout
+        self.init = init
         if decompose:
             self.alone = True
         weight = self.layer.parameter(host)
@@ -134,7 +132,7 @@ class LoRAAdapter(LowRankUpdate):
 
     def reset_parameters(self, host: Any = None) -> None:
         """Start at no update. ``host`` is needed where the start depends on its weight."""
-        if self.init in RANDOM:
+        if self.init in RANDOM and not self.a.is_meta:
             RANDOM[self.init](self.a, self.b, self.layer.looks_up)
         if self.init in FROM_WEIGHT or self.magnitude is not None:
             self._start_from(host)
