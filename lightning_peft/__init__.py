@@ -22,11 +22,13 @@ from .methods import (
     LoRA,
     OutputLayers,
     PromptTuning,
+    PTuning,
 )
 from .quantization import dequantize, quantize
 from .restoring import load_from_checkpoint
 from .strategy import PEFTStrategy
 from .summary import summary
+from .templates import Template
 
 __version__ = version("lightning-peft")
 
@@ -45,7 +47,9 @@ __all__ = [
     "Method",
     "OutputLayers",
     "PEFTStrategy",
+    "PTuning",
     "PromptTuning",
+    "Template",
     "WeightUpdate",
     "adapters",
     "dequantize",

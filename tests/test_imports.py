@@ -8,7 +8,8 @@ import lightning_peft as lp
 ROOT = Path(lp.__file__).parent
 ORDER = [
     *["layers", "quantized_layers", "select", "attention", "forms", "products", "built", "adapter", "low_rank"],
-    *["triplets", "hadamard", "method", "kronecker", "feedforward", "virtual_tokens", "methods", "inject", "nf4"],
+    *["triplets", "hadamard", "method", "kronecker", "feedforward", "virtual_tokens", "encoders"],
+    *["pseudo_tokens", "templates", "methods", "inject", "nf4"],
     *[
         "quantization",
         "merging",

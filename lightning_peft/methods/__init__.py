@@ -8,6 +8,7 @@ from .krona import KronA
 from .krona_block import KronABlock
 from .llama_adapter import LLaMAAdapter
 from .lora import LoRA
+from .p_tuning import PTuning
 from .prompt_tuning import PromptTuning
 from .subsets import FullFineTuning, LastLayers, OutputLayers
 
@@ -23,5 +24,6 @@ __all__ = [
     "LastLayers",
     "LoRA",
     "OutputLayers",
+    "PTuning",
     "PromptTuning",
 ]
