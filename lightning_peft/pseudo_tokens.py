@@ -72,7 +72,8 @@ class TemplatePrompt(EncodedPrompt):
         tokens = host.get_input_embeddings()(ids.masked_fill(here, 0))
         index = (here.cumsum(1) - 1).clamp(0, len(self.prompt) - 1)
         vectors = F.embedding(index, self.vectors(self.training)).to(tokens.dtype)
-        return inner(**call, inputs_embeds=torch.where(here[..., None], vectors, tokens))
+        call["inputs_embeds"] = torch.where(here[..., None], vectors, tokens)
+        return inner(**call)
 
     def _check(self, counts: Tensor, started: bool) -> None:
         """Raise unless each row has all pseudo tokens, or none while a row is being continued."""
