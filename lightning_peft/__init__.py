@@ -26,6 +26,7 @@ from .methods import (
 )
 from .quantization import dequantize, quantize
 from .restoring import load_from_checkpoint
+from .rows import row_tasks
 from .strategy import PEFTStrategy
 from .summary import summary
 from .templates import Template
@@ -63,6 +64,7 @@ __all__ = [
     "local_state",
     "merge",
     "quantize",
+    "row_tasks",
     "save_adapter",
     "summary",
 ]

@@ -24,9 +24,8 @@ class Insertion:
 
     def __init__(self, length: int, mask: Tensor | None) -> None:
         self.length, self.index = length, None
-        if mask is not None:
-            lead = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
-            lead = lead.where(lead < mask.shape[-1], 0)  # rows of padding alone, as some samplers fill up with
+        lead = None if mask is None else _lead(mask)
+        if mask is not None and lead is not None:
             place = torch.arange(mask.shape[-1] + length, device=mask.device).expand(len(mask), -1)
             inside = torch.where(place < lead + length, place - lead, place)
             self.index = torch.where(place < lead, place + length, inside)  # into [virtual tokens; tokens]
@@ -99,6 +98,35 @@ def surround(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, ke
     return output if keep else _without(output, where, getattr(host, "pooler", None))
 
 
+def surround_embedded(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, first: str = "x") -> Any:
+    """Call a module that takes and returns (batch, tokens, features) with virtual tokens inserted.
+
+    Padding may be marked by ``attention_mask`` (zero at padding) or ``src_key_padding_mask`` (True at padding).
+
+    Args:
+        host: Such a module, as torch's encoder is one.
+        inner: The host's own call.
+        call: Arguments by name.
+        prompt: Shape (p, features), or (batch, p, features) with an own prompt for each row.
+        first: Name of the argument that is (batch, tokens, features).
+    """
+    call = dict(call)
+    x: Tensor = call.pop(first)
+    mask, padding = call.get("attention_mask"), call.get("src_key_padding_mask")
+    for name in ("mask", "src_mask", "attn_mask"):
+        if call.get(name) is not None:
+            raise ValueError(f"Virtual tokens cannot extend {name!r} of {type(host).__name__}; use a padding mask.")
+    if padding is not None and padding.dtype != torch.bool:
+        raise ValueError(f"src_key_padding_mask must be boolean where virtual tokens enter, got {padding.dtype}.")
+    where = Insertion(prompt.shape[-2], ~padding if padding is not None else mask)
+    if mask is not None:
+        call["attention_mask"] = where.mask(mask)
+    if padding is not None:
+        call["src_key_padding_mask"] = ~where.mask(~padding)
+    output = inner(where.insert(prompt.to(x.dtype).expand(len(x), -1, -1), x), **call)
+    return _without(output, where, None)
+
+
 def names_of(host: nn.Module) -> list[str]:
     """Return the names of the positional arguments of a module's forward."""
     return list(inspect.signature(type(host).forward).parameters)[1:]
@@ -156,8 +184,18 @@ def _embeds(module: Any) -> bool:
     return callable(getattr(module, "get_input_embeddings", None))
 
 
+def _lead(mask: Tensor) -> Tensor | None:
+    """Return how much padding each row (batch, 1) begins with; None if it is known that none does."""
+    lead = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+    lead = lead.where(lead < mask.shape[-1], 0)  # rows of padding alone, as some samplers fill up with
+    looks = lead.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere a look would wait or branch
+    return None if looks and not lead.any() else lead
+
+
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
+    """Return x[row, index[row]]; unlike ``gather``, backward keeps the index alone."""
+    flat = index + x.shape[1] * torch.arange(len(x), device=x.device)[:, None]
+    return x.flatten(0, 1).index_select(0, flat.flatten()).view(*flat.shape, *x.shape[2:])
 
 
 def _refuse_length(host: Any, tokens: int) -> None:

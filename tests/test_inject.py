@@ -136,7 +136,7 @@ REFUSED = {
     "eager attention": (eager, lp.LLaMAAdapter(), TypeError, "attn_implementation='eager'.*'sdpa'"),
     "torch's attention": (torch_encoder, lp.LLaMAAdapter(), TypeError, "nn.MultiheadAttention"),
     "too many layers": (MODELS["llama"], lp.LLaMAAdapter(layers=4), ValueError, "layers must be at most 3"),
-    "no backbone": (chain, lp.PromptTuning(), ValueError, "give PromptTuning targets and embeddings"),
+    "no backbone": (chain, lp.PromptTuning(), ValueError, "give the method targets and embeddings"),
     "no tokens": (lambda: family("vit"), lp.PromptTuning(), TypeError, "ViTModel embeds no tokens"),
     "no bias": (MODELS["llama"], lp.BitFit(), ValueError, r"BitFit\(add_missing=True\)"),
     "no blocks": (chain, lp.LastLayers(), ValueError, "number of blocks found"),

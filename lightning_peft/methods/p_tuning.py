@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapter import Adapter, parameter_like
 from ..encoders import MLP, Encoder, LSTMThenMLP
 from ..method import Method, require
-from ..pseudo_tokens import EncodedPrompt, TemplatePrompt
+from ..prompts import Surround, place_prompts, require_places
+from ..pseudo_tokens import EncodedPrompt, fill_template
 from ..templates import PLACEHOLDER, Template
-from ..virtual_tokens import backbones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,11 @@ class PTuning(Method):
             directions together, which the authors set to features for LAMA, and to twice that for SuperGLUE; the
             MLP maps them to features. ``mlp``: of its hidden layer.
         dropout: Probability with which features between the layers of the LSTM are dropped in training.
-        placeholder: Id of pseudo tokens in rows; the default collides with no vocabulary.
+        placeholder: Id of pseudo tokens in rows. The default collides with no vocabulary; what looks ids up in
+            ``generate``, such as ``repetition_penalty``, needs one that the vocabulary has.
+        targets: Globs of modules whose first input is (batch, tokens, features), for models that are not transformers';
+            with a length only.
+        embeddings: Glob of the input embeddings that belong to ``targets``.
 
     Raises:
         ValueError: The template cannot be read or has no pseudo token.
@@ -48,6 +53,8 @@ class PTuning(Method):
     hidden_size: int | None = None
     dropout: float = 0.0
     placeholder: int = PLACEHOLDER
+    targets: list[str] = dataclasses.field(default_factory=list)
+    embeddings: str = ""
 
     def __post_init__(self) -> None:
         length, hidden = self.length, self.hidden_size
@@ -59,36 +66,30 @@ class PTuning(Method):
         require(self.encoder in ("lstm", "mlp", "none"), "encoder", self.encoder, "'lstm', 'mlp' or 'none'")
         require(hidden is None or hidden > 0 and hidden % 2 == 0, "hidden_size", hidden, "a positive even number")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "from 0 to below 1")
+        require(not self.targets or self.template is None, "targets", self.targets, "absent where a template is given")
+        require_places(self.targets, self.embeddings)
         require(not self.dropout or self.encoder == "lstm", "dropout", self.dropout, "0 with this encoder")
 
     def finalized(self) -> PTuning:
         return dataclasses.replace(self, encoder="none", hidden_size=None, dropout=0.0)
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
-        hosts = list(backbones(model))
-        if not hosts:
-            raise ValueError("No transformers backbone is found in the model, and PTuning needs one.")
-        for name, host in hosts:
-            table = host.get_input_embeddings()
-            if not isinstance(table, nn.Embedding):
-                raise TypeError(f"{name or type(host).__name__} embeds no tokens, which PTuning needs.")
-            if not getattr(host.config, "is_encoder_decoder", False):
-                yield name, self._prompt(host, table.weight)
-                continue
-            below = {module: below for below, module in host.named_modules(prefix=name)}
-            yield below[host.get_encoder()], self._prompt(host.get_encoder(), table.weight)
+        for name, adapter in place_prompts(model, self.targets, self.embeddings, self._count, self._prompt):
+            if self.template is None or isinstance(adapter, EncodedPrompt):  # a template adds nothing for decoders
+                yield name, adapter
 
-    def _prompt(self, host: nn.Module, weight: Tensor) -> EncodedPrompt:
-        """Return the adapter of a host whose tokens have such embeddings."""
-        features = weight.shape[1]
+    @property
+    def _count(self) -> int:
+        return self.length or Template(self.template or "").pseudo_tokens
+
+    def _prompt(self, host: nn.Module, table: Any, surround: Surround) -> EncodedPrompt:
+        features = table.weight.shape[1]
         hidden = self.hidden_size or features
         encoder: Encoder | None = None
         if self.encoder == "lstm":
-            encoder = LSTMThenMLP(weight, features, hidden, self.dropout)
+            encoder = LSTMThenMLP(table.weight, features, hidden, self.dropout)
         elif self.encoder == "mlp":
-            encoder = MLP(weight, features, hidden, features)
-        if self.template is None:
-            return EncodedPrompt(host, parameter_like(weight, self.length or 0, features), encoder)
-        count = Template(self.template).pseudo_tokens
-        prompt = parameter_like(weight, count, features)
-        return TemplatePrompt(host, prompt, encoder, self.template, self.placeholder)
+            encoder = MLP(table.weight, features, hidden, features)
+        if self.template is not None:
+            surround = partial(fill_template, template=self.template, placeholder=self.placeholder)
+        return EncodedPrompt(host, surround, parameter_like(table.weight, self._count, features), encoder)
