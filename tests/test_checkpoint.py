@@ -30,6 +30,7 @@ METHODS = {
         interval=1,
     ),
     "LLaMAAdapter": lambda: lp.LLaMAAdapter(length=3, gate_warmup_steps=2),
+    "PTuning": lambda: lp.PTuning(length=3, dropout=0.2),
     "PromptTuning": lambda: lp.PromptTuning(length=3),
     "BitFit": lambda: lp.BitFit(add_missing=True),
     "FullFineTuning": lp.FullFineTuning,
