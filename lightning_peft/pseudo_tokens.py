@@ -37,6 +37,7 @@ class EncodedPrompt(Prompt):
     def virtual(self, rows: int) -> Tensor:
         return self._vectors(self.training)
 
+    @torch.no_grad()  # in which the LSTM is computed as in evaluation, to the last bit
     def pack(self) -> dict[str, Tensor]:
         return {"prompt": self._vectors(train=False)}
 
