@@ -20,7 +20,18 @@ ORDER = [
         "low_rank",
     ],
     *["triplets", "hadamard", "method", "kronecker", "feedforward", "virtual_tokens", "methods", "inject", "nf4"],
-    *["quantization", "merging", "checkpoint", "files", "summary", "plots", "optimizers", "modes", "random_state"],
+    *[
+        "quantization",
+        "merging",
+        "finalizing",
+        "checkpoint",
+        "files",
+        "summary",
+        "plots",
+        "optimizers",
+        "modes",
+        "random_state",
+    ],
     *["wiring", "restoring", "strategy", "tasks", "cli", "__main__"],
 ]
 
