@@ -71,7 +71,7 @@ def activation_methods(model: str) -> list[Case]:
 
 
 def attention_methods(model: str) -> list[Case]:
-    return [] if model == "encoder" else [Case(model, (lp.LLaMAAdapter(length=3, layers=2),), mergeable=False)]
+    return [Case(model, (lp.LLaMAAdapter(length=3, layers=2),), mergeable=False)]
 
 
 def prompt_methods(model: str) -> list[Case]:
