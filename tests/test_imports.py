@@ -7,7 +7,18 @@ import lightning_peft as lp
 
 ROOT = Path(lp.__file__).parent
 ORDER = [
-    *["layers", "quantized_layers", "select", "attention", "forms", "products", "built", "adapter", "low_rank"],
+    *[
+        "layers",
+        "quantized_layers",
+        "select",
+        "multihead",
+        "attention",
+        "forms",
+        "products",
+        "built",
+        "adapter",
+        "low_rank",
+    ],
     *["triplets", "hadamard", "method", "kronecker", "feedforward", "virtual_tokens", "methods", "inject", "nf4"],
     *[
         "quantization",
