@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from .adapter import Adapter, WeightUpdate
 from .checkpoint import full_state_dict, global_state, local_state
+from .ensembles import ensemble, join_prompts, majority_vote
 from .files import load_adapter, save_adapter
 from .finalizing import finalize
 from .inject import adapters, detach, inject
@@ -20,6 +21,7 @@ from .methods import (
     LastLayers,
     LLaMAAdapter,
     LoRA,
+    MultitaskPromptTuning,
     OutputLayers,
     PromptTuning,
 )
@@ -44,6 +46,7 @@ __all__ = [
     "LastLayers",
     "LoRA",
     "Method",
+    "MultitaskPromptTuning",
     "OutputLayers",
     "PEFTStrategy",
     "PromptTuning",
@@ -51,13 +54,16 @@ __all__ = [
     "adapters",
     "dequantize",
     "detach",
+    "ensemble",
     "finalize",
     "full_state_dict",
     "global_state",
     "inject",
+    "join_prompts",
     "load_adapter",
     "load_from_checkpoint",
     "local_state",
+    "majority_vote",
     "merge",
     "quantize",
     "row_tasks",
