@@ -31,6 +31,7 @@ METHODS = {
     ),
     "LLaMAAdapter": lambda: lp.LLaMAAdapter(length=3, gate_warmup_steps=2),
     "PromptTuning": lambda: lp.PromptTuning(length=3),
+    "MultitaskPromptTuning": lambda: lp.MultitaskPromptTuning(length=3),
     "BitFit": lambda: lp.BitFit(add_missing=True),
     "FullFineTuning": lp.FullFineTuning,
     "OutputLayers": lp.OutputLayers,
