@@ -81,6 +81,7 @@ def prompt_methods(model: str) -> list[Case]:
     together = (lp.LoRA(rank=4), lp.LLaMAAdapter(length=3), lp.PromptTuning(length=2, **prompt), lp.OutputLayers())
     return [
         Case(model, (lp.PromptTuning(length=3, **prompt),), starts_at_base=False, mergeable=False),
+        Case(model, (lp.MultitaskPromptTuning(length=3, **prompt),), starts_at_base=False, mergeable=False),
         *([Case(model, together, False, False)] if model in ("bert", "llama", "gpt2", "plain") else []),
     ]
 
