@@ -14,6 +14,7 @@ from ..adapter import Adapter, Call, parameter_like
 from ..method import Method, require
 from ..select import select
 from ..virtual_tokens import Insertion, backbones, names_of, surround
+from ..words import token_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,21 +89,11 @@ class PromptTuning(Method):
             rows = torch.randperm(min(5000, len(table.weight)))
             require(len(rows) >= self.length, "length", self.length, f"at most {len(rows)}, the size of the vocabulary")
         else:
-            rows = torch.tensor(self._tokens(model))
+            rows = torch.tensor(token_ids(model, self.init_text, self.tokenizer))
             rows = rows.repeat(-(-self.length // len(rows)))
         with torch.no_grad():
             prompt.copy_(table.weight[rows[: self.length].to(table.weight.device)])
         return prompt
-
-    def _tokens(self, model: nn.Module) -> list[int]:
-        from transformers import AutoTokenizer
-
-        named = [getattr(getattr(m, "config", None), "_name_or_path", "") for m in model.modules()]
-        source = self.tokenizer or next(filter(None, named), "")
-        require(bool(source), "tokenizer", self.tokenizer, "a folder or name, since the model does not tell its own")
-        tokens: list[int] = AutoTokenizer.from_pretrained(source)(self.init_text, add_special_tokens=False)["input_ids"]
-        require(len(tokens) > 0, "init_text", self.init_text, "a text with at least one token")
-        return tokens
 
 
 class Prompt(Adapter):
