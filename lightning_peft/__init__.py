@@ -21,7 +21,9 @@ from .methods import (
     LLaMAAdapter,
     LoRA,
     OutputLayers,
+    PrefixTuning,
     PromptTuning,
+    PTuningV2,
 )
 from .quantization import dequantize, quantize
 from .restoring import load_from_checkpoint
@@ -45,6 +47,8 @@ __all__ = [
     "Method",
     "OutputLayers",
     "PEFTStrategy",
+    "PTuningV2",
+    "PrefixTuning",
     "PromptTuning",
     "WeightUpdate",
     "adapters",

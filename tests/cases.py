@@ -47,6 +47,8 @@ def methods_for(model: str) -> list[Case]:
         Case(model, (lp.KronABlock(scale=2),), mergeable=False),
         Case(model, (lp.KronABlock(scale=2, residual=True),), starts_at_base=False, mergeable=False),
         Case(model, (lp.LLaMAAdapter(length=3, layers=2),), mergeable=False),
+        Case(model, (lp.PrefixTuning(length=3, hidden_size=16),), starts_at_base=False, mergeable=False),
+        Case(model, (lp.PTuningV2(length=4, dropout=0.0),), starts_at_base=False, mergeable=False),
         Case(model, (lp.PromptTuning(length=3, **prompt),), starts_at_base=False, mergeable=False),
         Case(model, (lp.BitFit(**bias),)),
         Case(model, (lp.FullFineTuning(),)),

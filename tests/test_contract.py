@@ -144,7 +144,7 @@ def test_an_adapter_file_brings_it_back(case, tmp_path):
     lp.save_adapter(model, tmp_path)
     fresh = lp.load_adapter(MODELS[case.model](), tmp_path)
     assert torch.equal(run(fresh), run(model))
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    trained = {n for n, p in lp.finalize(model).named_parameters() if p.requires_grad}
     assert {n for n, p in fresh.named_parameters() if p.requires_grad} == trained
 
 

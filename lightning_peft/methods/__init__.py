@@ -8,6 +8,7 @@ from .krona import KronA
 from .krona_block import KronABlock
 from .llama_adapter import LLaMAAdapter
 from .lora import LoRA
+from .prefix_tuning import PrefixTuning, PTuningV2
 from .prompt_tuning import PromptTuning
 from .subsets import FullFineTuning, LastLayers, OutputLayers
 
@@ -23,5 +24,7 @@ __all__ = [
     "LastLayers",
     "LoRA",
     "OutputLayers",
+    "PTuningV2",
+    "PrefixTuning",
     "PromptTuning",
 ]
