@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from .adapter import Adapter, Call, parameter_like
 from .attention import AttentionCalls, key_value, require_interceptable
-from .layers import layer_of
-from .select import fused_parts
 
 _UNMERGEABLE = "no weight gives keys and values that do not depend on the input"
 
@@ -193,26 +191,12 @@ def prefixes(
     encoder = None
     for name, host in hosts.items():
         require_interceptable(host, name)
-        like, features, *widths = _sizes(model, name)
+        project = key_value(model, name)
+        like = project.weight(host)
         if hidden is not None and encoder is None:
-            encoder = PrefixEncoder(like, length, features, hidden)
+            encoder = PrefixEncoder(like, length, project.inputs(host)[0], hidden)
             yield _around(model, list(hosts)), SharedEncoder(encoder)
-        yield name, Prefix(like, (widths[0], widths[1]), length, dropout, encoder)
-
-
-def _sizes(model: nn.Module, name: str) -> tuple[Tensor, int, int, int]:
-    """Return a weight of an attention module, and the widths of its input, keys and values."""
-    host: Any = model.get_submodule(name)
-    if isinstance(host, nn.MultiheadAttention):
-        return host.out_proj.weight, host.embed_dim, host.embed_dim, host.embed_dim
-    project = key_value(model, name)
-    key, value = (host.get_submodule(child) for child in (project.key, project.value))
-    if project.rows is not None:
-        _, (_, start, middle), (_, _, end) = fused_parts(key)
-        out = middle - start, end - middle
-    else:
-        out = layer_of(key).shape(key)[0], layer_of(value).shape(value)[0]
-    return layer_of(key).parameter(key), layer_of(key).shape(key)[1], *out
+        yield name, Prefix(like, project.outputs(host), length, dropout, encoder)
 
 
 def _around(model: nn.Module, names: list[str]) -> str:

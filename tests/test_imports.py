@@ -7,8 +7,8 @@ import lightning_peft as lp
 
 ROOT = Path(lp.__file__).parent
 ORDER = [
-    *["layers", "quantized_layers", "select", "attention", "forms", "products", "built", "adapter", "low_rank"],
-    *["triplets", "hadamard", "method", "kronecker", "feedforward", "virtual_tokens", "words"],
+    *["layers", "quantized_layers", "select", "multihead", "attention", "forms", "products", "built", "adapter"],
+    *["low_rank", "triplets", "hadamard", "method", "kronecker", "feedforward", "virtual_tokens", "words"],
     *["prefixes", "prefix_starts", "positions", "methods", "inject", "nf4"],
     *["quantization", "merging", "finalizing", "checkpoint", "files", "summary", "plots", "optimizers"],
     *["modes", "random_state", "wiring", "restoring", "strategy", "tasks", "cli", "__main__"],

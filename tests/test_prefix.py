@@ -376,6 +376,66 @@ def test_compiles_whole(base, backend, settings):
     torch.testing.assert_close(y, logits(model(**call)), atol=1e-4, rtol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["?", "a", "say", "it", "in", "short"])}, "?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)  # noqa: S106
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_plain_prefix_that_starts_as_words_is_those_words(name, tokenizer):
+    settings = {"init": "text", "init_text": "say it in short", "tokenizer": tokenizer, "shift_positions": True}
+    base, x = MODELS[name]().train(), tokens()
+    model = lp.inject(base, lp.PrefixTuning(reparameterize=False, length=6, **settings))
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    words = torch.tensor([2, 3, 4, 5, 2, 3]).expand(2, -1)  # repeated to the length
+    with torch.no_grad():
+        expected = MODELS[name]()(torch.cat([words, x], 1)).logits[:, 6:]
+        torch.testing.assert_close(model.eval()(x).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["bert", "t5"])
+def test_a_perceptron_is_fitted_to_words(base, tokenizer, tmp_path):
+    make = MODELS.get(base, lambda: t5(2))
+    settings = {"init": "text", "init_text": "in short", "tokenizer": tokenizer, "length": 4}
+    plain = prefixes(lp.inject(make(), lp.PrefixTuning(reparameterize=False, **settings)))
+    torch.manual_seed(1)
+    method = lp.PrefixTuning(hidden_size=64, **settings)
+    model = lp.inject(make(), method)
+    torch.manual_seed(1)
+    other = prefixes(lp.inject(make(), lp.PrefixTuning(hidden_size=64, length=4)))
+    own, wanted, random = (
+        torch.cat([x.detach().flatten() for a in group.values() for x in a.key_value()])
+        for group in (prefixes(model), plain, other)
+    )
+    assert (own - wanted).square().mean() < 0.5 * (random - wanted).square().mean()
+    assert all(p.grad is None and p.requires_grad for *_, a in lp.adapters(model) for p in a.parameters())
+    torch.manual_seed(1)
+    again = lp.inject(make(), method)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    lp.save_adapter(model, tmp_path)
+    fresh = lp.load_adapter(make(), tmp_path)  # needs no tokenizer any more
+    assert prefixes(fresh).keys() == prefixes(model).keys()
+    assert "text" not in (tmp_path / "adapter_config.json").read_text().replace("init_text", "")
+
+
+def test_words_need_a_model_that_reads_them(tokenizer):
+    settings = {"init": "text", "init_text": "in short", "tokenizer": tokenizer, "length": 4}
+    with pytest.raises(ValueError, match=r"init must be 'random', since no transformers backbone calls"):
+        lp.inject(MODELS["plain"](), lp.PrefixTuning(**settings))
+    with torch.device("meta"):
+        model = MODELS["llama"].make()
+    with pytest.raises(ValueError, match="init must be 'random' while the model is on the meta device"):
+        lp.inject(model, lp.PrefixTuning(**settings))
+
+
 def test_what_cannot_work_is_refused_by_name():
     from transformers import BertConfig, BertModel
 

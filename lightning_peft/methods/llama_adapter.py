@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, Call, parameter_like
 from ..attention import AttentionCalls, KeyValue, head_count, key_value, require_interceptable
-from ..layers import layer_of
 from ..method import Method, require
 from ..select import select
 
@@ -82,10 +81,15 @@ class LLaMAAdapterPrompt(Adapter):
 
     def __init__(self, host: nn.Module, project: KeyValue, length: int, heads: int) -> None:
         super().__init__()
-        key: Any = host.get_submodule(project.key)
+        width, other = project.inputs(host)
+        if width != other:
+            raise TypeError(
+                f"{type(host).__name__} computes keys of {width} features and values of {other}; no prompt has both "
+                f"widths. Choose other targets."
+            )
+        weight = project.weight(host)
         self.project = project
-        self.prompt = parameter_like(key.weight, length, layer_of(key).shape(key)[1])
-        self.gate = parameter_like(key.weight, heads)
+        self.prompt, self.gate = parameter_like(weight, length, width), parameter_like(weight, heads)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
