@@ -23,7 +23,9 @@ from .methods import (
     LoRA,
     MultitaskPromptTuning,
     OutputLayers,
+    PrefixTuning,
     PromptTuning,
+    PTuningV2,
 )
 from .quantization import dequantize, quantize
 from .restoring import load_from_checkpoint
@@ -49,6 +51,8 @@ __all__ = [
     "MultitaskPromptTuning",
     "OutputLayers",
     "PEFTStrategy",
+    "PTuningV2",
+    "PrefixTuning",
     "PromptTuning",
     "WeightUpdate",
     "adapters",

@@ -30,6 +30,8 @@ METHODS = {
         interval=1,
     ),
     "LLaMAAdapter": lambda: lp.LLaMAAdapter(length=3, gate_warmup_steps=2),
+    "PrefixTuning": lambda: lp.PrefixTuning(length=3, hidden_size=8, dropout=0.2),
+    "PTuningV2": lambda: lp.PTuningV2(length=3, dropout=0.2),
     "PromptTuning": lambda: lp.PromptTuning(length=3),
     "MultitaskPromptTuning": lambda: lp.MultitaskPromptTuning(length=3),
     "BitFit": lambda: lp.BitFit(add_missing=True),

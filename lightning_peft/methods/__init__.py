@@ -9,6 +9,7 @@ from .krona_block import KronABlock
 from .llama_adapter import LLaMAAdapter
 from .lora import LoRA
 from .multitask_prompt_tuning import MultitaskPromptTuning
+from .prefix_tuning import PrefixTuning, PTuningV2
 from .prompt_tuning import PromptTuning
 from .subsets import FullFineTuning, LastLayers, OutputLayers
 
@@ -25,5 +26,7 @@ __all__ = [
     "LoRA",
     "MultitaskPromptTuning",
     "OutputLayers",
+    "PTuningV2",
+    "PrefixTuning",
     "PromptTuning",
 ]
