@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapter import Adapter, Call, parameter_like
-from .attention import AttentionCalls, key_value, require_interceptable
+from .attention import call_changed, key_value, require_interceptable
 
 _UNMERGEABLE = "no weight gives keys and values that do not depend on the input"
 
@@ -130,15 +130,7 @@ class Prefix(Adapter):
             key, value = (self._joined(p, x) for p, x in zip(prefix, (key, value), strict=True))
             return attend_joined(attend, len(prefix[0]), query, key, value, *rest, **settings)
 
-        calls = AttentionCalls(prefixed)
-        with calls:
-            output = inner(*args, **kwargs)
-        if not calls.seen:
-            raise RuntimeError(
-                f"{type(host).__name__} did not call scaled_dot_product_attention, so its adapter has no effect; "
-                f"load the model with attn_implementation='sdpa' and do not ask for attention weights."
-            )
-        return output
+        return call_changed(prefixed, host, inner, *args, **kwargs)
 
     def _joined(self, prefix: Tensor, x: Tensor) -> Tensor:
         """P (length, heads * size) and x (batch, heads, n, size) -> (batch, heads, length + n, size)."""
@@ -190,7 +182,7 @@ def prefixes(
     """Yield (host's name, adapter) of a prefix for each attention module; with a hidden size, of the encoder first."""
     encoder = None
     for name, host in hosts.items():
-        require_interceptable(host, name)
+        require_interceptable(host, name, model)
         project = key_value(model, name)
         like = project.weight(host)
         if hidden is not None and encoder is None:
