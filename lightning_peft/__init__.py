@@ -5,6 +5,7 @@ from importlib.metadata import version
 from .adapter import Adapter, WeightUpdate
 from .checkpoint import full_state_dict, global_state, local_state
 from .files import load_adapter, save_adapter
+from .finalizing import finalize
 from .inject import adapters, detach, inject
 from .merging import merge
 from .method import Method
@@ -49,6 +50,7 @@ __all__ = [
     "adapters",
     "dequantize",
     "detach",
+    "finalize",
     "full_state_dict",
     "global_state",
     "inject",

@@ -42,6 +42,9 @@ class Adapter(nn.Module, ABC):
         """Fold this adapter into the host's parameters, in place, if a weight can express it."""
         raise NotImplementedError
 
+    def finalize(self) -> None:
+        """Replace what only training needs by what ``pack`` returns, as parameters of these names."""
+
     def pack(self) -> dict[str, Tensor]:
         """Return what an adapter file holds of this adapter."""
         return self.state_dict(keep_vars=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .inject import Injection, adapters, inject, injection
+from .inject import adapters, inject, injected, injection
 from .method import from_dict, to_dict
 from .quantized_layers import original_of, sample
 from .select import SLOT, base_modules, base_parameters
@@ -35,7 +35,7 @@ def keep_adapters_only(model: nn.Module) -> None:
 @contextmanager
 def full_state_dict(model: nn.Module) -> Iterator[None]:
     """Context in which ``model.state_dict()`` holds the frozen base as well."""
-    record = _injected(model)
+    record = injected(model)
     before, record.shows_base = record.shows_base, True
     try:
         yield
@@ -118,12 +118,12 @@ def check_state(model: nn.Module, given: Mapping[str, Tensor], source: str) -> N
         )
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
-    """Return what was injected into a model and into which base, as plain data."""
-    record = _injected(model)
+def describe(model: nn.Module, packed: bool = False) -> dict[str, Any]:
+    """Return what was injected into a model and into which base, as plain data; ``packed`` as in ``adapter_state``."""
+    record = injected(model)
     return {
         "format": FORMAT,
-        "methods": [to_dict(method) for method in record.methods],
+        "methods": [to_dict(method.finalized() if packed else method) for method in record.methods],
         "also_train": list(record.also_train),
         "base": fingerprint(model),
     }
@@ -142,7 +142,11 @@ def restore(model: nn.Module, description: Mapping[str, Any], source: str, stric
         inject(model, [from_dict(data) for data in description["methods"]], description["also_train"])
     elif [to_dict(method) for method in record.methods] != description["methods"]:
         names = ", ".join(str(data.get("method")) for data in description["methods"])
-        raise ValueError(f"{source} was written with {names} in other settings than this model's: {record.methods}.")
+        final = [to_dict(method.finalized()) for method in record.methods] == description["methods"]
+        raise ValueError(
+            f"{source} was written with {names} in other settings than this model's: {record.methods}."
+            + " It holds no encoders for training; call lightning_peft.finalize(model) first." * final
+        )
     found = fingerprint(model)
     if strict and None not in (found, description["base"]) and found != description["base"]:
         raise ValueError(
@@ -189,15 +193,6 @@ def base_names(model: nn.Module) -> set[str]:
 def _place(host_name: str, key: str) -> str:
     """Return what stands in front of the entries of an adapter."""
     return f"{host_name}.{SLOT}.{key}.".lstrip(".")
-
-
-def _injected(model: nn.Module) -> Injection:
-    record = injection(model)
-    if record is None:
-        raise ValueError(
-            f"Nothing was injected into this {type(model).__name__}; pass the very module given to inject."
-        )
-    return record
 
 
 def _drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

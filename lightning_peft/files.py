@@ -34,7 +34,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """
     state = {clean(k): v.detach().contiguous().cpu() for k, v in adapter_state(model, packed=True).items()}
     weights = save(state)
-    config = {"library": "lightning_peft", **describe(model), "sha256": hashlib.sha256(weights).hexdigest()}
+    config = {
+        "library": "lightning_peft",
+        **describe(model, packed=True),
+        "sha256": hashlib.sha256(weights).hexdigest(),
+    }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / WEIGHTS, weights)

@@ -135,6 +135,16 @@ def injection(model: nn.Module) -> Injection | None:
     return model.__dict__.get(_RECORD)
 
 
+def injected(model: nn.Module) -> Injection:
+    """Return that record; a ``ValueError`` where there is none."""
+    record = injection(model)
+    if record is None:
+        raise ValueError(
+            f"Nothing was injected into this {type(model).__name__}; pass the very module given to inject."
+        )
+    return record
+
+
 def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Adapter]]:
     """Yield (host's name, host, adapter's name, adapter); found by type, never by the spelling of a name."""
     found: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, Adapted)]

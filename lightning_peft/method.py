@@ -31,6 +31,10 @@ class Method(ABC):
         """Yield names of base parameters that train as well."""
         return ()
 
+    def finalized(self) -> Method:
+        """Return the method of the same adapters without what only training needs; see ``Adapter.finalize``."""
+        return self
+
     def check_run(self, total_steps: int) -> None:
         """Raise if a run of so many optimizer steps (-1: unknown) cannot work; called before the first one."""
 

@@ -85,7 +85,7 @@ def adopt(module: pl.LightningModule, methods: Sequence[Method], also_train: Seq
             required_grad=dict.fromkeys(base_parameters(module), True),
         )
         module.__dict__["_peft_injection"] = record
-    if record.methods != list(methods):
+    if record.methods not in (list(methods), [method.finalized() for method in methods]):
         raise ValueError(
             f"The model holds {record.methods}, PEFTStrategy was given {list(methods)}. Pass the same methods, or call "
             f"lightning_peft.detach(model) first."

@@ -29,35 +29,59 @@ def _label(method: lp.Method) -> str:
 
 
 def methods_for(model: str) -> list[Case]:
-    bias = {"add_missing": model == "llama"}
-    prompt = {"targets": ["trunk"], "embeddings": "embed"} if model == "plain" else {}
+    return [*weight_methods(model), *other_methods(model)]
+
+
+def weight_methods(model: str) -> list[Case]:
+    """LoRA and its kin, on the families that differ in layers."""
+    if model not in ("bert", "llama", "gpt2", "plain"):
+        return [Case(model, (lp.LoRA(rank=4, alpha=6),)), Case(model, (lp.LoRA(rank=3, targets=["all-linear"]),))]
     return [
         Case(model, (lp.LoRA(rank=4, alpha=6),)),
         Case(model, (lp.LoRA(rank=3, targets=["all-linear"]),)),
         Case(model, (lp.LoRA(rank=4, targets=["all-linear"], scaling="rank_stabilized", decompose=True),)),
         Case(model, (lp.LoRA(rank=4, init="pissa"),), starts_at_base=False),
         Case(model, (lp.LoRA(rank=2, init="orthogonal"), lp.LoRA(name="second", rank=2, init="olora")), False),
-        Case(model, (lp.IA3(),)),
         Case(model, (lp.AdaLoRA(initial_rank=4, target_rank=2),)),
         Case(model, (lp.FedPara(rank=2),)),
         Case(model, (lp.FedPara(gamma=0.2, tanh=True),)),
         Case(model, (lp.FedPara(rank=3, personalized=True, targets=["attention.query", "feedforward.down"]),)),
         Case(model, (lp.KronA(scale=2),)),
         Case(model, (lp.KronA(scale=2, targets=["all-linear"], factor=4),)),
-        Case(model, (lp.KronABlock(scale=2),), mergeable=False),
-        Case(model, (lp.KronABlock(scale=2, residual=True),), starts_at_base=False, mergeable=False),
-        Case(model, (lp.LLaMAAdapter(length=3, layers=2),), mergeable=False),
-        Case(model, (lp.PromptTuning(length=3, **prompt),), starts_at_base=False, mergeable=False),
-        Case(model, (lp.BitFit(**bias),)),
+        Case(model, (lp.BitFit(add_missing=model == "llama"),)),
         Case(model, (lp.FullFineTuning(),)),
         Case(model, (lp.OutputLayers(),)),
         Case(model, (lp.LastLayers(count=2),)),
-        Case(
-            model,
-            (lp.LoRA(rank=4), lp.LLaMAAdapter(length=3), lp.PromptTuning(length=2, **prompt), lp.OutputLayers()),
-            starts_at_base=False,
-            mergeable=False,
-        ),
+    ]
+
+
+def other_methods(model: str) -> list[Case]:
+    """What acts on activations, attention and input embeddings, on every family."""
+    return [
+        Case(model, (lp.KronABlock(scale=2),), mergeable=False),
+        Case(model, (lp.KronABlock(scale=2, residual=True),), starts_at_base=False, mergeable=False),
+        *activation_methods(model),
+        *attention_methods(model),
+        *prompt_methods(model),
+    ]
+
+
+def activation_methods(model: str) -> list[Case]:
+    return [] if model == "encoder" else [Case(model, (lp.IA3(),))]
+
+
+def attention_methods(model: str) -> list[Case]:
+    return [] if model == "encoder" else [Case(model, (lp.LLaMAAdapter(length=3, layers=2),), mergeable=False)]
+
+
+def prompt_methods(model: str) -> list[Case]:
+    if MODELS[model].reads == "images":
+        return []
+    prompt = {"targets": ["trunk"], "embeddings": "embed"} if model in ("plain", "encoder") else {}
+    together = (lp.LoRA(rank=4), lp.LLaMAAdapter(length=3), lp.PromptTuning(length=2, **prompt), lp.OutputLayers())
+    return [
+        Case(model, (lp.PromptTuning(length=3, **prompt),), starts_at_base=False, mergeable=False),
+        *([Case(model, together, False, False)] if model in ("bert", "llama", "gpt2", "plain") else []),
     ]
 
 

@@ -9,7 +9,18 @@ ROOT = Path(lp.__file__).parent
 ORDER = [
     *["layers", "quantized_layers", "select", "attention", "forms", "products", "built", "adapter", "low_rank"],
     *["triplets", "hadamard", "method", "kronecker", "feedforward", "virtual_tokens", "methods", "inject", "nf4"],
-    *["quantization", "merging", "checkpoint", "files", "summary", "plots", "optimizers", "modes", "random_state"],
+    *[
+        "quantization",
+        "merging",
+        "finalizing",
+        "checkpoint",
+        "files",
+        "summary",
+        "plots",
+        "optimizers",
+        "modes",
+        "random_state",
+    ],
     *["wiring", "restoring", "strategy", "tasks", "cli", "__main__"],
 ]
 
