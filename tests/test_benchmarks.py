@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -37,18 +38,23 @@ def cases(name):
     return importlib.import_module(name).CASES
 
 
+# Bytes by which ours may be above: a pooler's output over the virtual tokens beside that over the tokens, which alone
+# goes to the head (2 rows of 96); the tanh of a gate for each head (2 layers of 8), of which peft has one for a layer.
+ABOVE = {("bert", case): 4 * 2 * 96 for case in ("prompt_tuning", "p_tuning", "multitask_prompt_tuning")}
+ABOVE["llama", "llama_adapter"] = 4 * 2 * 8
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore")  # of peft and of its ways with transformers
 def test_no_step_keeps_more_for_backward_than_the_peers(name):
     import sides
 
     found = {}
-    for kind in KINDS:
-        for case, settings in cases(name).items():
-            for _, row in sides.compare(kind, settings, Namespace(only=["bytes"], small=True)):
-                print(kind, case, row["bytes"])
-                found[kind, case] = row["bytes"]
-    assert {case: sizes for case, sizes in found.items() if sizes["ours"] > sizes.get("peft", sizes["ours"])} == {}
+    for kind, (case, settings) in itertools.product(KINDS, cases(name).items()):
+        for _, row in sides.compare(kind, settings, Namespace(only=["bytes"], small=True)):
+            print(kind, case, row["bytes"])
+            found[kind, case] = row["bytes"]["ours"] - row["bytes"].get("peft", row["bytes"]["ours"])
+    assert {case: bytes_ for case, bytes_ in found.items() if bytes_ > ABOVE.get(case, 0)} == {}
 
 
 # Where both sides train the same tensors in the same order. With prompts, peft's classifiers pool a virtual token.
