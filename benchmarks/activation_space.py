@@ -32,7 +32,7 @@ def task_ids(batch: harness.Batch) -> Tensor:
 
 
 def our_tasks(model: nn.Module, batch: harness.Batch) -> Tensor:
-    with lp.tasks(model, task_ids(batch)):
+    with lp.row_tasks(model, task_ids(batch)):
         return harness.loss(model, batch)
 
 
