@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from .adapter import Adapter, WeightUpdate
 from .checkpoint import full_state_dict, global_state, local_state
+from .ensembles import ensemble, join_prompts, majority_vote
 from .files import load_adapter, save_adapter
 from .finalizing import finalize
 from .inject import adapters, detach, inject
@@ -20,11 +21,13 @@ from .methods import (
     LastLayers,
     LLaMAAdapter,
     LoRA,
+    MultitaskPromptTuning,
     OutputLayers,
     PromptTuning,
 )
 from .quantization import dequantize, quantize
 from .restoring import load_from_checkpoint
+from .rows import row_tasks
 from .strategy import PEFTStrategy
 from .summary import summary
 
@@ -43,6 +46,7 @@ __all__ = [
     "LastLayers",
     "LoRA",
     "Method",
+    "MultitaskPromptTuning",
     "OutputLayers",
     "PEFTStrategy",
     "PromptTuning",
@@ -50,15 +54,19 @@ __all__ = [
     "adapters",
     "dequantize",
     "detach",
+    "ensemble",
     "finalize",
     "full_state_dict",
     "global_state",
     "inject",
+    "join_prompts",
     "load_adapter",
     "load_from_checkpoint",
     "local_state",
+    "majority_vote",
     "merge",
     "quantize",
+    "row_tasks",
     "save_adapter",
     "summary",
 ]

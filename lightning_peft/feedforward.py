@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, Call
@@ -70,8 +69,6 @@ class Beside(Adapter):
         y = inner(*args, **kwargs)
         if not isinstance(y, Tensor):
             raise TypeError(f"{type(host).__name__} returns a {type(y).__name__}, to which no branch can be added.")
-        if x.is_nested:  # of torch's encoder in eval mode, which packs padded rows
-            return y + torch.nested.as_nested_tensor([self.branch(row).to(y.dtype) for row in x.unbind()])
         return y + self.branch(x).to(y.dtype)
 
 

@@ -8,7 +8,7 @@ from models import MODELS
 from trainer_models import Module, Resumable, data, module, trainer
 
 import lightning_peft as lp
-from lightning_peft.checkpoint import fingerprint
+from lightning_peft.fingerprints import fingerprint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),
@@ -31,6 +31,7 @@ METHODS = {
     ),
     "LLaMAAdapter": lambda: lp.LLaMAAdapter(length=3, gate_warmup_steps=2),
     "PromptTuning": lambda: lp.PromptTuning(length=3),
+    "MultitaskPromptTuning": lambda: lp.MultitaskPromptTuning(length=3),
     "BitFit": lambda: lp.BitFit(add_missing=True),
     "FullFineTuning": lp.FullFineTuning,
     "OutputLayers": lp.OutputLayers,

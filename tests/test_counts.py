@@ -39,6 +39,15 @@ def test_a_prompt_of_5_on_t5_xxl():
     assert trained(T5ForConditionalGeneration, config, lp.PromptTuning(length=5)) == 20_480
 
 
+@pytest.mark.parametrize(("tasks", "count"), [(1, 77_668), (8, 76_800 + 8 * 868)])
+def test_multitask_prompts_on_t5_base(tasks, count):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=32128, d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12)
+    assert trained(T5ForConditionalGeneration, config, lp.MultitaskPromptTuning(tasks=tasks)) == count
+    assert trained(T5ForConditionalGeneration, config, lp.PromptTuning(tasks=tasks)) == 76_800 * tasks
+
+
 def test_bitfit_on_bert_base():
     from transformers import BertConfig, BertModel
 

@@ -8,6 +8,7 @@ from .krona import KronA
 from .krona_block import KronABlock
 from .llama_adapter import LLaMAAdapter
 from .lora import LoRA
+from .multitask_prompt_tuning import MultitaskPromptTuning
 from .prompt_tuning import PromptTuning
 from .subsets import FullFineTuning, LastLayers, OutputLayers
 
@@ -22,6 +23,7 @@ __all__ = [
     "LLaMAAdapter",
     "LastLayers",
     "LoRA",
+    "MultitaskPromptTuning",
     "OutputLayers",
     "PromptTuning",
 ]
