@@ -101,6 +101,17 @@ class KeyValue:
         value = host.get_submodule(self.value)
         return layer_of(child).shape(child)[1], layer_of(value).shape(value)[1]
 
+    def outputs(self, host: nn.Module) -> tuple[int, int]:
+        """Return the widths of keys and values, all their heads together."""
+        child: Any = host.get_submodule(self.key)
+        if isinstance(child, nn.MultiheadAttention):
+            return child.embed_dim, child.embed_dim
+        if self.rows is not None:
+            start, middle, end = self.rows
+            return middle - start, end - middle
+        value = host.get_submodule(self.value)
+        return layer_of(child).shape(child)[0], layer_of(value).shape(value)[0]
+
 
 def _projected_by_torch(host: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     packed = host.in_proj_weight  # once: adapters may compute it

@@ -53,7 +53,7 @@ def test_base_keys_stay_and_a_base_state_loads_after_injection(case):
     assert base.state_dict().keys() <= model.state_dict().keys()
     result = model.load_state_dict(base.state_dict(), strict=False)
     assert not result.unexpected_keys
-    assert all(".peft." in key for key in result.missing_keys)
+    assert all(".peft." in f".{key}" for key in result.missing_keys)
     assert all(isinstance(new, type(old)) for old, new in zip(base.modules(), _base_modules(model), strict=True))
 
 
@@ -119,7 +119,7 @@ def test_update_is_the_map_of_delta(case):
 def test_three_steps_train_what_is_declared_and_nothing_else(case):
     model = adapted(case).train()
     declared = {name for name, p in model.named_parameters() if p.requires_grad}
-    expected = {f"{n}.peft.{k}.{p}" for n, _, k, a in lp.adapters(model) for p, _ in a.named_parameters()}
+    expected = {f"{n}.peft.{k}.{p}".lstrip(".") for n, _, k, a in lp.adapters(model) for p, _ in a.named_parameters()}
     expected |= {name for method in case.methods for name in method.parameters(MODELS[case.model]())}
     assert declared == expected
     before = copy.deepcopy(model.state_dict())
@@ -159,7 +159,7 @@ def test_an_adapter_file_brings_it_back(case, tmp_path):
     lp.save_adapter(model, tmp_path)
     fresh = lp.load_adapter(MODELS[case.model](), tmp_path)
     assert torch.equal(run(fresh, case), run(model, case))
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    trained = {n for n, p in lp.finalize(model).named_parameters() if p.requires_grad}
     assert {n for n, p in fresh.named_parameters() if p.requires_grad} == trained
 
 

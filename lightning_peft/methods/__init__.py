@@ -8,6 +8,8 @@ from .krona import KronA
 from .krona_block import KronABlock
 from .llama_adapter import LLaMAAdapter
 from .lora import LoRA
+from .multitask_prompt_tuning import MultitaskPromptTuning
+from .prefix_tuning import PrefixTuning, PTuningV2
 from .prompt_tuning import PromptTuning
 from .subsets import FullFineTuning, LastLayers, OutputLayers
 
@@ -22,6 +24,9 @@ __all__ = [
     "LLaMAAdapter",
     "LastLayers",
     "LoRA",
+    "MultitaskPromptTuning",
     "OutputLayers",
+    "PTuningV2",
+    "PrefixTuning",
     "PromptTuning",
 ]
