@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, Call
 from .layers import is_called_linear, layer_of
+from .packed import by_rows
 from .select import base_modules, select
 
 FEEDFORWARD = "feedforward"  # the pairs of feedforward.up and feedforward.down that make a block
@@ -70,9 +70,7 @@ class Beside(Adapter):
         y = inner(*args, **kwargs)
         if not isinstance(y, Tensor):
             raise TypeError(f"{type(host).__name__} returns a {type(y).__name__}, to which no branch can be added.")
-        if x.is_nested:  # of torch's encoder in eval mode, which packs padded rows
-            return y + torch.nested.as_nested_tensor([self.branch(row).to(y.dtype) for row in x.unbind()])
-        return y + self.branch(x).to(y.dtype)
+        return y + by_rows(lambda rows: self.branch(rows).to(y.dtype), x)
 
 
 @dataclass(frozen=True)

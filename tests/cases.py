@@ -67,7 +67,7 @@ def other_methods(model: str) -> list[Case]:
 
 
 def activation_methods(model: str) -> list[Case]:
-    return [] if model == "encoder" else [Case(model, (lp.IA3(),))]
+    return [Case(model, (lp.IA3(),))]
 
 
 def attention_methods(model: str) -> list[Case]:

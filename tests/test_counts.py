@@ -124,10 +124,16 @@ def test_qlora_on_llama(width, inner, layers, heads, count):
     assert trained(LlamaForCausalLM, config, lp.LoRA(rank=64, targets=["all-linear"])) == count
 
 
-def test_ia3_on_t0_3b():
+@pytest.mark.parametrize(
+    ("width", "inner", "heads", "count"),
+    [(2048, 5120, 32, 540_672), (4096, 10240, 64, 1_081_344)],
+    ids=["3b", "11b"],
+)
+def test_ia3_on_t0(width, inner, heads, count):
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        vocab_size=32128, d_model=2048, d_kv=64, d_ff=5120, num_layers=24, num_heads=32, feed_forward_proj="gated-gelu"
-    )
-    assert trained(T5ForConditionalGeneration, config, lp.IA3()) == 540_672
+        vocab_size=32128, d_model=width, d_kv=64, d_ff=inner, num_layers=24, num_heads=heads,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    assert trained(T5ForConditionalGeneration, config, lp.IA3()) == count
