@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -164,6 +166,48 @@ def output_layers(model: nn.Module) -> list[str]:
     return [name for name in leaves if order[name] > end]
 
 
+def head_layers(model: nn.Module) -> list[str]:
+    """Return the names of the weighted layers of a task's head: the output layers that no backbone was trained with.
+
+    Of transformers' models these are outside the backbone and no part of what predicts its vocabulary.
+    """
+    without = tuple(itertools.chain.from_iterable(_pretrained(name, m) for name, m in _outermost_pretrained(model)))
+    return [name for name in output_layers(model) if not f".{name}.".startswith(without)]
+
+
+def _outermost_pretrained(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    found = list[str]()
+    for name, module in [("", model), *base_modules(model).items()]:
+        embeds = callable(getattr(module, "get_input_embeddings", None))
+        inside = any(name.startswith(other) for other in found)
+        if embeds and isinstance(getattr(module, "base_model", None), nn.Module) and not inside:
+            found.append(f"{name}.".lstrip("."))
+            yield name, module
+
+
+def _pretrained(name: str, module: Any) -> Iterator[str]:
+    """Yield prefixes of the backbone, and of all children up to the one that predicts the vocabulary."""
+    place = f".{name}." if name else "."
+    output = module.get_output_embeddings()
+    children = {key: set(child.modules()) for key, child in module.named_children()}
+    last = max((i for i, own in enumerate(children.values()) if output in own), default=-1)
+    for i, (key, own) in enumerate(children.items()):
+        if i <= last or module.base_model in own:
+            yield f"{place}{key}."
+    if module.base_model is module:
+        yield place
+
+
+def norms(model: nn.Module) -> list[str]:
+    """Return the names of the normalization layers that have parameters, known by their type's name."""
+    own = {n: list(m.parameters(recurse=False)) for n, m in base_modules(model).items() if _is_norm(m)}
+    return [name for name, found in own.items() if found and all(p.dim() == 1 for p in found)]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Norm")
+
+
 def attention_modules(model: nn.Module) -> list[str]:
     """Return the names of the modules that hold key projections, alone or fused, and of torch's own attention."""
     modules = base_modules(model)
@@ -201,6 +245,8 @@ ROLES: dict[str, Callable[[nn.Module], Iterable[str]]] = {
     "all-linear": _all_linear,
     "blocks": blocks,
     "output": output_layers,
+    "head": head_layers,
+    "norms": norms,
 }
 
 
