@@ -13,6 +13,7 @@ from .methods import (
     IA3,
     AdaLoRA,
     BitFit,
+    Bottleneck,
     FedPara,
     FullFineTuning,
     KronA,
@@ -21,6 +22,7 @@ from .methods import (
     LLaMAAdapter,
     LoRA,
     OutputLayers,
+    ParallelAdapter,
     PromptTuning,
 )
 from .quantization import dequantize, quantize
@@ -34,6 +36,7 @@ __all__ = [
     "AdaLoRA",
     "Adapter",
     "BitFit",
+    "Bottleneck",
     "FedPara",
     "FullFineTuning",
     "IA3",
@@ -45,6 +48,7 @@ __all__ = [
     "Method",
     "OutputLayers",
     "PEFTStrategy",
+    "ParallelAdapter",
     "PromptTuning",
     "WeightUpdate",
     "adapters",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import is_called_linear, layer_of
+from .layers import is_called_linear, layer_of, read_attribute
 from .method import require
 from .select import base_modules
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
 Layer = tuple[Tensor, Tensor | None]  # a weight and a bias
 
 
@@ -36,8 +38,8 @@ def output_of(host: nn.Module, name: str) -> tuple[int, Tensor]:
         ValueError: There is no linear layer in it.
     """
     modules = [host, *base_modules(host).values()]
-    linear = [m for m in modules if is_called_linear(m) or isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear)]
+    linear = [m for m in modules if is_called_linear(m) or read_attribute(type(m)) == "weight"]
     if not linear:
-        raise ValueError(f"{name} ({type(host).__name__}) holds no linear layer that tells its width; target one that does.")
+        raise ValueError(f"{name} ({type(host).__name__}) holds no linear layer, which would tell its width.")
     layer = layer_of(linear[-1])
     return layer.shape(linear[-1])[0], layer.parameter(linear[-1])

@@ -61,7 +61,7 @@ def t5() -> nn.Module:
 
     config = T5Config(
         vocab_size=VOCABULARY, d_model=WIDTH, d_kv=6, d_ff=WIDTH * 3 // 2, num_layers=3, num_decoder_layers=3,
-        num_heads=4, feed_forward_proj="gated-gelu", dropout_rate=0.0, initializer_factor=0.5, pad_token_id=0,
+        num_heads=4, feed_forward_proj="gated-gelu", dropout_rate=0.0, initializer_factor=0.3, pad_token_id=0,
         decoder_start_token_id=0, eos_token_id=2, tie_word_embeddings=False, relative_attention_num_buckets=8,
     )  # fmt: skip
     return T5ForConditionalGeneration(config)
@@ -92,7 +92,10 @@ def vit() -> nn.Module:
 def timm_vit() -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(img_size=8, patch_size=4, embed_dim=WIDTH, depth=3, num_heads=4, num_classes=3)
+    model = VisionTransformer(img_size=8, patch_size=4, embed_dim=WIDTH, depth=3, num_heads=4, num_classes=3)
+    for parameter in model.parameters():  # which start so small that little depends on the image
+        nn.init.normal_(parameter, std=0.15)
+    return model
 
 
 class Attention(nn.Module):
@@ -205,6 +208,7 @@ class Model:
     make: Callable[[], nn.Module]
     reads: str = "text"  # or: text and text, images
     positions: str = "none"  # absolute (from the first column on), given (position_ids)
+    images: str = "pixel_values"  # what forward calls them
 
     def __call__(self) -> nn.Module:
         with torch.random.fork_rng():
@@ -215,7 +219,7 @@ class Model:
         """Return arguments of forward: two rows; with padding (left, right), three columns of it and a mask."""
         if self.reads == "images":
             generator = torch.Generator().manual_seed(1)
-            return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}
+            return {self.images: torch.randn(2, 3, 8, 8, generator=generator)}
         x, ones = tokens(), torch.ones(2, 7, dtype=torch.long)
         if padding is not None:
             sides = {"left": (3, 0), "right": (0, 3)}[padding]
@@ -241,7 +245,7 @@ MODELS = {
     "fused_vit": Model(FusedViT, "images"),
 }
 if all(map(importlib.util.find_spec, ("timm", "torchvision"))):
-    MODELS["timm_vit"] = Model(timm_vit, "images")
+    MODELS["timm_vit"] = Model(timm_vit, "images", images="x")
 
 
 def tokens(rows: int = 2, length: int = 7) -> Tensor:

@@ -2,18 +2,21 @@
 
 from .adalora import AdaLoRA
 from .bitfit import BitFit
+from .bottleneck import Bottleneck
 from .fedpara import FedPara
 from .ia3 import IA3
 from .krona import KronA
 from .krona_block import KronABlock
 from .llama_adapter import LLaMAAdapter
 from .lora import LoRA
+from .parallel_adapter import ParallelAdapter
 from .prompt_tuning import PromptTuning
 from .subsets import FullFineTuning, LastLayers, OutputLayers
 
 __all__ = [
     "AdaLoRA",
     "BitFit",
+    "Bottleneck",
     "FedPara",
     "FullFineTuning",
     "IA3",
@@ -23,5 +26,6 @@ __all__ = [
     "LastLayers",
     "LoRA",
     "OutputLayers",
+    "ParallelAdapter",
     "PromptTuning",
 ]
