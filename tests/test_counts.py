@@ -137,3 +137,42 @@ def test_ia3_on_t0(width, inner, heads, count):
         feed_forward_proj="gated-gelu",
     )  # fmt: skip
     assert trained(T5ForConditionalGeneration, config, lp.IA3()) == count
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "adapters", "norms", "head"),
+    [(24, 1024, 6_343_680, 100_352, 2_050), (12, 768, 2_379_264, 38_400, 1_538)],
+    ids=["large", "base"],
+)
+def test_bottlenecks_on_bert(layers, width, adapters, norms, head):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        num_hidden_layers=layers, hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64
+    )
+    for train_norms, train_head in ((False, False), (True, False), (False, True), (True, True)):
+        method = lp.Bottleneck(size=64, train_norms=train_norms, train_head=train_head)
+        count = adapters + norms * train_norms + head * train_head
+        assert trained(BertForSequenceClassification, config, method) == count
+    assert layers != 24 or count == 6_446_082
+
+
+def test_one_bottleneck_of_24():
+    method = lp.Bottleneck(size=24, targets=["0"], train_head=False)
+    assert trained(lambda _: linear_layers(1024, 1024), None, method) == 49_152 + 1024 + 24
+
+
+def test_parallel_adapters_on_bart_large():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    for size, count in ((200, 9_830_400), (512, 25_165_824), (1024, 50_331_648)):
+        assert trained(BartForConditionalGeneration, BartConfig(), lp.ParallelAdapter(size=size)) == count
+
+
+def test_llama_adapter_v2_on_llama_7b():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    both = lp.LLaMAAdapter(train_norms=True, bias_and_scale=True)
+    assert trained(LlamaForCausalLM, LlamaConfig(), both) == 1_229_760 + 2_985_984
+    norms = lp.LLaMAAdapter(train_norms=True)
+    assert trained(LlamaForCausalLM, LlamaConfig(), norms) == 1_229_760 + 65 * 4096

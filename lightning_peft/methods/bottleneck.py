@@ -23,7 +23,7 @@ class Bottleneck(Method):
 
     Two in each block, after the attention's output projection and after the feed-forward's down-projection, before a
     dropout, the skip connection and the norm that may follow. Both weights start near zero, so that an adapted model
-    starts near its base. Pfeiffer's placement, https://arxiv.org/abs/2005.00247, is
+    starts near its base. One in each block, as in https://arxiv.org/abs/2005.00247 but without a norm in between, is
     ``Bottleneck(targets=["feedforward.down"], activation="relu", train_norms=False)``. Nothing of it merges.
 
     Args:
