@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from .adapter import Adapter, WeightUpdate
 from .checkpoint import full_state_dict, global_state, local_state
+from .ensembles import ensemble, join_prompts, majority_vote
 from .files import load_adapter, save_adapter
 from .finalizing import finalize
 from .inject import adapters, detach, inject
@@ -21,12 +22,16 @@ from .methods import (
     LastLayers,
     LLaMAAdapter,
     LoRA,
+    MultitaskPromptTuning,
     OutputLayers,
     ParallelAdapter,
+    PrefixTuning,
     PromptTuning,
+    PTuningV2,
 )
 from .quantization import dequantize, quantize
 from .restoring import load_from_checkpoint
+from .rows import row_tasks
 from .strategy import PEFTStrategy
 from .summary import summary
 
@@ -46,23 +51,30 @@ __all__ = [
     "LastLayers",
     "LoRA",
     "Method",
+    "MultitaskPromptTuning",
     "OutputLayers",
     "PEFTStrategy",
     "ParallelAdapter",
+    "PTuningV2",
+    "PrefixTuning",
     "PromptTuning",
     "WeightUpdate",
     "adapters",
     "dequantize",
     "detach",
+    "ensemble",
     "finalize",
     "full_state_dict",
     "global_state",
     "inject",
+    "join_prompts",
     "load_adapter",
     "load_from_checkpoint",
     "local_state",
+    "majority_vote",
     "merge",
     "quantize",
+    "row_tasks",
     "save_adapter",
     "summary",
 ]

@@ -62,17 +62,13 @@ class Adapter(nn.Module, ABC):
         return dict(packed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
-        if recurse:
-            for child in self.children():
-                child._apply(fn)  # type: ignore[no-untyped-call]
-
         def keep_width(tensor: Tensor) -> Tensor:
             new = fn(tensor)
             if tensor.is_floating_point() and new.is_floating_point() and new.element_size() < tensor.element_size():
                 return tensor.to(device=new.device, copy=True)
             return new
 
-        super()._apply(keep_width, recurse=False)  # type: ignore[no-untyped-call]
+        super()._apply(keep_width, recurse)  # type: ignore[no-untyped-call]
         return self
 
 

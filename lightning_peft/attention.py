@@ -41,6 +41,26 @@ class AttentionCalls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def call_changed(
+    change: Callable[..., Tensor], host: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Return ``inner(*args, **kwargs)``, the call of an attention module, as ``AttentionCalls(change)`` makes it.
+
+    Raises:
+        RuntimeError: The host made no such call, so that the change had no effect; says how to load the model.
+    """
+    calls = AttentionCalls(change)
+    with calls:
+        output = inner(*args, **kwargs)
+    if not calls.seen:
+        raise RuntimeError(
+            f"{type(host).__name__} did not call scaled_dot_product_attention, so its adapter has no effect; "
+            f"load the model with attn_implementation='sdpa' (in timm: with fused_attn) and do not ask for attention "
+            f"weights."
+        )
+    return output
+
+
 @dataclass(frozen=True)
 class KeyValue:
     """Where an attention module computes keys and values.
@@ -80,6 +100,17 @@ class KeyValue:
             return child.kdim, child.vdim
         value = host.get_submodule(self.value)
         return layer_of(child).shape(child)[1], layer_of(value).shape(value)[1]
+
+    def outputs(self, host: nn.Module) -> tuple[int, int]:
+        """Return the widths of keys and values, all their heads together."""
+        child: Any = host.get_submodule(self.key)
+        if isinstance(child, nn.MultiheadAttention):
+            return child.embed_dim, child.embed_dim
+        if self.rows is not None:
+            start, middle, end = self.rows
+            return middle - start, end - middle
+        value = host.get_submodule(self.value)
+        return layer_of(child).shape(child)[0], layer_of(value).shape(value)[0]
 
 
 def _projected_by_torch(host: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,18 +156,37 @@ def head_count(host: nn.Module, name: str) -> int:
     raise TypeError(f"{name} ({type(host).__name__}) does not say how many heads it has; give the method heads=....")
 
 
-def require_interceptable(host: nn.Module, name: str) -> None:
+def require_interceptable(host: nn.Module, name: str, model: nn.Module | None = None) -> None:
     """Refuse attention that is known not to call ``scaled_dot_product_attention``.
+
+    Args:
+        host: Attention module.
+        name: Its dotted name.
+        model: Where that name leads to the host; for attention whose own configuration does not tell.
 
     Raises:
         TypeError: Says how to load the model instead.
     """
-    kind = getattr(getattr(host, "config", None), "_attn_implementation", None)
+    kind, around = _implementation(host), name
+    while kind is None and model is not None and around:
+        around = around.rpartition(".")[0]
+        kind = _implementation(model.get_submodule(around))
     if kind not in (None, "sdpa"):
         raise TypeError(
-            f"{name} uses attn_implementation={kind!r}, where added keys would be silently ignored; "
-            f"load the model with attn_implementation='sdpa'."
+            f"{name} ({type(host).__name__}) uses attn_implementation={kind!r}, where added keys would be silently "
+            f"ignored; load the model with attn_implementation='sdpa'. For architectures without it (DeBERTa, or T5 "
+            f"before transformers 5) choose another method."
         )
+    if getattr(host, "fused_attn", True) is False:
+        raise TypeError(
+            f"{name} ({type(host).__name__}) has fused_attn=False, where added keys would be silently ignored; call "
+            f"timm.layers.set_fused_attn(True) before the model is built."
+        )
+
+
+def _implementation(module: nn.Module) -> str | None:
+    kind: str | None = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return kind
 
 
 def _child(model: nn.Module, name: str, role: str) -> str | None:

@@ -173,8 +173,7 @@ def detach(model: nn.Module) -> nn.Module:
     for _, host, key, _ in list(adapters(model)):
         _remove(host, key)
     for module in model.modules():
-        for number in [number for number, hook in module._forward_pre_hooks.items() if hook is _nothing]:
-            del module._forward_pre_hooks[number]
+        _call_as_before(module)
     record: Injection | None = model.__dict__.pop(_RECORD, None)
     for name, parameter in base_parameters(model).items():
         if record is not None:
@@ -247,12 +246,36 @@ def _remove(host: Any, key: str) -> None:
 
 
 def _call_children(modules: Iterable[nn.Module]) -> None:
-    """In eval mode torch's encoder layers read the weights of their children without calling them, unless hooked."""
+    """Have torch's encoders call what they hold in eval mode, with plain tensors.
+
+    Unless hooked, encoder layers read the weights of their children; the encoder packs padded rows into nested tensors,
+    with which torch's attention runs no code but its own and no gradient comes back.
+    """
     for module in modules:
-        reads = isinstance(module, (nn.TransformerEncoderLayer, nn.MultiheadAttention)) and any(adapters(module))
-        if reads and _nothing not in module._forward_pre_hooks.values():
+        if not isinstance(module, _READERS) or not any(adapters(module)):
+            continue
+        if isinstance(module, nn.TransformerEncoder):
+            if module.use_nested_tensor:
+                module.use_nested_tensor = False
+                module.register_forward_pre_hook(_unpacked)
+        elif _nothing not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_nothing)
+
+
+def _call_as_before(module: nn.Module) -> None:
+    for number, hook in list(module._forward_pre_hooks.items()):
+        if hook is _unpacked:
+            module.use_nested_tensor = True  # type: ignore[assignment]
+        if hook in (_nothing, _unpacked):
+            del module._forward_pre_hooks[number]
+
+
+_READERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 def _nothing(module: nn.Module, args: Any) -> None:
     """Change nothing."""
+
+
+def _unpacked(module: nn.Module, args: Any) -> None:
+    """Change nothing; tells that an encoder packed rows before."""

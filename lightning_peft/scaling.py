@@ -15,7 +15,6 @@ from torch import Tensor
 from .adapter import Call
 from .forms import column_sums
 from .layers import Layer
-from .packed import by_rows
 from .products import own_types
 
 _LEAST = 1e-20  # scales nearer to zero act as this, since a result of zeros would not tell their gradient
@@ -29,15 +28,11 @@ def scaled_output(
         bias = host.bias if shift is None else shift if host.bias is None else host.bias + shift
         return _apply(_ScaledLinear, x, layer.read(host), bias, scales)
     shape = (-1, *[1] * (len(layer.shape(host)) - 2))  # features, and what follows them
-    scales = scales.view(shape)
-
-    def scale(y: Tensor) -> Tensor:
-        y = y if shift is None else y + shift.view(shape).to(y.dtype)
-        if y.dtype == torch.float16 or not torch.is_grad_enabled():  # too narrow to divide a small result again
-            return (y * scales).to(y.dtype)
-        return _apply(_Scaled, y, scales)
-
-    return by_rows(scale, call(x))
+    y: Tensor = call(x)
+    y, scales = y if shift is None else y + shift.view(shape).to(y.dtype), scales.view(shape)
+    if y.dtype == torch.float16 or not torch.is_grad_enabled():  # too narrow to divide a small result again
+        return (y * scales).to(y.dtype)
+    return _apply(_Scaled, y, scales)
 
 
 def scaled_input(layer: Layer, host: Any, call: Call, x: Tensor, scales: Tensor) -> Tensor:
@@ -45,7 +40,7 @@ def scaled_input(layer: Layer, host: Any, call: Call, x: Tensor, scales: Tensor)
     if _joins(layer, host, call, x):
         return _apply(_LinearOfScaled, x, layer.read(host), host.bias, scales)
     scales = scales.view(-1, *[1] * (len(layer.shape(host)) - 2))
-    result: Tensor = call(by_rows(lambda rows: (rows * scales).to(rows.dtype), x))
+    result: Tensor = call((x * scales).to(x.dtype))
     return result
 
 
@@ -56,13 +51,12 @@ def _joins(layer: Layer, host: Any, call: Call, x: Tensor) -> bool:
     trains, wide = torch.is_grad_enabled(), host.weight.dtype in (torch.float32, torch.float64)
     with own_types(x) as dtype:
         exact = wide and not (trains and (host.weight.requires_grad or dtype == torch.float16))
-    return exact and (x.is_nested or x.numel() >= host.weight.numel())
+    return exact and x.numel() >= host.weight.numel()
 
 
 def _apply(function: Any, x: Tensor, *args: Any) -> Tensor:
     with own_types(x) as dtype:
-        call = function.apply if torch.is_grad_enabled() else function.forward  # packed rows need the bare function
-        result: Tensor = call(x, *args, dtype or x.dtype)
+        result: Tensor = function.apply(x, *args, dtype or x.dtype)
     return result
 
 

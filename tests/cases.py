@@ -78,7 +78,11 @@ def activation_methods(model: str) -> list[Case]:
 
 
 def attention_methods(model: str) -> list[Case]:
-    return [] if model == "encoder" else [Case(model, (lp.LLaMAAdapter(length=3, layers=2),), mergeable=False)]
+    return [
+        Case(model, (lp.LLaMAAdapter(length=3, layers=2),), mergeable=False),
+        Case(model, (lp.PrefixTuning(length=3, hidden_size=16),), starts_at_base=False, mergeable=False),
+        Case(model, (lp.PTuningV2(length=4, dropout=0.0),), starts_at_base=False, mergeable=False),
+    ]
 
 
 def prompt_methods(model: str) -> list[Case]:
@@ -88,6 +92,7 @@ def prompt_methods(model: str) -> list[Case]:
     together = (lp.LoRA(rank=4), lp.LLaMAAdapter(length=3), lp.PromptTuning(length=2, **prompt), lp.OutputLayers())
     return [
         Case(model, (lp.PromptTuning(length=3, **prompt),), starts_at_base=False, mergeable=False),
+        Case(model, (lp.MultitaskPromptTuning(length=3, **prompt),), starts_at_base=False, mergeable=False),
         *([Case(model, together, False, False)] if model in ("bert", "llama", "gpt2", "plain") else []),
     ]
 

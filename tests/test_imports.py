@@ -7,10 +7,11 @@ import lightning_peft as lp
 
 ROOT = Path(lp.__file__).parent
 ORDER = [
-    *["layers", "quantized_layers", "select", "multihead", "attention", "forms", "products", "built", "packed"],
-    *["adapter", "low_rank", "scaling", "affine", "triplets", "hadamard", "method", "bottlenecks", "kronecker"],
-    *["feedforward", "virtual_tokens", "methods", "inject", "nf4", "quantization", "merging", "finalizing"],
-    *["checkpoint", "files", "summary", "plots", "optimizers", "modes", "random_state", "wiring", "restoring"],
+    *["layers", "quantized_layers", "select", "fingerprints", "folders", "multihead", "attention", "forms"],
+    *["products", "built", "adapter", "low_rank", "scaling", "affine", "triplets", "hadamard", "method", "bottlenecks"],
+    *["kronecker", "feedforward", "outputs", "virtual_tokens", "words", "rows", "prompts", "prefixes"],
+    *["prefix_starts", "positions", "methods", "inject", "nf4", "quantization", "merging", "finalizing", "checkpoint"],
+    *["files", "ensembles", "summary", "plots", "optimizers", "modes", "random_state", "wiring", "restoring"],
     *["strategy", "tasks", "cli", "__main__"],
 ]
 

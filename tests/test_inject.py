@@ -135,7 +135,7 @@ REFUSED = {
     "down first": (Backwards, lp.KronABlock(), ValueError, "No up-projection comes before fc2"),
     "eager attention": (eager, lp.LLaMAAdapter(), TypeError, "attn_implementation='eager'.*'sdpa'"),
     "too many layers": (MODELS["llama"], lp.LLaMAAdapter(layers=4), ValueError, "layers must be at most 3"),
-    "no backbone": (chain, lp.PromptTuning(), ValueError, "give PromptTuning targets and embeddings"),
+    "no backbone": (chain, lp.PromptTuning(), ValueError, "give the method targets and embeddings"),
     "no tokens": (lambda: family("vit"), lp.PromptTuning(), TypeError, "ViTModel embeds no tokens"),
     "no bias": (MODELS["llama"], lp.BitFit(), ValueError, r"BitFit\(add_missing=True\)"),
     "no blocks": (chain, lp.LastLayers(), ValueError, "number of blocks found"),

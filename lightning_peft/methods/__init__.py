@@ -9,7 +9,9 @@ from .krona import KronA
 from .krona_block import KronABlock
 from .llama_adapter import LLaMAAdapter
 from .lora import LoRA
+from .multitask_prompt_tuning import MultitaskPromptTuning
 from .parallel_adapter import ParallelAdapter
+from .prefix_tuning import PrefixTuning, PTuningV2
 from .prompt_tuning import PromptTuning
 from .subsets import FullFineTuning, LastLayers, OutputLayers
 
@@ -25,7 +27,10 @@ __all__ = [
     "LLaMAAdapter",
     "LastLayers",
     "LoRA",
+    "MultitaskPromptTuning",
     "OutputLayers",
     "ParallelAdapter",
+    "PTuningV2",
+    "PrefixTuning",
     "PromptTuning",
 ]

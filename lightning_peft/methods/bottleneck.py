@@ -13,7 +13,6 @@ from ..adapter import Adapter, Call, parameter_like
 from ..bottlenecks import bottleneck, check_bottleneck, output_of
 from ..layers import read_attribute
 from ..method import Method, require
-from ..packed import by_rows
 from ..select import ROLES, select, select_parameters
 
 
@@ -98,10 +97,10 @@ class After(Adapter):
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
         output = inner(*args, **kwargs)
         if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
-            return (by_rows(self._changed, output[0]), *output[1:])
+            return (self._changed(output[0]), *output[1:])
         if not isinstance(output, Tensor):
             raise TypeError(f"{type(host).__name__} returns a {type(output).__name__}; target what returns a tensor.")
-        return by_rows(self._changed, output)
+        return self._changed(output)
 
     def _changed(self, y: Tensor) -> Tensor:
         down, up = (self.down, self.down_bias), (self.up, self.up_bias)

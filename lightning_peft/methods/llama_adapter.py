@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, Call, parameter_like
 from ..affine import BiasAndScale
-from ..attention import AttentionCalls, KeyValue, head_count, key_value, require_interceptable
+from ..attention import KeyValue, call_changed, head_count, key_value, require_interceptable
 from ..method import Method, require
 from ..select import select, select_parameters
 
@@ -61,7 +61,7 @@ class LLaMAAdapter(Method):
         layers = self.layers or max(1, len(hosts) - 2)
         require(layers <= len(hosts), "layers", layers, f"at most {len(hosts)}, the number of attention modules found")
         for name, host in list(hosts.items())[-layers:]:
-            require_interceptable(host, name)
+            require_interceptable(host, name, model)
             heads = self.heads or head_count(host, name)
             yield name, LLaMAAdapterPrompt(host, key_value(model, name), self.length, heads)
         if self.bias_and_scale:
@@ -117,23 +117,16 @@ class LLaMAAdapterPrompt(Adapter):
             own: Tensor = attend(query, *rest, **settings)
             return own + self._prompted(query, key, value, settings.get("scale"))
 
-        calls = AttentionCalls(gated)
-        with calls:
-            output = inner(*args, **kwargs)
-        if not calls.seen:
-            raise RuntimeError(
-                f"{type(host).__name__} did not call scaled_dot_product_attention, so its adapter has no effect; "
-                f"load the model with attn_implementation='sdpa' and do not ask for attention weights."
-            )
-        return output
+        return call_changed(gated, host, inner, *args, **kwargs)
 
     def _prompted(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """tanh(gate) softmax(q K^T) V for q (batch, heads, tokens, size), K and V (length, kv_heads * size)."""
+        """softmax(q K^T) tanh(gate) V for q (batch, heads, tokens, size), K and V (length, kv_heads * size)."""
         heads, size = len(self.gate), query.shape[-1]
-        key, value = (x.view(len(x), -1, size).transpose(0, 1).to(query.dtype) for x in (key, value))
+        key, value = (x.view(len(x), -1, size).transpose(0, 1) for x in (key, value))
         groups = heads // len(key)
         if query.shape[1:3] == (len(key), groups):  # one token, the query heads of a group passed as its tokens
-            return self._prompted_heads(query.reshape(len(query), heads, -1, size), key, value, scale).view_as(query)
+            grouped = query.reshape(len(query), heads, -1, size)
+            return self._prompted_heads(grouped, key, value, scale).reshape_as(query)
         if query.shape[1] != heads:
             raise ValueError(
                 f"The attention call has {query.shape[1]} heads, the adapter {heads} gates; give heads=...."
@@ -143,6 +136,11 @@ class LLaMAAdapterPrompt(Adapter):
     def _prompted_heads(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """The same for q with all its heads, K and V (kv_heads, length, size)."""
         key, value = (x.repeat_interleave(query.shape[1] // len(x), 0) for x in (key, value))
-        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-        weights = torch.tanh(self.gate)[:, None, None] * scores.softmax(-1, dtype=torch.float32)
-        return weights.to(query.dtype) @ value
+        # The prompts are few: scaling and gating them is nothing against scores and weights of all tokens.
+        key = key * (query.shape[-1] ** -0.5 if scale is None else scale)
+        value = value * torch.tanh(self.gate)[:, None, None]
+        # One product for each head over the tokens of all rows: projections lie so in memory, and no copy is kept.
+        rows = query.transpose(0, 1).flatten(1, 2)
+        weights = (rows @ key.to(query.dtype).mT).softmax(-1, dtype=torch.float32)
+        prompted: Tensor = weights.to(query.dtype) @ value.to(query.dtype)
+        return prompted.view(len(prompted), *query.shape[0:3:2], -1).transpose(0, 1)

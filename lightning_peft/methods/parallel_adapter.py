@@ -57,11 +57,11 @@ class ParallelAdapter(Method):
 
 
 class Parallel(Beside):
-    """s (up dropout(phi(down x + down_bias)) + up_bias), with ``down`` (size, width) and ``up`` (width, size)."""
+    """up dropout(phi(down x + down_bias)) + up_bias, with ``down`` (size, width) and ``up`` (width, size)."""
 
     def __init__(self, block: Block, method: ParallelAdapter) -> None:
         super().__init__()
-        self.scale, self.activation, self.dropout = method.scale, method.activation, method.dropout
+        self.factor, self.activation, self.dropout = method.scale, method.activation, method.dropout
         self.down = parameter_like(block.weight, method.size, block.width)
         self.up = parameter_like(block.weight, block.width, method.size)
         self.down_bias = parameter_like(block.weight, method.size) if method.bias else None
@@ -76,9 +76,8 @@ class Parallel(Beside):
                 nn.init.zeros_(bias)
 
     def branch(self, x: Tensor) -> Tensor:
-        bias = None if self.up_bias is None else self.up_bias * self.scale
-        down, up = (self.down, self.down_bias), (self.up * self.scale, bias)
+        down, up = (self.down, self.down_bias), (self.up, self.up_bias)
         return bottleneck(x, down, up, self.activation, self.dropout if self.training else 0.0)
 
     def extra_repr(self) -> str:
-        return f"size={len(self.down)}, scale={self.scale:g}, activation={self.activation}"
+        return f"size={len(self.down)}, scale={self.factor:g}, activation={self.activation}"

@@ -7,13 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Call, parameter_like
+from ..adapter import Adapter, parameter_like
 from ..method import Method, require
-from ..select import select
-from ..virtual_tokens import Insertion, backbones, names_of, surround
+from ..prompts import Prompt, Surround, place_prompts, require_places
+from ..words import PromptStart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,151 +21,70 @@ class PromptTuning(Method):
 
     They stand before the first token of each row that is no padding, left or right; outputs, labels and generation
     see the positions of x alone. In an encoder-decoder model they enter the encoder, and cross-attention sees them.
+    With several tasks, each row of a batch takes the prompt of its own: ``with lp.row_tasks(model, ids)``.
 
     Args:
         name: Name of the adapters on their hosts, and in files.
         length: Number of virtual tokens; the paper's largest models need few, its default is 100.
-        init: ``random``: uniform in [-0.5, 0.5]. ``vocabulary``: rows of the first 5,000 tokens of the
-            vocabulary, which tokenizers order by frequency. ``text``: the embeddings of ``init_text``, repeated
+        init: ``random``: uniform in [-0.5, 0.5]. ``vocabulary``: different rows of the first 5,000 tokens of the
+            vocabulary, which tokenizers order by frequency. ``labels``: the mean embedding of each of ``labels``, the
+            paper's default, and rows of the vocabulary after them. ``text``: the embeddings of ``init_text``, repeated
             or cut to the length.
         init_text: A text that says what the task is.
-        tokenizer: Folder or name of the tokenizer for ``init_text``; that of the model if not given.
+        labels: Words of the classes, at most ``length``.
+        tokenizer: Folder or name of the tokenizer for words; that of the model if not given.
+        tasks: Number of prompts; of several, P is (tasks, length, features).
         targets: Globs of modules whose first input is (batch, tokens, features), for models that are not transformers'.
         embeddings: Glob of the input embeddings that belong to ``targets``.
     """
 
     name: str = "prompt_tuning"
     length: int = 100
-    init: Literal["random", "vocabulary", "text"] = "random"
+    init: Literal["random", "vocabulary", "text", "labels"] = "random"
     init_text: str = ""
+    labels: list[str] = dataclasses.field(default_factory=list)
     tokenizer: str = ""
+    tasks: int = 1
     targets: list[str] = dataclasses.field(default_factory=list)
     embeddings: str = ""
 
     def __post_init__(self) -> None:
-        require(isinstance(self.length, int) and self.length > 0, "length", self.length, "a positive whole number")
-        require(self.init in ("random", "vocabulary", "text"), "init", self.init, "'random', 'vocabulary' or 'text'")
-        require(
-            bool(self.init_text) == (self.init == "text"), "init_text", self.init_text, "given with init='text' alone"
-        )
-        require(
-            bool(self.targets) == bool(self.embeddings), "embeddings", self.embeddings, "given together with targets"
-        )
+        self._start()
+        require(isinstance(self.tasks, int) and self.tasks > 0, "tasks", self.tasks, "a positive whole number")
+        require_places(self.targets, self.embeddings)
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
-        if self.targets:
-            table: Any = next(iter(select(model, [self.embeddings]).values()))
-            for name, host in select(model, self.targets).items():
-                yield name, EmbeddedPrompt(host, self._start(table, model))
-            return
-        hosts = list(backbones(model))
-        if not hosts:
-            raise ValueError(
-                "No transformers backbone is found in the model; give PromptTuning targets and embeddings."
-            )
-        for name, host in hosts:
-            if not isinstance(host.get_input_embeddings(), nn.Embedding):
-                raise TypeError(
-                    f"{name or type(host).__name__} embeds no tokens; give PromptTuning targets and embeddings."
-                )
-            prompt = self._start(host.get_input_embeddings(), model)
-            if not getattr(host.config, "is_encoder_decoder", False):
-                yield name, Prompt(host, prompt)
-                continue
-            below = {module: below for below, module in host.named_modules(prefix=name)}
-            yield below[host.get_encoder()], Prompt(host.get_encoder(), prompt, keep=True)
-            yield below[host.get_decoder()], VisiblePrompt(host.get_decoder(), self.length)
+        def make(host: nn.Module, table: Any, surround: Surround) -> Prompt:
+            adapter = TrainedPrompt(host, self.tasks, surround, self.length, table.weight)
+            self._start().fill(adapter.prompt, table, model)
+            return adapter
 
-    def _start(self, table: Any, model: nn.Module) -> nn.Parameter:
-        """Return P as it starts."""
-        prompt = parameter_like(table.weight, self.length, table.weight.shape[1])
-        if self.init == "random":
-            nn.init.uniform_(prompt, -0.5, 0.5)
-            return prompt
-        require(not table.weight.is_meta, "init", self.init, "'random' while the model has no values yet (meta device)")
-        if self.init == "vocabulary":
-            rows = torch.randperm(min(5000, len(table.weight)))
-            require(len(rows) >= self.length, "length", self.length, f"at most {len(rows)}, the size of the vocabulary")
-        else:
-            rows = torch.tensor(self._tokens(model))
-            rows = rows.repeat(-(-self.length // len(rows)))
-        with torch.no_grad():
-            prompt.copy_(table.weight[rows[: self.length].to(table.weight.device)])
-        return prompt
+        return place_prompts(model, self.targets, self.embeddings, self.length, make)
 
-    def _tokens(self, model: nn.Module) -> list[int]:
-        from transformers import AutoTokenizer
-
-        named = [getattr(getattr(m, "config", None), "_name_or_path", "") for m in model.modules()]
-        source = self.tokenizer or next(filter(None, named), "")
-        require(bool(source), "tokenizer", self.tokenizer, "a folder or name, since the model does not tell its own")
-        tokens: list[int] = AutoTokenizer.from_pretrained(source)(self.init_text, add_special_tokens=False)["input_ids"]
-        require(len(tokens) > 0, "init_text", self.init_text, "a text with at least one token")
-        return tokens
+    def _start(self) -> PromptStart:
+        return PromptStart(
+            length=self.length, init=self.init, init_text=self.init_text, labels=self.labels, tokenizer=self.tokenizer
+        )
 
 
-class Prompt(Adapter):
-    """Virtual tokens of a transformers backbone.
+class TrainedPrompt(Prompt):
+    """Virtual tokens that train as they are.
 
     Args:
-        host: Backbone.
-        prompt: Virtual tokens (length, features).
-        keep: Whether the output keeps them.
+        host: What they enter.
+        tasks: Number of prompts.
+        surround: Calls the host with virtual tokens inserted.
+        length: Number of virtual tokens.
+        embeddings: Table (vocabulary, features) of the host's input embeddings.
     """
 
-    def __init__(self, host: nn.Module, prompt: nn.Parameter, keep: bool = False) -> None:
-        super().__init__()
-        self.prompt, self.keep, self.names = prompt, keep, names_of(host)
+    def __init__(self, host: nn.Module, tasks: int, surround: Surround, length: int, embeddings: Tensor) -> None:
+        super().__init__(host, tasks, surround)
+        several = [tasks] if tasks > 1 else []
+        self.prompt = parameter_like(embeddings, *several, length, embeddings.shape[1])
 
     def reset_parameters(self) -> None:
         nn.init.uniform_(self.prompt, -0.5, 0.5)
 
-    def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
-        call = dict(zip(self.names, args, strict=False)) | kwargs
-        return surround(host, inner, call, self.prompt, self.keep)
-
-
-class VisiblePrompt(Adapter):
-    """Lets a decoder's cross-attention see the virtual tokens that its encoder kept; trains nothing."""
-
-    def __init__(self, host: nn.Module, length: int) -> None:
-        super().__init__()
-        self.length, self.names = length, names_of(host)
-
-    def reset_parameters(self) -> None:
-        """Nothing to fill."""
-
-    def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
-        call = dict(zip(self.names, args, strict=False)) | kwargs
-        mask = call.get("encoder_attention_mask")
-        if mask is not None:
-            call["encoder_attention_mask"] = Insertion(self.length, mask).mask(mask)
-        return inner(**call)
-
-
-class EmbeddedPrompt(Adapter):
-    """Virtual tokens of a module that takes and returns (batch, tokens, features), such as torch's encoder.
-
-    Padding may be marked by ``attention_mask`` (zero at padding) or ``src_key_padding_mask`` (True at padding).
-    """
-
-    def __init__(self, host: nn.Module, prompt: nn.Parameter) -> None:
-        super().__init__()
-        self.prompt, self.names = prompt, names_of(host)
-
-    def reset_parameters(self) -> None:
-        nn.init.uniform_(self.prompt, -0.5, 0.5)
-
-    def forward(self, host: Any, inner: Call, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        call = dict(zip(self.names[1:], args, strict=False)) | kwargs
-        mask, padding = call.get("attention_mask"), call.get("src_key_padding_mask")
-        where = Insertion(len(self.prompt), ~padding if padding is not None else mask)
-        if mask is not None:
-            call["attention_mask"] = where.mask(mask)
-        if padding is not None:
-            call["src_key_padding_mask"] = ~where.mask(~padding)
-        for name in ("mask", "src_mask", "attn_mask"):
-            if call.get(name) is not None:
-                raise ValueError(f"Virtual tokens cannot extend {name!r} of {type(host).__name__}; use a padding mask.")
-        y = inner(where.insert(self.prompt.to(x.dtype).expand(len(x), -1, -1), x), **call)
-        return (where.remove(y[0]), *y[1:]) if isinstance(y, tuple) else where.remove(y)
+    def virtual(self, rows: int) -> Tensor:
+        return self.prompt if self.tasks == 1 else self.of_rows(self.prompt, rows)

@@ -1,0 +1,127 @@
+"""Prompts as adapters: where virtual tokens enter a model, whatever they are made of."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from .adapter import Adapter, Call
+from .method import require
+from .rows import TaskAdapter
+from .select import select
+from .virtual_tokens import Insertion, backbones, names_of, surround, surround_embedded
+
+Surround = Callable[..., Any]
+
+
+class Prompt(TaskAdapter):
+    """Adapter that puts virtual tokens in front of what its host reads.
+
+    Args:
+        host: Backbone, or a module that takes and returns (batch, tokens, features).
+        tasks: Number of tasks.
+        surround: Calls the host with virtual tokens inserted: (host, inner, arguments by name, virtual tokens).
+    """
+
+    def __init__(self, host: nn.Module, tasks: int, surround: Surround) -> None:
+        super().__init__(tasks)
+        self.surround, self.names = surround, names_of(host)
+
+    @abstractmethod
+    def virtual(self, rows: int) -> Tensor:
+        """Return the virtual tokens (length, features), or (rows, length, features) where rows have own tasks."""
+
+    def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
+        call = dict(zip(self.names, args, strict=False)) | kwargs
+        given = call.get("inputs_embeds")
+        given = call.get(self.names[0]) if given is None else given
+        if given is None:
+            return inner(**call)  # which says itself what it misses
+        return self.surround(host, inner, call, self.virtual(len(given)))
+
+
+class VisiblePrompt(Adapter):
+    """Lets a decoder's cross-attention see the virtual tokens that its encoder kept; trains nothing."""
+
+    def __init__(self, host: nn.Module, length: int) -> None:
+        super().__init__()
+        self.length, self.names = length, names_of(host)
+
+    def reset_parameters(self) -> None:
+        """Nothing to fill."""
+
+    def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
+        call = dict(zip(self.names, args, strict=False)) | kwargs
+        mask = call.get("encoder_attention_mask")
+        if mask is not None:
+            call["encoder_attention_mask"] = Insertion(self.length, mask).mask(mask)
+        return inner(**call)
+
+
+def place_prompts(
+    model: nn.Module,
+    targets: Sequence[str],
+    embeddings: str,
+    length: int,
+    make: Callable[[nn.Module, nn.Module, Surround], Prompt],
+) -> Iterator[tuple[str, Adapter]]:
+    """Yield (host's name, adapter) of what lets virtual tokens into a model.
+
+    They enter each transformers backbone, and the encoder of one with two halves, whose decoder then sees them; or the
+    modules that ``targets`` name.
+
+    Args:
+        model: Where to look.
+        targets: Globs of modules that take and return (batch, tokens, features).
+        embeddings: Glob of the input embeddings that belong to them.
+        length: Number of virtual tokens.
+        make: Builds a prompt for (host, its input embeddings, how to call the host).
+
+    Raises:
+        ValueError: No backbone is found, or more than one table of embeddings.
+        TypeError: A host embeds no tokens, or takes (tokens, batch, features).
+    """
+    if targets:
+        table = _table(model, embeddings)
+        for name, host in select(model, targets).items():
+            _refuse_tokens_first(host, name)
+            yield name, make(host, table, partial(surround_embedded, first=names_of(host)[0]))
+        return
+    hosts = list(backbones(model))
+    if not hosts:
+        raise ValueError("No transformers backbone is found in the model; give the method targets and embeddings.")
+    for name, host in hosts:
+        table = host.get_input_embeddings()
+        if not isinstance(table, nn.Embedding):
+            raise TypeError(f"{name or type(host).__name__} embeds no tokens; give the method targets and embeddings.")
+        if not getattr(host.config, "is_encoder_decoder", False):
+            yield name, make(host, table, surround)
+            continue
+        below = {module: below for below, module in host.named_modules(prefix=name)}
+        encoder, decoder = host.get_encoder(), host.get_decoder()
+        yield below[encoder], make(encoder, table, partial(surround, keep=True))
+        yield below[decoder], VisiblePrompt(decoder, length)
+
+
+def require_places(targets: Sequence[str], embeddings: str) -> None:
+    """Raise a ``ValueError`` where one of the two is given without the other."""
+    require(bool(targets) == bool(embeddings), "embeddings", embeddings, "given together with targets")
+
+
+def _table(model: nn.Module, embeddings: str) -> nn.Module:
+    (name, table), *others = select(model, [embeddings]).items()
+    if others:
+        raise ValueError(f"embeddings={embeddings!r} names {name} and {others[0][0]}; give the glob of one.")
+    if getattr(getattr(table, "weight", None), "dim", int)() != 2:
+        raise TypeError(f"{name} is a {type(table).__name__}, no table (vocabulary, features) of embeddings.")
+    return table
+
+
+def _refuse_tokens_first(host: nn.Module, name: str) -> None:
+    attention = [m for m in host.modules() if isinstance(m, nn.MultiheadAttention)]
+    if any(not module.batch_first for module in attention):
+        raise TypeError(f"{name} takes (tokens, batch, features); build it with batch_first=True.")
