@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from .adapter import Adapter, WeightUpdate
 from .checkpoint import full_state_dict, global_state, local_state
+from .ensembles import ensemble, join_prompts, majority_vote
 from .files import load_adapter, save_adapter
 from .finalizing import finalize
 from .inject import adapters, detach, inject
@@ -13,6 +14,7 @@ from .methods import (
     IA3,
     AdaLoRA,
     BitFit,
+    Bottleneck,
     FedPara,
     FullFineTuning,
     KronA,
@@ -20,9 +22,13 @@ from .methods import (
     LastLayers,
     LLaMAAdapter,
     LoRA,
+    MultitaskPromptTuning,
     OutputLayers,
+    ParallelAdapter,
+    PrefixTuning,
     PromptTuning,
     PTuning,
+    PTuningV2,
 )
 from .quantization import dequantize, quantize
 from .restoring import load_from_checkpoint
@@ -37,6 +43,7 @@ __all__ = [
     "AdaLoRA",
     "Adapter",
     "BitFit",
+    "Bottleneck",
     "FedPara",
     "FullFineTuning",
     "IA3",
@@ -46,22 +53,29 @@ __all__ = [
     "LastLayers",
     "LoRA",
     "Method",
+    "MultitaskPromptTuning",
     "OutputLayers",
     "PEFTStrategy",
     "PTuning",
+    "PTuningV2",
+    "ParallelAdapter",
+    "PrefixTuning",
     "PromptTuning",
     "Template",
     "WeightUpdate",
     "adapters",
     "dequantize",
     "detach",
+    "ensemble",
     "finalize",
     "full_state_dict",
     "global_state",
     "inject",
+    "join_prompts",
     "load_adapter",
     "load_from_checkpoint",
     "local_state",
+    "majority_vote",
     "merge",
     "quantize",
     "row_tasks",

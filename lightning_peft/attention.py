@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .layers import layer_of
+from .multihead import multi_head_attention
 from .select import ROLES, fused_parts, is_fused
 
 
 class AttentionCalls(TorchFunctionMode):
     """Context in which ``change(attend, query, key, value, ...)`` stands for ``scaled_dot_product_attention``.
 
-    Enter it as ``calls = AttentionCalls(change)`` and ``with calls:``; the other form loses the object when compiled.
+    So it does inside torch's ``nn.MultiheadAttention``, where masks are additive. Enter it as
+    ``calls = AttentionCalls(change)`` and ``with calls:``; the other form loses the object when compiled.
 
     Args:
         change: Function of the attention function and its arguments; heads and sizes are read from these.
@@ -30,15 +34,39 @@ class AttentionCalls(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             self.seen = True
             return self.change(func, *args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward:  # what it calls is not seen here
+            self.seen = True
+            attend = functools.partial(self.change, F.scaled_dot_product_attention)
+            return multi_head_attention(attend, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def call_changed(
+    change: Callable[..., Tensor], host: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Return ``inner(*args, **kwargs)``, the call of an attention module, as ``AttentionCalls(change)`` makes it.
+
+    Raises:
+        RuntimeError: The host made no such call, so that the change had no effect; says how to load the model.
+    """
+    calls = AttentionCalls(change)
+    with calls:
+        output = inner(*args, **kwargs)
+    if not calls.seen:
+        raise RuntimeError(
+            f"{type(host).__name__} did not call scaled_dot_product_attention, so its adapter has no effect; "
+            f"load the model with attn_implementation='sdpa' (in timm: with fused_attn) and do not ask for attention "
+            f"weights."
+        )
+    return output
 
 
 @dataclass(frozen=True)
 class KeyValue:
-    """Names of the children of an attention module that compute keys and values.
+    """Where an attention module computes keys and values.
 
     Args:
-        key: Child whose output holds the keys.
+        key: Child whose output holds the keys; empty where torch's own attention holds the weights.
         value: Child whose output holds the values.
         rows: Where keys and values begin in the output of a fused child, and where they end.
     """
@@ -48,8 +76,10 @@ class KeyValue:
     rows: tuple[int, int, int] | None = None
 
     def __call__(self, host: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Project x (tokens, features) to keys and values (tokens, heads * size), adapters of the children included."""
+        """Project x (tokens, features) to keys and values (tokens, heads * size), adapters included."""
         child: Any = host.get_submodule(self.key)
+        if isinstance(child, nn.MultiheadAttention):
+            return _projected_by_torch(child, x)
         if child.weight.is_floating_point():
             x = x.to(child.weight.dtype)
         if self.rows is None:
@@ -58,14 +88,48 @@ class KeyValue:
         fused = child(x)
         return fused[..., start:middle], fused[..., middle:end]
 
+    def weight(self, host: nn.Module) -> Tensor:
+        """Return a weight of the projections, for device and type."""
+        child: Any = host.get_submodule(self.key)
+        return next(child.parameters()) if isinstance(child, nn.MultiheadAttention) else child.weight
+
+    def inputs(self, host: nn.Module) -> tuple[int, int]:
+        """Return the numbers of features of which keys and values are computed."""
+        child: Any = host.get_submodule(self.key)
+        if isinstance(child, nn.MultiheadAttention):
+            return child.kdim, child.vdim
+        value = host.get_submodule(self.value)
+        return layer_of(child).shape(child)[1], layer_of(value).shape(value)[1]
+
+    def outputs(self, host: nn.Module) -> tuple[int, int]:
+        """Return the widths of keys and values, all their heads together."""
+        child: Any = host.get_submodule(self.key)
+        if isinstance(child, nn.MultiheadAttention):
+            return child.embed_dim, child.embed_dim
+        if self.rows is not None:
+            start, middle, end = self.rows
+            return middle - start, end - middle
+        value = host.get_submodule(self.value)
+        return layer_of(child).shape(child)[0], layer_of(value).shape(value)[0]
+
+
+def _projected_by_torch(host: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    packed = host.in_proj_weight  # once: adapters may compute it
+    weights = (host.k_proj_weight, host.v_proj_weight) if packed is None else packed[host.embed_dim :].chunk(2)
+    biases = (None, None) if host.in_proj_bias is None else host.in_proj_bias[host.embed_dim :].chunk(2)
+    key, value = (F.linear(x.to(w.dtype), w, b) for w, b in zip(weights, biases, strict=True))
+    return key, value
+
 
 def key_value(model: nn.Module, name: str) -> KeyValue:
-    """Find the key and value projections among the children of an attention module.
+    """Find the key and value projections of an attention module.
 
     Raises:
         TypeError: There are none; says what is looked for.
     """
     host = model.get_submodule(name)
+    if isinstance(host, nn.MultiheadAttention):
+        return KeyValue("", "")
     for child, module in host.named_children():
         if is_fused(f"{name}.{child}"):
             _, (_, start, middle), (_, _, end) = fused_parts(module)
@@ -92,20 +156,37 @@ def head_count(host: nn.Module, name: str) -> int:
     raise TypeError(f"{name} ({type(host).__name__}) does not say how many heads it has; give the method heads=....")
 
 
-def require_interceptable(host: nn.Module, name: str) -> None:
+def require_interceptable(host: nn.Module, name: str, model: nn.Module | None = None) -> None:
     """Refuse attention that is known not to call ``scaled_dot_product_attention``.
+
+    Args:
+        host: Attention module.
+        name: Its dotted name.
+        model: Where that name leads to the host; for attention whose own configuration does not tell.
 
     Raises:
         TypeError: Says how to load the model instead.
     """
-    kind = getattr(getattr(host, "config", None), "_attn_implementation", None)
+    kind, around = _implementation(host), name
+    while kind is None and model is not None and around:
+        around = around.rpartition(".")[0]
+        kind = _implementation(model.get_submodule(around))
     if kind not in (None, "sdpa"):
         raise TypeError(
-            f"{name} uses attn_implementation={kind!r}, where added keys would be silently ignored; "
-            f"load the model with attn_implementation='sdpa'."
+            f"{name} ({type(host).__name__}) uses attn_implementation={kind!r}, where added keys would be silently "
+            f"ignored; load the model with attn_implementation='sdpa'. For architectures without it (DeBERTa, or T5 "
+            f"before transformers 5) choose another method."
         )
-    if isinstance(host, nn.MultiheadAttention):
-        raise TypeError(f"{name} is torch's nn.MultiheadAttention, whose inner attention call cannot be reached yet.")
+    if getattr(host, "fused_attn", True) is False:
+        raise TypeError(
+            f"{name} ({type(host).__name__}) has fused_attn=False, where added keys would be silently ignored; call "
+            f"timm.layers.set_fused_attn(True) before the model is built."
+        )
+
+
+def _implementation(module: nn.Module) -> str | None:
+    kind: str | None = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return kind
 
 
 def _child(model: nn.Module, name: str, role: str) -> str | None:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from .fingerprints import fingerprint
 from .inject import adapters, inject, injected, injection
 from .method import from_dict, to_dict
-from .quantized_layers import original_of, sample
-from .select import SLOT, base_modules, base_parameters
+from .select import SLOT, base_modules
 
 FORMAT = 1
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|_forward_module)\.")
@@ -153,26 +150,6 @@ def restore(model: nn.Module, description: Mapping[str, Any], source: str, stric
             f"{source} belongs to another base model: fingerprint {description['base']}, here {found}. Load "
             f"the weights that it was trained on, or pass strict=False (PEFTStrategy: check_base=False) to try anyway."
         )
-
-
-def fingerprint(model: nn.Module) -> str | None:
-    """Return a short digest of the frozen base: shapes and up to 64 values of each parameter, rounded to bfloat16.
-
-    Names do not enter, nor does the type that values are stored in; of a weight that ``quantize`` changed it is the
-    original that counts. None where values are not at hand (meta, sharded).
-    """
-    digest, samples = hashlib.sha256(), []
-    for name, parameter in base_parameters(model).items():
-        if not parameter.requires_grad:
-            owner, _, key = name.rpartition(".")
-            original = original_of(model.get_submodule(owner)) if key == "weight" else None
-            if original is None and (parameter.is_meta or isinstance(parameter, DTensor)):
-                return None
-            digest.update(str(tuple(original.shape if original else parameter.shape)).encode())
-            samples.append(original.values if original else sample(parameter))
-    if samples:
-        digest.update(torch.cat(samples).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def clean(key: str) -> str:

@@ -56,10 +56,11 @@ class Tap(Adapter):
 
 
 class Beside(Adapter):
-    """y = block(x) + branch(x), on the block itself or, with a tap, on its down-projection."""
+    """y = block(x) + factor branch(x), on the block itself or, with a tap, on its down-projection."""
 
     unmergeable = _UNMERGEABLE
     held: Held | None = None  # of the tap
+    factor = 1.0  # of the branch
 
     @abstractmethod
     def branch(self, x: Tensor) -> Tensor:
@@ -70,9 +71,7 @@ class Beside(Adapter):
         y = inner(*args, **kwargs)
         if not isinstance(y, Tensor):
             raise TypeError(f"{type(host).__name__} returns a {type(y).__name__}, to which no branch can be added.")
-        if x.is_nested:  # of torch's encoder in eval mode, which packs padded rows
-            return y + torch.nested.as_nested_tensor([self.branch(row).to(y.dtype) for row in x.unbind()])
-        return y + self.branch(x).to(y.dtype)
+        return torch.add(y, self.branch(x).to(y.dtype), alpha=self.factor)
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,18 @@
-"""Adapter files: a folder with ``adapter_model.safetensors`` and ``adapter_config.json``, written atomically."""
+"""Adapter files: what is written into the folder of an adapter, and how it comes back."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from .checkpoint import adapter_state, check_state, clean, describe, restore, unpacked
+from .folders import read_adapter, write_adapter
 from .inject import detach, injection
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
@@ -33,17 +26,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         The folder.
     """
     state = {clean(k): v.detach().contiguous().cpu() for k, v in adapter_state(model, packed=True).items()}
-    weights = save(state)
-    config = {
-        "library": "lightning_peft",
-        **describe(model, packed=True),
-        "sha256": hashlib.sha256(weights).hexdigest(),
-    }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS, weights)
-    _replace(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-    return folder
+    return write_adapter(folder, describe(model, packed=True), state)
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str], strict: bool = True) -> nn.Module:
@@ -85,30 +68,6 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], strict: bool 
     return model
 
 
-def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the description and the tensors of an adapter folder, checked to be whole."""
-    folder = Path(folder)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} is no adapter folder: {name} is missing. Expected what save_adapter wrote."
-            )
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG} is damaged ({error}); save the adapter again.") from error
-    if not isinstance(config, dict) or config.get("library") != "lightning_peft":
-        raise ValueError(f"{folder / CONFIG} was not written by lightning_peft; another library's adapter is imported.")
-    weights = (folder / WEIGHTS).read_bytes()
-    try:
-        state = load(weights)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged or cut short ({error}); copy or save it again.") from error
-    if hashlib.sha256(weights).hexdigest() != config.get("sha256"):
-        raise ValueError(f"{folder / WEIGHTS} is not what {CONFIG} describes (checksum); copy both files together.")
-    return config, state
-
-
 def inspect_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Return an adapter's description with key, shape, type and norm of each tensor, as plain data."""
     config, state = read_adapter(folder)
@@ -135,19 +94,3 @@ def _aligned(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[
         if renamed.keys() == target.keys():
             return renamed
     return dict(state)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .adapter import Adapter, WeightUpdate
-from .layers import read_attribute
+from .layers import bias_attribute, read_attribute
 from .method import Method
 from .quantized_layers import keep_differentiable, refuse_repacked
 from .select import SLOT, base_modules, base_parameters, select_parameters
@@ -59,18 +59,24 @@ def adapted(cls: Any) -> type[nn.Module]:
             call = functools.partial(adapter, self, call)
         return call(*args, **kwargs)
 
-    read = read_attribute(cls)
+    read, bias = read_attribute(cls), bias_attribute(cls)
 
     def updated(self: Any) -> Any:
         weight = self._parameters[read]
         for adapter in self.peft.values():
-            weight = adapter.updated_whole(weight) if isinstance(adapter, WeightUpdate) else weight
+            weight = adapter.updated_whole(weight)
         return weight
+
+    def updated_bias(self: Any) -> Any:
+        value = self._parameters[bias]
+        for adapter in self.peft.values():
+            value = adapter.updated_bias(value)
+        return value
 
     # The same name: libraries look models up by it (loss functions, wrapping policies, saved configurations).
     namespace = {"forward": forward, "_host_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
     if read is not None:
-        namespace[read] = property(updated)
+        namespace |= {read: property(updated), bias: property(updated_bias)}
     if issubclass(cls, nn.Sequential):  # which calls its children one after the other: not the adapters
         namespace["__iter__"] = lambda self: iter([child for child in cls.__iter__(self) if child is not self.peft])
         namespace["__len__"] = lambda self: cls.__len__(self) - 1
@@ -167,8 +173,7 @@ def detach(model: nn.Module) -> nn.Module:
     for _, host, key, _ in list(adapters(model)):
         _remove(host, key)
     for module in model.modules():
-        for number in [number for number, hook in module._forward_pre_hooks.items() if hook is _nothing]:
-            del module._forward_pre_hooks[number]
+        _call_as_before(module)
     record: Injection | None = model.__dict__.pop(_RECORD, None)
     for name, parameter in base_parameters(model).items():
         if record is not None:
@@ -183,7 +188,8 @@ def _key(name: str, adapter: Adapter) -> str:
 def _refuse(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
     """Raise if an adapter on this host could not work; each case fails silently without this check."""
     kind = type(host).__name__
-    if isinstance(host, nn.modules.linear.NonDynamicallyQuantizableLinear) and not isinstance(adapter, WeightUpdate):
+    shows = type(adapter).updated_whole is not Adapter.updated_whole
+    if isinstance(host, nn.modules.linear.NonDynamicallyQuantizableLinear) and not shows:
         raise TypeError(
             f"{name} belongs to nn.MultiheadAttention, which reads its weight and never calls it; target other layers."
         )
@@ -240,12 +246,36 @@ def _remove(host: Any, key: str) -> None:
 
 
 def _call_children(modules: Iterable[nn.Module]) -> None:
-    """In eval mode torch's encoder layers read the weights of their children without calling them, unless hooked."""
+    """Have torch's encoders call what they hold in eval mode, with plain tensors.
+
+    Unless hooked, encoder layers read the weights of their children; the encoder packs padded rows into nested tensors,
+    with which torch's attention runs no code but its own and no gradient comes back.
+    """
     for module in modules:
-        reads = isinstance(module, (nn.TransformerEncoderLayer, nn.MultiheadAttention)) and any(adapters(module))
-        if reads and _nothing not in module._forward_pre_hooks.values():
+        if not isinstance(module, _READERS) or not any(adapters(module)):
+            continue
+        if isinstance(module, nn.TransformerEncoder):
+            if module.use_nested_tensor:
+                module.use_nested_tensor = False
+                module.register_forward_pre_hook(_unpacked)
+        elif _nothing not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_nothing)
+
+
+def _call_as_before(module: nn.Module) -> None:
+    for number, hook in list(module._forward_pre_hooks.items()):
+        if hook is _unpacked:
+            module.use_nested_tensor = True  # type: ignore[assignment]
+        if hook in (_nothing, _unpacked):
+            del module._forward_pre_hooks[number]
+
+
+_READERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 def _nothing(module: nn.Module, args: Any) -> None:
     """Change nothing."""
+
+
+def _unpacked(module: nn.Module, args: Any) -> None:
+    """Change nothing; tells that an encoder packed rows before."""

@@ -17,7 +17,7 @@ from lightning_utilities.core.imports import RequirementCache
 from torch.optim import Optimizer
 
 from .adapter import Adapter
-from .checkpoint import fingerprint
+from .fingerprints import fingerprint
 from .inject import adapters, adapters_of, injection
 from .method import Method
 from .modes import checkpoint_without_reentry, set_mode

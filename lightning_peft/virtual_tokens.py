@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .adapter import Call
+from .outputs import without
 from .select import base_modules
 
 
@@ -82,9 +82,7 @@ def surround(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, ke
                 call[name] = call[name] + length
         return inner(**call)
 
-    tokens = call.get("inputs_embeds")
-    if tokens is None:
-        tokens = host.get_input_embeddings()(call.pop("input_ids"))
+    tokens = _embedded(host, call)
     _refuse_length(host, length + tokens.shape[1])
     call["inputs_embeds"] = where.insert(prompt.to(tokens.dtype).expand(len(tokens), -1, -1), tokens)
     if call.get("position_ids") is not None:
@@ -95,7 +93,7 @@ def surround(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, ke
     if call.get("cache_position") is not None:
         call["cache_position"] = torch.arange(length + tokens.shape[1], device=tokens.device)
     output = inner(**call)
-    return output if keep else _without(output, where, getattr(host, "pooler", None))
+    return output if keep else without(output, where.remove, getattr(host, "pooler", None))
 
 
 def surround_embedded(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, first: str = "x") -> Any:
@@ -124,43 +122,12 @@ def surround_embedded(host: Any, inner: Call, call: Mapping[str, Any], prompt: T
     if padding is not None:
         call["src_key_padding_mask"] = ~where.mask(~padding)
     output = inner(where.insert(prompt.to(x.dtype).expand(len(x), -1, -1), x), **call)
-    return _without(output, where, None)
+    return without(output, where.remove)
 
 
 def names_of(host: nn.Module) -> list[str]:
     """Return the names of the positional arguments of a module's forward."""
     return list(inspect.signature(type(host).forward).parameters)[1:]
-
-
-@functools.singledispatch
-def _without(output: Any, where: Insertion, pooler: nn.Module | None) -> Any:
-    """Take the virtual tokens out of what a backbone returns; pooling sees the tokens alone."""
-    if not isinstance(output, MutableMapping):
-        raise TypeError(f"Virtual tokens cannot be taken out of a {type(output).__name__}.")
-    for name in ("last_hidden_state", "hidden_states", "pooler_output"):
-        value = output.get(name)
-        if value is None:
-            continue
-        if name == "pooler_output":
-            value = None if pooler is None else pooler(output["last_hidden_state"])
-        else:
-            value = where.remove(value) if isinstance(value, Tensor) else tuple(where.remove(v) for v in value)
-        output[name] = value
-    return output
-
-
-@_without.register
-def _(output: Tensor, where: Insertion, pooler: nn.Module | None) -> Tensor:
-    return where.remove(output)
-
-
-@_without.register
-def _(output: tuple, where: Insertion, pooler: nn.Module | None) -> tuple[Any, ...]:  # type: ignore[type-arg]
-    hidden, *rest = output
-    hidden = where.remove(hidden)
-    if pooler is not None and rest:
-        rest[0] = pooler(hidden)
-    return hidden, *rest
 
 
 def backbones(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -198,9 +165,23 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, flat.flatten()).view(*flat.shape, *x.shape[2:])
 
 
+def _embedded(host: Any, call: dict[str, Any]) -> Tensor:
+    """Return the embeddings of a call, which holds no ids any more; of RoBERTa and its kin, positions instead."""
+    given: Tensor | None = call.get("inputs_embeds")
+    if given is not None:
+        return given
+    ids = call.pop("input_ids")
+    padding = getattr(getattr(getattr(host, "embeddings", None), "position_embeddings", None), "padding_idx", None)
+    if padding is not None and call.get("position_ids") is None:  # which it would read off its ids
+        real = ids.ne(padding)
+        call["position_ids"] = real.cumsum(1) * real + padding
+    tokens: Tensor = host.get_input_embeddings()(ids)
+    return tokens
+
+
 def _refuse_length(host: Any, tokens: int) -> None:
     most = getattr(getattr(host, "config", None), "max_position_embeddings", None)
-    if most is not None and tokens > most:
+    if most is not None and tokens > most > 0:
         raise ValueError(
             f"{tokens} positions, virtual tokens included, are more than the model's {most}; shorten the text."
         )

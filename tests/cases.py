@@ -19,7 +19,7 @@ class Case:
         return f"{self.model}-{'+'.join(_label(m) for m in self.methods)}"
 
 
-FIELDS = ("encoder", "init", "decompose", "tanh", "personalized", "factor", "residual")
+FIELDS = ("encoder", "init", "decompose", "tanh", "personalized", "factor", "residual", "bias", "bias_and_scale")
 
 
 def _label(method: lp.Method) -> str:
@@ -67,11 +67,22 @@ def other_methods(model: str) -> list[Case]:
 
 
 def activation_methods(model: str) -> list[Case]:
-    return [] if model == "encoder" else [Case(model, (lp.IA3(),))]
+    extras = lp.LLaMAAdapter(length=2, train_norms=True, bias_and_scale=True)
+    return [
+        Case(model, (lp.IA3(),)),
+        Case(model, (lp.Bottleneck(size=5),), starts_at_base=False, mergeable=False),
+        Case(model, (lp.ParallelAdapter(size=6),), mergeable=False),
+        Case(model, (lp.ParallelAdapter(size=6, activation="swish", bias=True),), mergeable=False),
+        Case(model, (extras,), mergeable=False),
+    ]
 
 
 def attention_methods(model: str) -> list[Case]:
-    return [] if model == "encoder" else [Case(model, (lp.LLaMAAdapter(length=3, layers=2),), mergeable=False)]
+    return [
+        Case(model, (lp.LLaMAAdapter(length=3, layers=2),), mergeable=False),
+        Case(model, (lp.PrefixTuning(length=3, hidden_size=16),), starts_at_base=False, mergeable=False),
+        Case(model, (lp.PTuningV2(length=4, dropout=0.0),), starts_at_base=False, mergeable=False),
+    ]
 
 
 def prompt_methods(model: str) -> list[Case]:
@@ -83,6 +94,7 @@ def prompt_methods(model: str) -> list[Case]:
         Case(model, (lp.PromptTuning(length=3, **prompt),), starts_at_base=False, mergeable=False),
         Case(model, (lp.PTuning(length=3, **prompt),), starts_at_base=False, mergeable=False),
         Case(model, (lp.PTuning(length=3, encoder="mlp", hidden_size=8, **prompt),), False, mergeable=False),
+        Case(model, (lp.MultitaskPromptTuning(length=3, **prompt),), starts_at_base=False, mergeable=False),
         *([Case(model, together, False, False)] if model in ("bert", "llama", "gpt2", "plain") else []),
     ]
 

@@ -61,7 +61,7 @@ def t5() -> nn.Module:
 
     config = T5Config(
         vocab_size=VOCABULARY, d_model=WIDTH, d_kv=6, d_ff=WIDTH * 3 // 2, num_layers=3, num_decoder_layers=3,
-        num_heads=4, feed_forward_proj="gated-gelu", dropout_rate=0.0, initializer_factor=0.5, pad_token_id=0,
+        num_heads=4, feed_forward_proj="gated-gelu", dropout_rate=0.0, initializer_factor=0.3, pad_token_id=0,
         decoder_start_token_id=0, eos_token_id=2, tie_word_embeddings=False, relative_attention_num_buckets=8,
     )  # fmt: skip
     return T5ForConditionalGeneration(config)

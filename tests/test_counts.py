@@ -39,6 +39,15 @@ def test_a_prompt_of_5_on_t5_xxl():
     assert trained(T5ForConditionalGeneration, config, lp.PromptTuning(length=5)) == 20_480
 
 
+@pytest.mark.parametrize(("tasks", "count"), [(1, 77_668), (8, 76_800 + 8 * 868)])
+def test_multitask_prompts_on_t5_base(tasks, count):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=32128, d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12)
+    assert trained(T5ForConditionalGeneration, config, lp.MultitaskPromptTuning(tasks=tasks)) == count
+    assert trained(T5ForConditionalGeneration, config, lp.PromptTuning(tasks=tasks)) == 76_800 * tasks
+
+
 def test_bitfit_on_bert_base():
     from transformers import BertConfig, BertModel
 
@@ -124,13 +133,105 @@ def test_qlora_on_llama(width, inner, layers, heads, count):
     assert trained(LlamaForCausalLM, config, lp.LoRA(rank=64, targets=["all-linear"])) == count
 
 
-def test_ia3_on_t0_3b():
+@pytest.mark.parametrize(
+    ("width", "inner", "heads", "count"),
+    [(2048, 5120, 32, 540_672), (4096, 10240, 64, 1_081_344)],
+    ids=["3b", "11b"],
+)
+def test_ia3_on_t0(width, inner, heads, count):
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        vocab_size=32128, d_model=2048, d_kv=64, d_ff=5120, num_layers=24, num_heads=32, feed_forward_proj="gated-gelu"
+        vocab_size=32128, d_model=width, d_kv=64, d_ff=inner, num_layers=24, num_heads=heads,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    assert trained(T5ForConditionalGeneration, config, lp.IA3()) == count
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "adapters", "norms", "head"),
+    [(24, 1024, 6_343_680, 100_352, 2_050), (12, 768, 2_379_264, 38_400, 1_538)],
+    ids=["large", "base"],
+)
+def test_bottlenecks_on_bert(layers, width, adapters, norms, head):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        num_hidden_layers=layers, hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64
     )
-    assert trained(T5ForConditionalGeneration, config, lp.IA3()) == 540_672
+    for train_norms, train_head in ((False, False), (True, False), (False, True), (True, True)):
+        method = lp.Bottleneck(size=64, train_norms=train_norms, train_head=train_head)
+        count = adapters + norms * train_norms + head * train_head
+        assert trained(BertForSequenceClassification, config, method) == count
+    assert layers != 24 or count == 6_446_082
+
+
+def test_one_bottleneck_of_24():
+    method = lp.Bottleneck(size=24, targets=["0"], train_head=False)
+    assert trained(lambda _: linear_layers(1024, 1024), None, method) == 49_152 + 1024 + 24
+
+
+def test_parallel_adapters_on_bart_large():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    for size, count in ((200, 9_830_400), (512, 25_165_824), (1024, 50_331_648)):
+        assert trained(BartForConditionalGeneration, BartConfig(), lp.ParallelAdapter(size=size)) == count
+
+
+def test_llama_adapter_v2_on_llama_7b():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    both = lp.LLaMAAdapter(train_norms=True, bias_and_scale=True)
+    assert trained(LlamaForCausalLM, LlamaConfig(), both) == 1_229_760 + 2_985_984
+    norms = lp.LLaMAAdapter(train_norms=True)
+    assert trained(LlamaForCausalLM, LlamaConfig(), norms) == 1_229_760 + 65 * 4096
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [({"reparameterize": False}, 245_760), ({"hidden_size": 512}, 25_744_896), ({}, 25_744_896)],
+    ids=["plain", "perceptron", "default"],
+)
+def test_a_prefix_of_5_on_gpt2_medium(settings, count):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=1024, n_layer=24, n_head=16)
+    assert trained(GPT2LMHeadModel, config, lp.PrefixTuning(length=5, **settings)) == count
+
+
+def test_a_prefix_of_20_in_the_decoder_of_t5_large():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=32128, d_model=1024, d_kv=64, d_ff=4096, num_layers=24, num_heads=16)
+    method = lp.PrefixTuning(length=20, reparameterize=False, targets=["decoder.*.SelfAttention"])
+    assert trained(T5ForConditionalGeneration, config, method) == 983_040
+
+
+def test_a_prefix_of_30_on_bart_large():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    method = lp.PrefixTuning(length=30, reparameterize=False)
+    assert trained(BartForConditionalGeneration, BartConfig(), method) == 2 * 30 * 1024 * 36
+
+
+def test_a_prefix_is_as_wide_as_grouped_heads():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(num_hidden_layers=2, num_key_value_heads=8)
+    assert trained(LlamaForCausalLM, config, lp.PrefixTuning(length=20, reparameterize=False)) == 2 * 2 * 20 * 1024
+
+
+def test_p_tuning_v2():
+    from transformers import BertConfig, BertForTokenClassification, RobertaConfig, RobertaForSequenceClassification
+
+    config = BertConfig(num_labels=9)
+    assert trained(BertForTokenClassification, config, lp.PTuningV2(length=5, projection=True)) == 9_860_105
+    config = RobertaConfig(num_hidden_layers=24, hidden_size=1024, intermediate_size=4096, num_attention_heads=16)
+    for length, count in ((8, 393_216), (224, 11_010_048)):
+        method = lp.PTuningV2(length=length, train_head=False)
+        assert trained(RobertaForSequenceClassification, config, method) == count
+    head = 1024 * 1024 + 1024 + 1024 * 2 + 2
+    assert trained(RobertaForSequenceClassification, config, lp.PTuningV2(length=8)) == 393_216 + head
 
 
 def test_p_tuning_on_lama_and_fewglue():

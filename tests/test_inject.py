@@ -134,7 +134,6 @@ REFUSED = {
     "excluded typo of a block": (MODELS["bert"], lp.KronABlock(exclude=["layers.*"]), ValueError, "matches nothing"),
     "down first": (Backwards, lp.KronABlock(), ValueError, "No up-projection comes before fc2"),
     "eager attention": (eager, lp.LLaMAAdapter(), TypeError, "attn_implementation='eager'.*'sdpa'"),
-    "torch's attention": (torch_encoder, lp.LLaMAAdapter(), TypeError, "nn.MultiheadAttention"),
     "too many layers": (MODELS["llama"], lp.LLaMAAdapter(layers=4), ValueError, "layers must be at most 3"),
     "no backbone": (chain, lp.PromptTuning(), ValueError, "give the method targets and embeddings"),
     "no tokens": (lambda: family("vit"), lp.PromptTuning(), TypeError, "ViTModel embeds no tokens"),

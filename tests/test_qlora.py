@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from trainer_models import Module, data, module, trainer
 
 import lightning_peft as lp
-from lightning_peft.checkpoint import fingerprint
+from lightning_peft.fingerprints import fingerprint
 from lightning_peft.quantization import quantized_layers
 
 pytest.importorskip("bitsandbytes")

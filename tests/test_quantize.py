@@ -15,7 +15,8 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft import nf4
-from lightning_peft.checkpoint import fingerprint, keep_adapters_only
+from lightning_peft.checkpoint import keep_adapters_only
+from lightning_peft.fingerprints import fingerprint
 from lightning_peft.layers import layer_of
 from lightning_peft.quantized_layers import Int8Linear, QuantizedKind
 from lightning_peft.select import select

@@ -85,7 +85,7 @@ class KronAUpdate(WeightUpdate):
         return torch.einsum("ij,kl...->jlik...", self.a, self.b * self.scale).reshape(self.shape)
 
     def update(self, host: Any, x: Tensor) -> Tensor:
-        if isinstance(self.layer, LinearKind) and not self.layer.looks_up and not x.is_nested:
+        if isinstance(self.layer, LinearKind) and not self.layer.looks_up:
             return times_kronecker(x, self.a, self.b * self.scale)
         delta = self.delta()
         return self.layer.apply(host, x, delta.to(x.dtype) if x.is_floating_point() else delta)

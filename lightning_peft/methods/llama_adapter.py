@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Call, parameter_like
-from ..attention import AttentionCalls, KeyValue, head_count, key_value, require_interceptable
-from ..layers import layer_of
+from ..affine import BiasAndScale
+from ..attention import KeyValue, call_changed, head_count, key_value, require_interceptable
 from ..method import Method, require
-from ..select import select
+from ..select import select, select_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,9 @@ class LLaMAAdapter(Method):
             optimizer's averages meanwhile, so that the first move of a gate follows many batches and not one.
         targets: Globs of attention modules, or roles.
         heads: Number of query heads, for attention modules that do not tell.
+        train_norms: Whether all normalization layers train too, as in version 2, https://arxiv.org/abs/2304.15010.
+        bias_and_scale: Whether the blocks' linear layers become s o (W x + b), as in version 2 (equation 1), with s
+            from 1 and b from 0; the authors' code for 65 billion parameters scales the input instead.
     """
 
     name: str = "llama_adapter"
@@ -42,6 +45,8 @@ class LLaMAAdapter(Method):
     gate_warmup_steps: int = 0
     targets: list[str] = dataclasses.field(default_factory=lambda: ["attention"])
     heads: int | None = None
+    train_norms: bool = False
+    bias_and_scale: bool = False
 
     def __post_init__(self) -> None:
         require(isinstance(self.length, int) and self.length > 0, "length", self.length, "a positive whole number")
@@ -51,22 +56,30 @@ class LLaMAAdapter(Method):
         steps = self.gate_warmup_steps
         require(isinstance(steps, int) and steps >= 0, "gate_warmup_steps", steps, "a whole number of steps")
 
-    def adapters(self, model: nn.Module) -> Iterable[tuple[str, LLaMAAdapterPrompt]]:
+    def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
         hosts = select(model, self.targets)
         layers = self.layers or max(1, len(hosts) - 2)
         require(layers <= len(hosts), "layers", layers, f"at most {len(hosts)}, the number of attention modules found")
         for name, host in list(hosts.items())[-layers:]:
-            require_interceptable(host, name)
+            require_interceptable(host, name, model)
             heads = self.heads or head_count(host, name)
             yield name, LLaMAAdapterPrompt(host, key_value(model, name), self.length, heads)
+        if self.bias_and_scale:
+            for name, host in select(model, ["all-linear"]).items():
+                yield name, BiasAndScale(host)
+
+    def parameters(self, model: nn.Module) -> Iterable[str]:
+        return select_parameters(model, ["norms"]) if self.train_norms else ()
 
     def after_step(self, adapters: Sequence[Adapter], step: int, total_steps: int) -> None:
         if step <= self.gate_warmup_steps:
             for adapter in adapters:
-                nn.init.zeros_(adapter.get_parameter("gate"))
+                if isinstance(adapter, LLaMAAdapterPrompt):
+                    nn.init.zeros_(adapter.gate)
 
     def metrics(self, adapters: Mapping[str, Adapter]) -> Mapping[str, Tensor]:
-        gates = {name: adapter.get_parameter("gate").detach().tanh().abs() for name, adapter in adapters.items()}
+        prompts = {name: adapter for name, adapter in adapters.items() if isinstance(adapter, LLaMAAdapterPrompt)}
+        gates = {name: adapter.gate.detach().tanh().abs() for name, adapter in prompts.items()}
         return {f"{self.name}/gate/{name}": gate.mean() for name, gate in gates.items()}
 
 
@@ -82,10 +95,15 @@ class LLaMAAdapterPrompt(Adapter):
 
     def __init__(self, host: nn.Module, project: KeyValue, length: int, heads: int) -> None:
         super().__init__()
-        key: Any = host.get_submodule(project.key)
+        width, other = project.inputs(host)
+        if width != other:
+            raise TypeError(
+                f"{type(host).__name__} computes keys of {width} features and values of {other}; no prompt has both "
+                f"widths. Choose other targets."
+            )
+        weight = project.weight(host)
         self.project = project
-        self.prompt = parameter_like(key.weight, length, layer_of(key).shape(key)[1])
-        self.gate = parameter_like(key.weight, heads)
+        self.prompt, self.gate = parameter_like(weight, length, width), parameter_like(weight, heads)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -99,23 +117,16 @@ class LLaMAAdapterPrompt(Adapter):
             own: Tensor = attend(query, *rest, **settings)
             return own + self._prompted(query, key, value, settings.get("scale"))
 
-        calls = AttentionCalls(gated)
-        with calls:
-            output = inner(*args, **kwargs)
-        if not calls.seen:
-            raise RuntimeError(
-                f"{type(host).__name__} did not call scaled_dot_product_attention, so its adapter has no effect; "
-                f"load the model with attn_implementation='sdpa' and do not ask for attention weights."
-            )
-        return output
+        return call_changed(gated, host, inner, *args, **kwargs)
 
     def _prompted(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """tanh(gate) softmax(q K^T) V for q (batch, heads, tokens, size), K and V (length, kv_heads * size)."""
+        """softmax(q K^T) tanh(gate) V for q (batch, heads, tokens, size), K and V (length, kv_heads * size)."""
         heads, size = len(self.gate), query.shape[-1]
-        key, value = (x.view(len(x), -1, size).transpose(0, 1).to(query.dtype) for x in (key, value))
+        key, value = (x.view(len(x), -1, size).transpose(0, 1) for x in (key, value))
         groups = heads // len(key)
         if query.shape[1:3] == (len(key), groups):  # one token, the query heads of a group passed as its tokens
-            return self._prompted_heads(query.reshape(len(query), heads, -1, size), key, value, scale).view_as(query)
+            grouped = query.reshape(len(query), heads, -1, size)
+            return self._prompted_heads(grouped, key, value, scale).reshape_as(query)
         if query.shape[1] != heads:
             raise ValueError(
                 f"The attention call has {query.shape[1]} heads, the adapter {heads} gates; give heads=...."
@@ -125,6 +136,12 @@ class LLaMAAdapterPrompt(Adapter):
     def _prompted_heads(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """The same for q with all its heads, K and V (kv_heads, length, size)."""
         key, value = (x.repeat_interleave(query.shape[1] // len(x), 0) for x in (key, value))
-        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-        weights = torch.tanh(self.gate)[:, None, None] * scores.softmax(-1, dtype=torch.float32)
-        return weights.to(query.dtype) @ value
+        # The prompts are few: scaling and gating them is nothing against scores and weights of all tokens.
+        key = key * (query.shape[-1] ** -0.5 if scale is None else scale)
+        value = value * torch.tanh(self.gate)[:, None, None]
+        # One product for each head over the tokens of all rows: projections lie so in memory, and no copy is kept. With
+        # tokens in the last dimension, a softmax over a few prompts is twenty times as fast on the CPU.
+        tokens = query.transpose(0, 1).flatten(1, 2).mT
+        weights = (key.to(query.dtype) @ tokens).softmax(1, dtype=torch.float32)
+        prompted: Tensor = weights.to(query.dtype).mT @ value.to(query.dtype)
+        return prompted.view(len(prompted), *query.shape[0:3:2], -1).transpose(0, 1)

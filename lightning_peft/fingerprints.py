@@ -1,0 +1,37 @@
+"""Which base model an adapter belongs to, as a short digest of its values."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .quantized_layers import original_of, sample
+from .select import base_parameters
+
+
+def fingerprint(model: nn.Module, trained: Collection[str] | None = None) -> str | None:
+    """Return a short digest of the frozen base: shapes and up to 64 values of each parameter, rounded to bfloat16.
+
+    Names do not enter, nor does the type that values are stored in; of a weight that ``quantize`` changed it is the
+    original that counts. None where values are not at hand (meta, sharded).
+
+    Args:
+        model: Base model, adapted or not.
+        trained: Names of the base parameters to leave out; those that require a gradient if not given.
+    """
+    digest, samples = hashlib.sha256(), []
+    for name, parameter in base_parameters(model).items():
+        if not (parameter.requires_grad if trained is None else name in trained):
+            owner, _, key = name.rpartition(".")
+            original = original_of(model.get_submodule(owner)) if key == "weight" else None
+            if original is None and (parameter.is_meta or isinstance(parameter, DTensor)):
+                return None
+            digest.update(str(tuple(original.shape if original else parameter.shape)).encode())
+            samples.append(original.values if original else sample(parameter))
+    if samples:
+        digest.update(torch.cat(samples).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]

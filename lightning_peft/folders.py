@@ -1,0 +1,69 @@
+"""The folder of an adapter: ``adapter_model.safetensors`` and ``adapter_config.json``, whole or not there at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def write_adapter(folder: str | os.PathLike[str], description: Mapping[str, Any], state: Mapping[str, Tensor]) -> Path:
+    """Write an adapter's description and tensors; one that is there is replaced only once the new one is complete."""
+    weights = save(dict(state))
+    config = {"library": "lightning_peft", **description, "sha256": hashlib.sha256(weights).hexdigest()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / WEIGHTS, weights)
+    _replace(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    return folder
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the description and the tensors of an adapter folder, checked to be whole."""
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} is no adapter folder: {name} is missing. Expected what save_adapter wrote."
+            )
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} is damaged ({error}); save the adapter again.") from error
+    if not isinstance(config, dict) or config.get("library") != "lightning_peft":
+        raise ValueError(f"{folder / CONFIG} was not written by lightning_peft; another library's adapter is imported.")
+    weights = (folder / WEIGHTS).read_bytes()
+    try:
+        state = load(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged or cut short ({error}); copy or save it again.") from error
+    if hashlib.sha256(weights).hexdigest() != config.get("sha256"):
+        raise ValueError(f"{folder / WEIGHTS} is not what {CONFIG} describes (checksum); copy both files together.")
+    return config, state
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise

@@ -1,0 +1,131 @@
+"""Multitask Prompt Tuning Enables Parameter-Efficient Transfer Learning, https://arxiv.org/abs/2303.02861."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter, parameter_like
+from ..fingerprints import fingerprint
+from ..folders import read_adapter
+from ..method import Method, require
+from ..prompts import Prompt, Surround, place_prompts, require_places
+from ..select import SLOT, select_parameters
+from ..words import PromptStart
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultitaskPromptTuning(Method):
+    """Trains one prompt P* for all tasks, and for each task k a rank-one matrix that scales it: P_k = P* o (u_k v_k^T).
+
+    P* is (length, features), u (tasks, length), v (tasks, features); P_k is put in front of the input as by
+    ``PromptTuning``. Each row of a batch takes the prompt of its own task: ``with lp.row_tasks(model, ids)``.
+    u and v start at one, so that each P_k starts as P*, at the scale of any other prompt; peft's N(0, 0.02) for both
+    makes it start about 2,500 times as small. List ``*.u`` and ``*.v`` in ``no_decay``, which would draw them to zero.
+
+    Args:
+        name: Name of the adapters on their hosts, and in files.
+        length: Number of virtual tokens.
+        tasks: Number of tasks.
+        init: How P* starts; as for ``PromptTuning``.
+        init_text: A text that says what the tasks are.
+        labels: Words of the classes, at most ``length``.
+        tokenizer: Folder or name of the tokenizer for words; that of the model if not given.
+        start: Folder of a learned adapter of this method that a new task starts from: with its P*, and the means of its
+            u and of its v, as the paper does; a mean of products would not have rank one. Adapter files of the new task
+            do not need that folder again, checkpoints of its training do.
+        targets: Globs of modules whose first input is (batch, tokens, features), for models that are not transformers'.
+        embeddings: Glob of the input embeddings that belong to ``targets``.
+    """
+
+    name: str = "multitask_prompt_tuning"
+    length: int = 100
+    tasks: int = 1
+    init: Literal["random", "vocabulary", "text", "labels"] = "random"
+    init_text: str = ""
+    labels: list[str] = dataclasses.field(default_factory=list)
+    tokenizer: str = ""
+    start: str = ""
+    targets: list[str] = dataclasses.field(default_factory=list)
+    embeddings: str = ""
+
+    def __post_init__(self) -> None:
+        self._start()
+        require(isinstance(self.tasks, int) and self.tasks > 0, "tasks", self.tasks, "a positive whole number")
+        require(not self.start or self.init == "random", "init", self.init, "left alone where start is given")
+        require_places(self.targets, self.embeddings)
+
+    def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
+        learned = self._learned(model) if self.start else {}
+
+        def make(host: nn.Module, table: Any, surround: Surround) -> Prompt:
+            adapter = SharedPrompt(host, self.tasks, surround, self.length, table.weight)
+            self._start().fill(adapter.prompt, table, model)
+            adapter.take(learned)
+            return adapter
+
+        return place_prompts(model, self.targets, self.embeddings, self.length, make)
+
+    def finalized(self) -> Method:
+        return dataclasses.replace(self, start="")
+
+    def _start(self) -> PromptStart:
+        return PromptStart(
+            length=self.length, init=self.init, init_text=self.init_text, labels=self.labels, tokenizer=self.tokenizer
+        )
+
+    def _learned(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return P*, u and v of the adapter to start from, by name."""
+        config, state = read_adapter(self.start)
+        source, *others = config["methods"]
+        same = source["method"] == type(self).__name__ and not others
+        require(same, "start", self.start, f"the folder of an adapter of {type(self).__name__} alone")
+        require(source["length"] == self.length, "length", self.length, f"{source['length']}, as in {self.start}")
+        values = {k.rpartition(".")[2]: v for k, v in state.items() if f".{SLOT}." in f".{k}"}
+        require(len(values) == len([k for k in state if f".{SLOT}." in f".{k}"]), "start", self.start, "of one prompt")
+        base = fingerprint(model, select_parameters(model, config["also_train"]))
+        if None not in (base, config["base"]) and base != config["base"]:
+            raise ValueError(f"start={self.start!r} was learned on another base model: {config['base']}, here {base}.")
+        return values
+
+
+class SharedPrompt(Prompt):
+    """A prompt P* that all tasks share, scaled for each by a rank-one matrix.
+
+    Args:
+        host: What it enters.
+        tasks: Number of tasks.
+        surround: Calls the host with virtual tokens inserted.
+        length: Number of virtual tokens.
+        embeddings: Table (vocabulary, features) of the host's input embeddings.
+    """
+
+    def __init__(self, host: nn.Module, tasks: int, surround: Surround, length: int, embeddings: Tensor) -> None:
+        super().__init__(host, tasks, surround)
+        features = embeddings.shape[1]
+        self.prompt = parameter_like(embeddings, length, features)
+        self.u, self.v = parameter_like(embeddings, tasks, length), parameter_like(embeddings, tasks, features)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.uniform_(self.prompt, -0.5, 0.5)
+        nn.init.ones_(self.u)
+        nn.init.ones_(self.v)
+
+    def take(self, learned: dict[str, Tensor]) -> None:
+        """Start from another adapter's tensors, whose tasks are averaged."""
+        for name, values in learned.items():
+            own = self.get_parameter(name)
+            require(not own.is_meta, "start", name, "left out while the model has no values yet (meta device)")
+            values = values if name == "prompt" else values.mean(0)
+            require(values.shape[-1] == own.shape[-1], name, tuple(values.shape), f"{own.shape[-1]} wide, as the model")
+            with torch.no_grad():
+                own.copy_(values)
+
+    def virtual(self, rows: int) -> Tensor:
+        return self.of_rows(self.prompt * (self.u[:, :, None] * self.v[:, None]), rows)

@@ -1,0 +1,42 @@
+"""What a backbone returns, without the virtual tokens that were put into its input."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+from torch import Tensor, nn
+
+Remove = Callable[[Tensor], Tensor]
+
+
+@functools.singledispatch
+def without(output: Any, remove: Remove, pooler: nn.Module | None = None) -> Any:
+    """Take the virtual tokens out of what a backbone returns; pooling sees the tokens alone."""
+    if not isinstance(output, MutableMapping):
+        raise TypeError(f"Virtual tokens cannot be taken out of a {type(output).__name__}.")
+    for name in ("last_hidden_state", "hidden_states", "pooler_output"):
+        value = output.get(name)
+        if value is None:
+            continue
+        if name == "pooler_output":
+            value = None if pooler is None else pooler(output["last_hidden_state"])
+        else:
+            value = remove(value) if isinstance(value, Tensor) else tuple(remove(v) for v in value)
+        output[name] = value
+    return output
+
+
+@without.register
+def _(output: Tensor, remove: Remove, pooler: nn.Module | None = None) -> Tensor:
+    return remove(output)
+
+
+@without.register
+def _(output: tuple, remove: Remove, pooler: nn.Module | None = None) -> tuple[Any, ...]:  # type: ignore[type-arg]
+    hidden, *rest = output
+    hidden = remove(hidden)
+    if pooler is not None and rest:
+        rest[0] = pooler(hidden)
+    return hidden, *rest
