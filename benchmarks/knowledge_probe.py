@@ -68,13 +68,17 @@ def precision(model: nn.Module, rows: Rows) -> float:
 def train(model: nn.Module, rows: Rows, epochs: int, rate: float, size: int) -> nn.Module:
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     schedule = LambdaLR(optimizer, multiplier(epochs * -(-len(rows) // size), 0.06, "linear"))
-    for _ in range(epochs):
+    for epoch in range(epochs):
         model.train()
+        start, total = time.perf_counter(), 0.0
         for x, mask, y in batches(rows, size, shuffle=True):
             optimizer.zero_grad()
-            F.cross_entropy(logits(model, x, mask), y).backward()
+            loss = F.cross_entropy(logits(model, x, mask), y)
+            loss.backward()
+            total += loss.item() * len(y)
             optimizer.step()
             schedule.step()
+        print(f"  epoch {epoch}: loss {total / len(rows):.3f}, {time.perf_counter() - start:.0f} s", flush=True)
     return model
 
 
@@ -120,7 +124,9 @@ def main() -> None:
     parser.add_argument("--facts", type=int, default=200, help="of each relation, for training and for test")
     parser.add_argument("--lessons", type=int, default=6, help="epochs in which the encoder is taught")
     parser.add_argument("--epochs", type=int, default=10, help="in which pseudo tokens are trained")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; more than one is unsteady on shared cores")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     start = time.perf_counter()
     known = {row["relation"]: row for row in read(options.lama, "relations")}
     relations = {name: known[name] for name in options.relations.split(",")}
