@@ -7,18 +7,17 @@ the sizes are tiny, the numbers mean nothing, and nothing is written.
 import itertools
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import harness
 import lightning.pytorch as pl
 import peft
 import rows
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from rows import Row, found, timed
+from rows import Row, timed
+from sides import Case, both, compare, ours, pattern, peer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -26,22 +25,10 @@ import lightning_peft as lp
 from lightning_peft.inject import adapters_of
 
 LINEARS = {
-    "bert": ("query", "key", "value", "attention.output.dense", "intermediate.dense", "*[0-9].output.dense"),
-    "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "bert": ["query", "key", "value", "attention.output.dense", "intermediate.dense", "*[0-9].output.dense"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
-QUERY_VALUE = {"bert": ("query", "value"), "llama": ("q_proj", "v_proj")}
-
-
-def ours(name: str, **settings: Any) -> Callable[[tuple[str, ...]], lp.Method]:
-    return lambda targets: getattr(lp, name)(targets=list(targets), **settings)
-
-
-def peer(name: str, **settings: Any) -> Callable[[tuple[str, ...]], peft.PeftConfig]:
-    def config(targets: tuple[str, ...]) -> peft.PeftConfig:
-        patterns = "|".join(glob.replace(".", r"\.").replace("*", ".*") for glob in targets)
-        return getattr(peft, name)(target_modules=rf".*\.({patterns})", **settings)
-
-    return config
+QUERY_VALUE = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj"]}
 
 
 def bf16_loss(model: nn.Module, batch: harness.Batch) -> Tensor:
@@ -49,77 +36,24 @@ def bf16_loss(model: nn.Module, batch: harness.Batch) -> Tensor:
         return harness.loss(model, batch)
 
 
-class Case(NamedTuple):
-    """A method on both sides, with the ratios to reach: a training step's to the floor and to peft, saved bytes'."""
-
-    ours: Callable[[tuple[str, ...]], lp.Method]
-    peer: Callable[[tuple[str, ...]], peft.PeftConfig]
-    floor_goal: float | None = None
-    peft_goal: float | None = None
-    bytes_goal: float = 1.0
-    parts: tuple[str, ...] = ("bytes", "train", "eval")
-    loss: Callable[[nn.Module, harness.Batch], Tensor] = harness.loss
-    targets: Mapping[str, tuple[str, ...]] = LINEARS
-
-
-LORA, PEFT_LORA = partial(ours, "LoRA", rank=8, alpha=16), partial(peer, "LoraConfig", r=8, lora_alpha=16)
-ADALORA = partial(ours, "AdaLoRA", initial_rank=8, target_rank=4)
-PEFT_ADALORA = partial(peer, "AdaLoraConfig", init_r=8, target_r=4, lora_alpha=16, total_step=1000)
-WHOLE = {"r": 4096, "alpha": 4096}  # a rank above every side keeps both factors of LoKr whole, and its scale 1
+ALL = {"target_modules": pattern(LINEARS)}
+LORA = partial(ours, "LoRA", targets=LINEARS, rank=8, alpha=16)
+PEFT_LORA = partial(peer, "LoraConfig", **ALL, r=8, lora_alpha=16)
+ADALORA = partial(ours, "AdaLoRA", targets=LINEARS, initial_rank=8, target_rank=4)
+PEFT_ADALORA = partial(peer, "AdaLoraConfig", **ALL, init_r=8, target_r=4, lora_alpha=16, total_step=1000)
+LOHA = peer("LoHaConfig", **ALL, r=8, alpha=8)
+# A rank above every side keeps both factors of LoKr whole, and its scale 1. Their shapes are not those of KronA.
+LOKR = peer("LoKrConfig", **ALL, decompose_factor=-1, r=4096, alpha=4096)
 CASES = {
     "lora": Case(LORA(), PEFT_LORA(), 1.10, 0.85),
-    "lora_query_value": Case(LORA(), PEFT_LORA(), targets=QUERY_VALUE),
-    "lora_dropout": Case(LORA(dropout=0.05), PEFT_LORA(lora_dropout=0.05), None, None, 0.67, ("bytes", "train")),
+    "lora_query_value": Case(LORA(targets=QUERY_VALUE), PEFT_LORA(target_modules=pattern(QUERY_VALUE))),
+    "lora_dropout": Case(LORA(dropout=0.05), PEFT_LORA(lora_dropout=0.05), bytes_goal=0.67, parts=("bytes", "train")),
     "lora_bf16": Case(LORA(), PEFT_LORA(), 1.10, 0.85, parts=("bytes", "train"), loss=bf16_loss),
     "dora": Case(LORA(decompose=True), PEFT_LORA(use_dora=True), 1.10, 0.80, bytes_goal=0.55),
     "adalora": Case(ADALORA(), PEFT_ADALORA(), 1.10, 0.85),
-    "fedpara": Case(ours("FedPara", rank=8), peer("LoHaConfig", r=8, alpha=8), 1.30, 0.55),
-    "krona": Case(ours("KronA"), peer("LoKrConfig", decompose_factor=-1, **WHOLE), 1.30, 0.55),
+    "fedpara": Case(ours("FedPara", targets=LINEARS, rank=8), LOHA, 1.30, 0.55),
+    "krona": Case(ours("KronA", targets=LINEARS), LOKR, 1.30, 0.55, surplus=None),
 }
-
-
-def both(kind: str, case: Case, small: bool) -> tuple[lp.Method, dict[str, nn.Module], dict[str, int]] | None:
-    """Return our method, and both sides' models and trained counts; nothing where the package lacks the method."""
-    try:
-        method = case.ours(case.targets[kind])
-    except (AttributeError, TypeError) as error:
-        print(f"skipped on {kind}: {error}")
-        return None
-    build = partial(harness.MODELS[kind], small)
-    wrapped = peft.get_peft_model(build()[0], case.peer(case.targets[kind]))
-    models = {"ours": lp.inject(build()[0], method), "peft": wrapped}
-    for parameter in itertools.chain(*map(harness.trained, models.values())):
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.02)
-    hosts = {name for name, *_ in lp.adapters(models["ours"])}
-    assert len(hosts) == sum(isinstance(module, BaseTunerLayer) for module in wrapped.modules())
-    counts = {who: sum(p.numel() for p in harness.trained(model)) for who, model in models.items()}
-    assert not isinstance(method, lp.LoRA) or counts["ours"] == counts["peft"]
-    return method, models, counts
-
-
-def compare(kind: str, case: Case, options: Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Saved bytes, training step and eval forward of one method, by part."""
-    parts = [part for part in case.parts if part in options.only]
-    if not parts or (pair := both(kind, case, options.small)) is None:
-        return
-    base, batch = harness.MODELS[kind](options.small)
-    _, models, counts = pair
-    models = {"floor": harness.floor(base), "ours": models["ours"], "peft": models["peft"].base_model.model}
-    for part in parts:
-        if part == "bytes":
-            sizes = {who: harness.saved_bytes(case.loss, model.train(), batch) for who, model in models.items()}
-            values = {"ours/floor": sizes["ours"] / sizes["floor"], "ours/peft": sizes["ours"] / sizes["peft"]}
-            row = found(values, {"ours/peft": case.bytes_goal}, bytes=sizes, trained=counts)
-        elif part == "train":
-            goals = {"ours/floor": case.floor_goal, "ours/peft": case.peft_goal, "peft/floor": None}
-            steps = {who: harness.train_step(case.loss, model, batch) for who, model in models.items()}
-            row = timed(goals, options, steps)
-            assert all(p.grad is not None for model in models.values() for p in harness.trained(model))
-        else:
-            forwards = {who: torch.no_grad()(partial(case.loss, m.eval(), batch)) for who, m in models.items()}
-            row = timed({"ours/floor": 1.03, "ours/peft": 1.00, "peft/floor": None}, options, forwards)
-        yield part, row
 
 
 def optimizer(kind: str, options: Namespace) -> Iterator[Row]:
@@ -156,7 +90,7 @@ def allocation(kind: str, options: Namespace) -> Iterator[Row]:
 def injection(options: Namespace) -> Iterator[Row]:
     """LoRA into all linears of a 7B Llama's shape on the meta device."""
     config = LlamaConfig(**harness.shape(2 if options.small else 32, 4096, 11008, 32))
-    method, peer_config = LORA()(LINEARS["llama"]), PEFT_LORA()(LINEARS["llama"])
+    method, peer_config = LORA()(config), PEFT_LORA()(config)
 
     def setup() -> nn.Module:
         with torch.device("meta"):
@@ -189,8 +123,8 @@ def checkpoint(options: Namespace) -> Iterator[Row]:
     sizes = harness.shape(2, 64, 172, 4) if options.small else harness.shape(12, 1024, 2752, 16)
     model, base = (LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False)) for _ in range(2))
     ids = torch.arange(8)[None]
-    wrapped = peft.get_peft_model(base, PEFT_LORA()(LINEARS["llama"]))
-    strategy = lp.PEFTStrategy(LORA()(LINEARS["llama"]), show_summary=False)
+    wrapped = peft.get_peft_model(base, PEFT_LORA()(model.config))
+    strategy = lp.PEFTStrategy(LORA()(model.config), show_summary=False)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     data = torch.utils.data.DataLoader([{"input_ids": ids, "labels": ids}], batch_size=None)
     saves, loads, paths = {}, {}, {}

@@ -42,6 +42,14 @@ class Adapter(nn.Module, ABC):
         """Fold this adapter into the host's parameters, in place, if a weight can express it."""
         raise NotImplementedError
 
+    def updated_whole(self, weight: Tensor) -> Tensor:
+        """Return what a host that is read, and not called, shows for its weight, as it stores it."""
+        return weight
+
+    def updated_bias(self, bias: Tensor | None) -> Tensor | None:
+        """Return what such a host shows for its bias."""
+        return bias
+
     def finalize(self) -> None:
         """Replace what only training needs by what ``pack`` returns, as parameters of these names."""
 
@@ -170,7 +178,6 @@ class WeightUpdate(Adapter):
         return F.linear(x, weight, host.bias)
 
     def updated_whole(self, weight: Tensor) -> Tensor:
-        """Return a weight as the host stores it, with this part's rows updated."""
         first, stop = self.rows
         return torch.cat([weight[:first], self.updated(weight[first:stop]).to(weight.dtype), weight[stop:]])
 

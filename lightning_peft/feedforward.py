@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, Call
@@ -55,10 +56,11 @@ class Tap(Adapter):
 
 
 class Beside(Adapter):
-    """y = block(x) + branch(x), on the block itself or, with a tap, on its down-projection."""
+    """y = block(x) + factor branch(x), on the block itself or, with a tap, on its down-projection."""
 
     unmergeable = _UNMERGEABLE
     held: Held | None = None  # of the tap
+    factor = 1.0  # of the branch
 
     @abstractmethod
     def branch(self, x: Tensor) -> Tensor:
@@ -69,7 +71,7 @@ class Beside(Adapter):
         y = inner(*args, **kwargs)
         if not isinstance(y, Tensor):
             raise TypeError(f"{type(host).__name__} returns a {type(y).__name__}, to which no branch can be added.")
-        return y + self.branch(x).to(y.dtype)
+        return torch.add(y, self.branch(x).to(y.dtype), alpha=self.factor)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .adapter import Adapter, WeightUpdate
-from .layers import read_attribute
+from .layers import bias_attribute, read_attribute
 from .method import Method
 from .quantized_layers import keep_differentiable, refuse_repacked
 from .select import SLOT, base_modules, base_parameters, select_parameters
@@ -59,18 +59,24 @@ def adapted(cls: Any) -> type[nn.Module]:
             call = functools.partial(adapter, self, call)
         return call(*args, **kwargs)
 
-    read = read_attribute(cls)
+    read, bias = read_attribute(cls), bias_attribute(cls)
 
     def updated(self: Any) -> Any:
         weight = self._parameters[read]
         for adapter in self.peft.values():
-            weight = adapter.updated_whole(weight) if isinstance(adapter, WeightUpdate) else weight
+            weight = adapter.updated_whole(weight)
         return weight
+
+    def updated_bias(self: Any) -> Any:
+        value = self._parameters[bias]
+        for adapter in self.peft.values():
+            value = adapter.updated_bias(value)
+        return value
 
     # The same name: libraries look models up by it (loss functions, wrapping policies, saved configurations).
     namespace = {"forward": forward, "_host_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
     if read is not None:
-        namespace[read] = property(updated)
+        namespace |= {read: property(updated), bias: property(updated_bias)}
     if issubclass(cls, nn.Sequential):  # which calls its children one after the other: not the adapters
         namespace["__iter__"] = lambda self: iter([child for child in cls.__iter__(self) if child is not self.peft])
         namespace["__len__"] = lambda self: cls.__len__(self) - 1
@@ -182,7 +188,8 @@ def _key(name: str, adapter: Adapter) -> str:
 def _refuse(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
     """Raise if an adapter on this host could not work; each case fails silently without this check."""
     kind = type(host).__name__
-    if isinstance(host, nn.modules.linear.NonDynamicallyQuantizableLinear) and not isinstance(adapter, WeightUpdate):
+    shows = type(adapter).updated_whole is not Adapter.updated_whole
+    if isinstance(host, nn.modules.linear.NonDynamicallyQuantizableLinear) and not shows:
         raise TypeError(
             f"{name} belongs to nn.MultiheadAttention, which reads its weight and never calls it; target other layers."
         )

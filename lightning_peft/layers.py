@@ -34,6 +34,11 @@ class Layer(ABC):
         weight: Tensor = host.weight
         return weight
 
+    def bias(self, host: Any) -> nn.Parameter | None:
+        """Return the bias of the host itself."""
+        bias: nn.Parameter | None = host._parameters.get("bias")
+        return bias
+
     def read(self, host: Any) -> Tensor:
         """Return the host's weight as (out, in, *kernel), a view where possible."""
         return self.parameter(host)
@@ -87,10 +92,13 @@ class ReadKind(LinearKind):
     def multiplies(self, host: Any, call: object) -> bool:
         return False
 
+    def bias(self, host: Any) -> nn.Parameter | None:
+        bias: nn.Parameter | None = host._parameters[bias_attribute(type(host))]
+        return bias
+
     def parameter(self, host: Any) -> Tensor:
-        weight: Tensor | None = host._parameters[
-            read_attribute(type(host))
-        ]  # the attribute itself gives the updated one
+        name = read_attribute(type(host)) or "weight"
+        weight: Tensor | None = host._parameters[name]  # the attribute itself gives the updated one
         if weight is None:
             raise TypeError("This nn.MultiheadAttention has separate projections (kdim, vdim); they cannot be adapted.")
         return weight
@@ -191,3 +199,8 @@ def read_attribute(kind: type[nn.Module]) -> str | None:
     if issubclass(kind, nn.MultiheadAttention):
         return "in_proj_weight"
     return "weight" if issubclass(kind, nn.modules.linear.NonDynamicallyQuantizableLinear) else None
+
+
+def bias_attribute(kind: type[nn.Module]) -> str:
+    """Return the name of the bias that belongs to that weight."""
+    return (read_attribute(kind) or "weight").replace("weight", "bias")

@@ -44,7 +44,7 @@ def updated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequ
     updated in its own type and rounded once.
     """
     forms, factors = _flat(updates)
-    with _own_types(x) as dtype:
+    with own_types(x) as dtype:
         return _apply(_UpdatedLinear, x, weight, bias, dtype, forms, *factors)
 
 
@@ -60,7 +60,7 @@ def dropped_low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) ->
     draws = words.random_(torch.iinfo(torch.int64).min, None).view(torch.int16)  # a fourth of the time of floats
     flags = draws >= step - 32768
     kept, bits = flags[: x.numel()].view(x.shape), _pack(flags)
-    with _own_types(x) as dtype:
+    with own_types(x) as dtype:
         return _apply(_DroppedLowRank, x, kept, bits, a, b, scale / (1 - step / 65536), dtype or x.dtype)
 
 
@@ -77,7 +77,7 @@ def _unpack(bits: Tensor, shape: torch.Size) -> Tensor:
 
 
 @contextlib.contextmanager
-def _own_types(x: Tensor) -> Any:
+def own_types(x: Tensor) -> Any:
     """Context without autocast; gives the type that autocast would have worked in."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
@@ -138,7 +138,7 @@ class _UpdatedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (g,) = grads
         x, weight, bias, y, *factors = ctx.saved_tensors
-        with _own_types(g):
+        with own_types(g):
             by_x = None
             if ctx.needs_input_grad[0]:
                 by_x = (g @ _updated(weight, ctx.forms, factors).to(g.dtype)).to(x.dtype)
@@ -171,7 +171,7 @@ class _DroppedLowRank(torch.autograd.Function):
         (g,) = grads
         x, bits, a, b = ctx.saved_tensors
         kept = _unpack(bits, x.shape)
-        with _own_types(g):
+        with own_types(g):
             narrow_a, by_inner = a.to(g.dtype), (g @ b.to(g.dtype)) * ctx.scale
             by_x = ((by_inner @ narrow_a) * kept).to(x.dtype) if ctx.needs_input_grad[0] else None
             dropped = (x * kept).to(g.dtype).flatten(0, -2)

@@ -19,7 +19,7 @@ class Case:
         return f"{self.model}-{'+'.join(_label(m) for m in self.methods)}"
 
 
-FIELDS = ("init", "decompose", "tanh", "personalized", "factor", "residual")
+FIELDS = ("init", "decompose", "tanh", "personalized", "factor", "residual", "bias", "bias_and_scale")
 
 
 def _label(method: lp.Method) -> str:
@@ -67,7 +67,14 @@ def other_methods(model: str) -> list[Case]:
 
 
 def activation_methods(model: str) -> list[Case]:
-    return [] if model == "encoder" else [Case(model, (lp.IA3(),))]
+    extras = lp.LLaMAAdapter(length=2, train_norms=True, bias_and_scale=True)
+    return [
+        Case(model, (lp.IA3(),)),
+        Case(model, (lp.Bottleneck(size=5),), starts_at_base=False, mergeable=False),
+        Case(model, (lp.ParallelAdapter(size=6),), mergeable=False),
+        Case(model, (lp.ParallelAdapter(size=6, activation="swish", bias=True),), mergeable=False),
+        Case(model, (extras,), mergeable=False),
+    ]
 
 
 def attention_methods(model: str) -> list[Case]:

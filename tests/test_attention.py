@@ -280,6 +280,22 @@ def test_llama_adapter_on_t5s_biased_attention():
     torch.testing.assert_close(host(x)[0], expected)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "encoder"])
+def test_prompts_of_two_adapters_add_up(name):
+    one, two = lp.LLaMAAdapter(length=3, layers=1), lp.LLaMAAdapter(name="second", length=2, layers=1)
+    model, (x,) = filled(MODELS[name](), [one, two]).double(), torch.randn(1, 2, 5, 32, dtype=torch.float64)
+    host = next(host for _, host, _, _ in lp.adapters(model))
+    call = (lambda m: m(x, x, x)[0]) if name == "encoder" else (lambda m: m(x)[0])
+    found, gates = call(host), [adapter.gate.detach().clone() for adapter in host.peft.values()]
+    results = []
+    for keep in ((0, 0), (1, 0), (0, 1)):
+        with torch.no_grad():
+            for gate, adapter, factor in zip(gates, host.peft.values(), keep, strict=True):
+                adapter.gate.copy_(gate * factor)
+            results.append(call(host))
+    torch.testing.assert_close(found, results[1] + results[2] - results[0])
+
+
 COUNTS = {"bert": 3, "llama": 3, "gpt2": 3, "distilbert": 3, "vit": 3, "fused_vit": 3, "encoder": 3, "t5": 9, "bart": 9}
 
 

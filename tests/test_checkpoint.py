@@ -19,6 +19,8 @@ METHODS = {
     "DoRA": lambda: lp.LoRA(rank=2, dropout=0.2, decompose=True),
     "FedPara": lambda: lp.FedPara(rank=2, jacobian_weight=0.1),
     "IA3": lp.IA3,
+    "Bottleneck": lambda: lp.Bottleneck(size=3),
+    "ParallelAdapter": lambda: lp.ParallelAdapter(size=3, dropout=0.2),
     "KronA": lp.KronA,
     "KronABlock": lambda: lp.KronABlock(residual=True),
     "AdaLoRA": lambda: lp.AdaLoRA(
@@ -30,6 +32,7 @@ METHODS = {
         interval=1,
     ),
     "LLaMAAdapter": lambda: lp.LLaMAAdapter(length=3, gate_warmup_steps=2),
+    "LLaMAAdapter, version 2": lambda: lp.LLaMAAdapter(length=3, train_norms=True, bias_and_scale=True),
     "PrefixTuning": lambda: lp.PrefixTuning(length=3, hidden_size=8, dropout=0.2),
     "PTuningV2": lambda: lp.PTuningV2(length=3, dropout=0.2),
     "PromptTuning": lambda: lp.PromptTuning(length=3),

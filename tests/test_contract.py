@@ -224,13 +224,24 @@ def test_generation_agrees_with_and_without_cache_beams_and_padding(case):
     kept = slice(0, 5) if case.model == "bart" else slice(2, 7)  # the other columns of the first row are padding
     mask[0] = 0
     mask[0, kept] = 1
-    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-    cached = model.generate(x, attention_mask=mask, **settings)
-    assert torch.equal(model.generate(x, attention_mask=mask, use_cache=False, **settings), cached)
-    alone = model.generate(x[:1, kept], attention_mask=mask[:1, kept], **settings)
-    assert torch.equal(cached[0, -6:], alone[0, -6:])
-    beams = model.generate(x, attention_mask=mask, num_beams=3, **settings)
-    assert torch.equal(model.generate(x, attention_mask=mask, num_beams=3, use_cache=False, **settings), beams)
+    ids, scores = generate(model, x, mask)
+    again, others = generate(model, x, mask, use_cache=False)
+    assert torch.equal(again, ids)
+    torch.testing.assert_close(others, scores, atol=1e-4, rtol=1e-4)  # ids alone may repeat one token
+    alone, others = generate(model, x[:1, kept], mask[:1, kept])
+    assert torch.equal(ids[:1, -6:], alone[:, -6:])
+    torch.testing.assert_close(others, scores[:, :1], atol=1e-4, rtol=1e-4)
+    beams, scores = generate(model, x, mask, num_beams=3)
+    again, others = generate(model, x, mask, num_beams=3, use_cache=False)
+    assert torch.equal(again, beams)
+    torch.testing.assert_close(others, scores, atol=1e-4, rtol=1e-4)
+
+
+def generate(model, x, mask, **settings):
+    """Return ids and the scores of each step."""
+    settings |= {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    output = model.generate(x, attention_mask=mask, return_dict_in_generate=True, output_scores=True, **settings)
+    return output.sequences, torch.stack(output.scores)
 
 
 @pytest.mark.parametrize(("case", "side"), PADDED, ids=str)

@@ -133,13 +133,58 @@ def test_qlora_on_llama(width, inner, layers, heads, count):
     assert trained(LlamaForCausalLM, config, lp.LoRA(rank=64, targets=["all-linear"])) == count
 
 
-def test_ia3_on_t0_3b():
+@pytest.mark.parametrize(
+    ("width", "inner", "heads", "count"),
+    [(2048, 5120, 32, 540_672), (4096, 10240, 64, 1_081_344)],
+    ids=["3b", "11b"],
+)
+def test_ia3_on_t0(width, inner, heads, count):
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        vocab_size=32128, d_model=2048, d_kv=64, d_ff=5120, num_layers=24, num_heads=32, feed_forward_proj="gated-gelu"
+        vocab_size=32128, d_model=width, d_kv=64, d_ff=inner, num_layers=24, num_heads=heads,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    assert trained(T5ForConditionalGeneration, config, lp.IA3()) == count
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "adapters", "norms", "head"),
+    [(24, 1024, 6_343_680, 100_352, 2_050), (12, 768, 2_379_264, 38_400, 1_538)],
+    ids=["large", "base"],
+)
+def test_bottlenecks_on_bert(layers, width, adapters, norms, head):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        num_hidden_layers=layers, hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64
     )
-    assert trained(T5ForConditionalGeneration, config, lp.IA3()) == 540_672
+    for train_norms, train_head in ((False, False), (True, False), (False, True), (True, True)):
+        method = lp.Bottleneck(size=64, train_norms=train_norms, train_head=train_head)
+        count = adapters + norms * train_norms + head * train_head
+        assert trained(BertForSequenceClassification, config, method) == count
+    assert layers != 24 or count == 6_446_082
+
+
+def test_one_bottleneck_of_24():
+    method = lp.Bottleneck(size=24, targets=["0"], train_head=False)
+    assert trained(lambda _: linear_layers(1024, 1024), None, method) == 49_152 + 1024 + 24
+
+
+def test_parallel_adapters_on_bart_large():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    for size, count in ((200, 9_830_400), (512, 25_165_824), (1024, 50_331_648)):
+        assert trained(BartForConditionalGeneration, BartConfig(), lp.ParallelAdapter(size=size)) == count
+
+
+def test_llama_adapter_v2_on_llama_7b():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    both = lp.LLaMAAdapter(train_norms=True, bias_and_scale=True)
+    assert trained(LlamaForCausalLM, LlamaConfig(), both) == 1_229_760 + 2_985_984
+    norms = lp.LLaMAAdapter(train_norms=True)
+    assert trained(LlamaForCausalLM, LlamaConfig(), norms) == 1_229_760 + 65 * 4096
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from .adalora import AdaLoRA
 from .bitfit import BitFit
+from .bottleneck import Bottleneck
 from .fedpara import FedPara
 from .ia3 import IA3
 from .krona import KronA
@@ -9,6 +10,7 @@ from .krona_block import KronABlock
 from .llama_adapter import LLaMAAdapter
 from .lora import LoRA
 from .multitask_prompt_tuning import MultitaskPromptTuning
+from .parallel_adapter import ParallelAdapter
 from .prefix_tuning import PrefixTuning, PTuningV2
 from .prompt_tuning import PromptTuning
 from .subsets import FullFineTuning, LastLayers, OutputLayers
@@ -16,6 +18,7 @@ from .subsets import FullFineTuning, LastLayers, OutputLayers
 __all__ = [
     "AdaLoRA",
     "BitFit",
+    "Bottleneck",
     "FedPara",
     "FullFineTuning",
     "IA3",
@@ -26,6 +29,7 @@ __all__ = [
     "LoRA",
     "MultitaskPromptTuning",
     "OutputLayers",
+    "ParallelAdapter",
     "PTuningV2",
     "PrefixTuning",
     "PromptTuning",

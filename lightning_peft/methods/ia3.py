@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from ..adapter import Adapter, Call, parameter_like
 from ..layers import layer_of
 from ..method import Method, require
-from ..select import parts, select
+from ..scaling import scaled_input, scaled_output
+from ..select import linear_branch, matches, parts, select
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,10 @@ class IA3(Method):
 
     Keys and values: l o (W x + b), on their projections. Activations: W (l o x) + b, on the down-projections. A layer
     that computes query, key and value at once has an own vector for each part. Merges.
+
+    Of a block that multiplies an activated up-projection with another (T5 v1.1, Llama), l stands on that other one's
+    output, as in the authors' code: the same function, which keeps less for backward. A down-projection that is named
+    by a glob is scaled itself.
 
     Args:
         name: Name of the adapters on their hosts, and in files.
@@ -39,16 +45,23 @@ class IA3(Method):
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Scaling]]:
         inputs = list(select(model, self.feedforward_targets, self.exclude)) if self.feedforward_targets else []
         outputs = list(select(model, self.targets, self.exclude)) if self.targets else []
-        chosen = select(model, [*self.targets, *self.feedforward_targets], self.exclude)
-        for name, host in chosen.items():
-            layer = layer_of(host)
-            require(not layer.looks_up and not layer.is_read, f"target {name}", type(host).__name__, "a called layer")
+        for name, host in select(model, [*self.targets, *self.feedforward_targets], self.exclude).items():
+            require(not layer_of(host).looks_up, f"target {name}", type(host).__name__, "a layer of features")
             require(not (name in inputs and name in outputs), "target", name, "in one of both lists of targets")
-            if name in inputs:
-                yield name, Scaling(host, of_inputs=True)
-            else:
+            if name not in inputs:
                 for part in parts(name, host, self.targets):
                     yield name, Scaling(host, part=part)
+            elif (branch := self._branch(model, name)) is not None and branch not in outputs:
+                yield branch, Scaling(model.get_submodule(branch))
+            else:
+                yield name, Scaling(host, of_inputs=True)
+
+    def _branch(self, model: nn.Module, down: str) -> str | None:
+        """Return the up-projection whose output may be scaled in place of the down-projection's input."""
+        branch = linear_branch(model, down)
+        named = any(matches(down, target) for target in self.feedforward_targets)
+        left_out = branch is not None and any(matches(branch, pattern) for pattern in self.exclude)
+        return None if named or left_out else branch
 
 
 class Scaling(Adapter):
@@ -67,30 +80,44 @@ class Scaling(Adapter):
         features *= getattr(host, "groups", 1)
         self.part, first, stop = part or ("", 0, out)
         self.rows, self.outside = slice(first, stop), (first, out - stop)
-        self.trailing = [1] * len(kernel)  # the dimensions that follow features
         self.scales = parameter_like(self.layer.parameter(host), features if of_inputs else stop - first)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.scales)
 
-    def forward(self, host: Any, inner: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.of_inputs:
-            result: Tensor = inner(x * self.scales.to(x.dtype).view(-1, *self.trailing), *args, **kwargs)
-            return result
-        y: Tensor = inner(x, *args, **kwargs)
-        whole = F.pad(self.scales, self.outside, value=1.0) if any(self.outside) else self.scales
-        return y * whole.to(y.dtype).view(-1, *self.trailing)
+    def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
+        if self.layer.is_read:
+            return inner(*args, **kwargs)  # the host reads its weight and bias, and finds the scaled ones
+        return self._called(host, inner, *args, **kwargs)
+
+    def _called(self, host: Any, inner: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        scales = self.scales if self.of_inputs else self.whole()
+        while not self.of_inputs and isinstance(other := getattr(inner, "func", None), Scaling) and not other.of_inputs:
+            scales, inner = scales * other.whole(), inner.args[1]  # type: ignore[attr-defined]
+        call = functools.partial(inner, *args, **kwargs) if args or kwargs else inner
+        return (scaled_input if self.of_inputs else scaled_output)(self.layer, host, call, x, scales)
+
+    def whole(self) -> Tensor:
+        """Return a scale for each output of the host: one outside this part."""
+        return F.pad(self.scales, self.outside, value=1.0) if any(self.outside) else self.scales
+
+    def updated_whole(self, weight: Tensor) -> Tensor:
+        return (weight * (self.scales if self.of_inputs else self.whole()[:, None])).to(weight.dtype)
+
+    def updated_bias(self, bias: Tensor | None) -> Tensor | None:
+        return bias if bias is None or self.of_inputs else (bias * self.whole()).to(bias.dtype)
 
     @torch.no_grad()
     def merge(self, host: Any) -> None:
-        weight = self.layer.read(host)
+        weight, bias = self.layer.read(host), self.layer.bias(host)
+        ones = [1] * (weight.dim() - 2)
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if self.of_inputs:
             groups = getattr(host, "groups", 1)
             inputs = self.scales.view(groups, -1).repeat_interleave(len(weight) // groups, 0)
-            self.layer.write(host, wide * inputs.view(len(weight), -1, *self.trailing))
+            self.layer.write(host, wide * inputs.view(len(weight), -1, *ones))
             return
-        self.layer.write(host, wide[self.rows] * self.scales.view(-1, *[1] * (weight.dim() - 1)), self.rows.start)
-        if host.bias is not None:
-            host.bias[self.rows].mul_(self.scales.to(host.bias.dtype))
+        self.layer.write(host, wide[self.rows] * self.scales.view(-1, 1, *ones), self.rows.start)
+        if bias is not None:
+            bias[self.rows].mul_(self.scales.to(bias.dtype))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -14,8 +14,7 @@ from ..method import Method, require
 from ..positions import shifted_positions
 from ..prefix_starts import start_as_words
 from ..prefixes import prefixes
-from ..select import output_layers, select, select_parameters
-from ..virtual_tokens import backbones
+from ..select import head_layers, select, select_parameters
 from ..words import token_ids
 
 
@@ -110,7 +109,7 @@ class PTuningV2(Method):
         return prefixes(model, hosts, self.length, self.dropout, self.hidden_size if self.projection else None)
 
     def parameters(self, model: nn.Module) -> Iterable[str]:
-        return _head(model) if self.train_head else ()
+        return select_parameters(model, ["head"]) if self.train_head and head_layers(model) else ()
 
     def finalized(self) -> PTuningV2:
         return dataclasses.replace(self, projection=False)
@@ -120,13 +119,3 @@ def _check(length: int, hidden_size: int, dropout: float) -> None:
     for field, value in (("length", length), ("hidden_size", hidden_size)):
         require(type(value) is int and value > 0, field, value, "a positive whole number")
     require(0 <= dropout < 1, "dropout", dropout, "a probability in [0, 1)")
-
-
-def _head(model: nn.Module) -> list[str]:
-    """Return the parameters of the layers after the last block that are neither of a backbone nor a vocabulary head."""
-    found: list[Any] = [m for m in model.modules() if hasattr(m, "get_output_embeddings")]
-    vocabulary = [module.get_output_embeddings() for module in found]
-    inside = tuple(f"{name}." for name, _ in backbones(model) if name)
-    names = [name for name in output_layers(model) if not name.startswith(inside)]
-    names = [name for name in names if model.get_submodule(name) not in vocabulary]
-    return select_parameters(model, names) if names else []

@@ -1,0 +1,110 @@
+"""Houlsby's adapters: Parameter-Efficient Transfer Learning for NLP, https://arxiv.org/abs/1902.00751."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..adapter import Adapter, Call, parameter_like
+from ..bottlenecks import bottleneck, check_bottleneck, output_of
+from ..layers import read_attribute
+from ..method import Method, require
+from ..select import ROLES, select, select_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bottleneck(Method):
+    """Passes what each sub-layer returns through a small network: y + W_up phi(W_down y + b_down) + b_up.
+
+    Two in each block, after the attention's output projection and after the feed-forward's down-projection, before a
+    dropout, the skip connection and the norm that may follow. Both weights start near zero, so that an adapted model
+    starts near its base. One in each block, as in https://arxiv.org/abs/2005.00247 but without a norm in between, is
+    ``Bottleneck(targets=["feedforward.down"], activation="relu", train_norms=False)``. Nothing of it merges.
+
+    Args:
+        name: Name of the adapters on their hosts, and in files.
+        size: Number m of features between the two layers.
+        activation: ``gelu`` as the authors' code, ``relu`` or ``swish``.
+        targets: Globs or roles of modules whose output, or the first of several, is changed. Torch's own attention
+            reads its output projection and never calls it; there the attention itself is adapted.
+        exclude: Globs of modules to leave out.
+        std: Standard deviation of both weights at the start, of normal values cut off at twice that; the authors' code
+            has 1e-3.
+        train_norms: Whether all normalization layers train too.
+        train_head: Whether the head of the task trains too, if the model has one.
+
+    Raises:
+        ValueError: A target has no linear layer, whose outputs would tell its width.
+    """
+
+    name: str = "bottleneck"
+    size: int = 64
+    activation: str = "gelu"
+    targets: list[str] = dataclasses.field(default_factory=lambda: ["attention.output", "feedforward.down"])
+    exclude: list[str] = dataclasses.field(default_factory=list)
+    std: float = 1e-2
+    train_norms: bool = True
+    train_head: bool = True
+
+    def __post_init__(self) -> None:
+        check_bottleneck(self.size, self.activation)
+        require(self.std >= 0, "std", self.std, "0 or more")
+
+    def adapters(self, model: nn.Module) -> Iterable[tuple[str, After]]:
+        hosts = dict[str, nn.Module]()
+        for name, host in select(model, self.targets, self.exclude).items():
+            if read_attribute(type(host)) == "weight":
+                name = name.rpartition(".")[0]
+            hosts[name] = model.get_submodule(name)
+        for name, host in hosts.items():
+            yield name, After(*output_of(host, name), self.size, self.activation, self.std)
+
+    def parameters(self, model: nn.Module) -> Iterable[str]:
+        wanted = {"norms": self.train_norms, "head": self.train_head}
+        return select_parameters(model, [role for role in wanted if wanted[role] and any(ROLES[role](model))])
+
+
+class After(Adapter):
+    """y + up phi(down y + down_bias) + up_bias, with y what the host returns, or the first of it.
+
+    Args:
+        width: Number of features of y.
+        weight: Weight of the host, for device and type.
+        size: Number of features in between.
+        activation: Name of phi.
+        std: Of ``down`` (size, width) and ``up`` (width, size) at the start.
+    """
+
+    unmergeable = "it is not linear, so no weight expresses it"
+
+    def __init__(self, width: int, weight: Tensor, size: int, activation: str, std: float) -> None:
+        super().__init__()
+        self.activation, self.std = activation, std
+        self.down, self.down_bias = parameter_like(weight, size, width), parameter_like(weight, size)
+        self.up, self.up_bias = parameter_like(weight, width, size), parameter_like(weight, width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (self.down, self.up):
+            nn.init.trunc_normal_(weight, std=self.std, a=-2 * self.std, b=2 * self.std)
+        nn.init.zeros_(self.down_bias)
+        nn.init.zeros_(self.up_bias)
+
+    def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
+        output = inner(*args, **kwargs)
+        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+            return (self._changed(output[0]), *output[1:])
+        if not isinstance(output, Tensor):
+            raise TypeError(f"{type(host).__name__} returns a {type(output).__name__}; target what returns a tensor.")
+        return self._changed(output)
+
+    def _changed(self, y: Tensor) -> Tensor:
+        down, up = (self.down, self.down_bias), (self.up, self.up_bias)
+        return y + bottleneck(y, down, up, self.activation).to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"size={len(self.down)}, activation={self.activation}"
