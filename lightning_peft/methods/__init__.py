@@ -29,8 +29,8 @@ __all__ = [
     "LoRA",
     "MultitaskPromptTuning",
     "OutputLayers",
-    "ParallelAdapter",
     "PTuningV2",
+    "ParallelAdapter",
     "PrefixTuning",
     "PromptTuning",
 ]
