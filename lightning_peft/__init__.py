@@ -27,6 +27,7 @@ from .methods import (
     ParallelAdapter,
     PrefixTuning,
     PromptTuning,
+    PTuning,
     PTuningV2,
 )
 from .quantization import dequantize, quantize
@@ -34,6 +35,7 @@ from .restoring import load_from_checkpoint
 from .rows import row_tasks
 from .strategy import PEFTStrategy
 from .summary import summary
+from .templates import Template
 
 __version__ = version("lightning-peft")
 
@@ -54,10 +56,12 @@ __all__ = [
     "MultitaskPromptTuning",
     "OutputLayers",
     "PEFTStrategy",
+    "PTuning",
     "PTuningV2",
     "ParallelAdapter",
     "PrefixTuning",
     "PromptTuning",
+    "Template",
     "WeightUpdate",
     "adapters",
     "dequantize",

@@ -19,7 +19,7 @@ class Case:
         return f"{self.model}-{'+'.join(_label(m) for m in self.methods)}"
 
 
-FIELDS = ("init", "decompose", "tanh", "personalized", "factor", "residual", "bias", "bias_and_scale")
+FIELDS = ("encoder", "init", "decompose", "tanh", "personalized", "factor", "residual", "bias", "bias_and_scale")
 
 
 def _label(method: lp.Method) -> str:
@@ -92,6 +92,8 @@ def prompt_methods(model: str) -> list[Case]:
     together = (lp.LoRA(rank=4), lp.LLaMAAdapter(length=3), lp.PromptTuning(length=2, **prompt), lp.OutputLayers())
     return [
         Case(model, (lp.PromptTuning(length=3, **prompt),), starts_at_base=False, mergeable=False),
+        Case(model, (lp.PTuning(length=3, **prompt),), starts_at_base=False, mergeable=False),
+        Case(model, (lp.PTuning(length=3, encoder="mlp", hidden_size=8, **prompt),), False, mergeable=False),
         Case(model, (lp.MultitaskPromptTuning(length=3, **prompt),), starts_at_base=False, mergeable=False),
         *([Case(model, together, False, False)] if model in ("bert", "llama", "gpt2", "plain") else []),
     ]

@@ -32,6 +32,7 @@ METHODS = {
         interval=1,
     ),
     "LLaMAAdapter": lambda: lp.LLaMAAdapter(length=3, gate_warmup_steps=2),
+    "PTuning": lambda: lp.PTuning(length=3, dropout=0.2),
     "LLaMAAdapter, version 2": lambda: lp.LLaMAAdapter(length=3, train_norms=True, bias_and_scale=True),
     "PrefixTuning": lambda: lp.PrefixTuning(length=3, hidden_size=8, dropout=0.2),
     "PTuningV2": lambda: lp.PTuningV2(length=3, dropout=0.2),

@@ -232,3 +232,15 @@ def test_p_tuning_v2():
         assert trained(RobertaForSequenceClassification, config, method) == count
     head = 1024 * 1024 + 1024 + 1024 * 2 + 2
     assert trained(RobertaForSequenceClassification, config, lp.PTuningV2(length=8)) == 393_216 + head
+
+
+def test_p_tuning_on_lama_and_fewglue():
+    from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, GPT2Config, GPT2Model
+
+    gpt2 = GPT2Config(n_embd=1024, n_layer=2, n_head=16)
+    assert trained(GPT2Model, gpt2, lp.PTuning(template="[P:3] {subject} [P:3]")) == 14_704_640
+    template = "[P:3] {mask} [P:3] {subject} [P:3]"
+    assert trained(BertModel, BertConfig(num_hidden_layers=2), lp.PTuning(template=template)) == 8_278_272
+    albert = AlbertConfig(embedding_size=128, hidden_size=4096, num_attention_heads=64, intermediate_size=16384)
+    fewglue = lp.PTuning(template="{premise} Question: {hypothesis} ? [P] Answer: {mask} .", hidden_size=256)
+    assert trained(AlbertModel, albert, fewglue) == 708_992

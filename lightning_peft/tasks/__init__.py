@@ -2,7 +2,9 @@
 
 from lightning_peft.tasks.causal_lm import CausalLM
 from lightning_peft.tasks.classification import TextClassification
+from lightning_peft.tasks.cloze import Cloze
+from lightning_peft.tasks.cloze_data import ClozeDataModule
 from lightning_peft.tasks.instructions import InstructionDataModule
 from lightning_peft.tasks.text_data import TextDataModule
 
-__all__ = ["CausalLM", "InstructionDataModule", "TextClassification", "TextDataModule"]
+__all__ = ["CausalLM", "Cloze", "ClozeDataModule", "InstructionDataModule", "TextClassification", "TextDataModule"]

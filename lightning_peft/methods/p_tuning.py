@@ -1,0 +1,95 @@
+"""P-tuning, of "GPT Understands, Too", https://arxiv.org/abs/2103.10385."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from torch import nn
+
+from ..adapter import Adapter, parameter_like
+from ..encoders import MLP, Encoder, LSTMThenMLP
+from ..method import Method, require
+from ..prompts import Surround, place_prompts, require_places
+from ..pseudo_tokens import EncodedPrompt, fill_template
+from ..templates import PLACEHOLDER, Template
+
+
+@dataclass(frozen=True, kw_only=True)
+class PTuning(Method):
+    """Trains pseudo tokens h_1..h_n through an encoder: h = MLP(BiLSTM(E)), E (n, features), two layers each.
+
+    With a template they stand where it says, between words and fields that keep their own embeddings; rows come from
+    ``Template`` and hold the id ``placeholder`` at these places, the k-th of a row gets h_k. With a length they stand
+    before the first token, as with ``PromptTuning``. Only training needs the encoder: files hold h alone.
+    In an encoder-decoder model they enter the encoder.
+
+    Args:
+        name: Name of the adapters on their hosts, and in files.
+        length: Number of pseudo tokens in front of each row; give this or a template.
+        template: What rows look like, such as ``[P:3] {subject} [P:3] {mask}``; see ``Template``.
+        encoder: ``lstm``: as above. ``mlp``: h = MLP(E). ``none``: h = E, which a trained encoder gives way to.
+        hidden_size: Features between the encoder's parts, by default those of the embeddings. ``lstm``: of both
+            directions together, which the authors set to features for LAMA, and to twice that for SuperGLUE; the
+            MLP maps them to features. ``mlp``: of its hidden layer.
+        dropout: Probability with which features between the layers of the LSTM are dropped in training.
+        placeholder: Id of pseudo tokens in rows. The default collides with no vocabulary; what looks ids up in
+            ``generate``, such as ``repetition_penalty``, needs one that the vocabulary has.
+        targets: Globs of modules whose first input is (batch, tokens, features), for models that are not transformers';
+            with a length only.
+        embeddings: Glob of the input embeddings that belong to ``targets``.
+
+    Raises:
+        ValueError: The template cannot be read or has no pseudo token.
+    """
+
+    name: str = "p_tuning"
+    length: int | None = None
+    template: str | None = None
+    encoder: Literal["lstm", "mlp", "none"] = "lstm"
+    hidden_size: int | None = None
+    dropout: float = 0.0
+    placeholder: int = PLACEHOLDER
+    targets: list[str] = dataclasses.field(default_factory=list)
+    embeddings: str = ""
+
+    def __post_init__(self) -> None:
+        length, hidden = self.length, self.hidden_size
+        require((length is None) != (self.template is None), "length", length, "given, or else a template")
+        require(length is None or isinstance(length, int) and length > 0, "length", length, "a positive whole number")
+        if self.template is not None:
+            count = Template(self.template).pseudo_tokens
+            require(count > 0, "template", self.template, "one with pseudo tokens, such as [P:3]")
+        require(self.encoder in ("lstm", "mlp", "none"), "encoder", self.encoder, "'lstm', 'mlp' or 'none'")
+        require(hidden is None or hidden > 0 and hidden % 2 == 0, "hidden_size", hidden, "a positive even number")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "from 0 to below 1")
+        require(not self.targets or self.template is None, "targets", self.targets, "absent where a template is given")
+        require_places(self.targets, self.embeddings)
+        require(not self.dropout or self.encoder == "lstm", "dropout", self.dropout, "0 with this encoder")
+
+    def finalized(self) -> PTuning:
+        return dataclasses.replace(self, encoder="none", hidden_size=None, dropout=0.0)
+
+    def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
+        for name, adapter in place_prompts(model, self.targets, self.embeddings, self._count, self._prompt):
+            if self.template is None or isinstance(adapter, EncodedPrompt):  # a template adds nothing for decoders
+                yield name, adapter
+
+    @property
+    def _count(self) -> int:
+        return self.length or Template(self.template or "").pseudo_tokens
+
+    def _prompt(self, host: nn.Module, table: Any, surround: Surround) -> EncodedPrompt:
+        features = table.weight.shape[1]
+        hidden = self.hidden_size or features
+        encoder: Encoder | None = None
+        if self.encoder == "lstm":
+            encoder = LSTMThenMLP(table.weight, features, hidden, self.dropout)
+        elif self.encoder == "mlp":
+            encoder = MLP(table.weight, features, hidden, features)
+        if self.template is not None:
+            surround = partial(fill_template, template=self.template, placeholder=self.placeholder)
+        return EncodedPrompt(host, surround, parameter_like(table.weight, self._count, features), encoder)

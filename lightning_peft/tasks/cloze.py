@@ -1,0 +1,131 @@
+"""A transformers masked language model that answers cloze questions, as a LightningModule."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric
+
+from lightning_peft.restoring import KEY, inject_from_checkpoint
+from lightning_peft.tasks.models import build_model, build_tokenizer
+from lightning_peft.tasks.optimization import adamw, check_optimization
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Cloze(LightningModule):
+    """Fills one mask in each row; logs the loss and P@1, the share of right answers, as ``val_p_at_1`` and the like.
+
+    The loss is over the vocabulary; answers are the most likely of the vocabulary, or of the data's candidates. Give
+    exactly one of ``model`` and ``config``; the network is built in train mode.
+
+    Args:
+        model: Pretrained model: a folder, package:name/folder in an installed Python package, or a hub name.
+        config: Settings of a model with random weights, with its model_type.
+        tokenizer: Another tokenizer than the data's or the model's, in the same forms.
+        learning_rate: Highest learning rate.
+        weight_decay: Decoupled weight decay of AdamW.
+        warmup_fraction: Share of all steps in which the learning rate grows.
+        schedule: What the learning rate does after the warm-up.
+        dtype: Data type of the weights; auto keeps that of the pretrained file.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        config: dict[str, Any] | None = None,
+        tokenizer: str | None = None,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        warmup_fraction: float = 0.06,
+        schedule: Literal["linear", "cosine", "constant"] = "linear",
+        dtype: Literal["auto", "bfloat16", "float16", "float32"] = "float32",
+    ) -> None:
+        super().__init__()
+        check_optimization(learning_rate, weight_decay, warmup_fraction)
+        self.save_hyperparameters()
+        self.network = build_model("AutoModelForMaskedLM", model, config, dtype)
+        self.candidates: list[int] | None = None
+        self.val_precision, self.test_precision = MeanMetric(), MeanMetric()
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """What tells the mask and reads answers, loaded on first use."""
+        reference = self.hparams["tokenizer"] or self.hparams["model"]
+        if reference is None:
+            raise ValueError("Got neither model nor tokenizer, so the mask is not known. Give Cloze a tokenizer.")
+        return build_tokenizer(reference)
+
+    def setup(self, stage: str) -> None:
+        """Take the data's tokenizer, unless one was named, and its candidates."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "tokenizer") and self.hparams["tokenizer"] is None:
+            self.tokenizer = data.tokenizer
+        self.candidates = data.candidate_ids() if hasattr(data, "candidate_ids") else None
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        """Logits at the mask of each row.
+
+        Args:
+            batch: ``input_ids`` with one mask in each row, and ``attention_mask``; anything else is ignored.
+
+        Shape:
+            (batch, vocabulary)
+        """
+        ids = batch["input_ids"]
+        logits: Tensor = self.network(input_ids=ids, attention_mask=batch["attention_mask"]).logits
+        place = (ids == self.tokenizer.mask_token_id).int().argmax(dim=1)
+        return logits[torch.arange(len(ids), device=ids.device), place]
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        """Cross entropy of the answers."""
+        loss = cross_entropy(self(**batch).float(), batch["labels"])
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        """Log loss and P@1."""
+        self._evaluate("val", self.val_precision, batch)
+
+    def test_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        """Log loss and P@1."""
+        self._evaluate("test", self.test_precision, batch)
+
+    def _evaluate(self, name: str, precision: MeanMetric, batch: dict[str, Tensor]) -> None:
+        labels = batch["labels"]
+        logits = self(**batch).float()
+        precision.update((self._answers(logits) == labels).float())
+        loss = cross_entropy(logits, labels)
+        self.log(f"{name}_loss", loss, prog_bar=True, batch_size=len(labels), sync_dist=True)
+        self.log(f"{name}_p_at_1", precision, prog_bar=True, batch_size=len(labels))
+
+    def _answers(self, logits: Tensor) -> Tensor:
+        """Return the ids of the most likely answers."""
+        if self.candidates is None:
+            return logits.argmax(dim=1)
+        candidates = torch.tensor(self.candidates, device=logits.device)
+        return candidates[logits[:, candidates].argmax(dim=1)]
+
+    def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Any]:
+        """The answer to each question, and its probability in the vocabulary."""
+        logits = self(**batch).float()
+        ids = self._answers(logits)
+        words = [self.tokenizer.decode([i]).strip() for i in ids.tolist()]
+        return {"answers": words, "probabilities": logits.softmax(dim=1).gather(1, ids[:, None])[:, 0]}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the adapters of a checkpoint that holds adapters only, so that ``load_from_checkpoint`` reads it."""
+        if KEY in checkpoint:
+            inject_from_checkpoint(self, checkpoint)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW over what requires a gradient, with the schedule."""
+        names = ("learning_rate", "weight_decay", "warmup_fraction", "schedule")
+        return adamw(self, **{name: self.hparams[name] for name in names})

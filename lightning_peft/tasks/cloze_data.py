@@ -1,0 +1,119 @@
+"""Tables of cloze questions: a template makes a row of each, with one mask where the answer belongs."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+from lightning_peft.tasks.batches import Example, TableDataModule
+from lightning_peft.tasks.files import Table
+from lightning_peft.tasks.names import quoted, where
+from lightning_peft.tasks.splits import Split, Splits
+from lightning_peft.templates import PLACEHOLDER, Template
+
+
+class ClozeDataModule(TableDataModule):
+    """Rows of a template with one ``{mask}``, from CSV, TSV, JSONL or JSON files, plain or gzipped (.gz).
+
+    The label of a row is the id of its answer, which must be one token in place of the mask.
+
+    Args:
+        template: What a row looks like, such as ``[P:3] {subject} [P:3] {mask}``, fields being columns of the files;
+            see ``lightning_peft.Template``. ``PTuning`` trains its pseudo tokens; one without them is a plain prompt.
+        train: File to train on.
+        validation: File to validate on. Without one, a share of the train file is held out.
+        test: File to test on.
+        predict: File to predict; it needs no answers.
+        answer: Column of the answer.
+        candidates: Answers to choose from; None for all of the vocabulary.
+        long_answers: What becomes of answers of several tokens: ``refuse`` all rows, or ``drop`` these with a warning
+            that counts them.
+        model: The model whose tokenizer to use: a folder, package:name/folder, or a hub name; by default the one that
+            is trained.
+        tokenizer: Another tokenizer than the model's, in the same forms.
+        max_length: Longest row in tokens.
+        shorten: Field whose end is cut off in longer rows; None refuses them.
+        placeholder: Id of pseudo tokens, as ``PTuning`` has it.
+        batch_size: Rows per batch.
+        num_workers: Processes that build batches.
+        limit_train: Train on the first rows only, for a quick trial.
+        limit_validation: Validate on the first rows only.
+        validation_fraction: Share of the train file to validate on when there is no validation file; 0 for none.
+    """
+
+    def __init__(
+        self,
+        template: str,
+        train: str | None = None,
+        validation: str | None = None,
+        test: str | None = None,
+        predict: str | None = None,
+        answer: str = "answer",
+        candidates: list[str] | None = None,
+        long_answers: Literal["refuse", "drop"] = "refuse",
+        model: str | None = None,
+        tokenizer: str | None = None,
+        max_length: int = 128,
+        shorten: str | None = None,
+        placeholder: int = PLACEHOLDER,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        limit_train: int | None = None,
+        limit_validation: int | None = None,
+        validation_fraction: float = 0.1,
+    ) -> None:
+        files: dict[Split, str | None] = {"train": train, "validation": validation, "test": test, "predict": predict}
+        limits: dict[Split, int | None] = {"train": limit_train, "validation": limit_validation}
+        super().__init__(
+            Splits(files, limits, validation_fraction), tokenizer or model, max_length, batch_size, num_workers
+        )
+        self.save_hyperparameters(logger=False)
+        self.template = Template(template, max_length, shorten, placeholder)
+        if self.template.masks != 1:
+            raise ValueError(f"The template {template!r} has {self.template.masks} masks, expected one {{mask}}.")
+        if candidates is not None and len(set(candidates)) < 2:
+            raise ValueError(f"Got candidates={candidates!r}, expected two answers or more, or null for any.")
+        self.answer, self.candidates, self.long_answers = answer, candidates, long_answers
+
+    def candidate_ids(self) -> list[int] | None:
+        """Ids of the candidates, each of which must be one token; None for all of the vocabulary."""
+        if self.candidates is None:
+            return None
+        ids = [self.template.answer(self.tokenizer, text) for text in self.candidates]
+        long = [text for text, tokens in zip(self.candidates, ids, strict=True) if len(tokens) != 1]
+        if long:
+            raise ValueError(f"The candidates {quoted(long)} are not one token; take other words for them.")
+        return [tokens[0] for tokens in ids]
+
+    def encode(self, split: Split, table: Table) -> list[Example]:
+        """Token ids, attention mask and, unless it is to be predicted, the id of the answer of each row."""
+        fields = self.template.fields
+        columns = zip(*(table.texts(field) for field in fields), strict=True) if fields else [()] * len(table.rows)
+        rows = [self.template(self.tokenizer, **dict(zip(fields, values, strict=True))) for values in columns]
+        wrong = [n for n, row in zip(table.numbers, rows, strict=True) if row.count(self.tokenizer.mask_token_id) != 1]
+        if wrong:
+            raise ValueError(
+                f"{str(table.path)!r} has the mask token {self.tokenizer.mask_token!r} in a field in {where(wrong)}. "
+                "Remove it there; the template alone says where the answer belongs."
+            )
+        examples: list[Example] = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
+        return examples if split == "predict" else self._answered(table, examples)
+
+    def _answered(self, table: Table, examples: list[Example]) -> list[Example]:
+        """Return examples with the ids of their answers, without those whose answer is several tokens if so wished."""
+        answers = table.texts(self.answer)
+        ids = [self.template.answer(self.tokenizer, text) for text in answers]
+        if self.candidates is not None:
+            strange = [n for n, text in zip(table.numbers, answers, strict=True) if text not in self.candidates]
+            if strange:
+                raise ValueError(
+                    f"{str(table.path)!r} has an answer in {where(strange)} that is no candidate. Candidates: "
+                    f"{quoted(self.candidates)}."
+                )
+        long = [number for number, tokens in zip(table.numbers, ids, strict=True) if len(tokens) != 1]
+        if long:
+            message = f"{len(long)} of {len(ids)} answers of {str(table.path)!r} are not one token ({where(long)})"
+            if self.long_answers == "refuse" or len(long) == len(ids):
+                raise ValueError(f"{message}. Remove these rows, or set long_answers=drop to leave them out.")
+            warnings.warn(f"{message}, and are left out.", stacklevel=2)
+        return [e | {"labels": tokens[0]} for e, tokens in zip(examples, ids, strict=True) if len(tokens) == 1]
