@@ -69,7 +69,7 @@ CASES = {
     "bottleneck": Live(BOTTLENECK, None, 1.05),
     "parallel_adapter": Live(ours("ParallelAdapter", size=64), None, 1.05),
     "prefix": Live(ours("PrefixTuning", length=LENGTH, reparameterize=False), PREFIX, 1.05, 1.00),
-    "ptuning_v2": Live(ours("PTuningV2", length=LENGTH, dropout=0.0, train_head=False), PREFIX, 1.05, 1.00),
+    "p_tuning_v2": Live(ours("PTuningV2", length=LENGTH, dropout=0.0, train_head=False), PREFIX, 1.05, 1.00),
     "prefix_mlp": Live(ours("PrefixTuning", length=LENGTH, hidden_size=512), PREFIX_MLP, None, 1.00),
     "llama_adapter": Live(LLAMA_ADAPTER, ADAPTION, 1.05, 0.90, peer_on=("llama",), surplus=more_gates),
     "prompt_tuning": Prompt(ours("PromptTuning", length=LENGTH), peer("PromptTuningConfig", **PEFT_TOKENS)),

@@ -81,7 +81,7 @@ def _computed(model: nn.Module, names: Sequence[str], words: Sequence[int]) -> d
 def _flat(pair: tuple[Tensor, Tensor], prefix: Prefix) -> tuple[Tensor, Tensor]:
     """(heads, tokens, size) -> (tokens, width), one head of each group where the caller repeated them."""
     key, value = (
-        x[:: len(x) * x.shape[-1] // width].transpose(0, 1).flatten(1).float()
+        x[:: len(x) * x.shape[-1] // width].transpose(0, 1).flatten(1).to(torch.promote_types(x.dtype, torch.float32))
         for x, width in zip(pair, prefix.widths, strict=True)
     )
     return key, value

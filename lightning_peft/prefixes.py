@@ -83,12 +83,7 @@ class Prefix(Adapter):
     unmergeable = _UNMERGEABLE
 
     def __init__(
-        self,
-        like: Tensor,
-        widths: tuple[int, int],
-        length: int,
-        dropout: float = 0.0,
-        encoder: PrefixEncoder | None = None,
+        self, like: Tensor, widths: tuple[int, int], length: int, dropout: float, encoder: PrefixEncoder | None = None
     ) -> None:
         super().__init__()
         self.widths, self.dropout = widths, dropout

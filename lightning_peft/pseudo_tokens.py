@@ -11,21 +11,21 @@ from torch import Tensor, nn
 
 from .adapter import Call
 from .encoders import Encoder
-from .prompts import Prompt, Surround
+from .prompts import Place, Prompt
+from .virtual_tokens import embedded
 
 
 class EncodedPrompt(Prompt):
     """Virtual tokens h = encoder(E).
 
     Args:
-        host: What they enter.
-        surround: Calls the host with them.
+        place: Where they enter.
         prompt: E (n, features).
         encoder: Called with E and whether it trains; None where h = E.
     """
 
-    def __init__(self, host: nn.Module, surround: Surround, prompt: nn.Parameter, encoder: Encoder | None) -> None:
-        super().__init__(host, 1, surround)
+    def __init__(self, place: Place, prompt: nn.Parameter, encoder: Encoder | None) -> None:
+        super().__init__(place, 1)
         self.prompt, self.encoder = prompt, encoder
         nn.init.normal_(prompt)
 
@@ -67,7 +67,7 @@ def fill_template(
         ValueError: A row has another number of placeholders than n; while a row is continued it may have none.
     """
     call = dict(call)
-    ids, past = call.pop("input_ids", None), call.get("past_key_values")
+    ids, past = call.get("input_ids"), call.get("past_key_values")
     if ids is None:
         raise ValueError(f"The template {template!r} needs input_ids, got rows that are embedded already.")
     here = ids == placeholder
@@ -79,7 +79,7 @@ def fill_template(
         torch._assert_async(right.all(), f"A row has another number of placeholders, but the {advice}")
     elif wrong := counts[~right].tolist():
         raise ValueError(f"A row has {wrong[0]} placeholders (id {placeholder}), but the {advice}")
-    tokens = host.get_input_embeddings()(ids.masked_fill(here, 0))
+    tokens = embedded(host, call, here)
     index = (here.cumsum(1) - 1).clamp(0, len(prompt) - 1)
     call["inputs_embeds"] = torch.where(here[..., None], F.embedding(index, prompt).to(tokens.dtype), tokens)
     return inner(**call)

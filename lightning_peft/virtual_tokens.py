@@ -82,7 +82,7 @@ def surround(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, ke
                 call[name] = call[name] + length
         return inner(**call)
 
-    tokens = _embedded(host, call)
+    tokens = embedded(host, call)
     _refuse_length(host, length + tokens.shape[1])
     call["inputs_embeds"] = where.insert(prompt.to(tokens.dtype).expand(len(tokens), -1, -1), tokens)
     if call.get("position_ids") is not None:
@@ -125,6 +125,36 @@ def surround_embedded(host: Any, inner: Call, call: Mapping[str, Any], prompt: T
     return without(output, where.remove)
 
 
+def enter(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, first: str) -> Any:
+    """Call the first of several blocks with virtual tokens in front of what it takes; the rows stay so much longer.
+
+    Arguments are those of ``surround_embedded``.
+    """
+    call = dict(call)
+    x: Tensor = call.pop(first)
+    for name, value in call.items():
+        if value is not None and "mask" in name:
+            raise ValueError(f"Virtual tokens cannot extend {name!r} of a list of blocks; target a module around it.")
+    return inner(torch.cat([prompt.to(x.dtype).expand(len(x), -1, -1), x], 1), **call)
+
+
+def embedded(host: Any, call: dict[str, Any], hidden: Tensor | None = None) -> Tensor:
+    """Return the embeddings of a call, which holds no ids any more; of RoBERTa and its kin, positions instead.
+
+    Where ``hidden``, an id is none of the vocabulary's, and its embedding is any.
+    """
+    given: Tensor | None = call.get("inputs_embeds")
+    if given is not None:
+        return given
+    ids = call.pop("input_ids")
+    padding = getattr(getattr(getattr(host, "embeddings", None), "position_embeddings", None), "padding_idx", None)
+    if padding is not None and call.get("position_ids") is None:  # which it would read off its ids
+        real = ids.ne(padding)
+        call["position_ids"] = real.cumsum(1) * real + padding
+    tokens: Tensor = host.get_input_embeddings()(ids if hidden is None else ids.masked_fill(hidden, 0))
+    return tokens
+
+
 def names_of(host: nn.Module) -> list[str]:
     """Return the names of the positional arguments of a module's forward."""
     return list(inspect.signature(type(host).forward).parameters)[1:]
@@ -163,20 +193,6 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     """Return x[row, index[row]]; unlike ``gather``, backward keeps the index alone."""
     flat = index + x.shape[1] * torch.arange(len(x), device=x.device)[:, None]
     return x.flatten(0, 1).index_select(0, flat.flatten()).view(*flat.shape, *x.shape[2:])
-
-
-def _embedded(host: Any, call: dict[str, Any]) -> Tensor:
-    """Return the embeddings of a call, which holds no ids any more; of RoBERTa and its kin, positions instead."""
-    given: Tensor | None = call.get("inputs_embeds")
-    if given is not None:
-        return given
-    ids = call.pop("input_ids")
-    padding = getattr(getattr(getattr(host, "embeddings", None), "position_embeddings", None), "padding_idx", None)
-    if padding is not None and call.get("position_ids") is None:  # which it would read off its ids
-        real = ids.ne(padding)
-        call["position_ids"] = real.cumsum(1) * real + padding
-    tokens: Tensor = host.get_input_embeddings()(ids)
-    return tokens
 
 
 def _refuse_length(host: Any, tokens: int) -> None:

@@ -60,17 +60,18 @@ class PromptStart:
             len(self.labels) <= self.length, "labels", self.labels, f"at most {self.length}, one for each virtual token"
         )
 
-    def fill(self, prompt: Tensor, table: nn.Module, model: nn.Module) -> None:
+    def fill(self, prompt: Tensor, table: nn.Module | None, model: nn.Module) -> None:
         """Fill virtual tokens (..., length, features), in place.
 
         Args:
             prompt: What to fill; each of several prompts starts by itself.
-            table: Input embeddings of the model.
+            table: Input embeddings of the model, which a random start does not need.
             model: It tells its tokenizer.
         """
         if self.init == "random":
             nn.init.uniform_(prompt, -0.5, 0.5)
             return
+        require(table is not None, "init", self.init, "'random' where targets come without embeddings")
         require(not prompt.is_meta, "init", self.init, "'random' while the model has no values yet (meta device)")
         with torch.no_grad():
             for one in prompt.view(-1, *prompt.shape[-2:]):

@@ -86,9 +86,9 @@ def attention_methods(model: str) -> list[Case]:
 
 
 def prompt_methods(model: str) -> list[Case]:
-    if MODELS[model].reads == "images":
-        return []
     prompt = {"targets": ["trunk"], "embeddings": "embed"} if model in ("plain", "encoder") else {}
+    if MODELS[model].reads == "images":
+        prompt = {"targets": ["vit.layers" if model == "vit" else "*blocks"]}  # "blocks" alone is each of them
     together = (lp.LoRA(rank=4), lp.LLaMAAdapter(length=3), lp.PromptTuning(length=2, **prompt), lp.OutputLayers())
     return [
         Case(model, (lp.PromptTuning(length=3, **prompt),), starts_at_base=False, mergeable=False),

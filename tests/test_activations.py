@@ -575,9 +575,32 @@ def test_activations_are_dropped_in_training_alone(monkeypatch):
     assert len(called) == 2
 
 
+@pytest.mark.parametrize(
+    "method",
+    [lp.IA3(), lp.Bottleneck(size=4), lp.ParallelAdapter(size=4), lp.LLaMAAdapter(layers=2, bias_and_scale=True)],
+    ids=lambda method: type(method).__name__,
+)
+def test_quantized_hosts_are_served(method):
+    """What comes out is what adapters of these values do on the dequantized base."""
+    results = []
+    for dequantized in (False, True):
+        model = lp.quantize(MODELS["bert"](), "int8")
+        if dequantized:
+            lp.dequantize(model)
+        disturb(lp.inject(model, method), 0.2)
+        if results:
+            given = [p for n, p in results[0][0].named_parameters() if ".peft." in n]
+            with torch.no_grad():
+                for own, other in zip((p for n, p in model.named_parameters() if ".peft." in n), given, strict=True):
+                    own.copy_(other)
+        results.append((model, logits(model(tokens())), {n: p for n, p in trained(model).items() if ".peft." in n}))
+    (_, y, found), (_, z, wanted) = results
+    torch.testing.assert_close(y, z, atol=1e-5, rtol=1e-5)
+    pairs = [torch.autograd.grad(t.square().mean(), list(p.values())) for t, p in ((y, found), (z, wanted))]
+    torch.testing.assert_close(*pairs, atol=1e-5, rtol=1e-4)
+
+
 def test_mam_is_a_prefix_and_a_parallel_adapter():
-    if not hasattr(lp, "PrefixTuning"):
-        pytest.skip("prefix tuning is not there yet")
     model = lp.inject(MODELS["bart"](), [lp.PrefixTuning(length=3), lp.ParallelAdapter(size=6)])
     logits(model(**MODELS["bart"].inputs())).square().sum().backward()
     assert all(p.grad is not None for p in trained(model).values())

@@ -341,14 +341,16 @@ def test_attention_that_would_ignore_prompts_is_refused(case):
     make, message = REFUSED[case]
     model = make()
     before = list(model.state_dict())
-    with pytest.raises(TypeError, match=message):
-        lp.inject(model, lp.LLaMAAdapter(layers=1))
+    for method in (lp.LLaMAAdapter(layers=1), *([] if case == "widths" else [lp.PTuningV2(length=2)])):
+        with pytest.raises(TypeError, match=message):
+            lp.inject(model, method)
     assert list(model.state_dict()) == before
 
 
+@pytest.mark.parametrize("method", [lp.LLaMAAdapter(length=2), lp.PTuningV2(length=2)], ids=["llama", "prefix"])
 @pytest.mark.parametrize("name", ["llama", "bert", "t5", "bart", "distilbert", "vit"])
-def test_attention_that_was_switched_after_injection_is_noticed(name):
-    model = lp.inject(MODELS[name](), lp.LLaMAAdapter(length=2))
+def test_attention_that_was_switched_after_injection_is_noticed(name, method):
+    model = lp.inject(MODELS[name](), method)
     model.set_attn_implementation("eager")
     with pytest.raises(RuntimeError, match="did not call scaled_dot_product_attention"):
         model(**MODELS[name].inputs())

@@ -182,6 +182,20 @@ def test_padding_does_not_matter(name, side):
     torch.testing.assert_close(y, z, atol=1e-5, rtol=1e-5)
 
 
+def test_positions_that_a_model_reads_off_its_ids_do_not_see_padding():
+    from transformers import RobertaConfig, RobertaModel
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = RobertaModel(RobertaConfig(**sizes, intermediate_size=48, initializer_range=0.1)).eval()
+    model = lp.inject(base, lp.PTuning(template=TEMPLATE))
+    rows, ones = ROWS.where(ROWS != 1, 2), torch.ones_like(ROWS)
+    with torch.no_grad():
+        y = model(rows, attention_mask=ones)[0]
+        for sides, kept in (((3, 0), slice(3, 10)), ((0, 3), slice(0, 7))):
+            padded = model(F.pad(rows, sides, value=1), attention_mask=F.pad(ones, sides))[0]
+            torch.testing.assert_close(padded[:, kept], y, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("company", [[], [lp.LoRA(rank=2)]], ids=["alone", "with LoRA"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart"])
 def test_generation_agrees_with_and_without_cache_and_beams(name, company):
@@ -331,5 +345,5 @@ def test_embedded_rows_are_refused():
 
 @pytest.mark.parametrize("name", ["vit", "fused_vit"])
 def test_a_model_without_tokens_is_refused(name):
-    with pytest.raises((TypeError, ValueError), match="targets and embeddings"):
+    with pytest.raises((TypeError, ValueError), match="give the method targets"):
         lp.inject(MODELS[name](), lp.PTuning(template=TEMPLATE))

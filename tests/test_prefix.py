@@ -112,6 +112,28 @@ def test_generation_agrees_with_and_without_cache_beams_and_padding(name, shift)
     assert not torch.equal(bare, cached)
 
 
+def test_a_backbone_with_a_rule_for_positions_must_be_given_them():
+    """OPT counts the tokens of its mask; generation gives positions by itself."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=64, hidden_size=WIDTH, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, dropout=0.0,
+        max_position_embeddings=48, word_embed_proj_dim=WIDTH, init_std=0.1,
+    )  # fmt: skip
+    base = OPTForCausalLM(config).eval()
+    model = fill(lp.inject(copy.deepcopy(base), lp.PrefixTuning(**PLAIN, shift_positions=True)))
+    with pytest.raises(ValueError, match="OPTDecoder computes positions by a rule of its own; give it position_ids"):
+        model(tokens())
+    positions, long = (LEFT.cumsum(1) - 1).clamp(min=0), torch.cat([torch.ones(2, 3, dtype=torch.long), LEFT], 1)
+    with torch.no_grad():
+        cache = cache_of(pairs(model, 4))
+        expected = base(tokens(), attention_mask=long, position_ids=positions + 3, past_key_values=cache).logits
+        found = model(tokens(), attention_mask=LEFT, position_ids=positions).logits
+    torch.testing.assert_close(found[LEFT.bool()], expected[LEFT.bool()])
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "attention_mask": LEFT}
+    assert torch.equal(model.generate(tokens(), **settings), model.generate(tokens(), use_cache=False, **settings))
+
+
 def test_the_decoders_own_prefix_equals_one_in_an_encoder_decoder_cache():
     """In a cache the relative bias counts the prefix as tokens; without that bias both are the same."""
     from transformers import DynamicCache, EncoderDecoderCache

@@ -325,14 +325,41 @@ def test_a_label_without_a_token_is_refused(words):
 @pytest.mark.parametrize("name", IMAGES)
 def test_models_that_embed_no_tokens_are_refused_by_name(name):
     model = MODELS[name]()
-    with pytest.raises((TypeError, ValueError), match="give the method targets and embeddings"):
-        lp.inject(model, lp.PromptTuning(length=2))
-    table = "projection" if name == "vit" else "patch_embed*"
-    with pytest.raises((TypeError, ValueError), match="no table|names"):
-        lp.inject(
-            model, lp.PromptTuning(length=2, targets=["encoder" if name == "vit" else "blocks"], embeddings=table)
-        )
+    blocks, table = ("vit.layers", "projection") if name == "vit" else ("blocks", "patch_embed*")
+    refused = {
+        "give the method targets": {},
+        "no table|names": {"targets": [blocks], "embeddings": table},
+        "'random' where targets come without embeddings": {"targets": [blocks], "init": "vocabulary"},
+        "holds no linear layer": {"targets": ["*dropout" if name == "vit" else "*act"]},
+    }
+    for said, settings in refused.items():
+        with pytest.raises((TypeError, ValueError), match=said):
+            lp.inject(model, lp.PromptTuning(length=2, **settings))
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_in_a_list_of_blocks_a_prompt_enters_the_first_and_leaves_the_last(name):
+    base, model = MODELS[name](), MODELS[name]()
+    targets = ["vit.layers" if name == "vit" else "*blocks"]
+    lp.inject(model, lp.PromptTuning(length=3, targets=targets))
+    prompt = next(p for p in model.parameters() if p.requires_grad)
+    path = targets[0].lstrip("*")
+    blocks = base.get_submodule(path)
+    x = torch.randn(2, 5, WIDTH)
+    expected = torch.cat([prompt.expand(2, -1, -1), x], 1)
+    found = x
+    for block, adapted in zip(blocks, list(model.get_submodule(path).children())[: len(blocks)], strict=True):
+        expected, found = block(expected), adapted(found) if name == "vit" else found
+    found = found if name == "vit" else model.blocks(x)
+    torch.testing.assert_close(found, expected[:, 3:])
+
+
+def test_a_list_of_blocks_with_a_mask_is_refused():
+    model = lp.inject(MODELS["plain"](), lp.PromptTuning(length=2, targets=["trunk.blocks"]))
+    assert logits(model(tokens())).shape == (2, 7, 3)
+    with pytest.raises(ValueError, match="cannot extend 'attention_mask' of a list of blocks"):
+        model(tokens(), attention_mask=torch.ones(2, 7))
 
 
 class TokensFirst(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from ..adapter import Adapter, parameter_like
 from ..fingerprints import fingerprint
 from ..folders import read_adapter
 from ..method import Method, require
-from ..prompts import Prompt, Surround, place_prompts, require_places
+from ..prompts import Place, Prompt, place_prompts, require_places
 from ..select import SLOT, select_parameters
 from ..words import PromptStart
 
@@ -39,8 +39,9 @@ class MultitaskPromptTuning(Method):
         start: Folder of a learned adapter of this method that a new task starts from: with its P*, and the means of its
             u and of its v, as the paper does; a mean of products would not have rank one. Adapter files of the new task
             do not need that folder again, checkpoints of its training do.
-        targets: Globs of modules whose first input is (batch, tokens, features), for models that are not transformers'.
-        embeddings: Glob of the input embeddings that belong to ``targets``.
+        targets: Globs of modules whose first input is (batch, tokens, features), or of lists of such blocks, for models
+            that are not transformers', and for those that read images.
+        embeddings: Glob of the input embeddings that belong to ``targets``; a random start needs none.
     """
 
     name: str = "multitask_prompt_tuning"
@@ -63,9 +64,9 @@ class MultitaskPromptTuning(Method):
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
         learned = self._learned(model) if self.start else {}
 
-        def make(host: nn.Module, table: Any, surround: Surround) -> Prompt:
-            adapter = SharedPrompt(host, self.tasks, surround, self.length, table.weight)
-            self._start().fill(adapter.prompt, table, model)
+        def make(place: Place) -> Prompt:
+            adapter = SharedPrompt(place, self.tasks, self.length)
+            self._start().fill(adapter.prompt, place.table, model)
             adapter.take(learned)
             return adapter
 
@@ -98,18 +99,16 @@ class SharedPrompt(Prompt):
     """A prompt P* that all tasks share, scaled for each by a rank-one matrix.
 
     Args:
-        host: What it enters.
+        place: Where it enters.
         tasks: Number of tasks.
-        surround: Calls the host with virtual tokens inserted.
         length: Number of virtual tokens.
-        embeddings: Table (vocabulary, features) of the host's input embeddings.
     """
 
-    def __init__(self, host: nn.Module, tasks: int, surround: Surround, length: int, embeddings: Tensor) -> None:
-        super().__init__(host, tasks, surround)
-        features = embeddings.shape[1]
-        self.prompt = parameter_like(embeddings, length, features)
-        self.u, self.v = parameter_like(embeddings, tasks, length), parameter_like(embeddings, tasks, features)
+    def __init__(self, place: Place, tasks: int, length: int) -> None:
+        super().__init__(place, tasks)
+        like, features = place.weight, place.weight.shape[1]
+        self.prompt = parameter_like(like, length, features)
+        self.u, self.v = parameter_like(like, tasks, length), parameter_like(like, tasks, features)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

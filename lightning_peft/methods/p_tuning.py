@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
 from ..adapter import Adapter, parameter_like
 from ..encoders import MLP, Encoder, LSTMThenMLP
 from ..method import Method, require
-from ..prompts import Surround, place_prompts, require_places
+from ..prompts import Place, place_prompts, require_places
 from ..pseudo_tokens import EncodedPrompt, fill_template
 from ..templates import PLACEHOLDER, Template
 
@@ -38,9 +38,9 @@ class PTuning(Method):
         dropout: Probability with which features between the layers of the LSTM are dropped in training.
         placeholder: Id of pseudo tokens in rows. The default collides with no vocabulary; what looks ids up in
             ``generate``, such as ``repetition_penalty``, needs one that the vocabulary has.
-        targets: Globs of modules whose first input is (batch, tokens, features), for models that are not transformers';
-            with a length only.
-        embeddings: Glob of the input embeddings that belong to ``targets``.
+        targets: Globs of modules whose first input is (batch, tokens, features), or of lists of such blocks, for models
+            that are not transformers', and for those that read images; with a length only.
+        embeddings: Glob of the input embeddings that belong to ``targets``; may be left out.
 
     Raises:
         ValueError: The template cannot be read or has no pseudo token.
@@ -82,14 +82,15 @@ class PTuning(Method):
     def _count(self) -> int:
         return self.length or Template(self.template or "").pseudo_tokens
 
-    def _prompt(self, host: nn.Module, table: Any, surround: Surround) -> EncodedPrompt:
-        features = table.weight.shape[1]
+    def _prompt(self, place: Place) -> EncodedPrompt:
+        weight, features = place.weight, place.weight.shape[1]
         hidden = self.hidden_size or features
         encoder: Encoder | None = None
         if self.encoder == "lstm":
-            encoder = LSTMThenMLP(table.weight, features, hidden, self.dropout)
+            encoder = LSTMThenMLP(weight, features, hidden, self.dropout)
         elif self.encoder == "mlp":
-            encoder = MLP(table.weight, features, hidden, features)
+            encoder = MLP(weight, features, hidden, features)
         if self.template is not None:
-            surround = partial(fill_template, template=self.template, placeholder=self.placeholder)
-        return EncodedPrompt(host, surround, parameter_like(table.weight, self._count, features), encoder)
+            fill = partial(fill_template, template=self.template, placeholder=self.placeholder)
+            place = dataclasses.replace(place, surround=fill)
+        return EncodedPrompt(place, parameter_like(weight, self._count, features), encoder)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
 from ..adapter import Adapter, parameter_like
 from ..method import Method, require
-from ..prompts import Prompt, Surround, place_prompts, require_places
+from ..prompts import Place, Prompt, place_prompts, require_places
 from ..words import PromptStart
 
 
@@ -34,8 +34,9 @@ class PromptTuning(Method):
         labels: Words of the classes, at most ``length``.
         tokenizer: Folder or name of the tokenizer for words; that of the model if not given.
         tasks: Number of prompts; of several, P is (tasks, length, features).
-        targets: Globs of modules whose first input is (batch, tokens, features), for models that are not transformers'.
-        embeddings: Glob of the input embeddings that belong to ``targets``.
+        targets: Globs of modules whose first input is (batch, tokens, features), or of lists of such blocks, for models
+            that are not transformers', and for those that read images.
+        embeddings: Glob of the input embeddings that belong to ``targets``; a random start needs none.
     """
 
     name: str = "prompt_tuning"
@@ -54,9 +55,9 @@ class PromptTuning(Method):
         require_places(self.targets, self.embeddings)
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
-        def make(host: nn.Module, table: Any, surround: Surround) -> Prompt:
-            adapter = TrainedPrompt(host, self.tasks, surround, self.length, table.weight)
-            self._start().fill(adapter.prompt, table, model)
+        def make(place: Place) -> Prompt:
+            adapter = TrainedPrompt(place, self.tasks, self.length)
+            self._start().fill(adapter.prompt, place.table, model)
             return adapter
 
         return place_prompts(model, self.targets, self.embeddings, self.length, make)
@@ -71,17 +72,15 @@ class TrainedPrompt(Prompt):
     """Virtual tokens that train as they are.
 
     Args:
-        host: What they enter.
+        place: Where they enter.
         tasks: Number of prompts.
-        surround: Calls the host with virtual tokens inserted.
         length: Number of virtual tokens.
-        embeddings: Table (vocabulary, features) of the host's input embeddings.
     """
 
-    def __init__(self, host: nn.Module, tasks: int, surround: Surround, length: int, embeddings: Tensor) -> None:
-        super().__init__(host, tasks, surround)
+    def __init__(self, place: Place, tasks: int, length: int) -> None:
+        super().__init__(place, tasks)
         several = [tasks] if tasks > 1 else []
-        self.prompt = parameter_like(embeddings, *several, length, embeddings.shape[1])
+        self.prompt = parameter_like(place.weight, *several, length, place.weight.shape[1])
 
     def reset_parameters(self) -> None:
         nn.init.uniform_(self.prompt, -0.5, 0.5)
