@@ -304,7 +304,7 @@ def test_an_encoder_stays_wide_in_a_narrow_model():
         ({"template": "no pseudo token {x}"}, "template must be one with pseudo tokens"),
         ({"template": "[P:0] {x}"}, "no number of pseudo tokens"),
         ({"length": 3, "encoder": "gru"}, "encoder must be"),
-        ({"length": 3, "hidden_size": 5}, "hidden_size must be a positive even number"),
+        ({"length": 3, "hidden_size": 0}, "hidden_size must be a positive whole number"),
         ({"length": 3, "dropout": 1.0}, "dropout must be from 0"),
         ({"length": 3, "encoder": "mlp", "dropout": 0.1}, "dropout must be 0 with this encoder"),
         ({"template": "[P]", "targets": ["a"], "embeddings": "b"}, "targets must be absent"),
@@ -347,3 +347,9 @@ def test_embedded_rows_are_refused():
 def test_a_model_without_tokens_is_refused(name):
     with pytest.raises((TypeError, ValueError), match="give the method targets"):
         lp.inject(MODELS[name](), lp.PTuning(template=TEMPLATE))
+
+
+def test_an_lstm_with_halves_of_unequal_width_is_refused():
+    with pytest.raises(ValueError, match="hidden_size must be even, as half of it"):
+        adapted(hidden_size=5)
+    assert lp.summary(adapted(encoder="mlp", hidden_size=5)).trainable == (COUNT + 5 * 2 + 1) * WIDTH + 5

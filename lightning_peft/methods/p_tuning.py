@@ -64,7 +64,7 @@ class PTuning(Method):
             count = Template(self.template).pseudo_tokens
             require(count > 0, "template", self.template, "one with pseudo tokens, such as [P:3]")
         require(self.encoder in ("lstm", "mlp", "none"), "encoder", self.encoder, "'lstm', 'mlp' or 'none'")
-        require(hidden is None or hidden > 0 and hidden % 2 == 0, "hidden_size", hidden, "a positive even number")
+        require(hidden is None or hidden > 0, "hidden_size", hidden, "a positive whole number")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "from 0 to below 1")
         require(not self.targets or self.template is None, "targets", self.targets, "absent where a template is given")
         require_places(self.targets, self.embeddings)
@@ -87,6 +87,7 @@ class PTuning(Method):
         hidden = self.hidden_size or features
         encoder: Encoder | None = None
         if self.encoder == "lstm":
+            require(hidden % 2 == 0, "hidden_size", hidden, "even, as half of it comes from each direction of the LSTM")
             encoder = LSTMThenMLP(weight, features, hidden, self.dropout)
         elif self.encoder == "mlp":
             encoder = MLP(weight, features, hidden, features)
