@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from .layers import layer_of
 from .multihead import multi_head_attention
-from .select import ROLES, fused_parts, is_fused
+from .roles import ROLES, fused_parts, is_fused
 
 
 class AttentionCalls(TorchFunctionMode):

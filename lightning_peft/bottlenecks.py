@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base import base_modules
 from .layers import is_called_linear, layer_of, read_attribute
 from .method import require
-from .select import base_modules
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
 Layer = tuple[Tensor, Tensor | None]  # a weight and a bias

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .base import SLOT, base_modules
 from .fingerprints import fingerprint
 from .inject import adapters, inject, injected, injection
 from .method import from_dict, to_dict
-from .select import SLOT, base_modules
 
 FORMAT = 1
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|_forward_module)\.")

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, Call
+from .base import base_modules
 from .layers import is_called_linear, layer_of
-from .select import base_modules, select
+from .select import select
 
 FEEDFORWARD = "feedforward"  # the pairs of feedforward.up and feedforward.down that make a block
 _UNMERGEABLE = "the feed-forward block is not linear, so no weight expresses what runs beside it"

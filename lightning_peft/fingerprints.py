@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .base import base_parameters
 from .quantized_layers import original_of, sample
-from .select import base_parameters
 
 
 def fingerprint(model: nn.Module, trained: Collection[str] | None = None) -> str | None:

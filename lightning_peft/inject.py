@@ -14,10 +14,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .adapter import Adapter, WeightUpdate
+from .base import SLOT, base_modules, base_parameters
 from .layers import bias_attribute, read_attribute
 from .method import Method
 from .quantized_layers import keep_differentiable, refuse_repacked
-from .select import SLOT, base_modules, base_parameters, select_parameters
+from .select import select_parameters
 
 _RECORD = "_peft_injection"
 

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from .adapter import Adapter
+from .base import owners
 from .inject import adapters, detach, injection
 from .quantization import dequantize as dequantize_layers
 from .quantized_layers import is_quantized
-from .select import owners
 
 
 def merge(model: nn.Module, dequantize: bool = False) -> nn.Module:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from . import nf4
 from .adapter import WeightUpdate
+from .base import owners
 from .inject import Adapted, adapted, adapters, injection
 from .layers import TransposedKind, is_called_linear, layer_of
 from .quantized_layers import (
@@ -28,7 +29,7 @@ from .quantized_layers import (
     remember,
     sample,
 )
-from .select import owners, select
+from .select import select
 
 KINDS = ("nf4", "int8")
 

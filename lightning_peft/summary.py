@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .base import base_parameters
 from .checkpoint import adapter_state
 from .inject import adapters_of, injection
-from .select import base_parameters
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Call
+from .base import base_modules
 from .outputs import without
-from .select import base_modules
 
 
 class Insertion:

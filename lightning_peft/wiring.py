@@ -11,10 +11,10 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from .base import base_parameters, matches
 from .inject import Injection, adapters, inject, injection
 from .method import Method
 from .optimizers import Rule, apply_factors, fuse, grouped, keep_trainable, optimizers_in
-from .select import base_parameters, matches
 
 
 def surround_hook(module: pl.LightningModule, hook: str, around: Callable[..., Any]) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.affine import BiasAndScale
-from lightning_peft.select import ROLES, fused_parts, parts
+from lightning_peft.roles import ROLES, fused_parts, parts
 
 
 def small(name):

@@ -12,6 +12,7 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.attention import AttentionCalls
+from lightning_peft.roles import attention_modules
 
 
 def unchanged(attend, query, key, value, **settings):
@@ -301,7 +302,7 @@ COUNTS = {"bert": 3, "llama": 3, "gpt2": 3, "distilbert": 3, "vit": 3, "fused_vi
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_every_attention_of_a_family_is_found(name):
-    assert len(lp.select.attention_modules(MODELS[name]())) == COUNTS[name]
+    assert len(attention_modules(MODELS[name]())) == COUNTS[name]
 
 
 def implemented(kind):

@@ -10,7 +10,8 @@ from models import MODELS, tokens
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.select import ROLES, select
+from lightning_peft.roles import ROLES
+from lightning_peft.select import select
 
 
 def chain():
@@ -135,7 +136,7 @@ REFUSED = {
     "down first": (Backwards, lp.KronABlock(), ValueError, "No up-projection comes before fc2"),
     "eager attention": (eager, lp.LLaMAAdapter(), TypeError, "attn_implementation='eager'.*'sdpa'"),
     "too many layers": (MODELS["llama"], lp.LLaMAAdapter(layers=4), ValueError, "layers must be at most 3"),
-    "no backbone": (chain, lp.PromptTuning(), ValueError, "give the method targets and embeddings"),
+    "no backbone": (chain, lp.PromptTuning(), ValueError, "give the method targets"),
     "no tokens": (lambda: family("vit"), lp.PromptTuning(), TypeError, "ViTModel embeds no tokens"),
     "no bias": (MODELS["llama"], lp.BitFit(), ValueError, r"BitFit\(add_missing=True\)"),
     "no blocks": (chain, lp.LastLayers(), ValueError, "number of blocks found"),
@@ -179,7 +180,7 @@ SETTINGS = [
     (lp.LLaMAAdapter, {"gate_warmup_steps": -1}),
     (lp.PromptTuning, {"init": "txt"}),
     (lp.PromptTuning, {"init": "text"}),
-    (lp.PromptTuning, {"targets": ["x"]}),
+    (lp.PromptTuning, {"embeddings": "x"}),
     (lp.LastLayers, {"count": 0}),
     (lp.KronA, {"shape_a": [4]}),
     (lp.KronA, {"shape_a": [4, 0]}),

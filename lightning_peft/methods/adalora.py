@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..layers import layer_of
 from ..method import Method, require
-from ..select import parts, select
+from ..roles import parts
+from ..select import select
 from ..triplets import Triplets, allocate, observe
 
 

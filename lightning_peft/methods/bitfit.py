@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Call, parameter_like
+from ..base import base_parameters
 from ..layers import is_called_linear, layer_of
 from ..method import Method
-from ..select import base_parameters, select, select_parameters
+from ..select import select, select_parameters
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from ..adapter import Adapter, Call, parameter_like
 from ..bottlenecks import bottleneck, check_bottleneck, output_of
 from ..layers import read_attribute
 from ..method import Method, require
-from ..select import ROLES, select, select_parameters
+from ..roles import ROLES
+from ..select import select, select_parameters
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ from ..adapter import Adapter
 from ..hadamard import HadamardUpdate
 from ..layers import layer_of
 from ..method import Method, require
-from ..select import parts, select
+from ..roles import parts
+from ..select import select
 
 
 @dataclass(frozen=True, kw_only=True)

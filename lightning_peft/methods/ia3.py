@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Call, parameter_like
+from ..base import matches
 from ..layers import layer_of
 from ..method import Method, require
+from ..roles import linear_branch, parts
 from ..scaling import scaled_input, scaled_output
-from ..select import linear_branch, matches, parts, select
+from ..select import select
 
 
 @dataclass(frozen=True, kw_only=True)

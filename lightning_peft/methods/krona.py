@@ -17,7 +17,8 @@ from ..kronecker import check_kronecker, shape_of_a, start_factors, times_kronec
 from ..layers import LinearKind, layer_of
 from ..method import Method
 from ..products import Update
-from ..select import parts, select
+from ..roles import parts
+from ..select import select
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import parameter_like
+from ..base import matches
 from ..forms import Decomposed, LowRank, row_factor
 from ..layers import layer_of
 from ..low_rank import FROM_WEIGHT, RANDOM, LowRankUpdate
 from ..method import Method, require
 from ..products import Update
-from ..select import matches, parts, select
+from ..roles import parts
+from ..select import select
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 

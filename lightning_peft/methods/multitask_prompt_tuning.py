@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, parameter_like
+from ..base import SLOT
 from ..fingerprints import fingerprint
 from ..folders import read_adapter
 from ..method import Method, require
 from ..prompts import Place, Prompt, place_prompts, require_places
-from ..select import SLOT, select_parameters
+from ..select import select_parameters
 from ..words import PromptStart
 
 

@@ -14,7 +14,8 @@ from ..method import Method, require
 from ..positions import shifted_positions
 from ..prefix_starts import start_as_words
 from ..prefixes import prefixes
-from ..select import head_layers, select, select_parameters
+from ..roles import head_layers
+from ..select import select, select_parameters
 from ..words import token_ids
 
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..base import base_parameters
 from ..method import Method, require
-from ..select import base_parameters, blocks, output_layers, select_parameters
+from ..roles import blocks, output_layers
+from ..select import select_parameters
 
 
 @dataclass(frozen=True, kw_only=True)

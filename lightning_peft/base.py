@@ -1,0 +1,30 @@
+"""The base model's own modules and parameters, by name, beside the adapters in it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+SLOT = "peft"  # the child of an adapted module below which its adapters live; never part of the base
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a glob matches the end of a dotted name: ``q_proj`` matches ``layers.0.attn.q_proj``."""
+    return fnmatchcase("." + name, "*." + pattern)
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of the base model by name, adapters and the root left out."""
+    return {name: module for name, module in model.named_modules() if name and f".{SLOT}." not in f".{name}."}
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of the base model by name, adapters left out; a shared one appears once."""
+    return {name: parameter for name, parameter in model.named_parameters() if f".{SLOT}." not in f".{name}"}
+
+
+def owners(model: nn.Module) -> Counter[int]:
+    """Return by how many modules each parameter is held, by its id."""
+    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
