@@ -132,7 +132,7 @@ def key_value(model: nn.Module, name: str) -> KeyValue:
         return KeyValue("", "")
     for child, module in host.named_children():
         if is_fused(f"{name}.{child}"):
-            _, (_, start, middle), (_, _, end) = fused_parts(module)
+            *_, (_, start, middle), (_, _, end) = fused_parts(module, f"{name}.{child}")
             return KeyValue(child, child, (start, middle, end))
     keys, values = (_child(model, name, role) for role in ("attention.key", "attention.value"))
     if keys is None or values is None:

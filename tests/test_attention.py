@@ -422,3 +422,18 @@ def test_llama_adapter_equals_peft(heads):
         assert (y - make()(x).logits).abs().max() > 1e-2
     print(f"LLaMA-Adapter, {heads} key heads: max difference {difference:.1e}")
     assert difference <= 2e-6
+
+
+def test_keys_and_values_of_a_fused_layer_without_queries_are_its_halves():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=48, add_cross_attention=True, eos_token_id=2
+    )
+    model = lp.inject(GPT2LMHeadModel(config).eval(), [lp.LLaMAAdapter(length=3), lp.PrefixTuning(length=3)])
+    host = model.transformer.h[1].crossattention
+    key, value = host.peft["llama_adapter"].project(host, x := torch.randn(5, 32))
+    torch.testing.assert_close((key, value), host.c_attn(x).chunk(2, -1))
+    assert host.peft["prefix_tuning"].widths == (32, 32)
+    model(torch.arange(10).view(2, 5), encoder_hidden_states=torch.randn(2, 4, 32)).logits.sum().backward()
+    assert all(p.grad.abs().sum() > 0 for *_, a in lp.adapters(model) for n, p in a.named_parameters() if n != "prompt")
