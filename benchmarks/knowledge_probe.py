@@ -151,7 +151,8 @@ def main() -> None:
     print("all", results["all"])
     assert results["all"]["P-tuned"] > results["all"]["hand-written"]
     settings = {k: v for k, v in vars(options).items() if k != "lama"} | {"seconds": round(time.perf_counter() - start)}
-    harness.write({"what": " ".join(__doc__.split()[3:]), "settings": settings, "P@1": results}, "knowledge_probe")
+    what = " ".join(__doc__.split("\n\n", 1)[1].split())
+    harness.write({"what": what, "settings": settings, "P@1": results}, "knowledge_probe")
 
 
 if __name__ == "__main__":
