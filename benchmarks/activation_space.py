@@ -48,11 +48,13 @@ def more_gates(config: object) -> int:
 # What no weight absorbs has no goal to the floor in eval.
 Live = partial(Case, eval_goal=None)
 Prompt = partial(Live, floor_goal=1.05, peft_goal=0.95, added=LENGTH)
-IA3 = ours("IA3", targets=KEY_VALUE, feedforward_targets=DOWN)
+IA3 = ours("IA3")  # the same places by role; of a gated block the other up-projection is scaled, the same function
 PEFT_IA3 = peer("IA3Config", target_modules=pattern(SCALED), feedforward_modules=pattern(DOWN))
 BITFIT = ours("BitFit", add_missing={"bert": False, "llama": True})
 # No norms and no head, which the papers train as well: the figures are those of the adapters.
 BOTTLENECK = ours("Bottleneck", size=64, train_norms=False, train_head=False)
+ONE = {"size": 24, "activation": "relu", "targets": ["feedforward.down"]}  # after the feed-forward block alone
+BOTTLENECK_ONE = ours("Bottleneck", **ONE, train_norms=False, train_head=False)
 PREFIX = peer("PrefixTuningConfig", **PEFT_TOKENS)
 PREFIX_MLP = peer("PrefixTuningConfig", **PEFT_TOKENS, prefix_projection=True, encoder_hidden_size=512)
 BLOCKS = attrgetter("num_hidden_layers")  # all of them, since gradients flow through all of the floor
@@ -67,6 +69,7 @@ CASES = {
     "ia3": Case(IA3, PEFT_IA3, 1.05, 1.00, 0.88),
     "bitfit": Case(BITFIT, None, 1.05),
     "bottleneck": Live(BOTTLENECK, None, 1.05),
+    "bottleneck_one": Live(BOTTLENECK_ONE, None, 1.05),
     "parallel_adapter": Live(ours("ParallelAdapter", size=64), None, 1.05),
     "prefix": Live(ours("PrefixTuning", length=LENGTH, reparameterize=False), PREFIX, 1.05, 1.00),
     "p_tuning_v2": Live(ours("PTuningV2", length=LENGTH, dropout=0.0, train_head=False), PREFIX, 1.05, 1.00),
