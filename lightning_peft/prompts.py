@@ -87,7 +87,7 @@ class Leave(Adapter):
         """Nothing to fill."""
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
-        return without(inner(*args, **kwargs), lambda x: x[:, self.length :])
+        return without(inner(*args, **kwargs), lambda x: x[:, self.length :].contiguous())
 
 
 def place_prompts(

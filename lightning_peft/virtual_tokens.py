@@ -39,7 +39,8 @@ class Insertion:
 
     def remove(self, x: Tensor) -> Tensor:
         """(batch, p + n, ...) -> (batch, n, ...)."""
-        return x[:, self.length :] if self.index is None else _take(x, self.kept)
+        # In one piece: a head would multiply rows one by one otherwise.
+        return x[:, self.length :].contiguous() if self.index is None else _take(x, self.kept)
 
     def mask(self, mask: Tensor) -> Tensor:
         """Extend a mask by visible virtual tokens."""
