@@ -7,7 +7,8 @@ from .checkpoint import full_state_dict, global_state, local_state
 from .ensembles import ensemble, join_prompts, majority_vote
 from .files import load_adapter, save_adapter
 from .finalizing import finalize
-from .inject import adapters, detach, inject
+from .hosts import adapters
+from .inject import detach, inject
 from .merging import merge
 from .method import Method
 from .methods import (

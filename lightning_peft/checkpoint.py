@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .base import SLOT, base_modules
 from .fingerprints import fingerprint
-from .inject import adapters, inject, injected, injection
+from .hosts import adapters
+from .inject import inject, injected, injection
 from .method import from_dict, to_dict
 
 FORMAT = 1

@@ -1,13 +1,10 @@
-"""How it runs: a host keeps its type, its keys and its forward; a class in front of its own calls the adapters."""
+"""What enters a model and leaves it again; every refusal comes before anything is changed."""
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from .adapter import Adapter, WeightUpdate
 from .base import SLOT, base_modules, base_parameters
-from .layers import bias_attribute, read_attribute
+from .hosts import Adapted, adapters, attach, call_as_before, call_children, remove
 from .method import Method
 from .quantized_layers import keep_differentiable, refuse_repacked
 from .select import select_parameters
@@ -33,60 +30,6 @@ class Injection:
     required_grad: dict[str, bool] = field(default_factory=dict)  # of base parameters, before
     fresh: bool = True  # whether nothing was trained or loaded yet
     shows_base: bool = False  # whether state_dict() holds the frozen base although it is hooked to leave it out
-
-
-class Adapted:
-    """Stands in front of a host's own class."""
-
-    _host_class: Any
-    peft: nn.ModuleDict
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(protocol)
-        build, (cls, *args), *rest = reduced
-        if cls is not adapted(self._host_class):  # sharding put a class of its own in front
-            return build, (cls, *args), *rest
-        return _rebuild, (self._host_class,), *rest
-
-
-@functools.cache
-def adapted(cls: Any) -> type[nn.Module]:
-    """Return the class of hosts whose own class is ``cls``."""
-
-    @functools.wraps(cls.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call: Callable[..., Any] = functools.partial(cls.forward, self)
-        for adapter in self.peft.values():
-            call = functools.partial(adapter, self, call)
-        return call(*args, **kwargs)
-
-    read, bias = read_attribute(cls), bias_attribute(cls)
-
-    def updated(self: Any) -> Any:
-        weight = self._parameters[read]
-        for adapter in self.peft.values():
-            weight = adapter.updated_whole(weight)
-        return weight
-
-    def updated_bias(self: Any) -> Any:
-        value = self._parameters[bias]
-        for adapter in self.peft.values():
-            value = adapter.updated_bias(value)
-        return value
-
-    # The same name: libraries look models up by it (loss functions, wrapping policies, saved configurations).
-    namespace = {"forward": forward, "_host_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    if read is not None:
-        namespace |= {read: property(updated), bias: property(updated_bias)}
-    if issubclass(cls, nn.Sequential):  # which calls its children one after the other: not the adapters
-        namespace["__iter__"] = lambda self: iter([child for child in cls.__iter__(self) if child is not self.peft])
-        namespace["__len__"] = lambda self: cls.__len__(self) - 1
-    return type(cls.__name__, (Adapted, cls), namespace)
-
-
-def _rebuild(cls: Any) -> nn.Module:
-    new = adapted(cls)
-    return new.__new__(new)
 
 
 def inject(model: nn.Module, method: Method | Sequence[Method], also_train: Sequence[str] = ()) -> nn.Module:
@@ -131,8 +74,8 @@ def inject(model: nn.Module, method: Method | Sequence[Method], also_train: Sequ
     for name, parameter in base.items():
         parameter.requires_grad_(name in trained)
     for m, host_name, adapter in plan:
-        _attach(modules[host_name], _key(m.name, adapter), adapter)
-    _call_children(modules.values())
+        attach(modules[host_name], _key(m.name, adapter), adapter)
+    call_children(modules.values())
     keep_differentiable(modules.values())
     return model
 
@@ -152,14 +95,6 @@ def injected(model: nn.Module) -> Injection:
     return record
 
 
-def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Adapter]]:
-    """Yield (host's name, host, adapter's name, adapter); found by type, never by the spelling of a name."""
-    found: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, Adapted)]
-    for name, host in found:
-        for key, adapter in host.peft.items():
-            yield name, host, key, adapter
-
-
 def adapters_of(model: nn.Module, method: Method) -> dict[str, Adapter]:
     """Return the adapters of one method by host name, with the part of a fused host appended."""
     return {
@@ -172,9 +107,9 @@ def adapters_of(model: nn.Module, method: Method) -> dict[str, Adapter]:
 def detach(model: nn.Module) -> nn.Module:
     """Remove every adapter, restore classes and ``requires_grad``; base parameters that trained keep their values."""
     for _, host, key, _ in list(adapters(model)):
-        _remove(host, key)
+        remove(host, key)
     for module in model.modules():
-        _call_as_before(module)
+        call_as_before(module)
     record: Injection | None = model.__dict__.pop(_RECORD, None)
     for name, parameter in base_parameters(model).items():
         if record is not None:
@@ -224,59 +159,3 @@ def _refuse_company(found: Sequence[tuple[str, Adapter]]) -> None:
                 f"{type(adapter).__name__} at {name} rewrites the whole weight and cannot share it with "
                 f"{type(others[0]).__name__}; give the methods different targets."
             )
-
-
-def _attach(host: nn.Module, key: str, adapter: Adapter) -> None:
-    if not isinstance(host, Adapted):
-        host.peft = nn.ModuleDict()
-        kind: Any = type(host)
-        host.__class__ = adapted(kind)
-    own = itertools.chain(host._parameters.values(), host.parameters())  # most hosts have some, and no search is needed
-    device = next((p.device for p in own if p is not None), None)
-    slot: Any = host.peft
-    slot[key] = adapter if all(p.device == device for p in adapter.parameters()) else adapter.to(device)
-    if adapter.training != host.training:
-        adapter.train(host.training)
-
-
-def _remove(host: Any, key: str) -> None:
-    host.peft.pop(key)
-    if not host.peft:
-        host.__class__ = host._host_class
-        del host.peft
-
-
-def _call_children(modules: Iterable[nn.Module]) -> None:
-    """Have torch's encoders call what they hold in eval mode, with plain tensors.
-
-    Unless hooked, encoder layers read the weights of their children; the encoder packs padded rows into nested tensors,
-    with which torch's attention runs no code but its own and no gradient comes back.
-    """
-    for module in modules:
-        if not isinstance(module, _READERS) or not any(adapters(module)):
-            continue
-        if isinstance(module, nn.TransformerEncoder):
-            if module.use_nested_tensor:
-                module.use_nested_tensor = False
-                module.register_forward_pre_hook(_unpacked)
-        elif _nothing not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_nothing)
-
-
-def _call_as_before(module: nn.Module) -> None:
-    for number, hook in list(module._forward_pre_hooks.items()):
-        if hook is _unpacked:
-            module.use_nested_tensor = True  # type: ignore[assignment]
-        if hook in (_nothing, _unpacked):
-            del module._forward_pre_hooks[number]
-
-
-_READERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
-
-
-def _nothing(module: nn.Module, args: Any) -> None:
-    """Change nothing."""
-
-
-def _unpacked(module: nn.Module, args: Any) -> None:
-    """Change nothing; tells that an encoder packed rows before."""

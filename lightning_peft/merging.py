@@ -7,7 +7,8 @@ from torch import nn
 
 from .adapter import Adapter
 from .base import owners
-from .inject import adapters, detach, injection
+from .hosts import adapters
+from .inject import detach, injection
 from .quantization import dequantize as dequantize_layers
 from .quantized_layers import is_quantized
 

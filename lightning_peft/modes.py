@@ -8,7 +8,7 @@ from typing import Literal
 from torch import nn
 
 from .base import SLOT, base_parameters
-from .inject import adapters
+from .hosts import adapters
 
 
 def set_mode(module: nn.Module, frozen: Literal["eval", "train"]) -> None:

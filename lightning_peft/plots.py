@@ -7,7 +7,7 @@ from html import escape
 
 from torch import nn
 
-from .inject import adapters
+from .hosts import adapters
 from .triplets import Triplets
 
 _WIDTH, _HEIGHT, _TOP = 42, 26, 64

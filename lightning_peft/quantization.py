@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from . import nf4
 from .adapter import WeightUpdate
 from .base import owners
-from .inject import Adapted, adapted, adapters, injection
+from .hosts import Adapted, adapted, adapters
+from .inject import injection
 from .layers import TransposedKind, is_called_linear, layer_of
 from .quantized_layers import (
     Int8Linear,

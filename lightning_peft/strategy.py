@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 
 from .adapter import Adapter
 from .fingerprints import fingerprint
-from .inject import adapters, adapters_of, injection
+from .hosts import adapters
+from .inject import adapters_of, injection
 from .method import Method
 from .modes import checkpoint_without_reentry, set_mode
 from .optimizers import add_gradient

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from .base import base_parameters, matches
-from .inject import Injection, adapters, inject, injection
+from .hosts import adapters
+from .inject import Injection, inject, injection
 from .method import Method
 from .optimizers import Rule, apply_factors, fuse, grouped, keep_trainable, optimizers_in
 

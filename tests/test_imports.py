@@ -11,7 +11,7 @@ ORDER = [
     *["attention", "forms", "products", "built", "adapter", "low_rank", "scaling", "affine", "triplets"],
     *["hadamard", "method", "bottlenecks", "kronecker", "feedforward", "outputs", "virtual_tokens", "words"],
     *["rows", "prompts", "prefixes", "prefix_starts", "positions", "encoders", "pseudo_tokens", "templates"],
-    *["methods", "inject", "nf4", "quantization", "merging", "finalizing", "checkpoint", "files", "ensembles"],
+    *["methods", "hosts", "inject", "nf4", "quantization", "merging", "finalizing", "checkpoint", "files", "ensembles"],
     *["summary", "plots", "optimizers", "modes", "random_state", "wiring", "restoring", "strategy", "tasks"],
     *["cli", "__main__"],
 ]
