@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # Processes of the quick and of the slow test suite; 0 runs tests in one process.
 WORKERS ?= 2
-SLOW_WORKERS ?= 0
+SLOW_WORKERS ?= 2
 
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -24,7 +24,7 @@ quickstart: $(VENV)/.installed-demo ## Install the package and train a first ada
 # One thread per process: small models gain nothing from more, and processes do not fight for cores.
 test: $(VENV)/.installed-test ## Run the quick tests, then the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
-	$(BIN)/pytest -n $(SLOW_WORKERS) -m slow || test $$? -eq 5  # 5: no test is marked slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(SLOW_WORKERS) -m slow || test $$? -eq 5  # 5: no test is marked slow
 
 lint: $(VENV)/.installed-dev ## Check style, formatting and types
 	$(BIN)/ruff check

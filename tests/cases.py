@@ -62,6 +62,7 @@ def other_methods(model: str) -> list[Case]:
         Case(model, (lp.KronABlock(scale=2, residual=True),), starts_at_base=False, mergeable=False),
         *activation_methods(model),
         *attention_methods(model),
+        Case(model, (lp.PrefixTuning(length=2, hidden_size=8), lp.ParallelAdapter(size=6)), False, mergeable=False),
         *prompt_methods(model),
     ]
 

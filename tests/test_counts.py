@@ -212,6 +212,8 @@ def test_a_prefix_of_30_on_bart_large():
 
     method = lp.PrefixTuning(length=30, reparameterize=False)
     assert trained(BartForConditionalGeneration, BartConfig(), method) == 2 * 30 * 1024 * 36
+    mam = [method, lp.ParallelAdapter(size=512)]
+    assert trained(BartForConditionalGeneration, BartConfig(), mam) == 27_377_664
 
 
 def test_a_prefix_is_as_wide_as_grouped_heads():
