@@ -41,8 +41,8 @@ def picture(results: dict[str, dict[str, float]]) -> str:
     counts = [row["trainable_parameters"] for row in results.values()]
     low, high = math.floor(math.log10(min(counts))), math.ceil(math.log10(max(counts)))
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 840 {total}" font-family="sans-serif" font-size="13">',
-        f'<rect width="840" height="{total}" fill="white"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 {total}" font-family="sans-serif" font-size="13">',
+        f'<rect width="860" height="{total}" fill="white"/>',
     ]
     for power in range(low, high + 1):
         x = left + width * (power - low) / (high - low)
@@ -59,7 +59,7 @@ def picture(results: dict[str, dict[str, float]]) -> str:
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="9" fill="#6a3fb5" fill-opacity="0.8"/>')
         style = 'text-anchor="middle" font-size="11" fill="white"'
         parts.append(f'<text x="{x:.1f}" y="{y + 4:.1f}" {style}>{number}</text>')
-        parts.append(f'<text x="660" y="{45 + 20 * number}">{number}  {name.replace("_", " ")}</text>')
+        parts.append(f'<text x="685" y="{45 + 20 * number}">{number}  {name.replace("_", " ")}</text>')
     parts.append(f'<text x="{left + width / 2}" y="{bottom + 45}" text-anchor="middle">trained parameters</text>')
     parts.append(f'<text x="{left}" y="30">test accuracy on the town-hall messages</text></svg>')
     return "\n".join(parts) + "\n"
