@@ -8,16 +8,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, MetricCollection
 
-from lightning_peft.restoring import KEY, inject_from_checkpoint
 from lightning_peft.tasks.batches import IGNORED, Collator
 from lightning_peft.tasks.models import build_model, build_tokenizer, prompt_ids
-from lightning_peft.tasks.optimization import adamw, check_optimization
+from lightning_peft.tasks.module import TaskModule
+from lightning_peft.tasks.optimization import check_optimization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +30,7 @@ class Perplexity(MeanMetric):
         return mean.exp()
 
 
-class CausalLM(LightningModule):
+class CausalLM(TaskModule):
     """Predicts each next token; logs the loss, and in validation and test also ``val_perplexity`` and the like.
 
     Validation and test losses are means over tokens, whatever the batches. Labels of -100 do not count. Give exactly
@@ -147,16 +145,6 @@ class CausalLM(LightningModule):
         new = tokens[:, inputs["input_ids"].shape[1] :]
         texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return texts
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the adapters of a checkpoint that holds adapters only, so that ``load_from_checkpoint`` reads it."""
-        if KEY in checkpoint:
-            inject_from_checkpoint(self, checkpoint)
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW over what requires a gradient, with the schedule."""
-        names = ("learning_rate", "weight_decay", "warmup_fraction", "schedule")
-        return adamw(self, **{name: self.hparams[name] for name in names})
 
 
 def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import inspect
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from lightning_peft.restoring import KEY, inject_from_checkpoint
 from lightning_peft.tasks.models import build_model
+from lightning_peft.tasks.module import TaskModule
 from lightning_peft.tasks.names import quoted
-from lightning_peft.tasks.optimization import adamw, check_optimization
+from lightning_peft.tasks.optimization import check_optimization
 
 
-class TextClassification(LightningModule):
+class TextClassification(TaskModule):
     """Classifies texts or pairs of texts; logs loss, accuracy and macro F1 as ``val_accuracy`` and the like.
 
     Give exactly one of ``model`` and ``config``. The network is built in train mode (transformers loads in eval mode
@@ -131,13 +129,3 @@ class TextClassification(LightningModule):
         indices = probabilities.argmax(dim=-1).tolist()
         labels = indices if self.classes is None else [self.classes[index] for index in indices]
         return {"labels": labels, "probabilities": probabilities}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the adapters of a checkpoint that holds adapters only, so that ``load_from_checkpoint`` reads it."""
-        if KEY in checkpoint:
-            inject_from_checkpoint(self, checkpoint)
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW over what requires a gradient, with the schedule."""
-        names = ("learning_rate", "weight_decay", "warmup_fraction", "schedule")
-        return adamw(self, **{name: self.hparams[name] for name in names})

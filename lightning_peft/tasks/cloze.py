@@ -6,21 +6,19 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 
-from lightning_peft.restoring import KEY, inject_from_checkpoint
 from lightning_peft.tasks.models import build_model, build_tokenizer
-from lightning_peft.tasks.optimization import adamw, check_optimization
+from lightning_peft.tasks.module import TaskModule
+from lightning_peft.tasks.optimization import check_optimization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Cloze(LightningModule):
+class Cloze(TaskModule):
     """Fills one mask in each row; logs the loss and P@1, the share of right answers, as ``val_p_at_1`` and the like.
 
     The loss is over the vocabulary; answers are the most likely of the vocabulary, or of the data's candidates. Give
@@ -119,13 +117,3 @@ class Cloze(LightningModule):
         ids = self._answers(logits)
         words = [self.tokenizer.decode([i]).strip() for i in ids.tolist()]
         return {"answers": words, "probabilities": logits.softmax(dim=1).gather(1, ids[:, None])[:, 0]}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the adapters of a checkpoint that holds adapters only, so that ``load_from_checkpoint`` reads it."""
-        if KEY in checkpoint:
-            inject_from_checkpoint(self, checkpoint)
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW over what requires a gradient, with the schedule."""
-        names = ("learning_rate", "weight_decay", "warmup_fraction", "schedule")
-        return adamw(self, **{name: self.hparams[name] for name in names})
