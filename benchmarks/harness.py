@@ -115,7 +115,7 @@ def saved_bytes(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module,
     def keep(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         kept[storage.data_ptr()] = storage  # held, so that no later tensor gets its address
-        return x
+        return x.detach()  # an output that its own node holds would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         result = loss_fn(model, batch)
