@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from .base import base_parameters, matches
+from .base import SLOT, base_parameters, matches
 from .hosts import adapters
 from .inject import Injection, inject, injection
 from .method import Method
@@ -95,9 +95,9 @@ def adopt(module: pl.LightningModule, methods: Sequence[Method], also_train: Seq
 
 def wire_optimizers(module: pl.LightningModule, lr_factors: dict[str, float], no_decay: Sequence[str]) -> None:
     """Make optimizers hold exactly what trains, in groups by factor and decay; a factor of 0 freezes."""
-    names, methods = dict(module.named_parameters()), _methods_of(module)
+    names, others = dict(module.named_parameters()), _by_method(module)
     for pattern in [p for p, factor in lr_factors.items() if factor == 0]:
-        for parameter in _named_by(pattern, names, methods):
+        for parameter in _named_by(pattern, names, others):
             parameter.requires_grad_(False)
     lr_factors = {pattern: factor for pattern, factor in lr_factors.items() if factor != 0}
 
@@ -129,11 +129,11 @@ def group_rule(module: pl.LightningModule, lr_factors: dict[str, float], no_deca
     if not lr_factors and not no_decay:
         return None
     names = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    methods = _methods_of(module)
+    others = _by_method(module)
     special: dict[int, dict[str, float]] = {}
     settings = [(p, "lr_factor", f) for p, f in lr_factors.items()] + [(p, "weight_decay", 0.0) for p in no_decay]
     for pattern, field, value in settings:
-        for parameter in _named_by(pattern, names, methods):
+        for parameter in _named_by(pattern, names, others):
             special.setdefault(id(parameter), {})[field] = value
 
     def rule(parameter: Tensor) -> dict[str, float]:
@@ -142,14 +142,23 @@ def group_rule(module: pl.LightningModule, lr_factors: dict[str, float], no_deca
     return rule
 
 
-def _methods_of(module: pl.LightningModule) -> dict[int, str]:
-    """Return the names of the methods that parameters belong to, by the parameters' ids."""
-    return {id(p): key for _, _, key, adapter in adapters(module) for p in adapter.parameters()}
+def _by_method(module: pl.LightningModule) -> dict[str, str]:
+    """Return the names of adapters' parameters without the parts that they serve: lora for lora_query."""
+    return {
+        f"{name}.{SLOT}.{key}.{own}".lstrip("."): f"{name}.{SLOT}.{key.removesuffix(f'_{adapter.part}')}.{own}"
+        for name, _, key, adapter in adapters(module)
+        for own, _ in adapter.named_parameters()
+    }
 
 
-def _named_by(pattern: str, names: dict[str, nn.Parameter], methods: dict[int, str]) -> list[nn.Parameter]:
+def _named_by(pattern: str, names: dict[str, nn.Parameter], others: dict[str, str]) -> list[nn.Parameter]:
     """Return parameters by a glob of their names or the name of their method."""
-    found = [p for name, p in names.items() if matches(name, pattern) or methods.get(id(p)) == pattern]
+    both = {name: (name, others.get(name, name)) for name in names}
+    found = [
+        names[name]
+        for name, known in both.items()
+        if any(matches(one, pattern) or f".{SLOT}.{pattern}." in f".{one}" for one in known)
+    ]
     if not found:
         raise ValueError(f"{pattern!r} is no trainable parameter or method. Parameters: {', '.join(list(names)[:10])}.")
     return found

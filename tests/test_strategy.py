@@ -201,6 +201,26 @@ def test_a_factor_of_zero_freezes_and_survives_a_checkpoint(tmp_path):
         assert torch.equal(again.eval().net(data().dataset).logits, net.eval().net(data().dataset).logits)
 
 
+PARTS = {
+    "lora": (lp.LoRA(rank=2), lambda name: True),
+    "lora.b": (lp.LoRA(rank=2), lambda name: name.endswith(".b")),
+    "prefix_tuning": (lp.PrefixTuning(length=2, hidden_size=8), lambda name: True),
+}
+
+
+@pytest.mark.parametrize("pattern", PARTS)
+def test_the_name_of_a_method_means_all_parts_of_its_hosts(pattern):
+    """GPT-2 computes query, key and value at once, so that its adapters are named lora_query and lora_value."""
+    method, meant = PARTS[pattern]
+    net = module("gpt2")
+    tuner = trainer(lp.PEFTStrategy(method, lr_factors={pattern: 4.0}, show_summary=False))
+    tuner.fit(net, data())
+    fast = {id(p) for g in tuner.optimizers[0].param_groups if g.get("lr_factor") == 4.0 for p in g["params"]}
+    expected = {name: p for name, p in net.named_parameters() if ".peft." in name and meant(name)}
+    assert len(expected) >= 6
+    assert fast == {id(p) for p in expected.values()}
+
+
 @pytest.mark.parametrize("settings", [{"lr_factors": {"lroa": 2.0}}, {"no_decay": ["*.bias"]}], ids=str)
 def test_a_pattern_without_a_trained_parameter_is_an_error(settings):
     with pytest.raises(ValueError, match="is no trainable parameter or method"):
