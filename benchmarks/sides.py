@@ -56,15 +56,11 @@ class Case(NamedTuple):
     surplus: Any = 0  # how many numbers ours trains beyond peft's, by design; None: the designs share no count
 
 
-def both(kind: str, case: Case, small: bool) -> tuple[lp.Method, dict[str, nn.Module], dict[str, int]] | None:
-    """Return our method, and both sides' models and trained counts; nothing where the package lacks the method."""
+def both(kind: str, case: Case, small: bool) -> tuple[lp.Method, dict[str, nn.Module], dict[str, int]]:
+    """Return our method, and both sides' models and trained counts."""
     build = partial(harness.MODELS[kind], small)
     model = build()[0]
-    try:
-        method = case.ours(model.config)
-    except (AttributeError, TypeError) as error:
-        print(f"skipped on {kind}: {error}")
-        return None
+    method = case.ours(model.config)
     models = {"ours": lp.inject(model, method)}
     if case.peer is not None and kind in case.peer_on:
         models["peft"] = wrapped(build()[0], case.peer(model.config))
@@ -99,8 +95,9 @@ def called(model: nn.Module) -> nn.Module:
 def compare(kind: str, case: Case, options: Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     """Saved bytes, training step and eval forward of one method, by part."""
     parts = [part for part in case.parts if part in options.only]
-    if not parts or (pair := both(kind, case, options.small)) is None:
+    if not parts:
         return
+    pair = both(kind, case, options.small)
     base, batch = harness.MODELS[kind](options.small)
     models = {"floor": harness.floor(base)} | {who: called(model) for who, model in pair[1].items()}
     losses = {who: case.calls.get(who, case.loss) for who in models}

@@ -75,9 +75,7 @@ def with_gradients(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
 def allocation(kind: str, options: Namespace) -> Iterator[Row]:
     """AdaLoRA's work after each step, with a new budget each time."""
     schedule, same = {"warmup_steps": 0, "final_steps": 0, "interval": 1}, {"tinit": 0, "tfinal": 0, "deltaT": 1}
-    if (pair := both(kind, Case(ADALORA(**schedule), PEFT_ADALORA(**same)), options.small)) is None:
-        return
-    method, models, _ = pair
+    method, models, _ = both(kind, Case(ADALORA(**schedule), PEFT_ADALORA(**same)), options.small)
     with_gradients([p for model in models.values() for p in harness.trained(model)])
     adapters, steps = list(adapters_of(models["ours"], method).values()), {who: itertools.count(1) for who in models}
     calls = {

@@ -156,19 +156,19 @@ def head_count(host: nn.Module, name: str) -> int:
     raise TypeError(f"{name} ({type(host).__name__}) does not say how many heads it has; give the method heads=....")
 
 
-def require_interceptable(host: nn.Module, name: str, model: nn.Module | None = None) -> None:
+def require_interceptable(model: nn.Module, name: str) -> None:
     """Refuse attention that is known not to call ``scaled_dot_product_attention``.
 
     Args:
-        host: Attention module.
-        name: Its dotted name.
-        model: Where that name leads to the host; for attention whose own configuration does not tell.
+        model: Holds the attention module; the nearest configuration around it tells, where its own does not.
+        name: Dotted name of the attention module.
 
     Raises:
         TypeError: Says how to load the model instead.
     """
+    host = model.get_submodule(name)
     kind, around = _implementation(host), name
-    while kind is None and model is not None and around:
+    while kind is None and around:
         around = around.rpartition(".")[0]
         kind = _implementation(model.get_submodule(around))
     if kind not in (None, "sdpa"):

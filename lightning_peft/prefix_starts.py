@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter, Call
 from .attention import AttentionCalls
+from .evaluation import evaluating
 from .method import require
 from .prefixes import Prefix
 from .virtual_tokens import backbones, names_of
@@ -66,7 +67,7 @@ def _computed(model: nn.Module, names: Sequence[str], words: Sequence[int]) -> d
         return attend(query, key, value, *rest, **settings)
 
     calls = AttentionCalls(record)
-    with torch.no_grad(), _evaluating(model), _noting(model, names, entered), calls:
+    with torch.no_grad(), evaluating(model), _noting(model, names, entered), calls:
         for name, host in backbones(model):
             require(
                 "input_ids" in names_of(host), "init", "text", f"'random', as {name or 'the model'} reads no tokens"
@@ -100,14 +101,3 @@ def _noting(model: nn.Module, names: Sequence[str], entered: list[str]) -> Itera
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    before: Mapping[nn.Module, bool] = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training

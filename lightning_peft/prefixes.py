@@ -177,7 +177,7 @@ def prefixes(
     """Yield (host's name, adapter) of a prefix for each attention module; with a hidden size, of the encoder first."""
     encoder = None
     for name, host in hosts.items():
-        require_interceptable(host, name, model)
+        require_interceptable(model, name)
         project = key_value(model, name)
         like = project.weight(host)
         if hidden is not None and encoder is None:

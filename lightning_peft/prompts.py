@@ -87,7 +87,7 @@ class Leave(Adapter):
         """Nothing to fill."""
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
-        return without(inner(*args, **kwargs), lambda x: x[:, self.length :].contiguous())
+        return without(inner(*args, **kwargs), Insertion(self.length, None).remove)
 
 
 def place_prompts(

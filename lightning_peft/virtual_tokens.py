@@ -97,7 +97,7 @@ def surround(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, ke
     return output if keep else without(output, where.remove, getattr(host, "pooler", None))
 
 
-def surround_embedded(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, first: str = "x") -> Any:
+def surround_embedded(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, first: str) -> Any:
     """Call a module that takes and returns (batch, tokens, features) with virtual tokens inserted.
 
     Padding may be marked by ``attention_mask`` (zero at padding) or ``src_key_padding_mask`` (True at padding).
@@ -136,7 +136,8 @@ def enter(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, first
     for name, value in call.items():
         if value is not None and "mask" in name:
             raise ValueError(f"Virtual tokens cannot extend {name!r} of a list of blocks; target a module around it.")
-    return inner(torch.cat([prompt.to(x.dtype).expand(len(x), -1, -1), x], 1), **call)
+    where = Insertion(prompt.shape[-2], None)
+    return inner(where.insert(prompt.to(x.dtype).expand(len(x), -1, -1), x), **call)
 
 
 def embedded(host: Any, call: dict[str, Any], hidden: Tensor | None = None) -> Tensor:

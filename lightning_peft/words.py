@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .method import require
+from .method import Method, require
 
 COMMON = 5000  # how many tokens of a vocabulary count as its most common
 
@@ -59,6 +59,11 @@ class PromptStart:
         require(
             len(self.labels) <= self.length, "labels", self.labels, f"at most {self.length}, one for each virtual token"
         )
+
+    @classmethod
+    def of(cls, method: Method) -> PromptStart:
+        """Take the settings of a method that has fields of these names."""
+        return cls(**{field.name: getattr(method, field.name) for field in fields(cls)})
 
     def fill(self, prompt: Tensor, table: nn.Module | None, model: nn.Module) -> None:
         """Fill virtual tokens (..., length, features), in place.

@@ -7,7 +7,7 @@ import lightning_peft as lp
 
 ROOT = Path(lp.__file__).parent
 ORDER = [
-    *["layers", "quantized_layers", "base", "roles", "select", "fingerprints", "folders", "multihead"],
+    *["layers", "quantized_layers", "base", "evaluation", "roles", "select", "fingerprints", "folders", "multihead"],
     *["attention", "forms", "products", "built", "adapter", "low_rank", "scaling", "affine", "triplets"],
     *["hadamard", "method", "bottlenecks", "kronecker", "feedforward", "outputs", "virtual_tokens", "words"],
     *["rows", "prompts", "prefixes", "prefix_starts", "positions", "encoders", "pseudo_tokens", "templates"],

@@ -61,7 +61,7 @@ class LLaMAAdapter(Method):
         layers = self.layers or max(1, len(hosts) - 2)
         require(layers <= len(hosts), "layers", layers, f"at most {len(hosts)}, the number of attention modules found")
         for name, host in list(hosts.items())[-layers:]:
-            require_interceptable(host, name, model)
+            require_interceptable(model, name)
             heads = self.heads or head_count(host, name)
             yield name, LLaMAAdapterPrompt(host, key_value(model, name), self.length, heads)
         if self.bias_and_scale:

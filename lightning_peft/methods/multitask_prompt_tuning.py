@@ -57,7 +57,7 @@ class MultitaskPromptTuning(Method):
     embeddings: str = ""
 
     def __post_init__(self) -> None:
-        self._start()
+        PromptStart.of(self)
         require(isinstance(self.tasks, int) and self.tasks > 0, "tasks", self.tasks, "a positive whole number")
         require(not self.start or self.init == "random", "init", self.init, "left alone where start is given")
         require_places(self.targets, self.embeddings)
@@ -67,7 +67,7 @@ class MultitaskPromptTuning(Method):
 
         def make(place: Place) -> Prompt:
             adapter = SharedPrompt(place, self.tasks, self.length)
-            self._start().fill(adapter.prompt, place.table, model)
+            PromptStart.of(self).fill(adapter.prompt, place.table, model)
             adapter.take(learned)
             return adapter
 
@@ -75,11 +75,6 @@ class MultitaskPromptTuning(Method):
 
     def finalized(self) -> Method:
         return dataclasses.replace(self, start="")
-
-    def _start(self) -> PromptStart:
-        return PromptStart(
-            length=self.length, init=self.init, init_text=self.init_text, labels=self.labels, tokenizer=self.tokenizer
-        )
 
     def _learned(self, model: nn.Module) -> dict[str, Tensor]:
         """Return P*, u and v of the adapter to start from, by name."""

@@ -50,22 +50,17 @@ class PromptTuning(Method):
     embeddings: str = ""
 
     def __post_init__(self) -> None:
-        self._start()
+        PromptStart.of(self)
         require(isinstance(self.tasks, int) and self.tasks > 0, "tasks", self.tasks, "a positive whole number")
         require_places(self.targets, self.embeddings)
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
         def make(place: Place) -> Prompt:
             adapter = TrainedPrompt(place, self.tasks, self.length)
-            self._start().fill(adapter.prompt, place.table, model)
+            PromptStart.of(self).fill(adapter.prompt, place.table, model)
             return adapter
 
         return place_prompts(model, self.targets, self.embeddings, self.length, make)
-
-    def _start(self) -> PromptStart:
-        return PromptStart(
-            length=self.length, init=self.init, init_text=self.init_text, labels=self.labels, tokenizer=self.tokenizer
-        )
 
 
 class TrainedPrompt(Prompt):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, MetricCollection
 
+from lightning_peft.evaluation import evaluating
 from lightning_peft.tasks.batches import IGNORED, Collator
 from lightning_peft.tasks.models import build_model, build_tokenizer, prompt_ids
 from lightning_peft.tasks.module import TaskModule
@@ -140,7 +140,7 @@ class CausalLM(TaskModule):
         defaults = {"max_new_tokens": self.hparams["max_new_tokens"], "do_sample": False}
         defaults |= {"pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": self.tokenizer.eos_token_id}
         network: Any = self.network
-        with _evaluating(network):
+        with evaluating(network):
             tokens = network.generate(**inputs, **(defaults | settings))
         new = tokens[:, inputs["input_ids"].shape[1] :]
         texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -159,14 +159,3 @@ def _prompt_batch(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> dict[
 def _left_padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     order = batch["attention_mask"].argsort(dim=1, stable=True)
     return {name: value.gather(1, order) for name, value in batch.items()}
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
