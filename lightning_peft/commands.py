@@ -1,0 +1,48 @@
+"""The commands of ``lightning-peft`` beside those of a Trainer, by name."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from jsonargparse import ArgumentParser, auto_cli
+
+from .files import inspect_adapter
+
+Command = Callable[[list[str]], Any]
+
+
+def inspect(arguments: list[str]) -> None:
+    """Print what an adapter folder holds."""
+    parser = ArgumentParser(prog="lightning-peft inspect", description="Show what an adapter folder holds.")
+    parser.add_argument("adapter", type=str, help="Folder that save_adapter wrote")
+    parser.add_argument("--json", action="store_true", help="Print JSON")
+    options = parser.parse_args(arguments)
+    report = inspect_adapter(options.adapter)
+    if options.json:
+        say(json.dumps(report, indent=2))
+        return
+    settings = [", ".join(f"{k}={v!r}" for k, v in m.items() if k != "method") for m in report["methods"]]
+    lines = [f"{m['method']}({text})" for m, text in zip(report["methods"], settings, strict=True)]
+    lines += [f"also trained: {', '.join(report['also_train']) or 'nothing'}", f"base fingerprint: {report['base']}"]
+    lines += [f"{t['key']:<70} {t['shape']!s:<16} norm {t['norm']:.4g}" for t in report["tensors"]]
+    say("\n".join([*lines, f"{report['parameters']:,} parameters"]))
+
+
+def recipe(function: Callable[..., Any]) -> Command:
+    """Return the command of a recipe, whose arguments and ``--config`` are the function's typed arguments."""
+
+    def run(arguments: list[str]) -> None:
+        auto_cli(function, args=arguments, as_positional=False, prog=f"lightning-peft {function.__name__}")
+
+    return run
+
+
+def say(text: str) -> None:
+    """Print a result."""
+    sys.stdout.write(f"{text}\n")
+
+
+COMMANDS: dict[str, Command] = {"inspect": inspect}
