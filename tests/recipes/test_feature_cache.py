@@ -16,10 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.recipes import extraction
-from lightning_peft.recipes.datasets import Rows, rows_of
-from lightning_peft.recipes.digests import row_digest
-from lightning_peft.recipes.extraction import extract
+from lightning_peft.recipes.features import Rows, extract, extraction, rows_of
+from lightning_peft.recipes.features.digests import row_digest
 
 
 def run(folder, model=None, items=None, layer=1, pooling="cls"):

@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_peft as lp
-from lightning_peft.recipes.datasets import Rows, rows_of
-from lightning_peft.recipes.extraction import extract
-from lightning_peft.recipes.pooling import pool
+from lightning_peft.recipes.features import Rows, extract, rows_of
+from lightning_peft.recipes.features.pooling import pool
+from lightning_peft.tasks import TextClassification
 
 
 def rows(items=None, side="right", extra=2, split="train", label="labels"):
@@ -120,6 +120,14 @@ def test_torchs_own_encoder_gives_features(masked, tmp_path):
     found = extract(model, [data], tmp_path, pooling="mean")
     assert found.layer == "encoder.layers.1"
     torch.testing.assert_close(found.values["train"], model.encoder(x).mean(1).detach(), atol=1e-5, rtol=0)
+
+
+def test_a_ready_module_gives_the_features_of_its_network(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    module = TextClassification(config={"model_type": "bert", "vocab_size": 40, **sizes}, num_classes=2)
+    found = extract(module, [rows()], tmp_path)
+    assert found.layer == "network.bert.encoder.layer.1"
+    assert torch.equal(found.values["train"], extract(module.network, [rows()], tmp_path).values["train"])
 
 
 def test_bfloat16_is_computed_and_stored(tmp_path):

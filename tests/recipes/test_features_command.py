@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 import lightning_peft as lp
 from lightning_peft.cli import main
-from lightning_peft.recipes.estimators import build_estimator
 from lightning_peft.recipes.features import features
+from lightning_peft.recipes.features.estimators import build_estimator
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,9 +16,9 @@ from lightning.fabric import Fabric
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
 
-from ..files import load_adapter
-from ..folders import replace_file
-from ..tasks.models import build_model
+from ...files import load_adapter
+from ...folders import replace_file
+from ...tasks.models import build_model
 from .datasets import Rows, Split, rows_of
 from .estimators import build_estimator
 from .extraction import Features, extract

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..base import SLOT, base_modules
+from ...base import SLOT, base_modules
 
 _NOT_COMPUTED_WITH = ("training", "name_or_path")
 

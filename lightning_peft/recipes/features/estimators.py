@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from ..tasks.names import close_names
+from ...tasks.names import close_names
 
 _KEYS = {"class_path", "init_args"}
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..roles import blocks
-from ..select import select
+from ...roles import blocks
+from ...select import select
 
 
 class _Captured(Exception):

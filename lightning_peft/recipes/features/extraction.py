@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from .captures import captured, evaluating, layer_name, run_before
 from .datasets import Label, Rows
 from .digests import model_digest, row_digest
-from .feature_cache import FeatureCache
 from .pooling import Pooling, pool
+from .shards import FeatureCache
 
 FORMAT = 1
 SHARD_ROWS, SHARD_BYTES = 1024, 64 * 2**20

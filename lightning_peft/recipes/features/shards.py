@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..folders import replace_file
+from ...folders import replace_file
 
 _DIGEST = 16  # bytes
 
