@@ -1,5 +1,6 @@
 """Models and rows whose features are taken: small, offline, the same wherever they are built."""
 
+import os
 import time
 
 import lightning.pytorch as pl
@@ -17,22 +18,17 @@ def bert(seed: int = 0) -> BertModel:
 
 
 class Slow(nn.Module):
-    """A perceptron that takes its time.
+    """A perceptron that takes its time: the seconds of the environment's SLOW."""
 
-    Args:
-        seconds: How long a forward takes.
-    """
-
-    def __init__(self, seconds: float = 0.0) -> None:
+    def __init__(self) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 8))
             self.head = nn.Linear(8, 3)
-        self._seconds = seconds
 
     def forward(self, x):
-        time.sleep(self._seconds)
+        time.sleep(float(os.environ.get("SLOW", "0")))
         return self.head(self.net(x))
 
 

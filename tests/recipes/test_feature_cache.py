@@ -54,6 +54,11 @@ def set_epsilon(model):
     return model
 
 
+def set_scale(model):
+    model.embeddings._scale = 2.0
+    return model
+
+
 def inject(model, method):
     lp.inject(model, method)
     for name, parameter in model.named_parameters():
@@ -68,6 +73,7 @@ CHANGES = {
     "embeddings": lambda: change(bert(), "embeddings.word_embeddings.weight"),
     "block": lambda: change(bert(), "encoder.layer.1.output.dense.bias"),
     "setting": lambda: set_epsilon(bert()),
+    "private setting": lambda: set_scale(bert()),
     "type": lambda: bert().bfloat16(),
     "adapter": lambda: inject(bert(), LoRA),
 }
@@ -189,30 +195,21 @@ def test_what_has_no_digest_is_refused():
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_and_ends_with_the_bits_of_an_undisturbed_one(tmp_path):
-    def command(folder, seconds):
-        words = [
-            "--model",
-            "feature_models.Slow",
-            "--model.seconds",
-            str(seconds),
-            "--layer",
-            "net",
-            "--pooling",
-            "null",
-        ]
+    def command(folder):
+        words = ["--model", "feature_models.Slow", "--layer", "net", "--pooling", "null"]
         words += ["--data", "feature_models.Numbers", "--data.rows", "2000", "--accelerator", "cpu"]
         places = ["--cache", str(tmp_path / folder), "--output", str(tmp_path / folder / "out")]
         return [sys.executable, "-m", "lightning_peft", "features", *words, *places]
 
     here = Path(__file__)
     environment = {**os.environ, "PYTHONPATH": f"{here.parent}{os.pathsep}{here.parents[2]}", "OMP_NUM_THREADS": "1"}
-    killed = subprocess.Popen(command("killed", 0.03), env=environment, start_new_session=True)
+    killed = subprocess.Popen(command("killed"), env=environment | {"SLOW": "0.03"}, start_new_session=True)
     while not list((tmp_path / "killed").rglob("*.safetensors")):
         assert killed.poll() is None
         time.sleep(0.01)
     os.killpg(killed.pid, signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
-    subprocess.run(command("killed", 0), env=environment, check=True)
+    subprocess.run(command("killed"), env=environment, check=True)
     report = json.loads((tmp_path / "killed" / "out" / "report.json").read_text())
     assert report["rows"]["cached"] >= 1000
     assert report["rows"]["computed"] == 6000 - report["rows"]["cached"] > 0

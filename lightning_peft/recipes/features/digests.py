@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...base import SLOT, base_modules
 
-_NOT_COMPUTED_WITH = ("training", "name_or_path")
+_NO_SETTINGS = {"name_or_path", *vars(nn.Module())}  # the mode is not: features are computed in evaluation mode
 
 
 def row_digest(inputs: Any) -> bytes:
@@ -50,11 +50,16 @@ def model_digest(model: nn.Module, layer: str, called: Collection[nn.Module]) ->
     return digest.hexdigest()
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
+def _settings(module: nn.Module) -> dict[str, str]:
     """Return the attributes that are plain values or functions: sizes, epsilons, numbers of heads, activations."""
-    public = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in _NOT_COMPUTED_WITH}
-    plain = {k: v for k, v in public.items() if isinstance(v, (bool, int, float, str, tuple))}
-    return plain | {k: v.__qualname__ for k, v in public.items() if hasattr(v, "__qualname__")}
+    found = {}
+    for name, value in vars(module).items():
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        if name not in _NO_SETTINGS and all(isinstance(part, (bool, int, float, str)) for part in parts):
+            found[name] = repr(value)
+        elif hasattr(value, "__qualname__"):
+            found[name] = value.__qualname__
+    return found
 
 
 def _update(digest: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
