@@ -102,6 +102,22 @@ def test_what_follows_the_layer_is_not(make, tmp_path):
     assert torch.equal(found.values["train"], first.values["train"])
 
 
+def test_rows_of_one_length_share_batches_so_that_none_is_padded(tmp_path):
+    seen = []
+
+    class Watch(Collate):
+        def __call__(self, items):
+            seen.append([len(item["input_ids"]) for item in items])
+            return super().__call__(items)
+
+    extract(bert(), [Rows("train", sentences(), Watch(), "labels")], tmp_path, batch_size=4)
+    batches = seen[2:]  # after one row for the width and one for the key
+    assert [len(batch) for batch in seen[:2]] == [1, 1]
+    assert all(len(set(batch)) == 1 and len(batch) <= 4 for batch in batches)
+    assert sum(batches, []) == sorted(len(item["input_ids"]) for item in sentences()[:-1])
+    assert len(batches) == sum(-(-sum(batches, []).count(n) // 4) for n in set(sum(batches, [])))
+
+
 def test_layer_and_pooling_are_in_the_key(tmp_path):
     folders = {run(tmp_path, **kind).cache for kind in ({}, {"layer": 0}, {"pooling": "mean"})}
     assert len(folders) == 3
