@@ -214,6 +214,25 @@ def test_names_lose_what_all_of_them_share():
     assert shortened(["only.one"]) == ["only.one"]
 
 
+@pytest.mark.slow
+def test_nothing_is_cut_off(runs):
+    method = lp.AdaLoRA(initial_rank=4, target_rank=2, targets=["*"])
+    ranks = lp.inject(nn.ModuleDict({"a_long_name" * 3: nn.Linear(4, 4)}), method)
+    drawn = [
+        *plots.pictures(lp.inject(MODELS["t5"](), lp.PrefixTuning(length=20))).values(),
+        *plots.pictures(lp.inject(MODELS["llama"](), lp.LLaMAAdapter(length=3))).values(),
+        plots.prompt_similarity(lp.inject(MODELS["bert"](), lp.PromptTuning(length=100)), Tokenizer()),
+        plots.rank_map(ranks),
+        plots.learning_curves([runs / "lora", runs / "ia3"]),
+        plots.accuracy_over_parameters(POINTS),
+    ]
+    for figure in drawn:
+        figure.draw_without_rendering()
+        box = figure.get_tightbbox()
+        width, height = figure.get_size_inches()
+        assert min(box.x0, box.y0, width - box.x1, height - box.y1) >= -0.01
+
+
 # Files
 
 

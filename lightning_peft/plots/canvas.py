@@ -28,9 +28,9 @@ def matplotlib(part: str) -> Any:
     return importlib.import_module(f"matplotlib.{part}")
 
 
-def blank(width: float, height: float) -> Figure:
+def blank(width: float, height: float, layout: str = "constrained") -> Figure:
     """Return a white figure of so many inches that draws itself without a window."""
-    figure: Figure = matplotlib("figure").Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure: Figure = matplotlib("figure").Figure(figsize=(width, height), layout=layout, facecolor="white")
     matplotlib("backends.backend_agg").FigureCanvasAgg(figure)
     return figure
 

@@ -41,7 +41,7 @@ def learning_curves(folders: Iterable[Folder], metric: str = "val_loss") -> Figu
     values = [value for pair in runs.values() for curve in pair for _, value in curve]
     if "acc" in metric and min(values) >= 0 and max(values) <= 1:
         axes.yaxis.set_major_formatter(percent)
-    axes.xaxis.set_major_locator(matplotlib("ticker").MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(matplotlib("ticker").MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("optimizer step", fontsize=SMALL, color=INK)
     head(axes, f"{next(iter(runs))}: {metric}" if len(runs) == 1 else metric)
     _explain(figure, list(runs), metric, any(training for _, training in runs.values()))

@@ -50,15 +50,15 @@ def draw_similarity(tokens: Mapping[str, Tensor], words: Mapping[str, list[str]]
         side = min(max(0.17 * length, 2.6), 14.0)  # a line for each word
     else:
         side = min(max(0.17 * length, 2.6), 4.5) if len(panels) == 1 else 1.7
-    figure = blank(across * (side + 0.35) + 1.0 + 0.7 * bool(words), down * (side + 0.45) + 0.5)
+    figure = blank(across * (side + 0.35) + 1.0 + 0.7 * bool(words), down * (side + 0.45) + 0.5, "compressed")
     grid = figure.subplots(down, across, squeeze=False).flatten()
     for axes, (title, x, own) in zip(grid, panels, strict=False):
         image = axes.imshow(cosines(x, x).tolist(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-        axes.set_title(title, fontsize=SMALL, color=INK)
-        _ticks(axes, len(x), own, side)
+        axes.set_title(_wrapped(title, side), fontsize=SMALL, color=INK)
+        _ticks(axes, len(x), own, side if len(panels) == 1 else 1.2)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    color_bar(figure, image, ax=grid.tolist(), fraction=0.03, pad=0.02, aspect=25, shrink=0.8, ticks=[-1, 0, 1])
+    color_bar(figure, image, ax=grid.tolist(), fraction=0.03, pad=0.02, aspect=30, shrink=0.8, ticks=[-1, 0, 1])
     figure.suptitle("cosine of each pair of virtual tokens", x=0.01, ha="left", fontsize=MIDDLE + 1, color=INK)
     return figure
 
@@ -72,6 +72,15 @@ def _ticks(axes: Any, length: int, words: list[str], side: float) -> None:
     if words:
         labels = [f"{writable(word)}  {number}" for number, word in enumerate(words)]
         axes.set_yticks(range(length), labels, parse_math=False)
+
+
+def _wrapped(title: str, side: float) -> str:
+    """Return a title in two lines, broken before the word that is nearest to the middle, if one line is too short."""
+    dots = [i + 1 for i, letter in enumerate(title[:-1]) if letter == "." and title[i + 1].isalpha()]
+    if len(title) * 0.085 < side or not dots:
+        return title
+    middle = min(dots, key=lambda at: abs(at - len(title) / 2))
+    return f"{title[:middle]}\n{title[middle:]}"
 
 
 def cosines(x: Tensor, y: Tensor) -> Tensor:

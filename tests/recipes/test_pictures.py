@@ -4,6 +4,7 @@ import struct
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from trainer_models import data, module, trainer
 
 import lightning_peft as lp
@@ -67,6 +68,14 @@ def test_without_a_logger_the_adapters_are_drawn_all_the_same(tmp_path):
     strategy = lp.PEFTStrategy(lp.LLaMAAdapter(), show_summary=False)
     trainer(strategy, Pictures(), default_root_dir=tmp_path).fit(module(), data())  # and without validation
     assert names(tmp_path) == ["gate_map.png", "prompt_similarity.png"]
+
+
+def test_where_parameters_are_sharded_curves_are_drawn_alone(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("lightning_peft.recipes.pictures._SHARDING", (SingleDeviceStrategy,))
+    with caplog.at_level("INFO"):
+        _, folder = run(tmp_path, lp.LLaMAAdapter(length=3), Pictures())
+    assert names(folder) == ["curves_val_loss.png"]
+    assert "Adapters are sharded, and not drawn" in caplog.text
 
 
 def test_settings_are_checked():
