@@ -79,13 +79,16 @@ class CachingCallback(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget everything."""
-        if self._cache is not None:
-            self._cache.close()
-            self._cache = None
+        self._close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the model as it was."""
-        self.on_fit_end(trainer, pl_module)
+        self._close()
+
+    def _close(self) -> None:
+        if self._cache is not None:
+            self._cache.close()
+            self._cache = None
 
     def _check_first(self, trainer: pl.Trainer) -> None:
         if self._cache is None:

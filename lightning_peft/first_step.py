@@ -24,7 +24,7 @@ def check_first_step(
         batches: How many the store will hold.
 
     Raises:
-        ValueError: Nothing is saved, rows cannot be kept, or the disk is too small.
+        ValueError: Nothing is saved, hooks would not be called, rows cannot be kept, or the disk is too small.
     """
     calls, first = recording.calls if recording else [], step.first or "what trains"
     places = sorted(step.used)
@@ -34,6 +34,7 @@ def check_first_step(
             f"cache_frozen=True saves nothing here: {what} before {first}, which trains. It is for methods that train "
             f"the end of a model, such as OutputLayers and LastLayers; set cache_frozen=False."
         )
+    trunk.check_hooks([call.name for call in calls])
     forms = [(calls[call].name, calls[call].leaves[leaf]) for call, leaf in places]
     for name, form in forms:
         if not form.by_row and form.shape[:1] != (1,):

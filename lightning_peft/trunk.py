@@ -129,6 +129,16 @@ class Trunk:
             if any(p.requires_grad for p in host.parameters()):
                 raise ValueError(f"{name} was frozen when fit started and trains now; set cache_frozen=False.")
 
+    def check_hooks(self, names: list[str]) -> None:
+        """Raise if hooks inside these parts would not be called, as those that collect hidden states."""
+        for name in names:
+            for inner, module in self.frozen[name].named_modules():
+                if inner and module._forward_hooks:
+                    raise ValueError(
+                        f"{name}.{inner} has a forward hook, which is not called where cache_frozen=True skips {name}. "
+                        f"Hook {name} itself, ask for no hidden states or attentions, or set cache_frozen=False."
+                    )
+
     def only_looks_up(self, names: list[str]) -> bool:
         """Return whether these parts hold embeddings and norms alone, which cost less than what is read back."""
         modules = [module for name in names for module in self.frozen[name].modules()]
@@ -156,6 +166,8 @@ def parts(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]
 
 
 def _is_called(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     return not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and type(module).forward is not nn.Module.forward
 
 
