@@ -127,7 +127,7 @@ class Recording:
         return bool(kinds)
 
     def _refuse_random(self, name: str) -> None:
-        if any(not torch.equal(a, b) for a, b in zip(self.random, _random_states(), strict=True)):
+        if any(not torch.equal(a, b) for a, b in zip(self.random, _random_states(), strict=False)):
             raise ValueError(
                 f"cache_frozen=True needs a trunk that is not random, but random numbers were drawn before {name} "
                 f"returned, as by active dropout. Set its dropout to 0, {ADVICE}"
@@ -184,4 +184,5 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def _random_states() -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if used else ())]

@@ -7,13 +7,16 @@ import warnings
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from .frozen_cache import FrozenCache
 
 
 class CachingCallback(pl.Callback):
-    """Caches what the frozen trunk returns, from the beginning of training to its end; each rank caches its own rows.
+    """Caches what the frozen trunk returns, from the beginning of training to its end.
+
+    Each rank caches its own rows; where a sampler deals them anew in each epoch, it knows few of them at first.
 
     Args:
         cache_frozen: Whether to.
@@ -24,15 +27,19 @@ class CachingCallback(pl.Callback):
         super().__init__()
         self.cache_frozen, self.cache_folder = cache_frozen, cache_folder
         self._cache: FrozenCache | None = None
-        self._first_epoch = 0
+        self._first_epoch, self._has_warned = 0, False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the trunk."""
         if not self.cache_frozen:
             return
+        self._close()  # the learning-rate finder trains within fit
+        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+            raise TypeError("cache_frozen=True works on whole models, and the Trainer's strategy shards; use ddp.")
         if pl_module._compiler_ctx is not None:
             raise TypeError("The module is compiled, and cache_frozen=True cuts parts of it out; do not compile it.")
-        self._cache, self._first_epoch = FrozenCache(pl_module, self.cache_folder), trainer.current_epoch
+        self._cache = FrozenCache(pl_module, self.cache_folder)
+        self._first_epoch, self._has_warned = trainer.current_epoch, False
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have the cache compared in each epoch."""
@@ -71,11 +78,13 @@ class CachingCallback(pl.Callback):
             self._cache.end()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn where rows came back that are not known."""
-        if self._cache is not None and trainer.current_epoch > self._first_epoch:
-            report = self._cache.report()
-            if report is not None:
-                warnings.warn(report, stacklevel=2)
+        """Warn once where rows come that are not known."""
+        if self._cache is None or self._has_warned or trainer.current_epoch == self._first_epoch:
+            return
+        report = self._cache.report()
+        if report is not None:
+            warnings.warn(report, stacklevel=2)
+            self._has_warned = True
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget everything."""

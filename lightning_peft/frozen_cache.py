@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from .cached_steps import CachedStep, Recording, Replay
 from .first_step import check_first_step
@@ -85,21 +85,18 @@ class FrozenCache:
                 f"rows to one length (TextDataModule: padding='max_length')"
             )
         else:
-            why = "their contents differ, as after augmentation, which caching cannot help"
+            why = "they are new, or their contents differ, as after augmentation, which caching cannot help"
         share = self.misses / (self.hits + self.misses)
         return f"{share:.0%} of the epoch's rows were not in the cache of the frozen trunk: {why}."
 
     def choose(self, step: CachedStep, args: Any) -> Recording | Replay:
         """Return what a step is to do, at its first call of the trunk."""
-        leaves = [
-            x
-            for x in tree_leaves((dict(step.batch) if isinstance(step.batch, Mapping) else step.batch, args))
-            if x is not None
-        ]
+        batch = dict(step.batch) if isinstance(step.batch, Mapping) else step.batch
+        leaves, spec = tree_flatten((batch, args))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         kinds = {x.device.type for x in tensors}
         casts = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)]
-        rows, keys = row_keys(tensors, [step.trains, casts, [x for x in leaves if not isinstance(x, Tensor)]])
+        rows, keys = row_keys(tensors, [step.trains, casts, spec, [x for x in leaves if not isinstance(x, Tensor)]])
         entries = [self.kept.index.get(key) for key in keys]
         known = [entry for entry in entries if entry is not None]
         if step.trains:

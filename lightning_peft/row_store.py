@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -66,6 +67,8 @@ class RowStore:
 
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder or tempfile.gettempdir()
+        if not os.path.isdir(self.folder):
+            raise ValueError(f"cache_folder={folder!r} is no folder; create it, or leave it out.")
         self.file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115
         self.size = 0
 

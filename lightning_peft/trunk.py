@@ -96,8 +96,10 @@ class Trunk:
         self.frozen, self.trained = parts(model)
         if not self.frozen:
             raise ValueError("cache_frozen=True has nothing to cache: each module of the model trains.")
+        for name, module in model.named_modules():
+            _refuse_kind(name or "The model", module)
         for name, module in (self.frozen | self.trained).items():
-            _refuse(name, module)
+            _refuse_part(name, module)
 
     def attach(self) -> None:
         """Surround the parts."""
@@ -177,13 +179,16 @@ def _trains_itself(module: nn.Module) -> bool:
     return any(p is not None and p.requires_grad for p in (*own.values(), *below))
 
 
-def _refuse(name: str, module: nn.Module) -> None:
-    """Raise if calls of a module cannot be surrounded, or its outputs are of a kind that differs between ranks."""
-    found = list(module.modules())
-    sharded = any(isinstance(m, (FSDPModule, FullyShardedDataParallel)) for m in found)
-    if sharded or any(isinstance(p, DTensor) for p in module.parameters()):
+def _refuse_kind(name: str, module: nn.Module) -> None:
+    """Raise if a module is of a kind that nothing can be cut out of."""
+    kinds = (FSDPModule, FullyShardedDataParallel)
+    if isinstance(module, kinds) or any(isinstance(p, DTensor) for p in module._parameters.values()):
         raise TypeError(f"{name} is sharded, and cache_frozen=True works on whole models; set cache_frozen=False.")
-    if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in found):
+    if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
         raise TypeError(f"{name} is compiled, and cache_frozen=True cuts it out; compile nothing, or do not cache.")
+
+
+def _refuse_part(name: str, module: nn.Module) -> None:
+    """Raise if calls of a part cannot be surrounded."""
     if isinstance(module, torch.jit.ScriptModule) or "forward" in vars(module):
         raise TypeError(f"{name} is scripted, or its forward was replaced on the instance: its calls cannot be cached.")

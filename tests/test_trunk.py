@@ -229,7 +229,9 @@ class Augmented(Task):
 def test_augmented_rows_are_computed():
     train = DataLoader(IMAGES, batch_size=4, shuffle=True)
     method = lp.OutputLayers(targets=["fc"])
-    with pytest.warns(UserWarning, match="100% of the epoch's rows were not in the cache .* contents differ, as after"):
+    with pytest.warns(
+        UserWarning, match="100% of the epoch's rows were not in the cache .* they are new, or their contents differ"
+    ):
         _, cached = both(lambda: Augmented(seeded(Convolutions)), method, train=train, inside="net.conv1")
     assert cached.stages == [4, 4, 4]
 
@@ -405,7 +407,7 @@ REFUSED = {
     "an object": (
         Unwrapping, lp.OutputLayers(targets=["head"]), ValueError, r"cannot take net\.wrapping apart by rows: .* Answer"
     ),
-    "compiled": (compiled, lp.OutputLayers(), TypeError, r"net\.bert\.encoder is compiled"),
+    "compiled": (compiled, lp.OutputLayers(), TypeError, r"net\.bert\.encoder\.layer\.0 is compiled"),
     "scripted": (scripted, lp.OutputLayers(targets=["net.3"]), TypeError, r"net\.2 is scripted"),
     "replaced": (replaced, HEAD, TypeError, r"net\.2 is scripted, or its forward was replaced"),
 }  # fmt: skip
@@ -436,6 +438,21 @@ def test_a_sharded_part_is_refused():
     net[2].requires_grad_(False)
     with pytest.raises(TypeError, match=r"2 is sharded, and cache_frozen=True works on whole models"):
         Trunk(net)
+
+
+def test_what_is_compiled_around_the_parts_is_refused_too():
+    with pytest.raises(TypeError, match="The model is compiled"):
+        Trunk(torch.compile(Task(MODELS["bert"]()).requires_grad_(False)))
+    net = MODELS["bert"]()
+    net.bert.compile()
+    with pytest.raises(TypeError, match=r"net\.bert is compiled"):
+        fit(net, lp.OutputLayers(), True)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    strategy = lp.PEFTStrategy(lp.OutputLayers(), cache_frozen=True, cache_folder=str(tmp_path / "x"))
+    with pytest.raises(ValueError, match=r"cache_folder='.*x' is no folder; create it"):
+        trainer(strategy).fit(Task(MODELS["bert"]()), DataLoader(ROWS, batch_size=4))
 
 
 def test_a_hook_that_would_not_be_called_is_refused():
