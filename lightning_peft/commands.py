@@ -10,6 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, auto_cli
 
 from .files import inspect_adapter
+from .recipes.federated import federated
 
 Command = Callable[[list[str]], Any]
 
@@ -45,4 +46,4 @@ def say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
 
 
-COMMANDS: dict[str, Command] = {"inspect": inspect}
+COMMANDS: dict[str, Command] = {"federated": recipe(federated), "inspect": inspect}
