@@ -112,9 +112,7 @@ class Site:
             owners = set(ROLES[pattern](self.module)) if pattern in ROLES else set[str]()
             found = {n for n, p in places.items() if owners & {*p} or any(matches(place, pattern) for place in p)}
             if not found:
-                raise ValueError(
-                    f"local names {pattern!r}, which nothing that trains matches. {_known(pattern, state)}"
-                )
+                raise ValueError(f"local has {pattern!r}, which matches nothing that trains. {_known(pattern, state)}")
             kept |= found
         return kept
 
