@@ -343,6 +343,25 @@ def test_a_client_with_another_model_is_refused(tmp_path):
         server.run(Wire(other))
 
 
+def test_clients_that_never_come_are_named(tmp_path):
+    def mute(client, reply):
+        return None if client == 1 else reply
+
+    with pytest.raises(RuntimeError, match="Of 3 clients, client_1 did not answer; 2 nodes did. Each node needs"):
+        run(points(tmp_path), change=mute, timeout=0.3)
+
+
+def test_a_part_of_the_clients_is_drawn_by_the_seed(tmp_path):
+    def half():
+        return FedAvg(fraction_train=0.5, min_train_nodes=2)
+
+    drawn = [run(points(tmp_path, ("no",) * 5, run=tmp_path / f"{i}"), strategy=half, rounds=3)[0] for i in range(2)]
+    drawn = [[entry["used"] for entry in server.history.rounds] for server in drawn]
+    assert drawn[0] == drawn[1]
+    assert all(len(used) == 2 for used in drawn[0])
+    assert len(set(map(tuple, drawn[0]))) > 1
+
+
 def test_the_strategys_memory_survives(tmp_path):
     strategy = FedAvgM(server_momentum=0.5)
     strategy.momentum_vector = [np.full(i + 1, i, np.float32) for i in range(12)]

@@ -100,20 +100,22 @@ class Server:
         Args:
             grid: Flower's way to the nodes.
         """
-        end, known = time.monotonic() + self.timeout, dict[int, int]()
+        end, known, failed = time.monotonic() + self.timeout, dict[int, int](), ""
         app = flower().app
         while len(set(known.values())) < len(self.names) and time.monotonic() < end:
             new = [node for node in grid.get_node_ids() if node not in known]
             asked = [app.Message(app.RecordDict(), dst_node_id=node, message_type="query") for node in new]
             for reply in grid.send_and_receive(asked, timeout=max(1.0, end - time.monotonic())) if asked else ():
-                if not reply.has_error():
+                if reply.has_error():
+                    failed = f" The last to fail said: {reply.error.reason}"
+                else:
                     known[reply.metadata.src_node_id] = int(reply.content[METRICS]["client"])
             time.sleep(0.1)
         missing = [name for number, name in enumerate(self.names) if number not in known.values()]
-        if missing or len(set(known.values())) != len(known):
+        if missing or len(known) != len(self.names):
             raise RuntimeError(
                 f"Of {len(self.names)} clients, {', '.join(missing) or 'none'} did not answer; {len(known)} nodes did. "
-                "Each node needs a partition-id of its own, from 0."
+                f"Each node needs a partition-id of its own, from 0.{failed}"
             )
         return {node: self.names[number] for node, number in sorted(known.items(), key=lambda item: item[1])}
 
