@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from lightning_peft.recipes.federated.engine import flower
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord, Message
+    from flwr.serverapp import Grid
 
 ARRAYS, CONFIG, METRICS, WEIGHT = "arrays", "config", "metrics", "num-examples"  # the names that Flower uses
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -43,6 +45,36 @@ def payload(messages: Iterable[Message]) -> int:
     """Return the bytes of all arrays in messages, as they are serialized."""
     records = [r for m in messages if not m.has_error() for r in m.content.array_records.values()]
     return sum(len(array.data) for arrays in records for array in arrays.values())
+
+
+def greet(grid: Grid, names: Sequence[str], timeout: float) -> dict[int, str]:
+    """Wait for all clients; return which node is which client, in their order.
+
+    Args:
+        grid: Flower's way to the nodes.
+        names: Of all clients.
+        timeout: Seconds to wait.
+
+    Raises:
+        RuntimeError: Clients are missing, or two nodes are the same one.
+    """
+    app, end, known, failed = flower().app, time.monotonic() + timeout, dict[int, int](), ""
+    while len(set(known.values())) < len(names) and time.monotonic() < end:
+        new = [node for node in grid.get_node_ids() if node not in known]
+        asked = [app.Message(app.RecordDict(), dst_node_id=node, message_type="query") for node in new]
+        for reply in grid.send_and_receive(asked, timeout=max(1.0, end - time.monotonic())) if asked else ():
+            if reply.has_error():
+                failed = f" The last to fail said: {reply.error.reason}"
+            else:
+                known[reply.metadata.src_node_id] = int(reply.content[METRICS]["client"])
+        time.sleep(0.1)
+    missing = [name for number, name in enumerate(names) if number not in known.values()]
+    if missing or len(known) != len(names):
+        raise RuntimeError(
+            f"Of {len(names)} clients, {', '.join(missing) or 'none'} did not answer; {len(known)} nodes did. "
+            f"Each node needs a partition-id of its own, from 0.{failed}"
+        )
+    return {node: names[number] for node, number in sorted(known.items(), key=lambda item: item[1])}
 
 
 def sift(

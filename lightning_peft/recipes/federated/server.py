@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from lightning.pytorch import seed_everything
 
 from lightning_peft.recipes.federated.engine import flower
 from lightning_peft.recipes.federated.history import History, means, read, restore_strategy, strategy_state
-from lightning_peft.recipes.federated.messages import METRICS, arrays_of, payload, record, sift
+from lightning_peft.recipes.federated.messages import METRICS, arrays_of, greet, payload, record, sift
 from lightning_peft.recipes.federated.settings import Federation, plain
 from lightning_peft.recipes.federated.site import Site
 
@@ -63,16 +62,20 @@ class Server:
                 raise ValueError(
                     f"The strategy has {name}={getattr(self.strategy, name)} of {len(self.names)} clients."
                 )
-        settings = {**federation.plain(), "strategy": plain(strategy)}
         self.site = Site(federation)
-        found = read(self.folder, settings)
-        first = arrays_of(record(self.site.first[0]))
-        self.history = found or History(settings=settings, arrays=first, local_rounds=[0] * len(self.names))
-        if found is None:
-            self.history.write(self.folder)
-        if len(self.history.rounds) > rounds:
-            raise ValueError(f"{self.folder} has {len(self.history.rounds)} rounds already, expected up to {rounds}.")
+        self.history = self._begin({**federation.plain(), "strategy": plain(strategy)})
         restore_strategy(self.strategy, self.history.strategy)
+
+    def _begin(self, settings: dict[str, Any]) -> History:
+        """Return what the folder holds; before the first round, write what the model begins with."""
+        found = read(self.folder, settings)
+        if found is not None and len(found.rounds) > self.rounds:
+            raise ValueError(f"{self.folder} has {len(found.rounds)} rounds already, expected up to {self.rounds}.")
+        if found is None:
+            first = arrays_of(record(self.site.first[0]))
+            found = History(settings=settings, arrays=first, local_rounds=[0] * len(self.names))
+            found.write(self.folder)
+        return found
 
     def run(self, grid: Grid) -> None:
         """Run the rounds that are left.
@@ -83,7 +86,7 @@ class Server:
         Raises:
             RuntimeError: Clients are missing at the start, or too many rounds failed in a row.
         """
-        nodes = self.greet(grid)
+        nodes = greet(grid, self.names, self.timeout)
         for server_round in range(len(self.history.rounds) + 1, self.rounds + 1):
             self.round(grid, nodes, server_round)
             last = self.history.rounds[-self.failed_rounds :]
@@ -94,31 +97,6 @@ class Server:
                     "keeps the state before them. Correct the cause, then run the same command."
                 )
 
-    def greet(self, grid: Grid) -> dict[int, str]:
-        """Wait for all clients; return which node is which client, in their order.
-
-        Args:
-            grid: Flower's way to the nodes.
-        """
-        end, known, failed = time.monotonic() + self.timeout, dict[int, int](), ""
-        app = flower().app
-        while len(set(known.values())) < len(self.names) and time.monotonic() < end:
-            new = [node for node in grid.get_node_ids() if node not in known]
-            asked = [app.Message(app.RecordDict(), dst_node_id=node, message_type="query") for node in new]
-            for reply in grid.send_and_receive(asked, timeout=max(1.0, end - time.monotonic())) if asked else ():
-                if reply.has_error():
-                    failed = f" The last to fail said: {reply.error.reason}"
-                else:
-                    known[reply.metadata.src_node_id] = int(reply.content[METRICS]["client"])
-            time.sleep(0.1)
-        missing = [name for number, name in enumerate(self.names) if number not in known.values()]
-        if missing or len(known) != len(self.names):
-            raise RuntimeError(
-                f"Of {len(self.names)} clients, {', '.join(missing) or 'none'} did not answer; {len(known)} nodes did. "
-                f"Each node needs a partition-id of its own, from 0.{failed}"
-            )
-        return {node: self.names[number] for node, number in sorted(known.items(), key=lambda item: item[1])}
-
     def round(self, grid: Grid, nodes: dict[int, str], server_round: int) -> None:
         """Train, average, test and close one round.
 
@@ -127,31 +105,39 @@ class Server:
             nodes: Client by node.
             server_round: From 1.
         """
-        now = self.history
         seed_everything(self.federation.seeded("server", server_round), verbose=False)  # which clients are drawn
-        arrays, known = record(now.arrays), SimpleNamespace(get_node_ids=lambda: list(nodes))
-        config = self._config(last=False)
-        asked = list(self.strategy.configure_train(server_round, arrays, config, known))
-        used, refused, sent, back = self._ask(grid, nodes, asked, "training")
+        entry = {
+            "round": server_round,
+            **self._train(grid, nodes, server_round),
+            **self._test(grid, nodes, server_round),
+        }
+        self.history.rounds.append(entry)
+        self.history.strategy = strategy_state(self.strategy)
+        self.history.write(self.folder)
+        self.tell(entry)
+
+    def _train(self, grid: Grid, nodes: dict[int, str], server_round: int) -> dict[str, Any]:
+        """Send the global part, and take the average of what comes back."""
+        now, known = self.history, SimpleNamespace(get_node_ids=lambda: list(nodes))
+        asked = list(self.strategy.configure_train(server_round, record(now.arrays), self._config(False), known))
+        used, refused, down, up = self._ask(grid, nodes, asked, "training")
         if used:
             self._average(server_round, list(used.values()))
-            now.local_rounds = [
-                server_round if n in used else r for n, r in zip(self.names, now.local_rounds, strict=True)
-            ]
+            before = zip(self.names, now.local_rounds, strict=True)
+            now.local_rounds = [server_round if name in used else last for name, last in before]
         else:
             log.error("Round %d had no usable client; the state stays as it was.", server_round)
-        entry: dict[str, Any] = {"round": server_round, "used": list(used), "refused": refused}
         full = self.site.full_bytes * len(asked)
-        entry |= {"down_bytes": sent, "up_bytes": back, "full_bytes": full, "ratio": sent / full if full else None}
-        config = self._config(last=server_round == self.rounds)
-        asked = list(self.strategy.configure_evaluate(server_round, record(now.arrays), config, known))
-        used, refused, sent, _ = self._ask(grid, nodes, asked, "test")
+        sizes = {"down_bytes": down, "up_bytes": up, "full_bytes": full, "ratio": down / full if full else None}
+        return {"used": list(used), "refused": refused, **sizes}
+
+    def _test(self, grid: Grid, nodes: dict[int, str], server_round: int) -> dict[str, Any]:
+        """Let clients test the new global part with the local part that goes with it."""
+        config, known = self._config(server_round == self.rounds), SimpleNamespace(get_node_ids=lambda: list(nodes))
+        asked = list(self.strategy.configure_evaluate(server_round, record(self.history.arrays), config, known))
+        used, refused, down, _ = self._ask(grid, nodes, asked, "test")
         found = {name: dict(reply.content[METRICS]) for name, reply in used.items()}
-        entry |= {"evaluation_bytes": sent, "not_tested": refused, "metrics": means(found), "clients": found}
-        now.rounds.append(entry)
-        now.strategy = strategy_state(self.strategy)
-        now.write(self.folder)
-        self.tell(entry)
+        return {"evaluation_bytes": down, "not_tested": refused, "metrics": means(found), "clients": found}
 
     def _config(self, last: bool) -> ConfigRecord:
         settings = {"local-rounds": self.history.local_rounds, "identity": self.site.identity, "last": last}
