@@ -239,6 +239,7 @@ def test_failures_of_clients_are_told_by_name(tmp_path):
     server, _ = run(points(tmp_path, ("no", "nan", "raise", "no")), rounds=2)
     for entry in server.history.rounds:
         assert entry["used"] == ["client_0", "client_3"]
+        assert list(entry["refused"]) == ["client_1", "client_2"]  # replies came in the other order
         # The local part is looked at first, at home.
         assert "holds NaN or infinity after training" in entry["refused"]["client_1"]
         assert entry["refused"]["client_2"] == "ValueError: no training today"

@@ -99,9 +99,8 @@ def sift(
             used[name] = reply
         except Refused as reason:
             refused[name] = str(reason)
-    for name in asked:
-        if name not in used and name not in refused:
-            refused[name] = f"no reply within {timeout:g} seconds"
+    late = f"no reply within {timeout:g} seconds"
+    refused = {name: refused.get(name, late) for name in asked if name not in used}
     return {name: used[name] for name in asked if name in used}, refused
 
 
