@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, auto_cli
 from .files import inspect_adapter
 from .plots.files import adapter, curves, parameters
 from .recipes.features import features
+from .recipes.federated import federated
 
 Command = Callable[[list[str]], Any]
 
@@ -81,4 +82,9 @@ def say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
 
 
-COMMANDS: dict[str, Command] = {"features": recipe(features), "inspect": inspect, "plot": plot}
+COMMANDS: dict[str, Command] = {
+    "features": recipe(features),
+    "federated": recipe(federated),
+    "inspect": inspect,
+    "plot": plot,
+}
