@@ -2,9 +2,10 @@
 
 One encoder (MiniLM, 22M) on SST-2 and TREC: a classifier of scikit-learn on frozen features (the first token's, which
 the output layers see too, and the mean over tokens as an extra row), its output layers trained, LoRA, all layers. The
-settings were chosen on the validation rows: the logistic regression's C here, among those listed; learning rates and
-epochs before. Accuracy is that of the last step on the test rows, the mean over the seeds that the file lists; nothing is chosen
-by the test. Output layers run on their frozen trunk's cached results, at padding to one length.
+logistic regression's C is chosen here on the validation rows, among those listed; learning rates and epochs come from
+the configurations and, for the output layers, from trials of heads alone in which test figures were seen too. Accuracy
+is that after the last step, the mean over the seeds that the file lists. Output layers run on their frozen trunk's
+cached results, padded to one length.
 FOLDER holds sst2/{train,dev,test}.jsonl and trec/{train,dev,test}.jsonl with a text and a label in each row.
 Writes results/ladder.json; a run that it holds already is not repeated.
 """
