@@ -23,7 +23,8 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.utilities import rank_zero_only
 
 from . import tasks  # noqa: F401  # so that its classes are known by their short names
-from .commands import COMMANDS, say
+from .commands import COMMANDS
+from .console import say
 from .files import load_adapter, save_adapter
 from .inject import injection
 from .merging import merge

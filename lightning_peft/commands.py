@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from jsonargparse import ArgumentParser, auto_cli
 
+from .console import say
 from .files import inspect_adapter
 from .plots.files import adapter, curves, parameters
 from .recipes.features import features
@@ -75,11 +75,6 @@ def _lines(report: dict[str, Any], prefix: str = "") -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else f"{value}"
-
-
-def say(text: str) -> None:
-    """Print a result."""
-    sys.stdout.write(f"{text}\n")
 
 
 COMMANDS: dict[str, Command] = {

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
 
+from lightning_peft.console import say
 from lightning_peft.files import save_adapter
 from lightning_peft.recipes.federated.client import client_app
 from lightning_peft.recipes.federated.engine import flower, simulate
@@ -111,9 +111,3 @@ def tell(entry: dict[str, Any]) -> None:
     say(", ".join(parts))
     for name, reason in (entry["refused"] | entry["not_tested"]).items():
         say(f"  refused {name}: {reason}")
-
-
-def say(text: str) -> None:
-    """Print a result now, also where the output goes to a file."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()

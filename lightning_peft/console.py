@@ -1,0 +1,11 @@
+"""What commands print."""
+
+from __future__ import annotations
+
+import sys
+
+
+def say(text: str) -> None:
+    """Print a result now, also where the output goes to a file."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
