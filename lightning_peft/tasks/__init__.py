@@ -5,6 +5,15 @@ from lightning_peft.tasks.classification import TextClassification
 from lightning_peft.tasks.cloze import Cloze
 from lightning_peft.tasks.cloze_data import ClozeDataModule
 from lightning_peft.tasks.instructions import InstructionDataModule
+from lightning_peft.tasks.mixed_data import MixedDataModule
 from lightning_peft.tasks.text_data import TextDataModule
 
-__all__ = ["CausalLM", "Cloze", "ClozeDataModule", "InstructionDataModule", "TextClassification", "TextDataModule"]
+__all__ = [
+    "CausalLM",
+    "Cloze",
+    "ClozeDataModule",
+    "InstructionDataModule",
+    "MixedDataModule",
+    "TextClassification",
+    "TextDataModule",
+]

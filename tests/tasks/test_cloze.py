@@ -77,8 +77,8 @@ def test_loss_and_answers_are_those_at_the_mask(
     town = data.tokenizer.get_vocab()["town0"]
     chosen = logits[:, town : town + 6].argmax(1) + town
     assert results["test_p_at_1"] == pytest.approx((chosen == y).float().mean().item())
-    module.candidates = None
-    assert torch.equal(module._answers(logits), logits.argmax(1))
+    module.candidates = []
+    assert torch.equal(module._answers(logits, {}), logits.argmax(1))
 
 
 def test_a_trained_model_predicts_answers_as_words(
