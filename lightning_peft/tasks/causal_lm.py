@@ -93,11 +93,11 @@ class CausalLM(TaskModule):
             logits: Tensor = self.network(**_inputs(batch), use_cache=False).logits
         return logits
 
-    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        """Mean cross entropy of the labelled tokens."""
-        loss = self._loss(batch)
-        self.log("train_loss", loss, prog_bar=True)
-        return loss
+    def labelled(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The logits (places, vocabulary) before each labelled token, and these tokens (places,)."""
+        targets = batch["labels"][:, 1:]
+        known = targets != IGNORED
+        return self(**batch)[:, :-1][known].float(), targets[known]
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         """Log loss and perplexity."""
@@ -108,19 +108,12 @@ class CausalLM(TaskModule):
         self._evaluate("test", batch)
 
     def _evaluate(self, split: str, batch: dict[str, Tensor]) -> None:
-        total, count = self._losses(batch)
-        self.measure(split, batch, total / count.clamp(min=1), count)
-
-    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
-        total, count = self._losses(batch)
-        return total.sum() / count.sum().clamp(min=1)
-
-    def _losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the loss of each row, summed over its labelled tokens, and their number."""
-        targets = batch["labels"][:, 1:]
-        logits = self(**batch)[:, :-1].flatten(0, 1).float()
-        losses = cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none")
-        return losses.view_as(targets).sum(1), (targets != IGNORED).sum(1)
+        known = batch["labels"][:, 1:] != IGNORED
+        count = known.sum(1)
+        losses = torch.zeros_like(known, dtype=torch.float).masked_scatter(
+            known, cross_entropy(*self.labelled(batch), reduction="none")
+        )
+        self.measure(split, batch, losses.sum(1) / count.clamp(min=1), count)
 
     def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> list[str]:
         """The continuation of each prompt."""

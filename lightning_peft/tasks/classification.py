@@ -34,6 +34,8 @@ class TextClassification(TaskModule):
         dtype: Data type of the weights; auto keeps that of the pretrained file.
     """
 
+    accuracy = "accuracy"
+
     def __init__(
         self,
         model: str | None = None,
@@ -95,12 +97,6 @@ class TextClassification(TaskModule):
             logits: Tensor = self.network(**{name: batch[name] for name in batch if name not in ignored}).logits
         return logits
 
-    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        """Cross entropy."""
-        loss = cross_entropy(self(**batch).float(), batch["labels"])
-        self.log("train_loss", loss, prog_bar=True)
-        return loss
-
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         """Log loss and metrics."""
         self._evaluate("val", batch)
@@ -110,8 +106,7 @@ class TextClassification(TaskModule):
         self._evaluate("test", batch)
 
     def _evaluate(self, split: str, batch: dict[str, Tensor]) -> None:
-        labels = batch["labels"]
-        logits = self(**batch).float()
+        logits, labels = self.labelled(batch)
         loss = cross_entropy(logits, labels)
         self.log(f"{split}_loss", loss, prog_bar=True, batch_size=len(labels), sync_dist=True)
         self.measure(split, batch, logits, labels)

@@ -37,6 +37,8 @@ class Cloze(TaskModule):
         dtype: Data type of the weights; auto keeps that of the pretrained file.
     """
 
+    accuracy = "p_at_1"
+
     def __init__(
         self,
         model: str | None = None,
@@ -85,12 +87,6 @@ class Cloze(TaskModule):
         place = (ids == self.tokenizer.mask_token_id).int().argmax(dim=1)
         return logits[torch.arange(len(ids), device=ids.device), place]
 
-    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        """Cross entropy of the answers."""
-        loss = cross_entropy(self(**batch).float(), batch["labels"])
-        self.log("train_loss", loss, prog_bar=True)
-        return loss
-
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         """Log loss and P@1."""
         self._evaluate("val", batch)
@@ -100,8 +96,7 @@ class Cloze(TaskModule):
         self._evaluate("test", batch)
 
     def _evaluate(self, split: str, batch: dict[str, Tensor]) -> None:
-        labels = batch["labels"]
-        logits = self(**batch).float()
+        logits, labels = self.labelled(batch)
         loss = cross_entropy(logits, labels)
         self.log(f"{split}_loss", loss, prog_bar=True, batch_size=len(labels), sync_dist=True)
         self.measure(split, batch, (self._answers(logits, batch) == labels).float())

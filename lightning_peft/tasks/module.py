@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torchmetrics import MetricCollection
 
 from lightning_peft.restoring import KEY, inject_from_checkpoint
@@ -29,6 +30,7 @@ class TaskModule(LightningModule):
     """
 
     network: Any
+    accuracy: str | None = None  # which metric is the share of right answers
 
     def __init__(self, metrics: MetricCollection) -> None:
         super().__init__()
@@ -47,6 +49,16 @@ class TaskModule(LightningModule):
         """Context in which each row takes the adapter of its own task, if adapters hold several and the batch says."""
         several = any(isinstance(module, TaskAdapter) and module.tasks > 1 for module in self.network.modules())
         return row_tasks(self.network, batch[TASK_IDS]) if several and TASK_IDS in batch else nullcontext()
+
+    def labelled(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The logits (places, choices) wherever a batch has a label, and the labels (places,)."""
+        return self(**batch).float(), batch["labels"]
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        """Mean cross entropy of the labels."""
+        loss = mean_loss(*self.labelled(batch))
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
 
     def measure(self, split: str, batch: Mapping[str, Tensor], *rows: Tensor) -> None:
         """Update and log the metrics of an evaluation.
@@ -93,3 +105,8 @@ class TaskModule(LightningModule):
         """AdamW over what requires a gradient, with the schedule."""
         names = ("learning_rate", "weight_decay", "warmup_fraction", "schedule")
         return adamw(self, **{name: self.hparams[name] for name in names})
+
+
+def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy, the mean over places; zero where there is none."""
+    return cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
