@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from . import losses
 from .adapter import Adapter, WeightUpdate
 from .checkpoint import full_state_dict, global_state, local_state
 from .ensembles import ensemble, join_prompts, majority_vote
@@ -76,6 +77,7 @@ __all__ = [
     "load_adapter",
     "load_from_checkpoint",
     "local_state",
+    "losses",
     "majority_vote",
     "merge",
     "quantize",

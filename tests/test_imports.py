@@ -7,8 +7,19 @@ import lightning_peft as lp
 
 ROOT = Path(lp.__file__).parent
 ORDER = [
-    *["layers", "quantized_layers", "base", "evaluation", "roles", "select", "fingerprints", "folders", "multihead"],
-    *["attention", "forms", "products", "built", "adapter", "low_rank", "scaling", "affine", "triplets"],
+    *[
+        "losses",
+        "layers",
+        "quantized_layers",
+        "base",
+        "evaluation",
+        "roles",
+        "select",
+        "fingerprints",
+        "folders",
+        "multihead",
+    ],
+    *["losses", "attention", "forms", "products", "built", "adapter", "low_rank", "scaling", "affine", "triplets"],
     *["hadamard", "method", "bottlenecks", "kronecker", "feedforward", "outputs", "virtual_tokens", "words"],
     *["rows", "prompts", "prefixes", "prefix_starts", "positions", "encoders", "pseudo_tokens", "templates"],
     *["methods", "hosts", "inject", "nf4", "quantization", "merging", "finalizing", "checkpoint", "files", "ensembles"],
