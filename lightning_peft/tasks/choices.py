@@ -37,6 +37,8 @@ class Choices(TaskModule):
         dtype: Data type of the weights; auto keeps that of the pretrained file.
     """
 
+    accuracy = "accuracy"
+
     def __init__(
         self,
         model: str | None = None,
@@ -120,6 +122,10 @@ class Choices(TaskModule):
         config = self.network.config
         found = [getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id")]
         return int(next(token for token in found if token is not None))
+
+    def labelled(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The choices' scores, whose cross entropy is L_LN, and the right choices."""
+        return self._likelihoods(batch).scores, batch["labels"]
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         """The weighted sum of the losses, each of which is logged."""

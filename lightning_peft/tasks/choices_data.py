@@ -16,7 +16,7 @@ from lightning_peft.tasks.loading import ResumableLoader
 from lightning_peft.tasks.names import quoted, where
 from lightning_peft.tasks.splits import Split, Splits
 from lightning_peft.tasks.text_data import read_labels
-from lightning_peft.tasks.wordings import check_wordings, plain
+from lightning_peft.tasks.wordings import check_wordings, plain, texts_by_label
 from lightning_peft.templates import Template
 
 
@@ -76,12 +76,12 @@ class ChoicesDataModule(TableDataModule):
         splits = Splits(files, limits, validation_fraction)
         super().__init__(splits, tokenizer or model, max_length, batch_size, num_workers=0)
         self.save_hyperparameters(logger=False)
-        check_wordings(templates, answers, other_answers or {}, evaluate_with)
+        answers = texts_by_label(answers)  # YAML reads 0 and 1 as numbers
+        others = {name: texts_by_label(own) for name, own in (other_answers or {}).items()}
+        check_wordings(templates, answers, others, evaluate_with)
         self.label, self.decoder_only, self.labels = label, decoder_only, list(answers)
         self.templates = {name: plain(text, max_length, shorten) for name, text in templates.items()}
-        self.answers = {
-            name: [plain((other_answers or {}).get(name, answers)[label]) for label in answers] for name in templates
-        }
+        self.answers = {name: [plain(others.get(name, answers)[label]) for label in answers] for name in templates}
         self.evaluated = evaluate_with or next(iter(templates))
         self._answer_ids: dict[str, list[int]] = {}
 

@@ -25,6 +25,15 @@ def plain(text: str, max_length: int | None = None, shorten: str | None = None) 
     return template
 
 
+def texts_by_label(answers: dict[str, str]) -> dict[str, str]:
+    """The answers, each label as text.
+
+    Args:
+        answers: By label, which may be a whole number.
+    """
+    return {str(label): text for label, text in answers.items()}
+
+
 def check_wordings(
     templates: dict[str, str], answers: dict[str, str], others: dict[str, dict[str, str]], evaluated: str | None
 ) -> None:

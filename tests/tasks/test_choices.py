@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +243,31 @@ def test_settings_that_cannot_train_are_refused(
     )  # fmt: skip
     with pytest.raises(ValueError, match="decoder_only=True, but T5ForConditionalGeneration has an encoder. Set"):
         trainer(tmp_path, max_steps=1).fit(Choices(config=t5), data)
+
+
+METHODS = {
+    "IA3": lp.IA3(),
+    "a prompt": lp.PromptTuning(length=3),
+    "a prompt for each task": lp.PromptTuning(length=3, tasks=2),
+    "prefixes": lp.PrefixTuning(length=3),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_adapters_see_what_one_call_for_each_choice_shows_them(kind: dict[str, Any], name: str) -> None:
+    """Also where rows have different numbers of choices, and each the prompt of its own task."""
+    if name == "prefixes" and kind["model_type"] == "bart":
+        pytest.skip("one architecture with cross-attention is enough")
+    seed_everything(0, verbose=False)
+    module = Choices(config=kind).eval()
+    lp.inject(module, METHODS[name])
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    given, tasks = batch(), torch.tensor([1, 0])
+    scores = Likelihoods(module(**given, task_ids=tasks), given["choices"]).scores
+    for row, task in enumerate(tasks.tolist()):
+        several = name == "a prompt for each task"
+        with lp.row_tasks(module, task) if several else nullcontext():
+            wanted = naive(module, {key: value[row : row + 1] for key, value in given.items()})
+        assert torch.allclose(scores[row], wanted[0], atol=1e-5)
