@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from . import losses
+from . import losses, plots
 from .adapter import Adapter, WeightUpdate
 from .checkpoint import full_state_dict, global_state, local_state
 from .ensembles import ensemble, join_prompts, majority_vote
@@ -80,6 +80,7 @@ __all__ = [
     "losses",
     "majority_vote",
     "merge",
+    "plots",
     "quantize",
     "row_tasks",
     "save_adapter",
