@@ -29,6 +29,7 @@ class Adapter(nn.Module, ABC):
     unmergeable = "no weight of the host expresses it"  # why, where ``merge`` is not implemented
     personal: tuple[str, ...] = ()  # names of tensors that stay with a client in federated training
     shows: Mapping[str, str] = {}  # names of tensors by what ``plots`` makes of them: ``ranks``, ``gates``, ``tokens``
+    lasting = True  # whether it is a part of the model, and not there for the time of a run alone
     part = ""  # which part of a host this adapter serves, where a method puts several on one host
 
     @abstractmethod

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, auto_cli
 
 from .files import inspect_adapter
 from .plots.files import adapter, curves, parameters
+from .recipes.federated import federated
 
 Command = Callable[[list[str]], Any]
 
@@ -65,4 +66,4 @@ def say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
 
 
-COMMANDS: dict[str, Command] = {"inspect": inspect, "plot": plot}
+COMMANDS: dict[str, Command] = {"federated": recipe(federated), "inspect": inspect, "plot": plot}

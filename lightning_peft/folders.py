@@ -24,8 +24,8 @@ def write_adapter(folder: str | os.PathLike[str], description: Mapping[str, Any]
     config = {"library": "lightning_peft", **description, "sha256": hashlib.sha256(weights).hexdigest()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS, weights)
-    _replace(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    replace_file(folder / WEIGHTS, weights)
+    replace_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     return folder
 
 
@@ -53,7 +53,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
     return config, state
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

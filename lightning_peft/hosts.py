@@ -71,11 +71,15 @@ def _rebuild(cls: Any) -> nn.Module:
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Adapter]]:
-    """Yield (host's name, host, adapter's name, adapter); found by type, never by the spelling of a name."""
+    """Yield (host's name, host, adapter's name, adapter); found by type, never by the spelling of a name.
+
+    What surrounds a host for the time of a run, and is no part of the model, is left out.
+    """
     found: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, Adapted)]
     for name, host in found:
         for key, adapter in host.peft.items():
-            yield name, host, key, adapter
+            if adapter.lasting:
+                yield name, host, key, adapter
 
 
 def attach(host: nn.Module, key: str, adapter: Adapter) -> None:

@@ -11,12 +11,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.imports import RequirementCache
 from torch.optim import Optimizer
 
 from .adapter import Adapter
+from .caching import CachingCallback
 from .fingerprints import fingerprint
 from .hosts import adapters
 from .inject import adapters_of, injection
@@ -26,13 +25,14 @@ from .optimizers import add_gradient
 from .quantization import KINDS, quantize_once
 from .random_state import random_state, restore_random_state
 from .restoring import wire_checkpoints
-from .summary import Summary, summary
+from .showing import show
+from .summary import summary
 from .wiring import adopt, after_build, wire_optimizers
 
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 
 
-class PEFTStrategy(pl.Callback):
+class PEFTStrategy(CachingCallback):
     """Fine-tunes with one method or several, in any stage of any Trainer; checkpoints hold adapter state only.
 
     The base is frozen and adapted as soon as the network exists: in ``setup``, or after the module's own
@@ -52,6 +52,9 @@ class PEFTStrategy(pl.Callback):
             (QLoRA, https://arxiv.org/abs/2305.14314) with double quantization, or ``int8``. Norms, embeddings and the
             head keep their type.
         show_summary: Whether to print once what trains.
+        cache_frozen: Whether to cache what the frozen modules return that run before anything that trains, by row, in
+            the first epoch, and to skip them from then on; to the bit the same as without. Random modules are refused.
+        cache_folder: Where the cache's temporary file goes; by default the system's folder for such files.
 
     Raises:
         ValueError: A method does not fit the model, or a trained parameter got no gradient in the first step.
@@ -68,13 +71,17 @@ class PEFTStrategy(pl.Callback):
         full_checkpoint: bool = False,
         quantize: Literal["nf4", "int8"] | None = None,
         show_summary: bool = True,
+        cache_frozen: bool = False,
+        cache_folder: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(cache_frozen, cache_folder)
         self.methods: Sequence[Method] = [method] if isinstance(method, Method) else list(method)
         if not self.methods or not all(isinstance(m, Method) for m in self.methods):
             raise TypeError(f"method must be a Method such as LoRA(rank=8), or a list of them, got {method!r}.")
         if frozen_mode not in ("eval", "train"):
             raise ValueError(f"frozen_mode must be 'eval' or 'train', got {frozen_mode!r}.")
+        if cache_frozen and frozen_mode == "train":
+            raise ValueError("cache_frozen=True needs frozen_mode='eval': in 'train', the frozen modules are random.")
         self.also_train, self.lr_factors, self.no_decay = also_train or [], lr_factors or {}, no_decay or []
         self.frozen_mode, self.check_base = frozen_mode, check_base
         if quantize not in (None, *KINDS):
@@ -143,6 +150,7 @@ class PEFTStrategy(pl.Callback):
         for method in self.methods:
             method.check_run(self._total_steps)
         self._unchecked = {id(p) for p in pl_module.parameters() if p.requires_grad}
+        super().on_train_start(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the random generators: dropout and shuffling go on where they stopped."""
@@ -169,6 +177,7 @@ class PEFTStrategy(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put frozen modules into their mode."""
+        super().on_train_epoch_start(trainer, pl_module)
         set_mode(pl_module, self.frozen_mode)
 
     def on_before_optimizer_step(
@@ -186,6 +195,7 @@ class PEFTStrategy(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let methods follow each optimizer step."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._mid_epoch = not trainer.is_last_batch
         if trainer.global_step == self._step:
             return  # gradients accumulate
@@ -199,6 +209,7 @@ class PEFTStrategy(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make sure that the base is what it was."""
+        super().on_fit_end(trainer, pl_module)
         if self._base is not None and fingerprint(pl_module) != self._base:
             raise RuntimeError(
                 "Frozen base weights changed during fit, so the adapter does not fit the base that it started from. "
@@ -215,21 +226,3 @@ class PEFTStrategy(pl.Callback):
                 f"checkpointing, use use_reentrant=False."
             )
         self._unchecked -= here
-
-
-@rank_zero_only
-def show(counts: Summary) -> None:
-    """Print what trains: as a rich table where rich is installed, as Lightning does, else as text."""
-    if not RequirementCache("rich"):
-        rank_zero_info(f"\n{counts}")
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table, console = Table("trains"), Console()
-    for heading in ("places", "parameters"):
-        table.add_column(heading, justify="right")
-    for what, places, parameters in counts.rows:
-        table.add_row(what, f"{places:,}", f"{parameters:,}")
-    console.print(table)
-    console.print(counts.caption)

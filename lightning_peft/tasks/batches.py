@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -23,6 +23,8 @@ Example = dict[str, Any]
 
 IGNORED = -100
 
+Padding = Literal["longest", "max_length"]
+
 _SPLITS: dict[str, tuple[Split, ...]] = {
     "fit": ("train", "validation"),
     "validate": ("validation",),
@@ -33,18 +35,22 @@ _SPLITS: dict[str, tuple[Split, ...]] = {
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads the rows of one batch to the longest of them, labels per token with -100.
+    """Pads the rows of one batch to one length, labels per token with -100.
 
     Args:
         tokenizer: Knows the padding token and side.
+        length: Length of all rows; by default that of the longest in the batch.
     """
 
     tokenizer: PreTrainedTokenizerBase
+    length: int | None = None
 
     def __call__(self, examples: list[Example]) -> dict[str, Tensor]:
         """The batch."""
         features = [{name: row[name] for name in row if name != "labels"} for row in examples]
-        batch: dict[str, Tensor] = dict(self.tokenizer.pad(features, return_tensors="pt"))
+        padding = "longest" if self.length is None else "max_length"
+        padded = self.tokenizer.pad(features, padding=padding, max_length=self.length, return_tensors="pt")
+        batch: dict[str, Tensor] = dict(padded)
         if "labels" in examples[0]:
             batch["labels"] = self._labels([row["labels"] for row in examples], batch["input_ids"].shape[1])
         return batch
@@ -66,14 +72,23 @@ class TableDataModule(LightningDataModule, ABC):
         max_length: Longest row in tokens.
         batch_size: Rows per batch.
         num_workers: Processes that build batches.
+        padding: To the longest row of each batch, or all rows to max_length, so that a row is the same in each batch.
     """
 
     padding_side: str | None = None
 
     def __init__(
-        self, splits: Splits, tokenizer: str | None, max_length: int, batch_size: int, num_workers: int
+        self,
+        splits: Splits,
+        tokenizer: str | None,
+        max_length: int,
+        batch_size: int,
+        num_workers: int,
+        padding: Padding = "longest",
     ) -> None:
         super().__init__()
+        if padding not in get_args(Padding):
+            raise ValueError(f"Got padding={padding!r}, expected one of {', '.join(get_args(Padding))}.")
         for name, count in {"max_length": max_length, "batch_size": batch_size}.items():
             if count < 1:
                 raise ValueError(f"Got {name}={count}, expected 1 or more.")
@@ -82,6 +97,7 @@ class TableDataModule(LightningDataModule, ABC):
         self.max_length = max_length
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.padding = padding
         self._examples: dict[Split, list[Example]] = {}
 
     @abstractmethod
@@ -125,7 +141,8 @@ class TableDataModule(LightningDataModule, ABC):
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
         """The batch of some examples, by `Collator`; a child whose examples are of another form overrides it."""
-        return Collator(self.tokenizer)(examples)
+        length = self.max_length if self.padding == "max_length" else None
+        return Collator(self.tokenizer, length)(examples)
 
     def train_dataloader(self) -> DataLoader[Example]:
         """Shuffled batches of the train rows."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_peft.tasks.batches import IGNORED, Example, TableDataModule
+from lightning_peft.tasks.batches import IGNORED, Example, Padding, TableDataModule
 from lightning_peft.tasks.files import Table
 from lightning_peft.tasks.models import prompt_ids
 from lightning_peft.tasks.names import quoted, where
@@ -72,6 +72,7 @@ class InstructionDataModule(TableDataModule):
         limit_train: Train on the first rows only, for a quick trial.
         limit_validation: Validate on the first rows only.
         validation_fraction: Share of the train file to validate on when there is no validation file; 0 for none.
+        padding: To the longest row of each batch, or all rows to max_length, which cache_frozen=True asks for.
     """
 
     padding_side = "right"
@@ -94,11 +95,12 @@ class InstructionDataModule(TableDataModule):
         limit_train: int | None = None,
         limit_validation: int | None = None,
         validation_fraction: float = 0.05,
+        padding: Padding = "longest",
     ) -> None:
         files: dict[Split, str | None] = {"train": train, "validation": validation, "test": test, "predict": predict}
         limits: dict[Split, int | None] = {"train": limit_train, "validation": limit_validation}
         splits = Splits(files, limits, validation_fraction)
-        super().__init__(splits, tokenizer or model, max_length, batch_size, num_workers)
+        super().__init__(splits, tokenizer or model, max_length, batch_size, num_workers, padding)
         self.save_hyperparameters(logger=False)
         if prompt_style not in _TEMPLATES:
             raise ValueError(f"Got prompt_style={prompt_style!r}, expected 'alpaca' or 'plain'.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from lightning_peft.tasks.batches import Example, TableDataModule
+from lightning_peft.tasks.batches import Example, Padding, TableDataModule
 from lightning_peft.tasks.files import Table
 from lightning_peft.tasks.names import quoted, where
 from lightning_peft.tasks.splits import Split, Splits
@@ -34,6 +34,7 @@ class TextDataModule(TableDataModule):
         limit_train: Train on the first rows only, for a quick trial.
         limit_validation: Validate on the first rows only.
         validation_fraction: Share of the train file to validate on when there is no validation file; 0 for none.
+        padding: To the longest row of each batch, or all rows to max_length, which cache_frozen=True asks for.
     """
 
     def __init__(
@@ -52,11 +53,12 @@ class TextDataModule(TableDataModule):
         limit_train: int | None = None,
         limit_validation: int | None = None,
         validation_fraction: float = 0.1,
+        padding: Padding = "longest",
     ) -> None:
         files: dict[Split, str | None] = {"train": train, "validation": validation, "test": test, "predict": predict}
         limits: dict[Split, int | None] = {"train": limit_train, "validation": limit_validation}
         splits = Splits(files, limits, validation_fraction)
-        super().__init__(splits, tokenizer or model, max_length, batch_size, num_workers)
+        super().__init__(splits, tokenizer or model, max_length, batch_size, num_workers, padding)
         self.save_hyperparameters(logger=False)
         self.columns = [text] if isinstance(text, str) else text
         if len(self.columns) not in (1, 2):

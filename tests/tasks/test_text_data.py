@@ -28,6 +28,18 @@ def test_batches_hold_tokens_masks_and_label_indices_padded_to_the_longest(
     assert batch["labels"].tolist() == [1, 0]
 
 
+def test_all_rows_can_have_one_length(encoder_tokenizer: str, write: Write) -> None:
+    rows = [{"text": "good", "label": "pos"}, {"text": "the film was bad", "label": "neg"}]
+    files = {"train": write("t.jsonl", rows), "validation": write("v.jsonl", rows)}
+    data = TextDataModule(**files, tokenizer=encoder_tokenizer, batch_size=1, max_length=7, padding="max_length")
+    data.setup("fit")
+    batches = list(data.val_dataloader())
+    assert [batch["input_ids"].tolist() for batch in batches] == [[[2, 4, 3, 0, 0, 0, 0]], [[2, 11, 8, 13, 5, 3, 0]]]
+    assert batches[0]["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0, 0]]
+    with pytest.raises(ValueError, match="Got padding='shortest', expected one of longest, max_length"):
+        TextDataModule(**files, padding="shortest")
+
+
 def test_two_columns_are_a_pair(encoder_tokenizer: str, write: Write) -> None:
     rows = [{"first": "good", "second": "bad film", "same": label} for label in (0, 1)]
     files = {"train": write("t.jsonl", rows), "test": write("e.jsonl", rows)}
