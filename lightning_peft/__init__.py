@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from . import plots
+from . import losses, plots
 from .adapter import Adapter, WeightUpdate
 from .checkpoint import full_state_dict, global_state, local_state
 from .ensembles import ensemble, join_prompts, majority_vote
@@ -77,6 +77,7 @@ __all__ = [
     "load_adapter",
     "load_from_checkpoint",
     "local_state",
+    "losses",
     "majority_vote",
     "merge",
     "plots",

@@ -139,6 +139,11 @@ class TableDataModule(LightningDataModule, ABC):
             self._examples[split] = self.encode(split, self.splits.rows(split))
         return self._examples[split]
 
+    def collate(self, examples: list[Example]) -> dict[str, Tensor]:
+        """The batch of some examples, by `Collator`; a child whose examples are of another form overrides it."""
+        length = self.max_length if self.padding == "max_length" else None
+        return Collator(self.tokenizer, length)(examples)
+
     def train_dataloader(self) -> DataLoader[Example]:
         """Shuffled batches of the train rows."""
         return self._loader("train")
@@ -162,5 +167,8 @@ class TableDataModule(LightningDataModule, ABC):
             shuffle=split == "train",
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            collate_fn=Collator(self.tokenizer, self.max_length if self.padding == "max_length" else None),
+            collate_fn=self.collate,
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "trainer": None}  # which processes that build batches neither need nor could take

@@ -60,13 +60,10 @@ class CausalLM(TaskModule):
         schedule: Literal["linear", "cosine", "constant"] = "linear",
         dtype: Literal["auto", "bfloat16", "float16", "float32"] = "float32",
     ) -> None:
-        super().__init__()
+        super().__init__(MetricCollection({"loss": MeanMetric(), "perplexity": Perplexity()}))
         check_optimization(learning_rate, weight_decay, warmup_fraction)
         self.save_hyperparameters()
         self.network = build_model("AutoModelForCausalLM", model, config, dtype)
-        metrics = MetricCollection({"loss": MeanMetric(), "perplexity": Perplexity()})
-        self.val_metrics = metrics.clone(prefix="val_")
-        self.test_metrics = metrics.clone(prefix="test_")
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -86,38 +83,37 @@ class CausalLM(TaskModule):
         """Logits of the token after each.
 
         Args:
-            batch: ``input_ids`` and ``attention_mask``; anything else is ignored.
+            batch: ``input_ids``, ``attention_mask``, and ``task_ids`` where adapters hold several tasks; anything else
+                is ignored.
 
         Shape:
             (batch, tokens, vocabulary)
         """
-        logits: Tensor = self.network(**_inputs(batch), use_cache=False).logits
+        with self.own_tasks(batch):
+            logits: Tensor = self.network(**_inputs(batch), use_cache=False).logits
         return logits
 
-    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        """Mean cross entropy of the labelled tokens."""
-        loss, _ = self._loss(batch)
-        self.log("train_loss", loss, prog_bar=True)
-        return loss
+    def labelled(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The logits (places, vocabulary) before each labelled token, and these tokens (places,)."""
+        targets = batch["labels"][:, 1:]
+        known = targets != IGNORED
+        return self(**batch)[:, :-1][known].float(), targets[known]
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         """Log loss and perplexity."""
-        self._evaluate(self.val_metrics, batch)
+        self._evaluate("val", batch)
 
     def test_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         """Log loss and perplexity."""
-        self._evaluate(self.test_metrics, batch)
+        self._evaluate("test", batch)
 
-    def _evaluate(self, metrics: MetricCollection, batch: dict[str, Tensor]) -> None:
-        metrics.update(*self._loss(batch))
-        self.log_dict(metrics, prog_bar=True)
-
-    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        targets = batch["labels"][:, 1:].flatten()
-        logits = self(**batch)[:, :-1].flatten(0, 1).float()
-        count = (targets != IGNORED).sum()
-        total = cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-        return total / count.clamp(min=1), count
+    def _evaluate(self, split: str, batch: dict[str, Tensor]) -> None:
+        known = batch["labels"][:, 1:] != IGNORED
+        count = known.sum(1)
+        losses = torch.zeros_like(known, dtype=torch.float).masked_scatter(
+            known, cross_entropy(*self.labelled(batch), reduction="none")
+        )
+        self.measure(split, batch, losses.sum(1) / count.clamp(min=1), count)
 
     def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> list[str]:
         """The continuation of each prompt."""
@@ -128,7 +124,8 @@ class CausalLM(TaskModule):
         """Continue prompts, without dropout; greedily unless the settings say otherwise.
 
         Args:
-            prompts: Texts, or a batch with ``input_ids`` and ``attention_mask``, padded on either side.
+            prompts: Texts, or a batch with ``input_ids`` and ``attention_mask``, padded on either side, and
+                ``task_ids`` where adapters hold several tasks.
             settings: Of transformers' ``generate``, such as ``do_sample=True``.
 
         Returns:
@@ -140,7 +137,7 @@ class CausalLM(TaskModule):
         defaults = {"max_new_tokens": self.hparams["max_new_tokens"], "do_sample": False}
         defaults |= {"pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": self.tokenizer.eos_token_id}
         network: Any = self.network
-        with evaluating(network):
+        with evaluating(network), self.own_tasks(prompts):
             tokens = network.generate(**inputs, **(defaults | settings))
         new = tokens[:, inputs["input_ids"].shape[1] :]
         texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
+from lightning_peft.tasks.mixed_batches import TASK_IDS
 from lightning_peft.tasks.models import build_model
 from lightning_peft.tasks.module import TaskModule
 from lightning_peft.tasks.names import quoted
@@ -33,6 +34,8 @@ class TextClassification(TaskModule):
         dtype: Data type of the weights; auto keeps that of the pretrained file.
     """
 
+    accuracy = "accuracy"
+
     def __init__(
         self,
         model: str | None = None,
@@ -45,23 +48,19 @@ class TextClassification(TaskModule):
         schedule: Literal["linear", "cosine", "constant"] = "linear",
         dtype: Literal["auto", "bfloat16", "float16", "float32"] = "float32",
     ) -> None:
-        super().__init__()
         if num_classes < 2:
             raise ValueError(f"Got num_classes={num_classes}, expected 2 or more, one for each label of the data.")
+        metrics: dict[str, Metric | MetricCollection] = {
+            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+            "macro_f1": MulticlassF1Score(num_classes, average="macro"),
+        }
+        super().__init__(MetricCollection(metrics))
         check_optimization(learning_rate, weight_decay, warmup_fraction)
         self.save_hyperparameters()
         problem = {"num_labels": num_classes, "problem_type": "single_label_classification"}
         self.network = build_model("AutoModelForSequenceClassification", model, config, dtype, **problem)
         self.has_token_types = "token_type_ids" in inspect.signature(self.network.forward).parameters
         self.classes: list[str] | list[int] | None = None
-        metrics = MetricCollection(
-            {
-                "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-                "macro_f1": MulticlassF1Score(num_classes, average="macro"),
-            }
-        )
-        self.val_metrics = metrics.clone(prefix="val_")
-        self.test_metrics = metrics.clone(prefix="test_")
 
     def setup(self, stage: str) -> None:
         """Check the data's classes, and pad as its tokenizer does.
@@ -88,36 +87,29 @@ class TextClassification(TaskModule):
         """Logits, one row per text.
 
         Args:
-            batch: What the tokenizer returned. Labels are ignored.
+            batch: What the tokenizer returned, and ``task_ids`` where adapters hold several tasks. Labels are ignored.
 
         Shape:
             (batch, classes)
         """
-        ignored = {"labels"} if self.has_token_types else {"labels", "token_type_ids"}
-        logits: Tensor = self.network(**{name: batch[name] for name in batch if name not in ignored}).logits
+        ignored = {"labels", TASK_IDS} | (set() if self.has_token_types else {"token_type_ids"})
+        with self.own_tasks(batch):
+            logits: Tensor = self.network(**{name: batch[name] for name in batch if name not in ignored}).logits
         return logits
-
-    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        """Cross entropy."""
-        loss = cross_entropy(self(**batch).float(), batch["labels"])
-        self.log("train_loss", loss, prog_bar=True)
-        return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         """Log loss and metrics."""
-        self._evaluate("val", self.val_metrics, batch)
+        self._evaluate("val", batch)
 
     def test_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         """Log loss and metrics."""
-        self._evaluate("test", self.test_metrics, batch)
+        self._evaluate("test", batch)
 
-    def _evaluate(self, name: str, metrics: MetricCollection, batch: dict[str, Tensor]) -> None:
-        labels = batch["labels"]
-        logits = self(**batch).float()
-        metrics.update(logits, labels)
+    def _evaluate(self, split: str, batch: dict[str, Tensor]) -> None:
+        logits, labels = self.labelled(batch)
         loss = cross_entropy(logits, labels)
-        self.log(f"{name}_loss", loss, prog_bar=True, batch_size=len(labels), sync_dist=True)
-        self.log_dict(metrics, prog_bar=True, batch_size=len(labels))
+        self.log(f"{split}_loss", loss, prog_bar=True, batch_size=len(labels), sync_dist=True)
+        self.measure(split, batch, logits, labels)
 
     def on_predict_start(self) -> None:
         """Take the names of the classes, which a checkpoint may have brought."""

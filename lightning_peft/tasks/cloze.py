@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, MetricCollection
 
+from lightning_peft.tasks.mixed_batches import TASK_IDS
 from lightning_peft.tasks.models import build_model, build_tokenizer
 from lightning_peft.tasks.module import TaskModule
 from lightning_peft.tasks.optimization import check_optimization
@@ -35,6 +37,8 @@ class Cloze(TaskModule):
         dtype: Data type of the weights; auto keeps that of the pretrained file.
     """
 
+    accuracy = "p_at_1"
+
     def __init__(
         self,
         model: str | None = None,
@@ -46,12 +50,11 @@ class Cloze(TaskModule):
         schedule: Literal["linear", "cosine", "constant"] = "linear",
         dtype: Literal["auto", "bfloat16", "float16", "float32"] = "float32",
     ) -> None:
-        super().__init__()
+        super().__init__(MetricCollection({"p_at_1": MeanMetric()}))
         check_optimization(learning_rate, weight_decay, warmup_fraction)
         self.save_hyperparameters()
         self.network = build_model("AutoModelForMaskedLM", model, config, dtype)
-        self.candidates: list[int] | None = None
-        self.val_precision, self.test_precision = MeanMetric(), MeanMetric()
+        self.candidates: list[list[int] | None] = []  # of each task
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -63,57 +66,54 @@ class Cloze(TaskModule):
 
     def setup(self, stage: str) -> None:
         """Take the data's tokenizer, unless one was named, and its candidates."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if hasattr(data, "tokenizer") and self.hparams["tokenizer"] is None:
-            self.tokenizer = data.tokenizer
-        self.candidates = data.candidate_ids() if hasattr(data, "candidate_ids") else None
+        data = self.data_of_tasks()
+        if self.hparams["tokenizer"] is None and data and hasattr(data[0], "tokenizer"):
+            self.tokenizer = data[0].tokenizer
+        self.candidates = [task.candidate_ids() for task in data if hasattr(task, "candidate_ids")]
 
     def forward(self, **batch: Tensor) -> Tensor:
         """Logits at the mask of each row.
 
         Args:
-            batch: ``input_ids`` with one mask in each row, and ``attention_mask``; anything else is ignored.
+            batch: ``input_ids`` with one mask in each row, ``attention_mask``, and ``task_ids`` where adapters hold
+                several tasks; anything else is ignored.
 
         Shape:
             (batch, vocabulary)
         """
         ids = batch["input_ids"]
-        logits: Tensor = self.network(input_ids=ids, attention_mask=batch["attention_mask"]).logits
+        with self.own_tasks(batch):
+            logits: Tensor = self.network(input_ids=ids, attention_mask=batch["attention_mask"]).logits
         place = (ids == self.tokenizer.mask_token_id).int().argmax(dim=1)
         return logits[torch.arange(len(ids), device=ids.device), place]
 
-    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        """Cross entropy of the answers."""
-        loss = cross_entropy(self(**batch).float(), batch["labels"])
-        self.log("train_loss", loss, prog_bar=True)
-        return loss
-
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         """Log loss and P@1."""
-        self._evaluate("val", self.val_precision, batch)
+        self._evaluate("val", batch)
 
     def test_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         """Log loss and P@1."""
-        self._evaluate("test", self.test_precision, batch)
+        self._evaluate("test", batch)
 
-    def _evaluate(self, name: str, precision: MeanMetric, batch: dict[str, Tensor]) -> None:
-        labels = batch["labels"]
-        logits = self(**batch).float()
-        precision.update((self._answers(logits) == labels).float())
+    def _evaluate(self, split: str, batch: dict[str, Tensor]) -> None:
+        logits, labels = self.labelled(batch)
         loss = cross_entropy(logits, labels)
-        self.log(f"{name}_loss", loss, prog_bar=True, batch_size=len(labels), sync_dist=True)
-        self.log(f"{name}_p_at_1", precision, prog_bar=True, batch_size=len(labels))
+        self.log(f"{split}_loss", loss, prog_bar=True, batch_size=len(labels), sync_dist=True)
+        self.measure(split, batch, (self._answers(logits, batch) == labels).float())
 
-    def _answers(self, logits: Tensor) -> Tensor:
-        """Return the ids of the most likely answers."""
-        if self.candidates is None:
-            return logits.argmax(dim=1)
-        candidates = torch.tensor(self.candidates, device=logits.device)
-        return candidates[logits[:, candidates].argmax(dim=1)]
+    def _answers(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the ids of the most likely answers, among the candidates of each row's task."""
+        answers = logits.argmax(dim=1)
+        tasks = batch.get(TASK_IDS, torch.zeros_like(answers))
+        for number, ids in enumerate(self.candidates):
+            if ids is not None:
+                candidates = torch.tensor(ids, device=logits.device)
+                answers = answers.where(tasks != number, candidates[logits[:, candidates].argmax(dim=1)])
+        return answers
 
     def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Any]:
         """The answer to each question, and its probability in the vocabulary."""
         logits = self(**batch).float()
-        ids = self._answers(logits)
+        ids = self._answers(logits, batch)
         words = [self.tokenizer.decode([i]).strip() for i in ids.tolist()]
         return {"answers": words, "probabilities": logits.softmax(dim=1).gather(1, ids[:, None])[:, 0]}

@@ -26,6 +26,8 @@ class ClozeDataModule(TableDataModule):
         predict: File to predict; it needs no answers.
         answer: Column of the answer.
         candidates: Answers to choose from; None for all of the vocabulary.
+        words: The word that stands for each label, where column ``answer`` holds labels; labels may share one. These
+            words are then the candidates.
         long_answers: What becomes of answers of several tokens: ``refuse`` all rows, or ``drop`` these with a warning
             that counts them.
         model: The model whose tokenizer to use: a folder, package:name/folder, or a hub name; by default the one that
@@ -50,6 +52,7 @@ class ClozeDataModule(TableDataModule):
         predict: str | None = None,
         answer: str = "answer",
         candidates: list[str] | None = None,
+        words: dict[str, str] | None = None,
         long_answers: Literal["refuse", "drop"] = "refuse",
         model: str | None = None,
         tokenizer: str | None = None,
@@ -71,6 +74,10 @@ class ClozeDataModule(TableDataModule):
         self.template = Template(template, max_length, shorten, placeholder)
         if self.template.masks != 1:
             raise ValueError(f"The template {template!r} has {self.template.masks} masks, expected one {{mask}}.")
+        if candidates is not None and words is not None:
+            raise ValueError("Got candidates and words, expected one of them: the words are the candidates.")
+        self.words = words
+        candidates = candidates if words is None else list(dict.fromkeys(words.values()))
         if candidates is not None and len(set(candidates)) < 2:
             raise ValueError(f"Got candidates={candidates!r}, expected two answers or more, or null for any.")
         self.answer, self.candidates, self.long_answers = answer, candidates, long_answers
@@ -101,7 +108,7 @@ class ClozeDataModule(TableDataModule):
 
     def _answered(self, table: Table, examples: list[Example]) -> list[Example]:
         """Return examples with the ids of their answers, without those whose answer is several tokens if so wished."""
-        answers = table.texts(self.answer)
+        answers = table.texts(self.answer) if self.words is None else self._words(table, self.words)
         ids = [self.template.answer(self.tokenizer, text) for text in answers]
         if self.candidates is not None:
             strange = [n for n, text in zip(table.numbers, answers, strict=True) if text not in self.candidates]
@@ -117,3 +124,13 @@ class ClozeDataModule(TableDataModule):
                 raise ValueError(f"{message}. Remove these rows, or set long_answers=drop to leave them out.")
             warnings.warn(f"{message}, and are left out.", stacklevel=2)
         return [e | {"labels": tokens[0]} for e, tokens in zip(examples, ids, strict=True) if len(tokens) == 1]
+
+    def _words(self, table: Table, words: dict[str, str]) -> list[str]:
+        labels = [str(label) for label in table.values(self.answer)]
+        strange = [n for n, label in zip(table.numbers, labels, strict=True) if label not in words]
+        if strange:
+            raise ValueError(
+                f"{str(table.path)!r} has a label in {where(strange)} that no word stands for. Words stand for "
+                f"{quoted(words)}."
+            )
+        return [words[label] for label in labels]

@@ -112,6 +112,31 @@ def build_model(
     return network
 
 
+def has_encoder(model: str | None, config: dict[str, Any] | None) -> bool:
+    """Whether a model that generates text reads its prompts by an encoder of its own.
+
+    Args:
+        model: A reference as `locate` reads it.
+        config: Settings of the architecture with its ``model_type``, in place of a model.
+
+    Raises:
+        ValueError: The model sees a text all at once, and so cannot tell how likely the next token is.
+    """
+    if (model is None) == (config is None):
+        return False  # build_model says what is wrong
+    found: PretrainedConfig
+    found = build_config(config) if config else transformers().AutoConfig.from_pretrained(locate(model or ""))
+    masked = transformers().models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if found.is_encoder_decoder:
+        return True
+    if found.model_type in masked and not getattr(found, "is_decoder", False):
+        raise ValueError(
+            f"{model or config!r} is an encoder ({found.model_type}), which sees all tokens of an answer at once. Take "
+            "a model with encoder and decoder, such as T5, or a decoder, or ask with Cloze."
+        )
+    return False
+
+
 def build_config(config: dict[str, Any]) -> PretrainedConfig:
     """A transformers config. Unlike transformers, it refuses names that the architecture does not know.
 

@@ -2,17 +2,99 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics import MetricCollection
 
 from lightning_peft.restoring import KEY, inject_from_checkpoint
+from lightning_peft.rows import TaskAdapter, row_tasks
+from lightning_peft.tasks.mixed_batches import TASK_IDS
+from lightning_peft.tasks.mixed_data import MixedDataModule
 from lightning_peft.tasks.optimization import adamw
 
 
 class TaskModule(LightningModule):
-    """Module whose hyperparameters name its optimization, and which reads checkpoints that hold adapters only."""
+    """Module over one network, whose hyperparameters name its optimization, and whose checkpoints hold adapters only.
+
+    Batches may mix the tasks of a `MixedDataModule`: each row takes the adapter of its own task where adapters hold
+    several, and evaluation logs the metrics of all rows and, as ``val_accuracy/NAME``, those of each task.
+
+    Args:
+        metrics: What evaluation measures.
+    """
+
+    network: Any
+    accuracy: str | None = None  # which metric is the share of right answers
+
+    def __init__(self, metrics: MetricCollection) -> None:
+        super().__init__()
+        self.val_metrics = metrics.clone(prefix="val_")
+        self.test_metrics = metrics.clone(prefix="test_")
+        self.metrics_by_task = nn.ModuleDict()
+
+    def data_of_tasks(self) -> list[Any]:
+        """The data that the Trainer runs on: that of each task where several are mixed, else one, or none."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, MixedDataModule):
+            return list(data.tasks.values())
+        return [] if data is None else [data]
+
+    def own_tasks(self, batch: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Context in which each row takes the adapter of its own task, if adapters hold several and the batch says."""
+        several = any(isinstance(module, TaskAdapter) and module.tasks > 1 for module in self.network.modules())
+        return row_tasks(self.network, batch[TASK_IDS]) if several and TASK_IDS in batch else nullcontext()
+
+    def labelled(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The logits (places, choices) wherever a batch has a label, and the labels (places,)."""
+        return self(**batch).float(), batch["labels"]
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        """Mean cross entropy of the labels."""
+        loss = mean_loss(*self.labelled(batch))
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def measure(self, split: str, batch: Mapping[str, Tensor], *rows: Tensor) -> None:
+        """Update and log the metrics of an evaluation.
+
+        Args:
+            split: ``val`` or ``test``.
+            batch: What was evaluated.
+            rows: Arguments of the metrics, each with one entry for each row.
+        """
+        metrics: MetricCollection = getattr(self, f"{split}_metrics")
+        metrics.update(*rows)
+        self.log_dict(metrics, prog_bar=True, batch_size=len(rows[0]))
+        for number in set(batch[TASK_IDS].tolist()) if TASK_IDS in batch else ():
+            key = f"{split}_{number}"
+            if key not in self.metrics_by_task:
+                fresh = metrics.clone()
+                fresh.reset()
+                self.metrics_by_task[key] = fresh
+            own: Any = self.metrics_by_task[key]
+            own.update(*(x[batch[TASK_IDS] == number] for x in rows))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of each task."""
+        self._log_tasks("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of each task."""
+        self._log_tasks("test")
+
+    def _log_tasks(self, split: str) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        for number, name in enumerate(data.tasks if isinstance(data, MixedDataModule) else ()):
+            metrics: Any = self.metrics_by_task[key] if (key := f"{split}_{number}") in self.metrics_by_task else None
+            if metrics is not None:
+                self.log_dict({f"{metric}/{name}": value for metric, value in metrics.compute().items()})
+                metrics.reset()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the adapters of such a checkpoint, so that ``load_from_checkpoint`` reads it."""
@@ -23,3 +105,8 @@ class TaskModule(LightningModule):
         """AdamW over what requires a gradient, with the schedule."""
         names = ("learning_rate", "weight_decay", "warmup_fraction", "schedule")
         return adamw(self, **{name: self.hparams[name] for name in names})
+
+
+def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy, the mean over places; zero where there is none."""
+    return cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))

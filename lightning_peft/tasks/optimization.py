@@ -1,4 +1,4 @@
-"""AdamW with a warm-up and a decay per step, as fine-tuning papers use it (https://arxiv.org/abs/1711.05101)."""
+"""Optimizers with a warm-up and a decay per step: AdamW (arXiv:1711.05101) and Adafactor (arXiv:1804.04235)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Literal
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch.optim import AdamW
+from torch.nn import Parameter
+from torch.optim import Adafactor, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 Schedule = Literal["constant", "cosine", "linear"]
@@ -44,6 +45,36 @@ def adamw(
         warmup_fraction: Share of all steps in which the learning rate grows.
         schedule: What follows the warm-up, as `multiplier` computes it.
     """
+    optimizer = AdamW(_trained(module), lr=learning_rate, weight_decay=weight_decay)
+    return _scheduled(module, optimizer, warmup_fraction, schedule)
+
+
+def adafactor(
+    module: LightningModule, learning_rate: float, warmup_fraction: float, schedule: Schedule
+) -> OptimizerLRSchedulerConfig:
+    """Adafactor as T5 and T-Few use it: steps scaled by each parameter's root mean square, no relative step.
+
+    The same as transformers' with scale_parameter=True and relative_step=False, whose 1e-30 is the square of the first
+    epsilon here. Torch's default for it, the type's precision, would mute gradients below 1e-7; 0 would divide by zero
+    where a gradient is. Past step 1/rate^2 (111,111 at 3e-3) torch lowers the rate to 1/sqrt(step).
+
+    Args:
+        module: Attached to a Trainer, which knows the number of steps.
+        learning_rate: Its highest value.
+        warmup_fraction: Share of all steps in which the learning rate grows.
+        schedule: What follows the warm-up, as `multiplier` computes it.
+    """
+    optimizer = Adafactor(_trained(module), lr=learning_rate, eps=(1e-15, 1e-3))
+    return _scheduled(module, optimizer, warmup_fraction, schedule)
+
+
+def _trained(module: LightningModule) -> list[Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _scheduled(
+    module: LightningModule, optimizer: Optimizer, warmup_fraction: float, schedule: Schedule
+) -> OptimizerLRSchedulerConfig:
     total = module.trainer.estimated_stepping_batches
     if math.isinf(total):
         if schedule != "constant" or warmup_fraction > 0:
@@ -52,8 +83,6 @@ def adamw(
                 "none. Set max_epochs or max_steps, or use schedule='constant' with warmup_fraction=0."
             )
         total = 0
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     scheduler = LambdaLR(optimizer, multiplier(int(total), warmup_fraction, schedule))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

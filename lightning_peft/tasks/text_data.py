@@ -83,9 +83,9 @@ class TextDataModule(TableDataModule):
     def _indices(self, split: Split, table: Table) -> list[int]:
         if split == "train" or self.classes is None:
             train = self.splits.file("train")
-            self._agree(_classes(_labels(train, self.label)), f"the train file {str(train.path)!r}")
+            self._agree(_classes(read_labels(train, self.label)), f"the train file {str(train.path)!r}")
         index = {str(name): position for position, name in enumerate(self.classes or ())}
-        labels = _labels(table, self.label)
+        labels = read_labels(table, self.label)
         for label, number in zip(labels, table.numbers, strict=True):
             if label not in index:
                 raise ValueError(
@@ -119,7 +119,16 @@ class TextDataModule(TableDataModule):
             self._agree(state_dict["classes"], "The checkpoint")
 
 
-def _labels(table: Table, column: str) -> list[str]:
+def read_labels(table: Table, column: str) -> list[str]:
+    """The labels of a table as text.
+
+    Args:
+        table: Its rows.
+        column: Of strings or whole numbers.
+
+    Raises:
+        ValueError: If a row has none.
+    """
     values = table.values(column)
     wrong = [
         number

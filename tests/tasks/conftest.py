@@ -75,6 +75,12 @@ def llama() -> dict[str, Any]:
 
 
 @pytest.fixture
+def t5() -> dict[str, Any]:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    return {"model_type": "t5", "vocab_size": 32, "feed_forward_proj": "gated-gelu", **sizes}
+
+
+@pytest.fixture
 def write(tmp_path: Path) -> Callable[[str, Sequence[dict[str, Any]]], str]:
     """Writes rows as JSONL and returns the file's path."""
 

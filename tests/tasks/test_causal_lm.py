@@ -11,6 +11,7 @@ from lightning import LightningDataModule, Trainer, seed_everything
 from torch.nn.functional import cross_entropy
 
 from lightning_peft.tasks import CausalLM, InstructionDataModule
+from lightning_peft.tasks.module import mean_loss
 
 Write = Callable[..., str]
 STORIES = Path(__file__).parents[2].parent / "shared" / "models" / "stories260K"
@@ -74,7 +75,7 @@ def test_two_steps_train_every_parameter(tmp_path: Path, llama: dict[str, Any], 
 def test_a_batch_without_labelled_tokens_has_loss_zero(llama: dict[str, Any]) -> None:
     ids = torch.tensor([[1, 5, 6]])
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, -100)}
-    assert CausalLM(config=llama)._loss(batch)[0] == 0
+    assert mean_loss(*CausalLM(config=llama).labelled(batch)) == 0
 
 
 def test_generation_does_not_depend_on_the_side_of_padding_and_restores_modes(

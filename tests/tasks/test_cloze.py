@@ -77,8 +77,8 @@ def test_loss_and_answers_are_those_at_the_mask(
     town = data.tokenizer.get_vocab()["town0"]
     chosen = logits[:, town : town + 6].argmax(1) + town
     assert results["test_p_at_1"] == pytest.approx((chosen == y).float().mean().item())
-    module.candidates = None
-    assert torch.equal(module._answers(logits), logits.argmax(1))
+    module.candidates = []
+    assert torch.equal(module._answers(logits, {}), logits.argmax(1))
 
 
 def test_a_trained_model_predicts_answers_as_words(
@@ -110,6 +110,20 @@ def test_answers_of_several_tokens_are_refused_or_dropped_with_their_number(toke
     path = write("all.jsonl", LONG[1:])
     with pytest.raises(ValueError, match="1 of 1 answers"):
         ClozeDataModule("{who} {mask}", path, long_answers="drop", **settings).examples("train")
+
+
+def test_words_stand_for_labels_which_may_share_one(tokenizer: str, write: Write) -> None:
+    path = write("labels.jsonl", [{"who": f"person{label}", "label": label} for label in (0, 1, 2)])
+    settings = {"answer": "label", "tokenizer": tokenizer, "validation_fraction": 0}
+    words = {"0": "town0", "1": "town1", "2": "town0"}
+    data = ClozeDataModule("{who} {mask}", path, words=words, **settings)
+    known = data.tokenizer.get_vocab()
+    assert [row["labels"] for row in data.examples("train")] == [known[f"town{i}"] for i in (0, 1, 0)]
+    assert data.candidate_ids() == [known["town0"], known["town1"]]
+    with pytest.raises(ValueError, match=r"label in row 3 that no word stands for\. Words stand for '0', '1'\."):
+        ClozeDataModule("{mask}", path, words={"0": "town0", "1": "town1"}, **settings).examples("train")
+    with pytest.raises(ValueError, match="expected one of them"):
+        ClozeDataModule("{mask}", path, words=words, candidates=HOMES)
 
 
 def test_what_cannot_be_asked_is_refused(homes: str, tokenizer: str, write: Write) -> None:

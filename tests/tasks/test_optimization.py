@@ -5,7 +5,7 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_peft.tasks.optimization import adamw, check_optimization, multiplier
+from lightning_peft.tasks.optimization import adafactor, adamw, check_optimization, multiplier
 
 
 def factors(total: int, warmup_fraction: float, schedule: str) -> list[float]:
@@ -80,3 +80,29 @@ def test_training_without_an_end_needs_a_constant_rate() -> None:
 def test_values_that_cannot_train_are_refused(values: tuple[float, float, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_optimization(*values)
+
+
+@pytest.mark.parametrize("shape", [(6,), (4, 5)])
+def test_adafactor_steps_as_t_fews(shape: tuple[int, ...]) -> None:
+    """Beside transformers', which the authors took: some gradients are zero, sizes reach over ten orders."""
+    theirs = pytest.importorskip("transformers.optimization")
+    torch.manual_seed(0)
+    module = nn.Module()
+    module.a = nn.Parameter(torch.ones(shape))
+    module.trainer = type("Run", (), {"estimated_stepping_batches": 100})  # type: ignore[assignment]
+    other = nn.Parameter(torch.ones(shape))
+    configured = adafactor(module, learning_rate=3e-3, warmup_fraction=0.06, schedule="linear")  # type: ignore[arg-type]
+    reference = theirs.Adafactor([other], lr=3e-3, scale_parameter=True, relative_step=False, warmup_init=False)
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    factor = multiplier(100, 0.06, "linear")
+    for step in range(100):
+        gradient = torch.randn(shape) * 10.0 ** float(torch.randint(-8, 3, ()))
+        gradient[0] = 0
+        module.a.grad, other.grad = gradient.clone(), gradient.clone()
+        reference.param_groups[0]["lr"] = 3e-3 * factor(step)
+        optimizer.step()
+        reference.step()
+        schedule.step()
+        assert torch.allclose(module.a, other, atol=1e-6)
+    assert (other[0] == 1).all()
+    assert (other - 1).abs().max() > 1e-3

@@ -1,0 +1,192 @@
+"""Losses over several answers, one of them right: T-Few, https://arxiv.org/abs/2205.05638.
+
+Everywhere, labels (batch, choices, tokens) hold the token ids of each choice, -100 at padding; a choice that is wholly
+-100 is absent, so rows may have different numbers of choices. Logits (batch, choices, tokens, vocabulary) predict the
+label at their own place. They may be given without the absent choices, too: (present choices, tokens, vocabulary), in
+the order of ``labels``. Gold (batch,) is the number of each row's right choice. Computed in float32 or wider;
+what does not fit together is a ValueError.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+PADDING = -100
+
+
+def language_modeling(logits: Tensor, labels: Tensor, gold: Tensor) -> Tensor:
+    """Return L_LM, the batch's mean of -1/T sum_t log p(y_t | x, y_<t) over the T tokens of the right choice.
+
+    Args:
+        logits: See above, as with ``labels`` and ``gold``.
+        labels: Token ids.
+        gold: Right choices.
+    """
+    return Likelihoods(logits, labels, gold).language_modeling()
+
+
+def unlikelihood(logits: Tensor, labels: Tensor, gold: Tensor, epsilon: float = 0.0) -> Tensor:
+    """Return L_UL, the batch's mean of -sum_n sum_t log(1 - p(y^n_t | x, y^n_<t)) / sum_n T^n over wrong choices n.
+
+    A row without a wrong choice counts as 0. Without an epsilon, 1 - p is the sum of all other probabilities: the value
+    keeps its digits and the gradient stays finite and right where p rounds to 1.
+
+    Args:
+        logits: See above, as with ``labels`` and ``gold``.
+        labels: Token ids.
+        gold: Right choices.
+        epsilon: Added to 1 - p; 0 in the paper, 0.01 in the authors' code.
+    """
+    return Likelihoods(logits, labels, gold).unlikelihood(epsilon)
+
+
+def length_normalized(logits: Tensor, labels: Tensor, gold: Tensor) -> Tensor:
+    """Return L_LN, the batch's mean cross entropy of the right choice under softmax(beta), beta being ``scores``.
+
+    Args:
+        logits: See above, as with ``labels`` and ``gold``.
+        labels: Token ids.
+        gold: Right choices.
+    """
+    return Likelihoods(logits, labels, gold).length_normalized()
+
+
+def scores(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return beta (batch, choices), 1/T sum_t log p(y_t | x, y_<t) of each choice; minus infinity where it is absent.
+
+    The largest of a row is the answer: rank classification with length normalization.
+
+    Args:
+        logits: See above, as with ``labels``.
+        labels: Token ids.
+    """
+    return Likelihoods(logits, labels).scores
+
+
+def token_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return log p of each token (batch, choices, tokens), 0 at padding.
+
+    Args:
+        logits: See above, as with ``labels``.
+        labels: Token ids.
+    """
+    return Likelihoods(logits, labels).log_probabilities
+
+
+@dataclass(frozen=True, eq=False)
+class Likelihoods:
+    """What all the losses need, computed once: the log-probability of each token of each choice.
+
+    Args:
+        logits: See above, as with ``labels`` and ``gold``.
+        labels: Token ids.
+        gold: Right choices; ``scores`` alone do without.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    gold: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _check_labels(self.logits, self.labels)
+        packed = (int(self.present.sum()), *self.labels.shape[2:])
+        if self.logits.shape[:-1] not in (self.labels.shape, packed):
+            raise ValueError(
+                f"Got logits {tuple(self.logits.shape)} with labels {tuple(self.labels.shape)}, expected logits "
+                f"{(*self.labels.shape, 'vocabulary')}, or {(*packed, 'vocabulary')} without the absent choices."
+            )
+        if self.gold is not None:
+            _check_gold(self.gold, self.present)
+
+    @cached_property
+    def present(self) -> Tensor:
+        """Which choices there are (batch, choices)."""
+        return (self.labels != PADDING).any(-1)
+
+    @cached_property
+    def log_probabilities(self) -> Tensor:
+        """The log-probability of each token (batch, choices, tokens), 0 at padding."""
+        logits, labels = self._packed
+        return self._spread(-cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels))
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """Mean log-probability of each choice (batch, choices); minus infinity where it is absent."""
+        count = (self.labels != PADDING).sum(-1).clamp(min=1)
+        return (self.log_probabilities.sum(-1) / count).masked_fill(~self.present, -torch.inf)
+
+    def language_modeling(self) -> Tensor:
+        """Return L_LM."""
+        return -self.scores.gather(1, self._gold[:, None]).mean()
+
+    def length_normalized(self) -> Tensor:
+        """Return L_LN."""
+        return cross_entropy(self.scores, self._gold)
+
+    def unlikelihood(self, epsilon: float = 0.0) -> Tensor:
+        """Return L_UL with 1 - p + epsilon inside the logarithm."""
+        if not epsilon >= 0:
+            raise ValueError(f"Got epsilon={epsilon}, expected 0 (as in the paper) or above, such as 0.01.")
+        wrong = self.labels != PADDING
+        wrong = wrong.scatter(1, self._gold[:, None, None].expand(-1, 1, wrong.shape[2]), False)
+        if epsilon > 0:
+            rest = torch.log(epsilon - torch.expm1(self.log_probabilities))
+        else:
+            rest = self._spread(_log_rest(*self._packed))
+        total = rest.masked_fill(~wrong, 0.0).sum((1, 2))
+        return -(total / wrong.sum((1, 2)).clamp(min=1)).mean()
+
+    @property
+    def _gold(self) -> Tensor:
+        if self.gold is None:
+            raise ValueError("Got gold=None, expected the number of each row's right choice.")
+        return self.gold
+
+    @cached_property
+    def _packed(self) -> tuple[Tensor, Tensor]:
+        """Logits in a wide type and labels of the present choices."""
+        here = self.logits if self.logits.dim() == 3 else self.logits.flatten(0, 1)
+        if len(here) != int(self.present.sum()):
+            here = here[self.present.flatten()]
+        return here.to(torch.promote_types(here.dtype, torch.float32)), self.labels[self.present]
+
+    def _spread(self, packed: Tensor) -> Tensor:
+        """Return (present choices, tokens) as (batch, choices, tokens), 0 where a choice is absent."""
+        return packed.new_zeros(self.labels.shape).masked_scatter(self.present[..., None], packed)
+
+
+def _log_rest(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return log(1 - p) as the logarithm of all other tokens' sum, so that nothing is lost where p rounds to 1."""
+    others = logits.scatter(-1, labels.clamp(min=0)[..., None], -torch.inf)
+    return others.logsumexp(-1) - logits.logsumexp(-1)
+
+
+def _check_labels(logits: Tensor, labels: Tensor) -> None:
+    if labels.dim() != 3 or labels.is_floating_point() or logits.dim() not in (3, 4):
+        raise ValueError(
+            f"Got logits {tuple(logits.shape)} and {labels.dtype} labels {tuple(labels.shape)}, expected logits "
+            "(batch, choices, tokens, vocabulary) and whole numbers as labels (batch, choices, tokens)."
+        )
+    strange = labels[((labels < 0) & (labels != PADDING)) | (labels >= logits.shape[-1])]
+    if len(strange):
+        raise ValueError(
+            f"Got the label {int(strange[0])}, expected a token from 0 to {logits.shape[-1] - 1}, or -100 for padding."
+        )
+
+
+def _check_gold(gold: Tensor, present: Tensor) -> None:
+    rows, choices = present.shape
+    if gold.shape != (rows,) or gold.dtype != torch.long:
+        raise ValueError(f"Got {gold.dtype} gold {tuple(gold.shape)}, expected torch.int64 of shape ({rows},).")
+    outside = (gold < 0) | (gold >= choices)
+    if outside.any():
+        raise ValueError(f"Got gold={int(gold[outside][0])}, expected the number of a choice from 0 to {choices - 1}.")
+    absent = ~present.gather(1, gold[:, None])[:, 0]
+    if absent.any():
+        row = int(absent.nonzero()[0])
+        raise ValueError(f"Row {row} has gold={int(gold[row])}, but that choice is absent: all its labels are -100.")

@@ -1,0 +1,169 @@
+"""Several tasks in one batch, each row with the number of its task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader
+
+from lightning_peft.tasks.batches import Example, TableDataModule
+from lightning_peft.tasks.mixed_batches import TASK_IDS, MixedLoader, TaskExamples
+from lightning_peft.tasks.mixtures import Mixture
+from lightning_peft.tasks.names import quoted
+from lightning_peft.tasks.splits import Split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class MixedDataModule(LightningDataModule):
+    """Batches that mix the rows of several tasks; ``batch["task_ids"]`` has the position of each row's task.
+
+    Train batches go on exactly where a checkpoint stopped, also inside an epoch. In the other splits come all rows of
+    all tasks, one task after the other; the ready modules log the metrics of each task as ``val_accuracy/NAME``.
+
+    Args:
+        tasks: The data of each task by name: of one class, with one tokenizer, and where they have classes with the
+            same. Their own batch_size and num_workers do not count.
+        batch_size: Rows per batch.
+        sampling: ``proportional``: an epoch is every row once, of a task at most 2^18, in shuffled batches.
+            ``stochastic``: as multitask prompt tuning samples tasks, see `lightning_peft.tasks.mixtures.Mixture`.
+        num_workers: Processes that build batches.
+        seed: Decides the train batches; None takes that of torch's generator, which ``seed_everything`` sets.
+
+    Raises:
+        ValueError: The tasks do not belong together.
+    """
+
+    def __init__(
+        self,
+        tasks: dict[str, TableDataModule],
+        batch_size: int = 16,
+        sampling: Literal["proportional", "stochastic"] = "proportional",
+        num_workers: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        kinds = {name: type(task) for name, task in tasks.items()}
+        if len(tasks) < 2 or len(set(kinds.values())) > 1:
+            given = quoted(f"{name}: {kind.__name__}" for name, kind in kinds.items())
+            raise ValueError(f"Got the tasks {given}, expected two or more of one class.")
+        Mixture([1] * len(tasks), batch_size, sampling, 0)  # refuses what cannot be sampled
+        self.tasks, self.batch_size, self.sampling = tasks, batch_size, sampling
+        self.num_workers, self.seed = num_workers, seed
+        self._train: MixedLoader | None = None
+        self._stopped: dict[str, Any] | None = None  # where a checkpoint stopped, until the train batches are built
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tasks' tokenizer."""
+        return self._first.tokenizer
+
+    @property
+    def classes(self) -> list[str] | list[int] | None:
+        """The tasks' classes, where they have some."""
+        return getattr(self._first, "classes", None)
+
+    @property
+    def _first(self) -> TableDataModule:
+        return next(iter(self.tasks.values()))
+
+    def setup(self, stage: str) -> None:
+        """Set each task up, and compare them."""
+        for task in self.tasks.values():
+            task.trainer = self.trainer
+            task.setup(stage)
+        vocabulary = self.tokenizer.get_vocab()
+        for name, task in self.tasks.items():
+            if task.tokenizer.get_vocab() != vocabulary or task.tokenizer.padding_side != self.tokenizer.padding_side:
+                raise ValueError(f"Task {name!r} has another tokenizer than the first. Give all tasks the same.")
+
+    def train_dataloader(self) -> MixedLoader:
+        """Mixed batches of the train rows."""
+        rows = self._rows("train")
+        seed = torch.initial_seed() if self.seed is None else self.seed
+        rank, world = 0, 1
+        if self.trainer is not None:
+            rank, world = self.trainer.global_rank, self.trainer.world_size
+            seed = self.trainer.strategy.broadcast(seed)  # each process takes its share of one stream
+        mixture = ([len(task.examples("train")) for task in self.tasks.values()], self.batch_size, self.sampling, seed)
+        self._train = MixedLoader(rows, mixture, self.collate, self.num_workers, rank, world)
+        if self._stopped is not None:
+            self._train.load_state_dict(self._stopped)
+            self._stopped = None
+        return self._train
+
+    def val_dataloader(self) -> DataLoader[Example] | list[DataLoader[Example]]:
+        """Batches of all validation rows; an empty list without any."""
+        return self._loader("validation") if self._has("validation") else []
+
+    def test_dataloader(self) -> DataLoader[Example]:
+        """Batches of all test rows."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Example]:
+        """Batches of all rows to predict."""
+        return self._loader("predict")
+
+    def collate(self, examples: list[Example]) -> dict[str, Tensor]:
+        """The batch, as the tasks make theirs, with the task of each row."""
+        ids = [example[TASK_IDS] for example in examples]
+        own = [{name: value for name, value in row.items() if name != TASK_IDS} for row in examples]
+        return {**self._first.collate(own), TASK_IDS: torch.tensor(ids)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of each task, and where the train batches are.
+
+        Lightning keeps the latter as well, but brings it back too late once ``configure_optimizers`` asked for the
+        number of steps.
+        """
+        tasks = {name: task.state_dict() for name, task in self.tasks.items()}
+        return {"tasks": tasks, "train": None if self._train is None else self._train.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Hand each task its own; a fit goes on where the train batches were.
+
+        Args:
+            state_dict: As `state_dict` returned it.
+
+        Raises:
+            ValueError: If it is of other tasks, or in another order.
+        """
+        given = state_dict["tasks"]
+        if list(given) != list(self.tasks):
+            raise ValueError(
+                f"The checkpoint has the tasks {quoted(given)}, the data {quoted(self.tasks)}. Give the same "
+                "tasks in the same order: adapters know them by their positions."
+            )
+        for name, task in self.tasks.items():
+            task.load_state_dict(given[name])
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._stopped = state_dict["train"]
+
+    def _has(self, split: Split) -> bool:
+        missing = [name for name, task in self.tasks.items() if not task.splits.has(split)]
+        if missing and len(missing) < len(self.tasks):
+            raise ValueError(f"The tasks {quoted(missing)} have no {split} file, the others have. Give all or none.")
+        return not missing
+
+    def _rows(self, split: Split) -> ConcatDataset[Example]:
+        self._has(split)
+        rows = [TaskExamples(task.examples(split), i) for i, task in enumerate(self.tasks.values())]
+        differ = [name for name, task in self.tasks.items() if getattr(task, "classes", None) != self.classes]
+        if differ:
+            raise ValueError(
+                f"The tasks {quoted(differ)} have other classes than the first, {quoted(self.classes or ())}, and one "
+                "classifier cannot serve both. Give them the same labels, or ask with ClozeDataModule."
+            )
+        return ConcatDataset(rows)
+
+    def _loader(self, split: Split) -> DataLoader[Example]:
+        rows = self._rows(split)
+        return DataLoader(rows, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=self.collate)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "trainer": None}
