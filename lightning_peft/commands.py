@@ -10,6 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, auto_cli
 
 from .files import inspect_adapter
+from .recipes.mpt import mpt
 
 Command = Callable[[list[str]], Any]
 
@@ -32,12 +33,27 @@ def inspect(arguments: list[str]) -> None:
 
 
 def recipe(function: Callable[..., Any]) -> Command:
-    """Return the command of a recipe, whose arguments and ``--config`` are the function's typed arguments."""
+    """Return the command of a recipe, with the function's arguments and ``--config``; prints a dict that it returns."""
 
     def run(arguments: list[str]) -> None:
-        auto_cli(function, args=arguments, as_positional=False, prog=f"lightning-peft {function.__name__}")
+        report = auto_cli(function, args=arguments, as_positional=False, prog=f"lightning-peft {function.__name__}")
+        if isinstance(report, dict):
+            say(_lines(report))
 
     return run
+
+
+def _lines(report: dict[str, Any], prefix: str = "") -> str:
+    """Return a report as lines of names and values."""
+    lines = []
+    for name, value in report.items():
+        nested = isinstance(value, dict)
+        lines.append(_lines(value, f"{prefix}{name} ") if nested else f"{prefix + name:<24}{_short(value)}")
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else f"{value}"
 
 
 def say(text: str) -> None:
@@ -45,4 +61,4 @@ def say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
 
 
-COMMANDS: dict[str, Command] = {"inspect": inspect}
+COMMANDS: dict[str, Command] = {"inspect": inspect, "mpt": recipe(mpt)}
