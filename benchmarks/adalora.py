@@ -1,4 +1,4 @@
-"""python benchmarks/adalora.py: AdaLoRA on MiniLM and SST-2; writes results/adalora.json and results/adalora_ranks.svg.
+"""python benchmarks/adalora.py: AdaLoRA on MiniLM and SST-2; writes results/adalora.json and results/adalora_ranks.png.
 
 Three runs: a whole one; the same, stopped in the middle and resumed in a fresh module and Trainer, compared bit by bit;
 and a short one that keeps all its triplets. Needs the folder of real data beside the checkout.
@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader
 
 import lightning_peft as lp
 from lightning_peft.inject import adapters_of
-from lightning_peft.plots import rank_map
 from lightning_peft.tasks import TextClassification, TextDataModule
 from lightning_peft.tasks.optimization import multiplier
 
@@ -205,7 +204,7 @@ def main() -> None:
     }  # fmt: skip
     written = {"where": harness.environment(), "results": results}
     (harness.RESULTS / "adalora.json").write_text(json.dumps(written, indent=2) + "\n")
-    (harness.RESULTS / "adalora_ranks.svg").write_text(rank_map(module))
+    lp.plots.save(lp.plots.rank_map(module), harness.RESULTS / "adalora_ranks.png")
 
 
 if __name__ == "__main__":

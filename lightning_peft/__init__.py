@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from . import plots
 from .adapter import Adapter, WeightUpdate
 from .checkpoint import full_state_dict, global_state, local_state
 from .ensembles import ensemble, join_prompts, majority_vote
@@ -78,6 +79,7 @@ __all__ = [
     "local_state",
     "majority_vote",
     "merge",
+    "plots",
     "quantize",
     "row_tasks",
     "save_adapter",

@@ -28,6 +28,7 @@ class Adapter(nn.Module, ABC):
     alone = False  # whether no other adapter may update the same rows of its host's weight
     unmergeable = "no weight of the host expresses it"  # why, where ``merge`` is not implemented
     personal: tuple[str, ...] = ()  # names of tensors that stay with a client in federated training
+    shows: Mapping[str, str] = {}  # names of tensors by what ``plots`` makes of them: ``ranks``, ``gates``, ``tokens``
     part = ""  # which part of a host this adapter serves, where a method puts several on one host
 
     @abstractmethod

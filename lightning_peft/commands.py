@@ -10,6 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, auto_cli
 
 from .files import inspect_adapter
+from .plots.files import adapter, curves, parameters
 from .recipes.mpt import mpt
 
 Command = Callable[[list[str]], Any]
@@ -30,6 +31,25 @@ def inspect(arguments: list[str]) -> None:
     lines += [f"also trained: {', '.join(report['also_train']) or 'nothing'}", f"base fingerprint: {report['base']}"]
     lines += [f"{t['key']:<70} {t['shape']!s:<16} norm {t['norm']:.4g}" for t in report["tensors"]]
     say("\n".join([*lines, f"{report['parameters']:,} parameters"]))
+
+
+def plot(arguments: list[str]) -> None:
+    """Draw runs or an adapter, and print which files were written."""
+    parser = ArgumentParser(prog="lightning-peft plot", description="Draw runs, or what an adapter holds.")
+    kinds, drawn = parser.add_subcommands(dest="picture"), {}
+    for function, first, count, what in (
+        (curves, "folders", "+", "Folders of runs with CSVLogger"),
+        (parameters, "folders", "+", "Folders of runs of `lightning-peft fit`"),
+        (adapter, "folder", None, "Folder that save_adapter wrote"),
+    ):
+        kind = ArgumentParser()
+        kind.add_argument(first, type=str, nargs=count, help=what)
+        kind.add_function_arguments(function, skip={first}, as_group=False)
+        kinds.add_subcommand(function.__name__, kind, help=(function.__doc__ or "").partition("\n")[0])
+        drawn[function.__name__] = function
+    options = parser.parse_args(arguments)
+    for path in drawn[options.picture](**options[options.picture].as_dict()):
+        say(str(path))
 
 
 def recipe(function: Callable[..., Any]) -> Command:
@@ -61,4 +81,4 @@ def say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
 
 
-COMMANDS: dict[str, Command] = {"inspect": inspect, "mpt": recipe(mpt)}
+COMMANDS: dict[str, Command] = {"inspect": inspect, "mpt": recipe(mpt), "plot": plot}

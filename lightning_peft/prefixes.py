@@ -80,7 +80,7 @@ class Prefix(Adapter):
         encoder: What computes H.
     """
 
-    unmergeable = _UNMERGEABLE
+    unmergeable, shows = _UNMERGEABLE, {"tokens": "key"}
 
     def __init__(
         self, like: Tensor, widths: tuple[int, int], length: int, dropout: float, encoder: PrefixEncoder | None = None

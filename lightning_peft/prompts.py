@@ -39,6 +39,8 @@ class Prompt(TaskAdapter):
         tasks: Number of tasks.
     """
 
+    shows = {"tokens": "prompt"}
+
     def __init__(self, place: Place, tasks: int) -> None:
         super().__init__(tasks)
         self.surround, self.names = place.surround, names_of(place.host)

@@ -30,6 +30,8 @@ class Triplets(LowRankUpdate):
         part: Rows of a fused layer to update.
     """
 
+    shows = {"ranks": "kept"}
+
     def __init__(
         self, host: Any, rank: int, scale: float, dropout: float = 0.0, part: tuple[str, int, int] | None = None
     ) -> None:

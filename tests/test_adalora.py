@@ -15,7 +15,6 @@ from trainer_models import Module, Resumable, data, module, trainer
 
 import lightning_peft as lp
 from lightning_peft.inject import adapters_of
-from lightning_peft.plots import rank_map
 from lightning_peft.triplets import Triplets, alike, allocate, observe, score
 
 pytestmark = [
@@ -572,40 +571,3 @@ def test_a_layer_may_lose_all_its_triplets(all_layers, trained, tmp_path):
     assert sum(one.kept.sum() for one in found(fresh)) == 2 * 21
     lp.merge(trained)
     torch.testing.assert_close(logits(trained(tokens())), y, atol=1e-5, rtol=1e-5)
-
-
-# The picture
-
-
-def cells(svg):
-    """What the cells say by host, and all other text."""
-    import re
-    import xml.etree.ElementTree as ElementTree
-
-    texts = [text.text for text in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]  # noqa: S314
-    return dict(re.findall(r"<title>(.*): (\d+ of \d+)</title>", svg)), texts
-
-
-def test_the_rank_map_has_a_row_for_each_kind_and_a_column_for_each_block():
-    model = adapted()
-    inside = {name: one for name, _, _, one in lp.adapters(model)}
-    inside["model.layers.2.mlp.up_proj"].kept[:3] = 0
-    said, texts = cells(rank_map(model))
-    assert said == {name: "1 of 4" if name.endswith("2.mlp.up_proj") else "4 of 4" for name in inside}
-    kinds = [name.removeprefix("model.layers.0.") for name in list(inside)[:7]]
-    numbers = ["4"] * 20
-    numbers.insert(list(inside).index("model.layers.2.mlp.up_proj"), "1")
-    assert texts == ["kept triplets: 81 of 84", "0", "1", "2", *kinds, *numbers]
-
-
-def test_the_rank_map_takes_any_names():
-    parts = {"encoder": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), "decoder": nn.ModuleList([nn.Linear(4, 4)])}
-    model = nn.ModuleDict({**parts, "a<b": nn.Linear(4, 4), "head": nn.Sequential(nn.Linear(4, 4))})
-    lp.inject(model, ada(targets=["*"], exclude=["encoder", "decoder", "head"]))
-    said, texts = cells(rank_map(model))
-    assert said == dict.fromkeys(["encoder.0", "encoder.1", "decoder.0", "a&lt;b", "head.0"], "4 of 4")
-    assert texts[1:8] == ["0", "1", None, "encoder", "decoder", "a<b", "head"]
-    fused = lp.inject(MODELS["gpt2"](), ada(targets=["attention.query"]))
-    assert set(cells(rank_map(fused))[0]) == {f"transformer.h.{block}.attn.c_attn.query" for block in range(3)}
-    with pytest.raises(ValueError, match="No adapter of this model has triplets"):
-        rank_map(lp.inject(MODELS["llama"](), lp.LoRA()))

@@ -93,6 +93,8 @@ class LLaMAAdapterPrompt(Adapter):
         heads: Number of query heads.
     """
 
+    shows = {"gates": "gate", "tokens": "prompt"}
+
     def __init__(self, host: nn.Module, project: KeyValue, length: int, heads: int) -> None:
         super().__init__()
         width, other = project.inputs(host)

@@ -1,0 +1,18 @@
+"""Pictures of adapters and of runs, as figures of matplotlib: pip install "lightning-peft[plots]"."""
+
+from .curves import learning_curves, validated
+from .files import pictures, save
+from .maps import gate_map, rank_map
+from .parameters import accuracy_over_parameters
+from .similarity import prompt_similarity
+
+__all__ = [
+    "accuracy_over_parameters",
+    "gate_map",
+    "learning_curves",
+    "pictures",
+    "prompt_similarity",
+    "rank_map",
+    "save",
+    "validated",
+]

@@ -1,0 +1,91 @@
+"""Runs as they lie on disk: their names, what they logged, what they reported."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .contents import shortened
+from .labels import Point
+
+METRICS, REPORT = "metrics.csv", "report.json"
+Folder = str | os.PathLike[str]
+
+
+def find_runs(folders: Iterable[Folder], file: str) -> dict[str, Path]:
+    """Return the files of runs by the shortest names that tell their folders apart.
+
+    Args:
+        folders: Folders with such a file, or above folders ``version_0, version_1, ...`` of which the last one counts;
+            or such files.
+        file: Its name.
+
+    Raises:
+        ValueError: No folder is given.
+        FileNotFoundError: A folder holds no such file.
+    """
+    paths = list(dict.fromkeys(_find(Path(folder), file).resolve() for folder in folders))
+    if not paths:
+        raise ValueError(f"No run is given; name folders that hold {file}.")
+    places = [path.parent for path in paths]
+    above = [place.parent if place.name.startswith("version_") else place for place in places]
+    if len(set(above)) == len(above):
+        places = above
+    names = [places[0].name] if len(places) == 1 else shortened([place.as_posix() for place in places], "/")
+    return dict(zip(names, paths, strict=True))
+
+
+def _find(folder: Path, file: str) -> Path:
+    if folder.name == file and folder.is_file():
+        return folder
+    if (folder / file).is_file():
+        return folder / file
+    versions = [path for path in folder.glob(f"version_*/{file}") if path.parent.name[8:].isdecimal()]
+    if not versions:
+        raise FileNotFoundError(
+            f"{folder} holds no {file}. Expected the folder of a run, or the one above its folders version_0, "
+            f"version_1, ...: CSVLogger writes metrics.csv, `lightning-peft fit` writes report.json."
+        )
+    return max(versions, key=lambda path: int(path.parent.name[8:]))
+
+
+def read_metrics(path: Path) -> dict[str, list[Point]]:
+    """Return (step, value) pairs by metric, as CSVLogger wrote them."""
+    found: dict[str, list[Point]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if value and name not in ("epoch", "step"):
+                    found.setdefault(name, []).append((float(row["step"]), float(value)))
+    if not found:
+        raise ValueError(f"{path} holds no values; the run logged nothing yet.")
+    return found
+
+
+def read_points(folders: Iterable[Folder], metric: str) -> dict[str, Point]:
+    """Return (trained parameters, metric) of runs by name, as ``lightning-peft fit`` reported them."""
+    points = {}
+    for name, path in find_runs(folders, REPORT).items():
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values = {k: v for k, v in report.items() if isinstance(v, int | float)}
+        points[name] = (values["trainable_parameters"], chosen(values, metric, str(path)))
+    return points
+
+
+def chosen(values: Mapping[str, Any], metric: str, source: str) -> Any:
+    """Return the value of a metric.
+
+    Raises:
+        ValueError: There is none; names those that are like it.
+    """
+    if metric not in values:
+        known: Sequence[str] = sorted(values)
+        close = difflib.get_close_matches(metric, known, n=5)
+        has = f"Close names: {', '.join(close)}." if close else f"It has: {', '.join(known[:20])}."
+        raise ValueError(f"{source} has no metric {metric!r}. {has}")
+    return values[metric]
