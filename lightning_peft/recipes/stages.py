@@ -61,15 +61,14 @@ class Stage:
         return (self.adapter / CONFIG).is_file()
 
     def check(self) -> None:
-        """Compare the settings with those that the folder was begun with.
+        """Compare the settings with those that the folder's checkpoint or adapter was trained with.
 
         Raises:
             ValueError: Some differ; names them.
         """
-        path = self.folder / _SETTINGS
-        if not path.is_file():
-            return
-        before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(self.settings)
+        if not (self.done or (self.folder / _LAST).is_file()):
+            return  # what failed before its first epoch ended may be corrected
+        before, now = _flat(json.loads((self.folder / _SETTINGS).read_text(encoding="utf-8"))), _flat(self.settings)
         differ = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
         if differ:
             shown = "; ".join(f"{name}: {before.get(name)!r} before, now {now.get(name)!r}" for name in differ[:5])
@@ -95,12 +94,16 @@ class Stage:
             data: Its data.
             trainer: Arguments of the Trainer.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / _SETTINGS, self.settings)
         last = self.folder / _LAST
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "devices": 1}
         options: Plain = {**quiet, **trainer, "default_root_dir": str(self.folder)}
         run = Trainer(**options, max_epochs=self.settings["epochs"], callbacks=[strategy, LastCheckpoint(last)])
+        if run.world_size > 1:
+            raise ValueError(
+                f"Got a Trainer of {run.world_size} processes, expected one: stages hand files on. Set devices: 1."
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / _SETTINGS, self.settings)
         run.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
         report = {"epochs": run.current_epoch, "steps": run.global_step}
         report |= evaluate(Trainer(**options, enable_checkpointing=False), evaluated, data)

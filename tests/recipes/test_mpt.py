@@ -141,6 +141,9 @@ def test_changed_files_and_arguments_of_stages_are_refused(finished, folder, tmp
     output, _ = finished
     with pytest.raises(ValueError, match=r"Got trainer=\['max_epochs'\]"):
         run(folder, tmp_path / "new", trainer={"max_epochs": 3})
+    with pytest.raises(ValueError, match="Got a Trainer of 2 processes, expected one"):
+        run(folder, tmp_path / "new", trainer={**QUIET, "devices": 2})
+    assert not (tmp_path / "new").exists()
     file = folder / "size.jsonl"
     text = file.read_text()
     file.write_text(text.replace("small", "large", 1))
