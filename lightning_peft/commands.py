@@ -13,6 +13,7 @@ from .files import inspect_adapter
 from .plots.files import adapter, curves, parameters
 from .recipes.features import features
 from .recipes.federated import federated
+from .recipes.mpt import mpt
 
 Command = Callable[[list[str]], Any]
 
@@ -81,5 +82,6 @@ COMMANDS: dict[str, Command] = {
     "features": recipe(features),
     "federated": recipe(federated),
     "inspect": inspect,
+    "mpt": recipe(mpt),
     "plot": plot,
 }
