@@ -25,7 +25,7 @@ def write_adapter(folder: str | os.PathLike[str], description: Mapping[str, Any]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / WEIGHTS, weights)
-    replace_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    write_json(folder / CONFIG, config)
     return folder
 
 
@@ -51,6 +51,11 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
     if hashlib.sha256(weights).hexdigest() != config.get("sha256"):
         raise ValueError(f"{folder / WEIGHTS} is not what {CONFIG} describes (checksum); copy both files together.")
     return config, state
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write plain data, as ``replace_file`` does."""
+    replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def replace_file(path: Path, content: bytes) -> None:

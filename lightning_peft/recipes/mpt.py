@@ -13,6 +13,7 @@ from lightning.pytorch import seed_everything
 
 from ..ensembles import join_prompts
 from ..files import load_adapter
+from ..folders import write_json
 from ..method import Method
 from ..methods import MultitaskPromptTuning, PromptTuning
 from ..strategy import PEFTStrategy
@@ -20,7 +21,7 @@ from ..tasks.batches import TableDataModule
 from ..tasks.mixed_data import MixedDataModule
 from ..tasks.module import TaskModule
 from .distillation import Distillation, twin
-from .stages import Plain, Stage, Training, described, write_json
+from .stages import Plain, Stage, Training, described
 
 _NO_DECAY = ["*.u", "*.v"]  # which start at one
 _TRAINING = Training()

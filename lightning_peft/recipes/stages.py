@@ -15,10 +15,11 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from ..files import save_adapter
-from ..folders import CONFIG
+from ..folders import CONFIG, write_json
 from ..strategy import PEFTStrategy
 from ..tasks.mixed_data import MixedDataModule
 from ..tasks.module import TaskModule
+from .changes import changes
 
 Plain = dict[str, Any]
 _LAST, _SETTINGS, _REPORT, _ADAPTER = "last.ckpt", "settings.json", "report.json", "adapter"
@@ -68,13 +69,11 @@ class Stage:
         """
         if not (self.done or (self.folder / _LAST).is_file()):
             return  # what failed before its first epoch ended may be corrected
-        before, now = _flat(json.loads((self.folder / _SETTINGS).read_text(encoding="utf-8"))), _flat(self.settings)
-        differ = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+        differ = changes(json.loads((self.folder / _SETTINGS).read_text(encoding="utf-8")), self.settings)
         if differ:
-            shown = "; ".join(f"{name}: {before.get(name)!r} before, now {now.get(name)!r}" for name in differ[:5])
             raise ValueError(
-                f"{str(self.folder)!r} was begun with other settings: {shown}. Give these settings again, or another "
-                "output."
+                f"{str(self.folder)!r} was begun with other settings: {'; '.join(differ[:5])}. Give these settings "
+                "again, or another output."
             )
 
     def train(
@@ -164,21 +163,5 @@ def described(part: LightningModule | LightningDataModule) -> Plain:
     return {"class": type(part).__name__, **part.hparams} | ({"sha256": digests} if digests else {})
 
 
-def write_json(path: Path, content: Plain) -> None:
-    """Write a file that is whole or not there."""
-    part = path.with_suffix(".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
 def _digest(file: str) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
-
-
-def _flat(settings: Any, prefix: str = "") -> Plain:
-    if not isinstance(settings, dict) or not settings:
-        return {prefix: settings}
-    return {k: v for name, value in settings.items() for k, v in _flat(value, f"{prefix}.{name}".strip(".")).items()}

@@ -123,10 +123,10 @@ def test_finished_stages_are_skipped_and_a_lost_one_comes_back_with_the_same_bit
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"length": 4}, r"length: 3 before, now 4"),
-        ({"transfer": Training(epochs=2, learning_rate=0.1)}, r"targets/half.*learning_rate: 0.3 before, now 0.1"),
-        ({"distilling": Distilling(temperature=2.0)}, r"multitask.*distilling.temperature: 1.0 before, now 2.0"),
-        ({"trainer": {"accelerator": "cpu", "precision": "bf16-mixed"}}, r"trainer.precision: None before"),
+        ({"length": 4}, r"length was 3 and is 4"),
+        ({"transfer": Training(epochs=2, learning_rate=0.1)}, r"targets/half.*learning_rate was 0.3 and is 0.1"),
+        ({"distilling": Distilling(temperature=2.0)}, r"multitask.*distilling.temperature was 1.0 and is 2.0"),
+        ({"trainer": {"accelerator": "cpu", "precision": "bf16-mixed"}}, r"trainer.precision was None"),
     ],
 )
 def test_other_settings_in_the_same_folder_are_refused_by_name(finished, folder, changed, message):

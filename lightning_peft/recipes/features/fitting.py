@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import operator
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
 
 from ...files import load_adapter
-from ...folders import replace_file
+from ...folders import replace_file, write_json
 from ...tasks.models import build_model
 from .datasets import Rows, Split, rows_of
 from .estimators import build_estimator
@@ -123,4 +122,4 @@ def _write(folder: Path, report: dict[str, Any], estimator: Any) -> None:
     buffer = io.BytesIO()
     joblib.dump(estimator, buffer)
     replace_file(folder / "classifier.joblib", buffer.getvalue())
-    replace_file(folder / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    write_json(folder / "report.json", report)

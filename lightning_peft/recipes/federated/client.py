@@ -15,9 +15,10 @@ from safetensors.torch import load, save
 
 from lightning_peft.files import save_adapter
 from lightning_peft.folders import replace_file
+from lightning_peft.recipes.changes import changes
 from lightning_peft.recipes.federated.engine import flower
 from lightning_peft.recipes.federated.messages import ARRAYS, CONFIG, METRICS, WEIGHT, record, tensors_of
-from lightning_peft.recipes.federated.settings import Federation, changes
+from lightning_peft.recipes.federated.settings import Federation
 from lightning_peft.recipes.federated.site import Site, State, site
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from lightning_peft.folders import replace_file
+from lightning_peft.folders import replace_file, write_json
+from lightning_peft.recipes.changes import changes
 from lightning_peft.recipes.federated.engine import flower
 from lightning_peft.recipes.federated.messages import WEIGHT, Arrays, arrays_of, record
-from lightning_peft.recipes.federated.settings import changes
 
 STATE, REPORT, ROUNDS = "state.safetensors", "report.json", "rounds.csv"
 COLUMNS = ["round", "used", "refused", "down_bytes", "up_bytes", "evaluation_bytes", "full_bytes", "ratio"]
@@ -52,7 +52,7 @@ class History:
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / STATE, save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata))
         replace_file(folder / ROUNDS, self._table().encode())
-        replace_file(folder / REPORT, (json.dumps(plain, indent=2) + "\n").encode())
+        write_json(folder / REPORT, plain)
 
     def _table(self) -> str:
         metrics = sorted({name for entry in self.rounds for name in entry["metrics"]})
