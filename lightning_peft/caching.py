@@ -12,6 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from .frozen_trunk import FrozenCache
 
+SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+
 
 class CachingCallback(pl.Callback):
     """Caches what the frozen trunk returns, from the beginning of training to its end.
@@ -34,7 +36,7 @@ class CachingCallback(pl.Callback):
         if not self.cache_frozen:
             return
         self._close()  # the learning-rate finder trains within fit
-        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        if isinstance(trainer.strategy, SHARDING):
             raise TypeError("cache_frozen=True works on whole models, and the Trainer's strategy shards; use ddp.")
         if pl_module._compiler_ctx is not None:
             raise TypeError("The module is compiled, and cache_frozen=True cuts parts of it out; do not compile it.")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import TYPE_CHECKING, Any
+
+from ..extras import require_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,10 +22,7 @@ def matplotlib(part: str) -> Any:
     Raises:
         ImportError: It is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError(
-            "Pictures need matplotlib, which is not installed. Install it with: pip install 'lightning-peft[plots]'"
-        )
+    require_extra("matplotlib", "Pictures need matplotlib", "plots")
     return importlib.import_module(f"matplotlib.{part}")
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from .. import plots
+from ..caching import SHARDING
 from ..plots.canvas import matplotlib
 from ..plots.contents import Contents
 from ..plots.runs import METRICS
 from ..tasks.models import build_tokenizer
-
-_SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
 
 class Pictures(pl.Callback):
@@ -45,7 +43,7 @@ class Pictures(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what will be missing."""
-        if isinstance(trainer.strategy, _SHARDING):
+        if isinstance(trainer.strategy, SHARDING):
             rank_zero_info(
                 "Adapters are sharded, and not drawn: use `lightning-peft plot adapter FOLDER` after the run."
             )
@@ -71,6 +69,6 @@ class Pictures(pl.Callback):
     def _adapters(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = trainer.log_dir  # which all ranks must ask for
         writes = trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False) and folder is not None
-        if writes and not isinstance(trainer.strategy, _SHARDING):
+        if writes and not isinstance(trainer.strategy, SHARDING):
             for name, figure in plots.pictures(Contents.of(pl_module), self.tokenizer).items():
                 plots.save(figure, Path(str(folder)) / f"{name}.png")

@@ -63,7 +63,14 @@ class Collator:
         return torch.tensor([pad + row if left else row + pad for row, pad in zip(labels, padding, strict=True)])
 
 
-class TableDataModule(LightningDataModule, ABC):
+class PortableDataModule(LightningDataModule):
+    """Data whose batches worker processes can make: the Trainer, with the model, does not go there with it."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "trainer": None}
+
+
+class TableDataModule(PortableDataModule, ABC):
     """Tokenises tables once and serves padded batches; a child says how a table becomes examples.
 
     Args:
@@ -169,6 +176,3 @@ class TableDataModule(LightningDataModule, ABC):
             persistent_workers=self.num_workers > 0,
             collate_fn=self.collate,
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "trainer": None}  # which processes that build batches neither need nor could take

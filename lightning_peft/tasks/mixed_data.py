@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
-from lightning_peft.tasks.batches import Example, TableDataModule
+from lightning_peft.tasks.batches import Example, PortableDataModule, TableDataModule
 from lightning_peft.tasks.mixed_batches import TASK_IDS, MixedLoader, TaskExamples
 from lightning_peft.tasks.mixtures import Mixture
 from lightning_peft.tasks.names import quoted
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class MixedDataModule(LightningDataModule):
+class MixedDataModule(PortableDataModule):
     """Batches that mix the rows of several tasks; ``batch["task_ids"]`` has the position of each row's task.
 
     Train batches go on exactly where a checkpoint stopped, also inside an epoch. In the other splits come all rows of
@@ -164,6 +163,3 @@ class MixedDataModule(LightningDataModule):
     def _loader(self, split: Split) -> DataLoader[Example]:
         rows = self._rows(split)
         return DataLoader(rows, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=self.collate)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "trainer": None}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from lightning_peft.extras import require_extra
 from lightning_peft.tasks.names import close_names, close_paths
 
 if TYPE_CHECKING:
@@ -27,11 +28,7 @@ def transformers() -> ModuleType:
     Raises:
         ImportError: If it is not installed.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise ImportError(
-            "lightning_peft.tasks needs transformers, which is not installed. "
-            'Install it with: pip install "lightning-peft[text]"'
-        )
+    require_extra("transformers", "lightning_peft.tasks needs transformers", "text")
     return importlib.import_module("transformers")
 
 

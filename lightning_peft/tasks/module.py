@@ -47,8 +47,10 @@ class TaskModule(LightningModule):
 
     def own_tasks(self, batch: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Context in which each row takes the adapter of its own task, if adapters hold several and the batch says."""
+        if TASK_IDS not in batch:
+            return nullcontext()
         several = any(isinstance(module, TaskAdapter) and module.tasks > 1 for module in self.network.modules())
-        return row_tasks(self.network, batch[TASK_IDS]) if several and TASK_IDS in batch else nullcontext()
+        return row_tasks(self.network, batch[TASK_IDS]) if several else nullcontext()
 
     def labelled(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The logits (places, choices) wherever a batch has a label, and the labels (places,)."""

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import gzip
+import pickle
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,3 +181,12 @@ def test_labels_per_token_are_padded_on_the_tokenizers_side(encoder_tokenizer: s
         batch = Collator(build_tokenizer(encoder_tokenizer, side))(rows)
         assert batch["input_ids"][0].tolist() == ids
         assert torch.equal(batch["labels"], torch.tensor([labels, [-100, 7]]))
+
+
+def test_worker_processes_get_no_trainer(encoder_tokenizer: str, reviews: str) -> None:
+    data = TextDataModule(reviews, tokenizer=encoder_tokenizer)
+    data.setup("fit")
+    data.trainer = SimpleNamespace(lock=Lock())  # type: ignore[assignment]  # which no process can hand to another
+    rows = data.examples("train")[:2]
+    sent = pickle.loads(pickle.dumps(data.collate))(rows)
+    assert all(torch.equal(value, sent[name]) for name, value in data.collate(rows).items())

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,19 +37,6 @@ def layer_name(model: nn.Module, layer: int | str) -> str:
             "a module's name."
         )
     return names[layer]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Context without gradients and dropout; each module gets its own mode back."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in before.items():
-            module.train(training)  # parents come before their children
 
 
 def captured(model: nn.Module, name: str, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Tensor:

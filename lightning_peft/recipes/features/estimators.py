@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from ...extras import require_extra
 from ...tasks.names import close_names
 
 _KEYS = {"class_path", "init_args"}
@@ -41,11 +41,8 @@ def build_estimator(settings: Mapping[str, Any] | None) -> Any:
 
 def _class(path: str) -> Any:
     module, _, name = path.rpartition(".")
-    if module.partition(".")[0] == "sklearn" and importlib.util.find_spec("sklearn") is None:
-        raise ImportError(
-            f"{path} needs scikit-learn, which is not installed. Install it with: pip install "
-            '"lightning-peft[features]"'
-        )
+    if module.partition(".")[0] == "sklearn":
+        require_extra("sklearn", f"{path} needs scikit-learn", "features")
     try:
         room = importlib.import_module(module)
     except (ImportError, ValueError) as error:

@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor, nn
 
-from .captures import captured, evaluating, layer_name, run_before
+from ...evaluation import evaluating
+from .captures import captured, layer_name, run_before
 from .datasets import Label, Rows
 from .digests import model_digest, row_digest
 from .pooling import Pooling, pool
@@ -71,7 +72,7 @@ def extract(
         raise ValueError(f"Got batch_size={batch_size}, expected 1 or more.")
     name = layer_name(model, layer)
     index = _Index(splits)
-    with evaluating(model):
+    with torch.inference_mode(), evaluating(model):
         embedding = _Embedding(model, name, pooling)
         example = embedding(splits[0], [splits[0].item(0)])
         store = FeatureCache(Path(cache), embedding.about(splits[0]))

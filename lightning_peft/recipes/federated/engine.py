@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING
+
+from lightning_peft.extras import require_extra
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
@@ -30,11 +31,7 @@ def flower() -> ModuleType:
     Raises:
         ImportError: If it is not installed.
     """
-    if importlib.util.find_spec("flwr") is None:
-        raise ImportError(
-            "Federated rounds need Flower, which is not installed. "
-            'Install it with: pip install "lightning-peft[federated]"'
-        )
+    require_extra("flwr", "Federated rounds need Flower", "federated")
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for part in _PARTS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -101,10 +102,10 @@ class IndexLists(Partition):
 
     @property
     def count(self) -> int:
-        return len(self.lists())
+        return len(self.lists)
 
     def rows(self, table: Table, client: int) -> Table:
-        lists = self.lists()
+        lists = self.lists
         high = max(max(part, default=0) for part in lists)
         if high >= len(table.rows):
             raise ValueError(
@@ -113,8 +114,9 @@ class IndexLists(Partition):
             )
         return table.take(lists[client])
 
+    @cached_property
     def lists(self) -> list[list[int]]:
-        """Return what the file holds, checked."""
+        """What the file holds, read once and checked."""
         if not Path(self.path).is_file():
             raise FileNotFoundError(f"The file {self.path!r} of index lists does not exist.")
         found = json.loads(Path(self.path).read_text(encoding="utf-8"))

@@ -58,11 +58,11 @@ class Federation:
     @property
     def names(self) -> list[str]:
         """The clients, in the order of averaging."""
-        return [f"client_{number}" for number in range(self.partition.count)]
+        return [_client(number) for number in range(self.partition.count)]
 
     def home(self, client: int) -> Path:
         """Return the folder of a client."""
-        return Path(self.folder) / "clients" / self.names[client]
+        return Path(self.folder) / "clients" / _client(client)
 
     def shard(self, client: int) -> TableDataModule:
         """Return the data module of a client."""
@@ -92,6 +92,10 @@ class Federation:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Federation) and (self.folder, self.plain()) == (other.folder, other.plain())
+
+
+def _client(number: int) -> str:
+    return f"client_{number}"
 
 
 def plain(value: Any) -> Any:
