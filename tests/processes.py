@@ -1,0 +1,61 @@
+"""Runs a function in several processes that talk over gloo, started as torchrun starts them: Lightning adds none."""
+
+import os
+import socket
+import time
+import traceback
+
+import torch
+import torch.multiprocessing as mp
+
+START = mp.get_context("spawn")
+
+
+def together(function, *args, count=2, seconds=300):
+    """Return what ``function(*args)`` returned in each process, by rank; both must be known to a module by name.
+
+    Raises:
+        AssertionError: A process failed, with its traceback, or they did not end in time.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results = START.Queue()
+    processes = [START.Process(target=_run, args=(r, count, port, results, function, args)) for r in range(count)]
+    for process in processes:
+        process.start()
+    try:
+        return _collect(results, processes, time.monotonic() + seconds)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _collect(results, processes, end):
+    found = {}
+    while len(found) < len(processes):
+        assert time.monotonic() < end, f"only ranks {sorted(found)} came to an end in time"
+        if not results.empty():
+            rank, value, error = results.get()
+            assert error is None, f"rank {rank}: {error}"
+            found[rank] = value
+        elif all(not process.is_alive() for process in processes) and results.empty():
+            raise AssertionError(f"processes ended with {[process.exitcode for process in processes]}")
+        else:
+            time.sleep(0.02)
+    return [found[rank] for rank in range(len(processes))]
+
+
+def _run(rank, count, port, results, function, args):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+    torch.set_num_threads(1)
+    try:
+        results.put((rank, function(*args), None))
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
