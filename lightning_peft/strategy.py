@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
 from .adapter import Adapter
-from .caching import CachingCallback
+from .caching import SHARDING, CachingCallback
 from .fingerprints import fingerprint
 from .hosts import adapters
 from .inject import adapters_of, injection
@@ -23,7 +23,7 @@ from .method import Method
 from .modes import checkpoint_without_reentry, set_mode
 from .optimizers import add_gradient
 from .quantization import KINDS, quantize_once
-from .random_state import random_state, restore_random_state
+from .random_state import random_states, restore_random_state
 from .restoring import wire_checkpoints
 from .showing import show
 from .summary import summary
@@ -87,6 +87,7 @@ class PEFTStrategy(CachingCallback):
         if quantize not in (None, *KINDS):
             raise ValueError(f"quantize must be one of {', '.join(KINDS)} or None, got {quantize!r}.")
         self.full_checkpoint, self.show_summary, self.quantize = full_checkpoint, show_summary, quantize
+        self._backend: str | None = None
         self._step, self._total_steps = 0, 0
         self._base: str | None = None
         self._adapters: list[tuple[Method, dict[str, Adapter]]] = []  # looked up once, not at each step
@@ -96,6 +97,8 @@ class PEFTStrategy(CachingCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Arrange for injection at the earliest moment the network exists."""
+        shards = isinstance(trainer.strategy, SHARDING)
+        self._backend = "torchao" if shards and self.quantize == "nf4" else None  # whose codes can be split
         if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
             raise TypeError("BitsandbytesPrecision would replace adapted layers; quantize the base before injection.")
         fresh = not any(True for _ in adapters(pl_module)) and injection(pl_module) is None
@@ -120,7 +123,7 @@ class PEFTStrategy(CachingCallback):
     def apply(self, pl_module: pl.LightningModule) -> None:
         """Adapt a module now; what ``setup`` does as soon as the network exists. Calling it again changes nothing."""
         if self.quantize is not None:
-            quantize_once(pl_module, self.quantize)
+            quantize_once(pl_module, self.quantize, self._backend)
         adopt(pl_module, self.methods, self.also_train)
         if not self.full_checkpoint:
             wire_checkpoints(pl_module, self.check_base)
@@ -132,14 +135,14 @@ class PEFTStrategy(CachingCallback):
             show(summary(pl_module))
         checkpoint_without_reentry(pl_module)
         self._base = fingerprint(pl_module)
-        if self._random and trainer.world_size == 1:  # a checkpoint knows the state of one rank alone
-            restore_random_state(self._random)  # here, before the first data loader draws its seed
+        if self._random:
+            restore_random_state(self._random["states"])  # here, before the first data loader draws its seed
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up the count of steps, which a checkpoint may have set."""
         set_mode(pl_module, self.frozen_mode)  # a run resumed inside an epoch never starts it
-        if self._random.get("mid_epoch") and trainer.world_size == 1:
-            restore_random_state(self._random)  # the uninterrupted run had its data loader already
+        if self._random.get("mid_epoch"):
+            restore_random_state(self._random["states"])  # the uninterrupted run had its data loader already
         self._random = {}
         record = injection(pl_module)
         if record is not None:
@@ -153,8 +156,8 @@ class PEFTStrategy(CachingCallback):
         super().on_train_start(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the random generators: dropout and shuffling go on where they stopped."""
-        return {**random_state(), "mid_epoch": self._mid_epoch, "quantize": self.quantize}
+        """Return the state of each process's random generators: dropout and shuffling go on where they stopped."""
+        return {"states": random_states(), "mid_epoch": self._mid_epoch, "quantize": self.quantize}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of the random generators until training starts.
