@@ -237,14 +237,15 @@ def test_a_trained_parameter_without_a_gradient_is_named():
         trainer(strategy(also_train=["spare"])).fit(Unused(), data())
 
 
-def test_frozen_modules_evaluate_and_frozen_statistics_stay():
+@pytest.mark.parametrize("affine", [True, False])
+def test_frozen_modules_evaluate_and_frozen_statistics_stay(affine):
     class Normed(Module):
         def build(self):
             self.net = nn.Sequential(
                 nn.Embedding(64, 8),
                 nn.Dropout(0.5),
                 nn.Flatten(),
-                nn.BatchNorm1d(56),
+                nn.BatchNorm1d(56, affine=affine),
                 nn.Linear(56, 8),
                 nn.Linear(8, 3),
             )
