@@ -25,6 +25,7 @@ from .optimizers import add_gradient
 from .quantization import KINDS, quantize_once
 from .random_state import random_state, restore_random_state
 from .restoring import wire_checkpoints
+from .sharding.ddp import keep_base_at_home, require_one_base
 from .showing import show
 from .summary import summary
 from .wiring import adopt, after_build, wire_optimizers
@@ -125,9 +126,11 @@ class PEFTStrategy(CachingCallback):
         if not self.full_checkpoint:
             wire_checkpoints(pl_module, self.check_base)
         wire_optimizers(pl_module, self.lr_factors, self.no_decay)
+        keep_base_at_home(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show what trains."""
+        require_one_base(trainer, pl_module)
         if self.show_summary:
             show(summary(pl_module))
         checkpoint_without_reentry(pl_module)
@@ -169,6 +172,8 @@ class PEFTStrategy(CachingCallback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn where adapters that nobody trained or loaded are evaluated."""
+        if trainer.state.fn != "fit":
+            require_one_base(trainer, pl_module)
         record = injection(pl_module)
         if record is not None and record.fresh and not self.full_checkpoint and trainer.state.fn != "fit":
             warnings.warn("Fresh adapters are evaluated: give ckpt_path, or call load_adapter before.", stacklevel=2)

@@ -90,12 +90,12 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def fit(case, strategy, *callbacks, path=None, make=Task, **settings):
+def fit(case, strategy, *callbacks, path=None, make=Task, also_train=(), **settings):
     """Return the module after two epochs of two steps (fewer with ``max_steps``) that started at rank 0's values."""
     rank, count = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if in_group() else (0, 1)
     torch.manual_seed(rank)  # what is drawn differs between processes; whatever runs them must make it one
     module = make(case.model)
-    peft = lp.PEFTStrategy(list(case.methods), show_summary=False)
+    peft = lp.PEFTStrategy(list(case.methods), list(also_train), show_summary=False)
     settings = {"max_epochs": 2, "accumulate_grad_batches": 1, **settings}
     tuner = trainer(
         peft, Disturb(), *callbacks, strategy=strategy if isinstance(strategy, str) else strategy(), devices=count,
