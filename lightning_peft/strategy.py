@@ -102,8 +102,8 @@ class PEFTStrategy(CachingCallback):
         fresh = not any(True for _ in adapters(pl_module)) and injection(pl_module) is None
         if fresh and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and stage == "fit":
             raise RuntimeError(
-                "A spawned process cannot hand adapters back to this one. Use strategy='ddp', or call "
-                "lightning_peft.inject(module, method, also_train) before fit."
+                "A spawned process cannot hand adapters back to this one. Use strategy='ddp', or call this callback's "
+                "apply(module) before fit."
             )
         averaging = [i for i, c in enumerate(trainer.callbacks) if isinstance(c, _AVERAGING)]  # type: ignore[attr-defined]
         if fresh and averaging and averaging[0] < trainer.callbacks.index(self):  # type: ignore[attr-defined]

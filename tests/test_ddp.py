@@ -12,6 +12,7 @@ from parallel_laws import Task, difference, fit, gradients, gradients_alone, res
 from processes import together
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from trainer_models import data, module, trainer
 
 import lightning_peft as lp
 
@@ -131,3 +132,28 @@ def test_what_goes_wrong_in_parallel_is_told_in_every_process():
     for errors in together(odd_ones):
         assert "The frozen base of process 1 is not that of process 0" in errors[0]
         assert "2 trained parameters got no gradient in the first step: spare.weight, spare.bias" in errors[1]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_adapters_come_back_from_processes_that_the_trainer_starts():
+    """Filters make a warning about fresh adapters an error."""
+    ends = []
+    for kind in ("ddp_spawn", "ddp_fork"):
+        torch.manual_seed(0)
+        net = module()
+        strategy = lp.PEFTStrategy(lp.LoRA(rank=2), ["lm_head"], show_summary=False)
+        strategy.apply(net)
+        before = state(net)
+        trainer(strategy, strategy=kind, devices=2).fit(net, data())
+        ends.append(state(net))
+        assert not [name for name, value in ends[-1].items() if torch.equal(value, before[name])]
+        trainer(strategy).test(net, data(), verbose=False)
+    assert not [name for name, value in ends[0].items() if not torch.equal(value, ends[1][name])]
+
+
+@pytest.mark.slow
+def test_processes_that_the_trainer_starts_need_adapters_before():
+    strategy = lp.PEFTStrategy(lp.LoRA(rank=2), show_summary=False)
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match=r"call this callback's apply\(module\)"):
+        trainer(strategy, strategy="ddp_spawn", devices=2).fit(module(), data())

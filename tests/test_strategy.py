@@ -351,14 +351,6 @@ def test_reentrant_gradient_checkpointing_still_trains():
     assert all(adapter.b.abs().sum() > 0 for *_, adapter in lp.adapters(net))
 
 
-@pytest.mark.slow
-def test_spawned_processes_are_refused_unless_injected_before():
-    with pytest.raises(
-        torch.multiprocessing.ProcessRaisedException, match=r"A spawned process cannot hand adapters back"
-    ):
-        trainer(strategy(), strategy="ddp_spawn", devices=2).fit(module(), data())
-
-
 def test_evaluation_with_fresh_adapters_warns():
     with pytest.warns(UserWarning, match="Fresh adapters are evaluated: give ckpt_path"):
         trainer(strategy()).validate(module(), data(), verbose=False)
