@@ -25,6 +25,7 @@ from .optimizers import add_gradient
 from .quantization import KINDS, quantize_once
 from .random_state import random_states, restore_random_state
 from .restoring import wire_checkpoints
+from .sharding.ddp import keep_base_at_home, require_one_base
 from .showing import show
 from .summary import summary
 from .wiring import adopt, after_build, wire_optimizers
@@ -104,8 +105,8 @@ class PEFTStrategy(CachingCallback):
         fresh = not any(True for _ in adapters(pl_module)) and injection(pl_module) is None
         if fresh and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and stage == "fit":
             raise RuntimeError(
-                "A spawned process cannot hand adapters back to this one. Use strategy='ddp', or call "
-                "lightning_peft.inject(module, method, also_train) before fit."
+                "A spawned process cannot hand adapters back to this one. Use strategy='ddp', or call this callback's "
+                "apply(module) before fit."
             )
         averaging = [i for i, c in enumerate(trainer.callbacks) if isinstance(c, _AVERAGING)]  # type: ignore[attr-defined]
         if fresh and averaging and averaging[0] < trainer.callbacks.index(self):  # type: ignore[attr-defined]
@@ -128,9 +129,11 @@ class PEFTStrategy(CachingCallback):
         if not self.full_checkpoint:
             wire_checkpoints(pl_module, self.check_base)
         wire_optimizers(pl_module, self.lr_factors, self.no_decay)
+        keep_base_at_home(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show what trains."""
+        require_one_base(trainer, pl_module)
         if self.show_summary:
             show(summary(pl_module))
         checkpoint_without_reentry(pl_module)
@@ -172,6 +175,8 @@ class PEFTStrategy(CachingCallback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn where adapters that nobody trained or loaded are evaluated."""
+        if trainer.state.fn != "fit":
+            require_one_base(trainer, pl_module)
         record = injection(pl_module)
         if record is not None and record.fresh and not self.full_checkpoint and trainer.state.fn != "fit":
             warnings.warn("Fresh adapters are evaluated: give ckpt_path, or call load_adapter before.", stacklevel=2)
