@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..adapter import parameter_like
 from ..base import matches
@@ -110,6 +111,8 @@ class LoRAAdapter(LowRankUpdate):
         decompose: Whether a magnitude is trained as well.
     """
 
+    axes = {"a": (None, "in"), "a0": (None, "in"), "b": ("out", None), "b0": ("out", None), "magnitude": ("out",)}
+
     def __init__(
         self,
         host: Any,
@@ -146,7 +149,9 @@ class LoRAAdapter(LowRankUpdate):
                 "decompose and the initial values pissa and olora are computed from the host's weight: load the base "
                 "model first, then inject."
             )
-        weight = self.layer.read(host)[slice(*self.rows)].to(self.a.dtype).flatten(1)
+        weight = self.layer.read(host)
+        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        weight = weight[slice(*self.rows)].to(self.a.dtype).flatten(1)
         if self.init in FROM_WEIGHT:
             a, b = FROM_WEIGHT[self.init](weight, len(self.a), self.scale)
             for factor, value in ((self.a, a), (self.a0, a), (self.b, b), (self.b0, b)):
