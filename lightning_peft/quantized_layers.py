@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import FOREIGN, LinearKind, is_called_linear, layer_of
+from .shards import spread
 
 _ORIGINAL = "_peft_original"
 
@@ -39,8 +40,7 @@ class Original:
 
 def sample(weight: Tensor) -> Tensor:
     """Return up to 64 values of a weight, evenly spread, rounded to bfloat16."""
-    flat = weight.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // 64)][:64].bfloat16().cpu()
+    return spread(weight, 64).bfloat16().cpu()
 
 
 def original_of(host: nn.Module) -> Original | None:

@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..adapter import parameter_like
 from ..base import matches
@@ -21,6 +20,7 @@ from ..method import Method, require
 from ..products import Update
 from ..roles import parts
 from ..select import select
+from ..shards import whole
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 
@@ -149,9 +149,7 @@ class LoRAAdapter(LowRankUpdate):
                 "decompose and the initial values pissa and olora are computed from the host's weight: load the base "
                 "model first, then inject."
             )
-        weight = self.layer.read(host)
-        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        weight = weight[slice(*self.rows)].to(self.a.dtype).flatten(1)
+        weight = whole(self.layer.read(host))[slice(*self.rows)].to(self.a.dtype).flatten(1)
         if self.init in FROM_WEIGHT:
             a, b = FROM_WEIGHT[self.init](weight, len(self.a), self.scale)
             for factor, value in ((self.a, a), (self.a0, a), (self.b, b), (self.b0, b)):

@@ -1,1 +1,6 @@
-"""Sharded models: strategies and plans."""
+"""Models that are spread over processes by Lightning's strategies."""
+
+from .fsdp2 import FSDP2Strategy
+from .tensor_parallel import parallelize
+
+__all__ = ["FSDP2Strategy", "parallelize"]
