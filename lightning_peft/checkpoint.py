@@ -160,12 +160,17 @@ def clean(key: str) -> str:
 
 def base_names(model: nn.Module) -> set[str]:
     """Return the state-dict keys of the base that training cannot change now."""
+    return {clean(name) for name in frozen_names(model)}
+
+
+def frozen_names(model: nn.Module) -> set[str]:
+    """Return the names of the base's parameters and buffers that training cannot change now, as the model has them."""
     trained = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     names = {n for n, _ in model.named_parameters(remove_duplicate=False)} - trained
     for name, module in base_modules(model).items():
         if not any(p.requires_grad for p in module.parameters(recurse=False)):
             names |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False)}
-    return {clean(n) for n in names if f".{SLOT}." not in f".{n}"}
+    return {n for n in names if f".{SLOT}." not in f".{n}"}
 
 
 def _place(host_name: str, key: str) -> str:

@@ -15,7 +15,7 @@ from .base import SLOT, base_modules, base_parameters
 from .following import follow, is_split, mesh_of, refuse_to_follow
 from .hosts import Adapted, adapters, attach, call_as_before, call_children, remove
 from .method import Method
-from .quantized_layers import keep_differentiable, refuse_repacked
+from .quantized_layers import is_quantized, keep_differentiable, refuse_repacked
 from .select import select_parameters
 
 _RECORD = "_peft_injection"
@@ -64,8 +64,10 @@ def inject(model: nn.Module, method: Method | Sequence[Method], also_train: Sequ
         if mesh is not None:
             refuse_to_follow(modules[host_name], host_name, _key(m.name, adapter), adapter)
     for name in sorted(trained):
-        if not (parameter := model.get_parameter(name)).is_floating_point():
-            raise TypeError(f"{name} is stored as {parameter.dtype} and cannot train; leave it out, or dequantize it.")
+        owner, _, key = name.rpartition(".")
+        quantized = key == "weight" and is_quantized(model.get_submodule(owner))
+        if quantized or not model.get_parameter(name).is_floating_point():
+            raise TypeError(f"{name} is stored in few bits and cannot train; leave it out, or dequantize it.")
     _refuse_company([(n, a) for n, *_, a in adapters(model)] + [(n, a) for _, n, a in plan])
     if not plan and not trained:
         raise ValueError("Nothing would train: the methods add no adapter and choose no parameter.")

@@ -18,11 +18,13 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from ..base import SLOT
 from ..checkpoint import check_state
 from ..inject import injection
+from .base_weights import BaseWeights, read_into, start_adapters
 from .replicas import average_gradients, share_first
 from .saved import saved_tensors
-from .units import Units, plan_units
+from .units import plan_units
 
 DataType = Literal["bfloat16", "float16", "float32"]
 
@@ -38,6 +40,9 @@ class FSDP2Strategy(ModelParallelStrategy):
     Args:
         wrap_modules: What is gathered at once: class names such as ``LlamaDecoderLayer``, or globs on the end of
             dotted names; by default the model's repeated blocks.
+        base_weights: Safetensors file of the base model, or folder of such files, for networks that were built in the
+            context ``without_values``: each process reads one unit after the other and keeps its part. The command
+            line builds the network so where this is given.
         save_distributed_checkpoint: Whether a checkpoint is a folder, to which each process writes its part, and not
             one file. Either holds adapter state only.
         reshard_after_forward: Whether blocks are freed after the forward pass and gathered again for the backward pass.
@@ -52,6 +57,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def __init__(
         self,
         wrap_modules: list[str] | None = None,
+        base_weights: str | None = None,
         save_distributed_checkpoint: bool = False,
         reshard_after_forward: bool = True,
         param_dtype: DataType | None = None,
@@ -64,6 +70,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             reshard_after_forward,
             param_dtype,
         )
+        self.base_weights = base_weights
         self._replicated: list[nn.Parameter] = []
 
     def setup_environment(self) -> None:
@@ -111,24 +118,46 @@ class FSDP2Strategy(ModelParallelStrategy):
     def _shard(self, module: pl.LightningModule) -> None:
         mesh: Any = self.device_mesh["data_parallel"]
         units = plan_units(module, self.wrap_modules, mesh.size())
+        weights = self._base_weights(module)
         rank_zero_info(f"\n{units}")
-        for parameter in units.replicated.values():
+        policy = MixedPrecisionPolicy()
+        if self.param_dtype is not None:
+            policy = MixedPrecisionPolicy(param_dtype=getattr(torch, self.param_dtype), reduce_dtype=torch.float32)
+        start_adapters(module, self.root_device)
+        for name, unit in units.modules.items():
+            if weights is not None:
+                read_into(unit, name, weights, self.root_device)
+            self._share(unit)
+            fully_shard(
+                unit,
+                mesh=mesh,
+                reshard_after_forward=self.reshard_after_forward,
+                mp_policy=policy,
+                ignored_params=set(units.replicated.values()),
+            )
+        self._share(module)
+
+    def _base_weights(self, module: nn.Module) -> BaseWeights | None:
+        """Return where parameters without values get them.
+
+        Raises:
+            ValueError: Nowhere; the base would be random.
+        """
+        empty = [name for name, p in module.named_parameters() if p.is_meta and f".{SLOT}." not in f".{name}"]
+        if not empty:
+            return None
+        if self.base_weights is None:
+            raise ValueError(f"{empty[0]} has no values (meta device); give FSDP2Strategy(base_weights=FOLDER).")
+        weights = BaseWeights(self.base_weights)
+        weights.find(module)
+        return weights
+
+    def _share(self, part: nn.Module) -> None:
+        """Give all processes the first one's values of what trains."""
+        trained = [p for p in part.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        for parameter in trained:
             parameter.data = parameter.data.to(self.root_device)
-        trained = [p for p in module.parameters() if p.requires_grad]
-        share_first([*trained, *_buffers_beside(module, trained)], self.root_device)
-        shard(units, mesh, self.reshard_after_forward, self.param_dtype)
-
-
-def shard(units: Units, mesh: Any, reshard_after_forward: bool, param_dtype: DataType | None) -> None:
-    """Shard each unit of a plan."""
-    policy = MixedPrecisionPolicy()
-    if param_dtype is not None:
-        policy = MixedPrecisionPolicy(param_dtype=getattr(torch, param_dtype), reduce_dtype=torch.float32)
-    whole = set(units.replicated.values())
-    for unit in units.modules.values():
-        fully_shard(
-            unit, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy, ignored_params=whole
-        )
+        share_first([*trained, *_buffers_beside(part, trained)], self.root_device)
 
 
 def _buffers_beside(module: nn.Module, parameters: list[nn.Parameter]) -> list[Tensor]:
