@@ -13,11 +13,13 @@ from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .adapter import Adapter
 from .caching import SHARDING, CachingCallback
 from .fingerprints import fingerprint
+from .following import settle_gradients
 from .hosts import adapters
 from .inject import adapters_of, injection
 from .method import Method
@@ -95,6 +97,7 @@ class PEFTStrategy(CachingCallback):
         self._base: str | None = None
         self._adapters: list[tuple[Method, dict[str, Adapter]]] = []  # looked up once, not at each step
         self._unchecked = set[int]()
+        self._split = list[Any]()  # what trains and is no plain tensor
         self._random: dict[str, Any] = {}
         self._mid_epoch = self._fits = False
 
@@ -160,6 +163,7 @@ class PEFTStrategy(CachingCallback):
         for method in self.methods:
             method.check_run(self._total_steps)
         self._unchecked = {id(p) for p in pl_module.parameters() if p.requires_grad}
+        self._split = [p for p in pl_module.parameters() if p.requires_grad and isinstance(p, DTensor)]
         super().on_train_start(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -193,6 +197,10 @@ class PEFTStrategy(CachingCallback):
         """Put frozen modules into their mode."""
         super().on_train_epoch_start(trainer, pl_module)
         set_mode(pl_module, self.frozen_mode)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sum up what tensor parallelism left in parts."""
+        settle_gradients(self._split)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
