@@ -1,5 +1,6 @@
-"""A process that is killed ends the whole run soon, with an error; the last checkpoint goes on as if nothing had been."""
+"""A killed process ends the whole run soon, with an error; the last checkpoint goes on as if nothing had happened."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -88,10 +89,8 @@ def test_a_killed_process_ends_the_run_and_costs_nothing_before_its_checkpoint(t
         print(f"{strategy}, {victim} process killed: all ended after {time.monotonic() - began:.1f} s")
     finally:
         if killed.poll() is None or other is not None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(killed.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
     assert not (folders[0] / f"epoch={EPOCHS - 1}.ckpt").exists()
     last = folders[0] / "epoch=4.ckpt"
     for folder, more in ((folders[0], ["--ckpt_path", str(last)]), (folders[1], [])):
