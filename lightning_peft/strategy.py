@@ -10,6 +10,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
@@ -25,7 +26,8 @@ from .optimizers import add_gradient
 from .quantization import KINDS, quantize_once
 from .random_state import random_states, restore_random_state
 from .restoring import wire_checkpoints
-from .sharding.ddp import keep_base_at_home, require_one_base
+from .sharding.ddp import keep_base_at_home
+from .sharding.same_base import require_one_base
 from .showing import show
 from .summary import summary
 from .wiring import adopt, after_build, wire_optimizers
@@ -94,7 +96,7 @@ class PEFTStrategy(CachingCallback):
         self._adapters: list[tuple[Method, dict[str, Adapter]]] = []  # looked up once, not at each step
         self._unchecked = set[int]()
         self._random: dict[str, Any] = {}
-        self._mid_epoch = False
+        self._mid_epoch = self._fits = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Arrange for injection at the earliest moment the network exists."""
@@ -133,11 +135,13 @@ class PEFTStrategy(CachingCallback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show what trains."""
-        require_one_base(trainer, pl_module)
+        if isinstance(trainer.strategy, DDPStrategy):
+            require_one_base(pl_module)
         if self.show_summary:
             show(summary(pl_module))
         checkpoint_without_reentry(pl_module)
         self._base = fingerprint(pl_module)
+        self._fits = True
         if self._random:
             restore_random_state(self._random["states"])  # here, before the first data loader draws its seed
 
@@ -172,11 +176,13 @@ class PEFTStrategy(CachingCallback):
         if before != self.quantize:
             raise ValueError(f"The checkpoint was trained with quantize={before!r}, this run has {self.quantize!r}.")
         self._random = state_dict
+        if self._fits:  # strategies that shard load so late
+            restore_random_state(state_dict["states"])
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn where adapters that nobody trained or loaded are evaluated."""
-        if trainer.state.fn != "fit":
-            require_one_base(trainer, pl_module)
+        if trainer.state.fn != "fit" and isinstance(trainer.strategy, DDPStrategy):
+            require_one_base(pl_module)
         record = injection(pl_module)
         if record is not None and record.fresh and not self.full_checkpoint and trainer.state.fn != "fit":
             warnings.warn("Fresh adapters are evaluated: give ckpt_path, or call load_adapter before.", stacklevel=2)
@@ -218,6 +224,7 @@ class PEFTStrategy(CachingCallback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make sure that the base is what it was."""
         super().on_fit_end(trainer, pl_module)
+        self._fits = False
         if self._base is not None and fingerprint(pl_module) != self._base:
             raise RuntimeError(
                 "Frozen base weights changed during fit, so the adapter does not fit the base that it started from. "

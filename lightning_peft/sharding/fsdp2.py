@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from ..base import SLOT
 from ..checkpoint import check_state
 from ..inject import injection
 from .base_weights import BaseWeights, read_into, start_adapters
+from .checkpoints import own_optimizer_state, own_state, saved_tensors, whole_optimizer_state
 from .replicas import average_gradients, share_first
-from .saved import saved_tensors
+from .same_base import require_one_base
 from .units import plan_units
 
 DataType = Literal["bfloat16", "float16", "float32"]
@@ -94,21 +96,32 @@ class FSDP2Strategy(ModelParallelStrategy):
             if not builds:
                 del module.__dict__["configure_model"]
 
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the state for a folder as Lightning does, for a file as one process would save it."""
+        if self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        state = whole_optimizer_state(getattr(optimizer, "_optimizer", optimizer))
+        return state if self.global_rank == 0 else {}
+
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a file or folder of any number of processes; Lightning's own loader asks for the frozen base as well.
+        """Load a folder of any number of processes, or a file of any strategy.
 
         Raises:
             ValueError: Keys are missing or have no place, or shapes differ; nothing was loaded then.
         """
         module: Any = self.lightning_module
         path = Path(self.broadcast(checkpoint_path))
+        checkpoint = None if path.is_dir() else torch.load(path, "cpu", mmap=True, weights_only=weights_only)
+        state = saved_tensors(path) if checkpoint is None else checkpoint.pop("state_dict")
         if injection(module) is not None:
-            check_state(module, saved_tensors(path), str(path))
-        strict, module.strict_loading = module.strict_loading, False
-        try:
+            check_state(module, state, str(path))
+        if checkpoint is None:
             return super().load_checkpoint(path, weights_only)
-        finally:
-            module.strict_loading = strict
+        module.load_state_dict(own_state(module, state), strict=module.strict_loading)
+        for optimizer, saved in zip(self.optimizers, checkpoint.pop("optimizer_states", []), strict=False):
+            optimizer.load_state_dict(own_optimizer_state(optimizer, saved))
+        found: dict[str, Any] = checkpoint
+        return found
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Average the gradients of what is not sharded."""
@@ -119,6 +132,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         mesh: Any = self.device_mesh["data_parallel"]
         units = plan_units(module, self.wrap_modules, mesh.size())
         weights = self._base_weights(module)
+        require_one_base(module)
         rank_zero_info(f"\n{units}")
         policy = MixedPrecisionPolicy()
         if self.param_dtype is not None:
