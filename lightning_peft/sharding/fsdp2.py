@@ -10,7 +10,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -196,3 +196,7 @@ def _buffers_beside(module: nn.Module, parameters: list[nn.Parameter]) -> list[T
 
 def _nothing(module: pl.LightningModule) -> None:
     """Stand for a hook."""
+
+
+for _name in ("fsdp2", "fsdp2strategy", "lightning_peft.fsdp2strategy"):  # Lightning reads a bare class path as a name
+    StrategyRegistry.register(_name, FSDP2Strategy, "Shards a frozen base by FSDP2 once its adapters are there.")
