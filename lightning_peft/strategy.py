@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
@@ -22,6 +21,7 @@ from .inject import adapters_of, injection
 from .method import Method
 from .modes import checkpoint_without_reentry, set_mode
 from .optimizers import add_gradient
+from .precision import refuse_replacing, warn_of_narrow, widen_trained
 from .quantization import KINDS, quantize_once
 from .random_state import random_state, restore_random_state
 from .restoring import wire_checkpoints
@@ -97,8 +97,7 @@ class PEFTStrategy(CachingCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Arrange for injection at the earliest moment the network exists."""
-        if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
-            raise TypeError("BitsandbytesPrecision would replace adapted layers; quantize the base before injection.")
+        refuse_replacing(trainer.precision_plugin)
         fresh = not any(True for _ in adapters(pl_module)) and injection(pl_module) is None
         if fresh and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and stage == "fit":
             raise RuntimeError(
@@ -123,6 +122,7 @@ class PEFTStrategy(CachingCallback):
         if self.quantize is not None:
             quantize_once(pl_module, self.quantize)
         adopt(pl_module, self.methods, self.also_train)
+        widen_trained(pl_module)
         if not self.full_checkpoint:
             wire_checkpoints(pl_module, self.check_base)
         wire_optimizers(pl_module, self.lr_factors, self.no_decay)
@@ -131,6 +131,7 @@ class PEFTStrategy(CachingCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show what trains."""
         require_one_base(trainer, pl_module)
+        warn_of_narrow(pl_module)
         if self.show_summary:
             show(summary(pl_module))
         checkpoint_without_reentry(pl_module)

@@ -11,7 +11,8 @@ ROOMS = """
     forms products built adapter low_rank scaling affine triplets hadamard method bottlenecks kronecker feedforward
     outputs virtual_tokens words rows prompts prefixes prefix_starts positions encoders pseudo_tokens templates methods
     hosts inject nf4 quantization merging finalizing checkpoint files ensembles summary plots optimizers modes
-    random_state wiring restoring showing sharding frozen_trunk caching strategy tasks recipes commands cli __main__
+    random_state precision wiring restoring showing sharding frozen_trunk caching strategy tasks recipes commands cli
+    __main__
 """
 ORDER = ROOMS.split()
 
@@ -41,7 +42,19 @@ def test_imports_point_one_way():
 
 
 def test_only_the_trainers_side_imports_lightning():
-    sides = ["wiring", "restoring", "showing", "sharding", "caching", "strategy", "tasks", "recipes", "cli", "__init__"]
+    sides = [
+        "precision",
+        "wiring",
+        "restoring",
+        "showing",
+        "sharding",
+        "caching",
+        "strategy",
+        "tasks",
+        "recipes",
+        "cli",
+        "__init__",
+    ]
     for path in ROOT.rglob("*.py"):
         if room(path) not in sides:
             assert not [name for name in imports(path) if name.split(".")[0] == "lightning"], path
