@@ -184,6 +184,7 @@ class PEFTStrategy(CachingCallback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put frozen modules into their mode."""
         super().on_train_epoch_start(trainer, pl_module)
+        checkpoint_without_reentry(pl_module)  # which may have been turned on since
         set_mode(pl_module, self.frozen_mode)
 
     def on_before_optimizer_step(
