@@ -35,6 +35,7 @@ from .methods import (
 from .quantization import dequantize, quantize
 from .restoring import load_from_checkpoint
 from .rows import row_tasks
+from .sharding import FSDP2Strategy, without_values
 from .strategy import PEFTStrategy
 from .summary import summary
 from .templates import Template
@@ -46,6 +47,7 @@ __all__ = [
     "Adapter",
     "BitFit",
     "Bottleneck",
+    "FSDP2Strategy",
     "FedPara",
     "FullFineTuning",
     "IA3",
@@ -85,4 +87,5 @@ __all__ = [
     "row_tasks",
     "save_adapter",
     "summary",
+    "without_values",
 ]

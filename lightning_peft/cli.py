@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 import types
 from collections.abc import Iterator
@@ -140,33 +139,36 @@ class PEFTCLI(LightningCLI):
         if getattr(self.trainer, "fast_dev_run", False) or self.trainer.interrupted:
             return
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        if best and self.trainer.world_size == 1:
-            self.model.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
+        if best:
+            state = self.trainer.strategy.load_checkpoint(best, weights_only=True)
+            self.trainer.strategy.load_model_state_dict(state)
         results: Any = {}
         if self._get(self.config, "test_after_fit"):
             results = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0]
-        self._report(best, results)
+        logs = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # which processes agree on
+        adapter = None
+        if injection(self.model) is not None:  # of a sharded model, each process has a part
+            adapter = save_adapter(self.model, self._get(self.config, "adapter_dir") or logs / "adapter")
+        self._report(logs, best, results, adapter)
 
     @rank_zero_only
-    def _report(self, best: str, results: dict[str, float]) -> None:
-        logs = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+    def _report(self, logs: Path, best: str, results: dict[str, float], adapter: Path | None) -> None:
         counts = summary(self.model)
         report: dict[str, Any] = dict(results)
         report |= {"trainable_parameters": counts.trainable, "total_parameters": counts.total}
         lines = [(name.replace("_", " "), f"{value:.4f}") for name, value in results.items()]
         lines += [("trainable parameters", f"{counts.trainable:,} of {counts.total:,}")]
         if best:
-            report |= {"checkpoint": best, "checkpoint_bytes": os.path.getsize(best)}
+            report |= {"checkpoint": best, "checkpoint_bytes": _bytes_of(Path(best))}
             lines += [
                 (
                     "checkpoint",
                     f"{best} ({size(report['checkpoint_bytes'])}, the full model has {size(counts.base_bytes)})",
                 )
             ]
-        if injection(self.model) is not None:
-            folder = save_adapter(self.model, self._get(self.config, "adapter_dir") or logs / "adapter")
-            report |= {"adapter": str(folder), "adapter_bytes": sum(file.stat().st_size for file in folder.iterdir())}
-            lines += [("adapter", f"{folder} ({size(report['adapter_bytes'])})")]
+        if adapter is not None:
+            report |= {"adapter": str(adapter), "adapter_bytes": _bytes_of(adapter)}
+            lines += [("adapter", f"{adapter} ({size(report['adapter_bytes'])})")]
         logs.mkdir(parents=True, exist_ok=True)
         (logs / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         say("\n".join(f"{name:<22}{value}" for name, value in lines))
@@ -201,6 +203,10 @@ def _is_own(error: BaseException) -> bool:
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).startswith("lightning_peft")
+
+
+def _bytes_of(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
 
 
 def _write_model(model: pl.LightningModule, target: Path) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Collection
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from .base import base_parameters
 from .quantized_layers import original_of, sample
@@ -17,7 +16,7 @@ def fingerprint(model: nn.Module, trained: Collection[str] | None = None) -> str
     """Return a short digest of the frozen base: shapes and up to 64 values of each parameter, rounded to bfloat16.
 
     Names do not enter, nor does the type that values are stored in; of a weight that ``quantize`` changed it is the
-    original that counts. None where values are not at hand (meta, sharded).
+    original that counts. None where values are not at hand (meta). Of a sharded model, all processes have to ask.
 
     Args:
         model: Base model, adapted or not.
@@ -28,10 +27,10 @@ def fingerprint(model: nn.Module, trained: Collection[str] | None = None) -> str
         if not (parameter.requires_grad if trained is None else name in trained):
             owner, _, key = name.rpartition(".")
             original = original_of(model.get_submodule(owner)) if key == "weight" else None
-            if original is None and (parameter.is_meta or isinstance(parameter, DTensor)):
+            if parameter.is_meta:
                 return None
             digest.update(str(tuple(original.shape if original else parameter.shape)).encode())
-            samples.append(original.values if original else sample(parameter))
+            samples.append(sample(parameter) if original is None or original.values is None else original.values)
     if samples:
         digest.update(torch.cat(samples).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]

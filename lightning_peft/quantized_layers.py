@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import FOREIGN, LinearKind, is_called_linear, layer_of
+from .shards import spread
 
 _ORIGINAL = "_peft_original"
 
@@ -24,7 +25,8 @@ class Original:
         cls: Class of the layer.
         dtype: Type of the weight.
         shape: Shape of the weight, as the layer stored it.
-        values: Up to 64 of its values, for fingerprints.
+        values: Up to 64 of its values, for fingerprints; None as long as it has none.
+        transposed: Whether the layer stored its weight as (in, out).
         squared_error: Sum of the squared differences between quantized and original weight.
         squared_norm: Sum of the squares of the original weight.
     """
@@ -32,15 +34,15 @@ class Original:
     cls: type[nn.Module]
     dtype: torch.dtype
     shape: tuple[int, ...]
-    values: Tensor
-    squared_error: float
-    squared_norm: float
+    values: Tensor | None
+    transposed: bool
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
 
 
 def sample(weight: Tensor) -> Tensor:
     """Return up to 64 values of a weight, evenly spread, rounded to bfloat16."""
-    flat = weight.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // 64)][:64].bfloat16().cpu()
+    return spread(weight, 64).bfloat16().cpu()
 
 
 def original_of(host: nn.Module) -> Original | None:

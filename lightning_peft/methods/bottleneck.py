@@ -80,6 +80,7 @@ class After(Adapter):
         std: Of ``down`` (size, width) and ``up`` (width, size) at the start.
     """
 
+    axes = {}
     unmergeable = "it is not linear, so no weight expresses it"
 
     def __init__(self, width: int, weight: Tensor, size: int, activation: str, std: float) -> None:

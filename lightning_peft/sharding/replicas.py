@@ -1,0 +1,54 @@
+"""Tensors that every process holds whole beside sharded ones: equal at the start, and by equal gradients ever after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@torch.no_grad()
+def share_first(tensors: Sequence[Tensor], device: torch.device) -> None:
+    """Give all processes the values that the first one has.
+
+    Args:
+        tensors: On any device, in the same order everywhere.
+        device: Where the processes' backend sends from.
+    """
+    for own in _by_type(tensors):
+        _exchange(own, device, lambda flat: dist.broadcast(flat, 0))
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Replace gradients by their means over a group; one that no process has stays None.
+
+    Calling it again after more was added to them gives the mean of the sums.
+    """
+    if not parameters or group.size() == 1:
+        return
+    has = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    missing = [p for p in parameters if p.grad is None]
+    for parameter in missing:
+        parameter.grad = torch.zeros_like(parameter)
+    for own in _by_type([p.grad for p in parameters if p.grad is not None] + [has]):
+        _exchange(own, has.device, lambda flat: dist.all_reduce(flat.div_(group.size()), group=group))
+    if missing:
+        for parameter, found in zip(parameters, has.tolist(), strict=True):
+            if not found:
+                parameter.grad = None
+
+
+def _by_type(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    types = dict.fromkeys(tensor.dtype for tensor in tensors)
+    return [[tensor for tensor in tensors if tensor.dtype == dtype] for dtype in types]
+
+
+def _exchange(tensors: Sequence[Tensor], device: torch.device, send: Callable[[Tensor], object]) -> None:
+    """Send tensors of one type as one."""
+    flat = torch.cat([tensor.detach().reshape(-1).to(device) for tensor in tensors])
+    send(flat)
+    for tensor, values in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(values.view_as(tensor))
