@@ -44,7 +44,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             dotted names; by default the model's repeated blocks.
         base_weights: Safetensors file of the base model, or folder of such files, for networks that were built in the
             context ``without_values``: each process reads one unit after the other and keeps its part. The command
-            line builds the network so where this is given.
+            line builds the network so where this is given. "auto" is what the module's ``base_weights`` says.
         save_distributed_checkpoint: Whether a checkpoint is a folder, to which each process writes its part, and not
             one file. Either holds adapter state only.
         reshard_after_forward: Whether blocks are freed after the forward pass and gathered again for the backward pass.
@@ -160,9 +160,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         empty = [name for name, p in module.named_parameters() if p.is_meta and f".{SLOT}." not in f".{name}"]
         if not empty:
             return None
-        if self.base_weights is None:
+        path = getattr(module, "base_weights", None) if self.base_weights == "auto" else self.base_weights
+        if path is None:
             raise ValueError(f"{empty[0]} has no values (meta device); give FSDP2Strategy(base_weights=FOLDER).")
-        weights = BaseWeights(self.base_weights)
+        weights = BaseWeights(path)
         weights.find(module)
         return weights
 
