@@ -23,7 +23,7 @@ class Adapter(nn.Module, ABC):
 
     Its tensors are created by ``parameter_like``: on the host's device, in float32 or wider. Casting the model to a
     narrower type later (``model.bfloat16()``, precision plugins) moves them but leaves their type: small factors
-    trained in 16 bits lose their updates to rounding.
+    trained in 16 bits lose their updates to rounding. Who wants them narrow sets ``parameter.data``.
     """
 
     alone = False  # whether no other adapter may update the same rows of its host's weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Literal
 
 from torch import nn
@@ -25,8 +26,23 @@ def set_mode(module: nn.Module, frozen: Literal["eval", "train"]) -> None:
             for inner in part.modules():
                 if isinstance(inner, _BatchNorm):
                     inner.eval()
+                elif vars(inner).get("gradient_checkpointing"):
+                    _recompute(inner)
             for _, _, _, adapter in adapters(part):
                 adapter.train()
+
+
+def _recompute(block: nn.Module) -> None:
+    """Let a block of transformers recompute, which it does in training alone; what is in it stays in its mode."""
+    if any(isinstance(value, float) and value > 0 for name, value in vars(block).items() if "drop" in name):
+        if not block.training:
+            warnings.warn(
+                f"{type(block).__name__} would drop activations itself in training, so that it evaluates and does not "
+                f"recompute them; use frozen_mode='train' to save their memory.",
+                stacklevel=2,
+            )
+    else:
+        block.training = True
 
 
 def checkpoint_without_reentry(module: nn.Module) -> None:

@@ -111,7 +111,7 @@ def head_layers(model: nn.Module) -> list[str]:
 def _outermost_pretrained(model: nn.Module) -> Iterator[tuple[str, Any]]:
     found = list[str]()
     for name, module in [("", model), *base_modules(model).items()]:
-        embeds = callable(getattr(module, "get_input_embeddings", None))
+        embeds = callable(getattr(type(module), "get_input_embeddings", None))  # torch.compile shows its model's own
         inside = any(name.startswith(other) for other in found)
         if embeds and isinstance(getattr(module, "base_model", None), nn.Module) and not inside:
             found.append(f"{name}.".lstrip("."))

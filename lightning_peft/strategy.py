@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -25,6 +24,7 @@ from .inject import adapters_of, injection
 from .method import Method
 from .modes import checkpoint_without_reentry, set_mode
 from .optimizers import add_gradient
+from .precision import refuse_replacing, warn_of_narrow, widen_trained
 from .quantization import KINDS, quantize_once
 from .random_state import random_states, restore_random_state
 from .restoring import wire_checkpoints
@@ -103,10 +103,9 @@ class PEFTStrategy(CachingCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Arrange for injection at the earliest moment the network exists."""
+        refuse_replacing(trainer.precision_plugin)
         shards = isinstance(trainer.strategy, SHARDING)
         self._backend = "torchao" if shards and self.quantize == "nf4" else None  # whose codes can be split
-        if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
-            raise TypeError("BitsandbytesPrecision would replace adapted layers; quantize the base before injection.")
         fresh = not any(True for _ in adapters(pl_module)) and injection(pl_module) is None
         if fresh and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and stage == "fit":
             raise RuntimeError(
@@ -131,6 +130,7 @@ class PEFTStrategy(CachingCallback):
         if self.quantize is not None:
             quantize_once(pl_module, self.quantize, self._backend)
         adopt(pl_module, self.methods, self.also_train)
+        widen_trained(pl_module)
         if not self.full_checkpoint:
             wire_checkpoints(pl_module, self.check_base)
         wire_optimizers(pl_module, self.lr_factors, self.no_decay)
@@ -140,6 +140,7 @@ class PEFTStrategy(CachingCallback):
         """Show what trains."""
         if isinstance(trainer.strategy, DDPStrategy):
             require_one_base(pl_module)
+        warn_of_narrow(pl_module)
         if self.show_summary:
             show(summary(pl_module))
         checkpoint_without_reentry(pl_module)
@@ -196,6 +197,7 @@ class PEFTStrategy(CachingCallback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put frozen modules into their mode."""
         super().on_train_epoch_start(trainer, pl_module)
+        checkpoint_without_reentry(pl_module)  # which may have been turned on since
         set_mode(pl_module, self.frozen_mode)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -343,14 +343,6 @@ def test_narrow_precision_keeps_wide_adapters():
     assert {p.dtype for *_, adapter in lp.adapters(net) for p in adapter.parameters()} == {torch.float32}
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
-def test_reentrant_gradient_checkpointing_still_trains():
-    net = module()
-    net.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    trainer(strategy()).fit(net.train(), data())
-    assert all(adapter.b.abs().sum() > 0 for *_, adapter in lp.adapters(net))
-
-
 def test_evaluation_with_fresh_adapters_warns():
     with pytest.warns(UserWarning, match="Fresh adapters are evaluated: give ckpt_path"):
         trainer(strategy()).validate(module(), data(), verbose=False)
