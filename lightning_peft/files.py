@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .checkpoint import adapter_state, check_state, clean, describe, restore, unpacked
 from .folders import read_adapter, write_adapter
 from .inject import detach, injection
+from .shards import assign, whole, writes_files
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
@@ -20,13 +20,15 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
     Args:
         model: The very module that was given to ``inject`` (with a Trainer: the LightningModule).
-        folder: Where to write; an adapter that is there is replaced only once the new one is complete.
+        folder: Where to write; an adapter that is there is replaced only once the new one is complete. Of several
+            processes the first writes; where the model is sharded, all have to call.
 
     Returns:
         The folder.
     """
-    state = {clean(k): v.detach().contiguous().cpu() for k, v in adapter_state(model, packed=True).items()}
-    return write_adapter(folder, describe(model, packed=True), state)
+    state = {clean(k): whole(v).detach().contiguous().cpu() for k, v in adapter_state(model, packed=True).items()}
+    description = describe(model, packed=True)
+    return write_adapter(folder, description, state) if writes_files() else Path(folder)
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str], strict: bool = True) -> nn.Module:
@@ -35,7 +37,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], strict: bool 
     The adapter may come from a LightningModule and go to the bare network inside it, or the other way round.
 
     Args:
-        model: The base model, fresh or adapted by the same methods.
+        model: The base model, fresh or adapted by the same methods; in the latter case it may be sharded.
         folder: What ``save_adapter`` wrote.
         strict: Whether the base must be the one that the adapter was trained on.
 
@@ -60,9 +62,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], strict: bool 
         if fresh:
             detach(model)
         raise
-    with torch.no_grad():
-        for key, value in state.items():
-            target[key].copy_(value)
+    for key, value in state.items():
+        assign(target[key], value)
     if (record := injection(model)) is not None:
         record.fresh = False
     return model

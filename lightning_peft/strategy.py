@@ -218,7 +218,7 @@ class PEFTStrategy(CachingCallback):
 
     def _check_gradients(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         here = {id(p) for group in optimizer.param_groups for p in group["params"]} & self._unchecked
-        names = [name for name, p in pl_module.named_parameters() if id(p) in here and p.grad is None]
+        names = [name for name, p in pl_module.named_parameters() if id(p) in here and p.grad is None and p.numel()]
         if names:
             raise ValueError(
                 f"{len(names)} trained parameters got no gradient in the first step: {', '.join(names[:5])}. Their "
