@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from .adapter import Adapter
 from .caching import CachingCallback
 from .fingerprints import fingerprint
-from .hosts import adapters
+from .hosts import adapters, call_children
 from .inject import adapters_of, injection
 from .method import Method
 from .modes import checkpoint_without_reentry, set_mode
@@ -25,6 +25,7 @@ from .optimizers import add_gradient
 from .quantization import KINDS, quantize_once
 from .random_state import random_state, restore_random_state
 from .restoring import wire_checkpoints
+from .sharding import prepare_strategy, start_strategy
 from .showing import show
 from .summary import summary
 from .wiring import adopt, after_build, wire_optimizers
@@ -98,6 +99,7 @@ class PEFTStrategy(CachingCallback):
         """Arrange for injection at the earliest moment the network exists."""
         if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
             raise TypeError("BitsandbytesPrecision would replace adapted layers; quantize the base before injection.")
+        prepare_strategy(trainer.strategy, self.full_checkpoint, self.lr_factors)
         fresh = not any(True for _ in adapters(pl_module)) and injection(pl_module) is None
         if fresh and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and stage == "fit":
             raise RuntimeError(
@@ -131,6 +133,7 @@ class PEFTStrategy(CachingCallback):
         if self.show_summary:
             show(summary(pl_module))
         checkpoint_without_reentry(pl_module)
+        start_strategy(trainer.strategy, pl_module, self.methods)
         self._base = fingerprint(pl_module)
         if self._random and trainer.world_size == 1:  # a checkpoint knows the state of one rank alone
             restore_random_state(self._random)  # here, before the first data loader draws its seed
@@ -169,6 +172,7 @@ class PEFTStrategy(CachingCallback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn where adapters that nobody trained or loaded are evaluated."""
+        call_children(pl_module.modules())  # DeepSpeed removes all hooks before it evaluates
         record = injection(pl_module)
         if record is not None and record.fresh and not self.full_checkpoint and trainer.state.fn != "fit":
             warnings.warn("Fresh adapters are evaluated: give ckpt_path, or call load_adapter before.", stacklevel=2)

@@ -10,9 +10,9 @@ ROOMS = """
     console extras losses flat shards layers quantized_layers base evaluation roles select fingerprints folders
     multihead attention forms products built adapter low_rank scaling affine triplets hadamard method bottlenecks
     kronecker feedforward outputs virtual_tokens words rows prompts prefixes prefix_starts positions encoders
-    pseudo_tokens templates methods hosts inject nf4 quantization merging finalizing checkpoint files ensembles summary plots
-    optimizers modes random_state wiring restoring showing sharding frozen_trunk caching strategy tasks recipes
-    commands cli __main__
+    pseudo_tokens templates methods hosts inject nf4 quantization merging finalizing checkpoint files ensembles
+    summary plots optimizers modes random_state wiring restoring showing sharding frozen_trunk caching strategy
+    tasks recipes commands cli __main__
 """
 ORDER = ROOMS.split()
 

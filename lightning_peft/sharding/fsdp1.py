@@ -28,6 +28,8 @@ from .fsdp2 import DataType, _buffers_beside
 from .replicas import average_gradients, share_first
 from .units import plan_units
 
+_ROOT = "_peft_root"  # no child of the module that it wraps
+
 
 class FSDP1Strategy(FSDPStrategy):
     """Shards a model by FSDP1 once its adapters are there; for clusters and code that FSDP2 does not reach yet.
@@ -91,17 +93,12 @@ class FSDP1Strategy(FSDPStrategy):
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         group: Any = torch.distributed.group.WORLD
-        wrapped = any(isinstance(part, FullyShardedDataParallel) for part in model.modules())
-        if wrapped and not any(part_of(p) for p in model.parameters()):
-            raise TypeError(
-                "configure_model wrapped modules in FSDP1; leave that to FSDP1Strategy(wrap_modules=[...])."
-            )
         if group.size() == 1:
             return model.to(self.root_device)
-        if not wrapped:
-            model = self._shard(model, group)
-        else:  # a second run: its units are there, the root around them was another run's
-            model = self._flatten(model, [p for p in model.parameters() if part_of(p) is None])
+        root: nn.Module | None = vars(model).get(_ROOT)  # of an earlier run, whose units are still in their places
+        if root is None and any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
+            raise TypeError("configure_model wrapped modules in FSDP1; leave that to FSDP1Strategy.")
+        model = self._shard(model, group) if root is None else root
         self._replicated = [p for p in model.parameters() if p.requires_grad and part_of(p) is None]
         if isinstance(self.precision_plugin, OwnTypes):
             self.precision_plugin.root = model
@@ -119,7 +116,7 @@ class FSDP1Strategy(FSDPStrategy):
         kept = {id(p) for p in whole}
         shapes = {p: p.shape for p in model.parameters() if id(p) not in kept}
         flatten_inside(model, units, lambda unit: self._flatten(unit, whole))
-        root = self._flatten(model, whole)
+        root = vars(model)[_ROOT] = self._flatten(model, whole)
         mark_parts(shapes, group, self.root_device)
         return root
 
