@@ -35,7 +35,7 @@ from .methods import (
 from .quantization import dequantize, quantize
 from .restoring import load_from_checkpoint
 from .rows import row_tasks
-from .sharding import FSDP1Strategy, FSDP2Strategy
+from .sharding import FSDP1Strategy, FSDP2Strategy, without_values
 from .strategy import PEFTStrategy
 from .summary import summary
 from .templates import Template
@@ -88,4 +88,5 @@ __all__ = [
     "row_tasks",
     "save_adapter",
     "summary",
+    "without_values",
 ]

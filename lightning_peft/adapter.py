@@ -15,6 +15,7 @@ from .layers import layer_of
 from .products import Update, saves_work, updated_linear, updated_weight
 
 Call = Callable[..., Any]
+Axes = tuple[str | None, ...]
 
 
 class Adapter(nn.Module, ABC):
@@ -29,6 +30,9 @@ class Adapter(nn.Module, ABC):
     unmergeable = "no weight of the host expresses it"  # why, where ``merge`` is not implemented
     personal: tuple[str, ...] = ()  # names of tensors that stay with a client in federated training
     shows: Mapping[str, str] = {}  # names of tensors by what ``plots`` makes of them: ``ranks``, ``gates``, ``tokens``
+    # Under tensor parallelism: what each tensor's dimensions run along, the host's "out" or "in", or neither (None), as
+    # it is for those left out. None for all: it does not compute the same there.
+    axes: Mapping[str, Axes] | None = None
     lasting = True  # whether it is a part of the model, and not there for the time of a run alone
     part = ""  # which part of a host this adapter serves, where a method puts several on one host
 

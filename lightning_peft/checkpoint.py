@@ -26,8 +26,8 @@ def keep_adapters_only(model: nn.Module) -> None:
 
     Heads, metrics and whatever is unfrozen later stay in. ``full_state_dict`` shows everything for a while.
     """
-    if _drop not in model._state_dict_hooks.values():
-        model.register_state_dict_post_hook(_drop)  # type: ignore[no-untyped-call]
+    if drop_base not in model._state_dict_hooks.values():
+        model.register_state_dict_post_hook(drop_base)  # type: ignore[no-untyped-call]
         model.register_load_state_dict_post_hook(_forgive)  # type: ignore[no-untyped-call]
 
 
@@ -161,12 +161,17 @@ def clean(key: str) -> str:
 
 def base_names(model: nn.Module) -> set[str]:
     """Return the state-dict keys of the base that training cannot change now."""
+    return {clean(name) for name in frozen_names(model)}
+
+
+def frozen_names(model: nn.Module) -> set[str]:
+    """Return the names of the base's parameters and buffers that training cannot change now, as the model has them."""
     trained = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     names = {n for n, _ in model.named_parameters(remove_duplicate=False)} - trained
     for name, module in base_modules(model).items():
         if not any(p.requires_grad for p in module.parameters(recurse=False)):
             names |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False)}
-    return {clean(n) for n in names if f".{SLOT}." not in f".{n}"}
+    return {n for n in names if f".{SLOT}." not in f".{n}"}
 
 
 def _place(host_name: str, key: str) -> str:
@@ -174,17 +179,12 @@ def _place(host_name: str, key: str) -> str:
     return f"{host_name}.{SLOT}.{key}.".lstrip(".")
 
 
-def drop_base(model: nn.Module, state: dict[str, Any], prefix: str = "") -> None:
-    """Delete what ``keep_adapters_only`` leaves out of a state of this model."""
-    record = injection(model)
-    if record is not None and not record.shows_base and _drop in model._state_dict_hooks.values():
-        names = base_names(model)
+def drop_base(module: nn.Module, state: dict[str, Any], prefix: str = "", metadata: Any = None) -> None:
+    """Delete what ``keep_adapters_only`` leaves out of a module's state."""
+    record, names = injection(module), base_names(module)
+    if record is not None and not record.shows_base and drop_base in module._state_dict_hooks.values():
         for key in [k for k in state if k.startswith(prefix) and _within(clean(k[len(prefix) :]), names)]:
             del state[key]
-
-
-def _drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    drop_base(module, state, prefix)
 
 
 def _within(key: str, names: set[str]) -> bool:

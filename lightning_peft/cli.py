@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 import types
 from collections.abc import Iterator
@@ -25,51 +24,28 @@ from lightning.pytorch.utilities import rank_zero_only
 from . import tasks  # noqa: F401  # so that its classes are known by their short names
 from .commands import COMMANDS
 from .console import say
-from .files import load_adapter, save_adapter
+from .files import save_adapter
 from .inject import injection
-from .merging import merge
 from .method import methods_by_name
-from .restoring import inject_from_checkpoint
+from .sharding import without_values
 from .strategy import PEFTStrategy
 from .summary import size, summary
+from .trainer import PEFTTrainer
 
 # torch's own come first: bitsandbytes has others of the same names, which would make short names ambiguous.
 _OPTIMIZERS = sorted(
     (cls for cls in vars(torch.optim).values() if isinstance(cls, type)), key=lambda cls: cls is torch.optim.Optimizer
 )
-
-
-class PEFTTrainer(pl.Trainer):
-    """A Trainer with the tools that need a model and its configuration."""
-
-    def merge(
-        self,
-        model: pl.LightningModule,
-        adapter: str,
-        output: str,
-        datamodule: pl.LightningDataModule | None = None,
-    ) -> None:
-        """Fold an adapter into the base weights and write a plain model.
-
-        Args:
-            model: The module with the base weights.
-            adapter: Folder that save_adapter wrote, or a checkpoint of a run with PEFTStrategy.
-            output: Folder to write: a transformers model if the module holds one, else model.safetensors.
-            datamodule: Not used.
-        """
-        target = Path(output)
-        if target.exists() and any(target.iterdir()):
-            raise FileExistsError(f"{output} is not empty; choose a new folder for the merged model.")
-        model.configure_model()
-        if Path(adapter).is_dir():
-            load_adapter(model, adapter)
-        else:
-            checkpoint = torch.load(adapter, map_location="cpu", weights_only=True)
-            inject_from_checkpoint(model, checkpoint)
-            model.load_state_dict(checkpoint["state_dict"])
-        merge(model)
-        _write_model(model, target)
-        say(f"merged model: {target}")
+# Where plans are made, there may be neither the GPUs nor the packages that a strategy needs, and nothing is logged.
+_LAPTOP = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "num_nodes": 1,
+    "strategy": "auto",
+    "sync_batchnorm": False,
+    "logger": False,
+    "plugins": {"class_path": "lightning.pytorch.plugins.environments.LightningEnvironment"},
+}
 
 
 class PEFTParser(LightningArgumentParser):
@@ -115,8 +91,24 @@ class PEFTCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Add ``merge`` to what a Trainer does."""
-        return {**LightningCLI.subcommands(), "merge": {"model", "datamodule"}}
+        """Add the tools that need a model to what a Trainer does."""
+        return {**LightningCLI.subcommands(), **dict.fromkeys(("merge", "plan"), {"model", "datamodule"})}
+
+    def before_instantiate_classes(self) -> None:
+        """Build the model without memory if its weights come later; to plan, ask for no GPU."""
+        if self.subcommand == "plan":
+            trainer = self.config["plan"]["trainer"]
+            for key, value in _LAPTOP.items():
+                trainer[key] = value
+            if str(trainer["precision"]) in ("16", "16-mixed"):  # which CPUs have not; the sizes are the same
+                trainer["precision"] = "bf16-mixed"
+        if self.subcommand == "plan" or self._reads_by_unit():
+            self.parser.add_instantiator(_without_values, pl.LightningModule, subclasses=True, prepend=True)
+
+    def _reads_by_unit(self) -> bool:
+        """Whether the strategy gives the model its weights later."""
+        strategy: Any = self._get(self.config, "trainer.strategy")
+        return getattr(getattr(strategy, "init_args", None), "base_weights", None) is not None
 
     def instantiate_classes(self) -> None:
         """Build everything but the optimizer, which comes with ``configure_optimizers``."""
@@ -140,36 +132,44 @@ class PEFTCLI(LightningCLI):
         if getattr(self.trainer, "fast_dev_run", False) or self.trainer.interrupted:
             return
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        if best and self.trainer.world_size == 1:
-            self.model.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
+        if best:
+            state = self.trainer.strategy.load_checkpoint(best, weights_only=True)
+            self.trainer.strategy.load_model_state_dict(state)
         results: Any = {}
         if self._get(self.config, "test_after_fit"):
             results = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0]
-        self._report(best, results)
+        logs = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # which processes agree on
+        adapter = None
+        if injection(self.model) is not None:  # of a sharded model, each process has a part
+            adapter = save_adapter(self.model, self._get(self.config, "adapter_dir") or logs / "adapter")
+        self._report(logs, best, results, adapter)
 
     @rank_zero_only
-    def _report(self, best: str, results: dict[str, float]) -> None:
-        logs = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+    def _report(self, logs: Path, best: str, results: dict[str, float], adapter: Path | None) -> None:
         counts = summary(self.model)
         report: dict[str, Any] = dict(results)
         report |= {"trainable_parameters": counts.trainable, "total_parameters": counts.total}
         lines = [(name.replace("_", " "), f"{value:.4f}") for name, value in results.items()]
         lines += [("trainable parameters", f"{counts.trainable:,} of {counts.total:,}")]
         if best:
-            report |= {"checkpoint": best, "checkpoint_bytes": os.path.getsize(best)}
+            report |= {"checkpoint": best, "checkpoint_bytes": _bytes_of(Path(best))}
             lines += [
                 (
                     "checkpoint",
                     f"{best} ({size(report['checkpoint_bytes'])}, the full model has {size(counts.base_bytes)})",
                 )
             ]
-        if injection(self.model) is not None:
-            folder = save_adapter(self.model, self._get(self.config, "adapter_dir") or logs / "adapter")
-            report |= {"adapter": str(folder), "adapter_bytes": sum(file.stat().st_size for file in folder.iterdir())}
-            lines += [("adapter", f"{folder} ({size(report['adapter_bytes'])})")]
+        if adapter is not None:
+            report |= {"adapter": str(adapter), "adapter_bytes": _bytes_of(adapter)}
+            lines += [("adapter", f"{adapter} ({size(report['adapter_bytes'])})")]
         logs.mkdir(parents=True, exist_ok=True)
         (logs / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         say("\n".join(f"{name:<22}{value}" for name, value in lines))
+
+
+def _without_values(module_class: type[pl.LightningModule], *args: Any, **kwargs: Any) -> pl.LightningModule:
+    with without_values():
+        return module_class(*args, **kwargs)
 
 
 def main(args: ArgsType = None) -> None:
@@ -203,13 +203,5 @@ def _is_own(error: BaseException) -> bool:
     return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).startswith("lightning_peft")
 
 
-def _write_model(model: pl.LightningModule, target: Path) -> None:
-    from safetensors.torch import save_model
-
-    savers = [part for part in model.children() if callable(getattr(part, "save_pretrained", None))]
-    target.mkdir(parents=True, exist_ok=True)
-    if len(savers) == 1:
-        saver: Any = savers[0]
-        saver.save_pretrained(target)
-        return
-    save_model(model, str(target / "model.safetensors"))
+def _bytes_of(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))

@@ -43,6 +43,7 @@ class Held:
 class Tap(Adapter):
     """Hands the input of an up-projection to the branch at its down-projection; has no parameters."""
 
+    axes = {}
     unmergeable = _UNMERGEABLE
 
     def __init__(self) -> None:
@@ -59,6 +60,7 @@ class Tap(Adapter):
 class Beside(Adapter):
     """y = block(x) + factor branch(x), on the block itself or, with a tap, on its down-projection."""
 
+    axes = {}
     unmergeable = _UNMERGEABLE
     held: Held | None = None  # of the tap
     factor = 1.0  # of the branch

@@ -28,10 +28,10 @@ def fingerprint(model: nn.Module, trained: Collection[str] | None = None) -> str
         if not (parameter.requires_grad if trained is None else name in trained):
             owner, _, key = name.rpartition(".")
             original = original_of(model.get_submodule(owner)) if key == "weight" else None
-            if original is None and parameter.is_meta:
+            if parameter.is_meta:
                 return None
             digest.update(str(tuple(original.shape if original else shape_of(parameter))).encode())
-            samples.append(original.values if original else sample(parameter))
+            samples.append(sample(parameter) if original is None or original.values is None else original.values)
     if samples:
         digest.update(torch.cat(samples).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -72,7 +72,7 @@ def column_sums(g: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
     whole = g.device.type != "cpu" or torch.compiler.is_compiling()
     size = max(1, len(g)) if whole else 256
     ones = g.new_ones(1, size)  # as a factor, it sums columns faster than sum(0)
-    total = torch.zeros(g.shape[1], dtype=torch.promote_types(g.dtype, torch.float32), device=g.device)
+    total = g.new_zeros(g.shape[1], dtype=torch.promote_types(g.dtype, torch.float32))
     for start in range(0, len(g), size):
         part, row = g[start : start + size], ones[:, : len(g) - start]
         total = total + (row @ (part * y[start : start + size])).squeeze(0)

@@ -29,6 +29,8 @@ class HadamardUpdate(WeightUpdate):
         part: Rows of a fused layer to update.
     """
 
+    axes = {"x1": ("out", None), "x2": ("out", None), "y1": ("in", None), "y2": ("in", None)}
+
     def __init__(
         self,
         host: Any,

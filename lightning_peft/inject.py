@@ -12,9 +12,10 @@ from torch.distributed.tensor import DTensor
 
 from .adapter import Adapter, WeightUpdate
 from .base import SLOT, base_modules, base_parameters
+from .following import follow, is_split, mesh_of, refuse_to_follow
 from .hosts import Adapted, adapters, attach, call_as_before, call_children, remove
 from .method import Method
-from .quantized_layers import keep_differentiable, refuse_repacked
+from .quantized_layers import is_quantized, keep_differentiable, refuse_repacked
 from .select import select_parameters
 
 _RECORD = "_peft_injection"
@@ -57,11 +58,16 @@ def inject(model: nn.Module, method: Method | Sequence[Method], also_train: Sequ
     plan = [(m, host_name, adapter) for m in methods for host_name, adapter in m.adapters(model)]
     trained = {name for m in methods for name in m.parameters(model)} | set(select_parameters(model, also_train))
     refuse_repacked(modules)
+    mesh = mesh_of(model)
     for m, host_name, adapter in plan:
         _refuse(modules[host_name], host_name, _key(m.name, adapter), adapter)
+        if mesh is not None:
+            refuse_to_follow(modules[host_name], host_name, _key(m.name, adapter), adapter)
     for name in sorted(trained):
-        if not (parameter := model.get_parameter(name)).is_floating_point():
-            raise TypeError(f"{name} is stored as {parameter.dtype} and cannot train; leave it out, or dequantize it.")
+        owner, _, key = name.rpartition(".")
+        quantized = key == "weight" and is_quantized(model.get_submodule(owner))
+        if quantized or not model.get_parameter(name).is_floating_point():
+            raise TypeError(f"{name} is stored in few bits and cannot train; leave it out, or dequantize it.")
     _refuse_company([(n, a) for n, *_, a in adapters(model)] + [(n, a) for _, n, a in plan])
     if not plan and not trained:
         raise ValueError("Nothing would train: the methods add no adapter and choose no parameter.")
@@ -75,6 +81,8 @@ def inject(model: nn.Module, method: Method | Sequence[Method], also_train: Sequ
         parameter.requires_grad_(name in trained)
     for m, host_name, adapter in plan:
         attach(modules[host_name], _key(m.name, adapter), adapter)
+    if mesh is not None:
+        follow(model, mesh)
     call_children(modules.values())
     keep_differentiable(modules.values())
     return model
@@ -137,7 +145,7 @@ def _refuse(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
         )
     if "forward" in vars(host):
         raise TypeError(f"forward of {name} was replaced on the instance, which hides any adapter; inject before that.")
-    if any(isinstance(p, DTensor) for p in host.parameters()):
+    if any(isinstance(p, DTensor) for part in host.modules() if not is_split(part) for p in part._parameters.values()):
         raise TypeError(f"{name} is sharded already, so adapters would train on each rank alone; inject, then shard.")
     if not isinstance(host, Adapted) and hasattr(host, SLOT):
         raise TypeError(f"{name} has an attribute {SLOT!r} of its own, where its adapters would live.")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class Layer(ABC):
@@ -145,7 +146,7 @@ def layer_of(host: nn.Module) -> Layer:
     )
 
 
-_PLAIN = (Tensor, nn.Parameter)  # not sharded, not quantized
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)  # not sharded, not quantized; the last is a plain one's shape
 _LINEAR, _READ, _EMBEDDING, _CONV = LinearKind(), ReadKind(), EmbeddingKind(), ConvKind()
 # Classes of layers, or of their weights, by name, so that nothing is imported.
 FOREIGN: dict[str, Layer] = {"transformers.pytorch_utils.Conv1D": TransposedKind()}
@@ -183,6 +184,11 @@ def _(host: nn.Embedding) -> Layer:
 @layer_of.register(nn.Conv3d)
 def _(host: nn.Module) -> Layer:
     return _CONV
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether a tensor is more than a shape, which is all it is on the meta device and in a plan."""
+    return not (x.is_meta or isinstance(x, FakeTensor))
 
 
 def is_called_linear(module: nn.Module) -> bool:

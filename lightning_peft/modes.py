@@ -6,6 +6,7 @@ import functools
 from typing import Literal
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .base import SLOT, base_parameters
 from .hosts import adapters
@@ -19,10 +20,10 @@ def set_mode(module: nn.Module, frozen: Literal["eval", "train"]) -> None:
             part.train()
         elif any(n.startswith(f"{name}.") for n in trained):
             set_mode(part, frozen)
-        elif any(True for _ in part.parameters()):
+        elif any(True for _ in part.parameters()) or isinstance(part, _BatchNorm):
             part.train(frozen == "train")
             for inner in part.modules():
-                if isinstance(inner, nn.modules.batchnorm._BatchNorm):
+                if isinstance(inner, _BatchNorm):
                     inner.eval()
             for _, _, _, adapter in adapters(part):
                 adapter.train()

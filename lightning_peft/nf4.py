@@ -42,7 +42,7 @@ def library_for(hosts: Mapping[str, nn.Module], wanted: str | None = None) -> st
         ValueError: None can store all of these layers; names one.
     """
     weights: dict[str, Tensor] = {name: layer_of(host).read(host) for name, host in hosts.items()}
-    devices = sorted({weight.device.type for weight in weights.values()})
+    devices = sorted({"cpu" if weight.is_meta else weight.device.type for weight in weights.values()})
     running = [n for n in ([wanted] if wanted else LIBRARIES) if all(_runs(n, device) for device in devices)]
     if not running:
         raise ImportError(
@@ -98,7 +98,8 @@ def _bitsandbytes(host: Any, weight: Tensor) -> None:
 
 def _torchao(host: Any, weight: Tensor) -> None:
     blocks = weight.numel() // BLOCK
-    host.__class__ = NF4Linear
+    if not isinstance(host, NF4Linear):
+        host.__class__ = NF4Linear
     host.encode(weight, _to_nf4()(weight.float(), BLOCK, math.gcd(blocks, 256)))
 
 

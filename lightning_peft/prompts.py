@@ -39,6 +39,7 @@ class Prompt(TaskAdapter):
         tasks: Number of tasks.
     """
 
+    axes = {}
     shows = {"tokens": "prompt"}
 
     def __init__(self, place: Place, tasks: int) -> None:
@@ -61,6 +62,8 @@ class Prompt(TaskAdapter):
 class VisiblePrompt(Adapter):
     """Lets a decoder's cross-attention see the virtual tokens that its encoder kept; trains nothing."""
 
+    axes = {}
+
     def __init__(self, host: nn.Module, length: int) -> None:
         super().__init__()
         self.length, self.names = length, names_of(host)
@@ -79,6 +82,7 @@ class VisiblePrompt(Adapter):
 class Leave(Adapter):
     """Takes the virtual tokens out of what the last of several blocks returns; trains nothing."""
 
+    axes = {}
     part = "end"  # beside the prompt itself, where there is one block
 
     def __init__(self, length: int) -> None:

@@ -22,11 +22,14 @@ class EncodedPrompt(Prompt):
         place: Where they enter.
         prompt: E (n, features).
         encoder: Called with E and whether it trains; None where h = E.
+        placeholder: Id of the places that they take in a row; None where they stand in front.
     """
 
-    def __init__(self, place: Place, prompt: nn.Parameter, encoder: Encoder | None) -> None:
+    def __init__(
+        self, place: Place, prompt: nn.Parameter, encoder: Encoder | None, placeholder: int | None = None
+    ) -> None:
         super().__init__(place, 1)
-        self.prompt, self.encoder = prompt, encoder
+        self.prompt, self.encoder, self.placeholder = prompt, encoder, placeholder
         nn.init.normal_(prompt)
 
     def reset_parameters(self) -> None:

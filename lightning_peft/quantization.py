@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from . import nf4
@@ -22,6 +22,7 @@ from .inject import injection
 from .layers import TransposedKind, is_called_linear, layer_of
 from .quantized_layers import (
     Int8Linear,
+    NF4Linear,
     Original,
     QuantizedKind,
     QuantizedLinear,
@@ -42,7 +43,8 @@ def quantize(
     """Store linear layers in few bits, in place and one after the other; nothing is changed if anything is wrong.
 
     Args:
-        model: Any module, on the device that it shall train on, before ``inject``.
+        model: Any module, on the device that it shall train on, before ``inject``. Layers without values (meta device)
+            are quantized when ``FSDP2Strategy`` reads them.
         kind: "nf4", 4.127 bits for each value, doubly quantized; or "int8", with one scale for each row.
         targets: Globs on the end of module names, or roles. The paper takes all linear layers of the blocks.
         backend: Library for "nf4", "bitsandbytes" or "torchao"; None takes the first that runs on the model's
@@ -52,8 +54,8 @@ def quantize(
         The model. The weights that were quantized are frozen.
 
     Raises:
-        ValueError: A setting is unknown, a pattern matches nothing, or a weight is shared, quantized, without values or
-            of a shape that no library stores.
+        ValueError: A setting is unknown, a pattern matches nothing, or a weight is shared, quantized or of a shape that
+            no library stores.
         TypeError: A target is no linear layer that can be quantized; names the first.
         RuntimeError: Adapters were injected already.
         ImportError: No library for "nf4" is installed that runs on the model's device.
@@ -70,20 +72,22 @@ def quantize(
     read = {id(module) for reader in readers for module in reader.modules()}
     for name, host in hosts.items():
         _refuse(name, host, read=id(host) in read, shared=held[id(getattr(host, "weight", None))] > 1)
+    if any(host.get_parameter("weight").is_meta for host in hosts.values()):
+        backend = "torchao" if kind == "nf4" else None
     library = nf4.library_for(hosts, backend) if kind == "nf4" else None
     for host in hosts.values():
         _quantize(host, library)
     return model
 
 
-def quantize_once(model: nn.Module, kind: str) -> None:
+def quantize_once(model: nn.Module, kind: str, backend: str | None = None) -> None:
     """Quantize, unless this or its user did so before.
 
     Raises:
         RuntimeError: Adapters were injected into a base that is not quantized.
     """
     if not quantized_layers(model):
-        quantize(model, kind)
+        quantize(model, kind, backend=backend)
 
 
 def quantized_layers(model: nn.Module) -> list[nn.Module]:
@@ -131,8 +135,6 @@ def _refuse(name: str, host: Any, read: bool, shared: bool) -> None:
                         f"way. Quantize before it is changed or sharded, or choose other targets.")  # fmt: skip
     if read:
         raise TypeError(f"{name} belongs to nn.TransformerEncoderLayer, which reads its weight; choose other targets.")
-    if host.weight.is_meta:
-        raise ValueError(f"{name} has no values yet (meta device); load the model, then quantize.")
     if not host.weight.is_floating_point():
         raise TypeError(f"{name} stores {host.weight.dtype}; only floating weights can be quantized.")
     if shared:
@@ -141,18 +143,38 @@ def _refuse(name: str, host: Any, read: bool, shared: bool) -> None:
 
 def _quantize(host: Any, library: str | None) -> None:
     stored = host.weight.detach()
-    original = Original(type(host), stored.dtype, tuple(stored.shape), sample(stored), 0.0, 0.0)
-    weight = layer_of(host).read(host).detach().contiguous()
+    kind = layer_of(host)
+    original = Original(type(host), stored.dtype, tuple(stored.shape), None, isinstance(kind, TransposedKind))
+    weight = kind.read(host).detach().contiguous()
     host.out_features, host.in_features = weight.shape  # Conv1D calls them otherwise
-    if library is None:
-        host.__class__ = Int8Linear
-        host.encode(weight)
+    if weight.is_meta:
+        host.__class__ = Int8Linear if library is None else NF4Linear
+        remember(host, original)
     else:
+        remember(host, dataclasses.replace(original, values=sample(stored)))
+        _store(host, weight, library)
+
+
+def complete(host: nn.Module) -> None:
+    """Quantize the weight of a layer that had no values when the model was quantized, and has them now."""
+    original = original_of(host)
+    if original is not None and original.values is None:
+        stored = host.get_parameter("weight").detach()
+        remember(host, dataclasses.replace(original, values=sample(stored)))
+        weight = stored.T.contiguous() if original.transposed else stored
+        _store(host, weight, "torchao" if isinstance(host, NF4Linear) else None)
+
+
+def _store(host: Any, weight: Tensor, library: str | None) -> None:
+    if library is not None:
         nf4.store(host, weight, library)
+    else:
+        if not isinstance(host, Int8Linear):
+            host.__class__ = Int8Linear
+        host.encode(weight)
     error = (layer_of(host).read(host).float() - weight.float()).square().sum().item()
-    remember(
-        host, dataclasses.replace(original, squared_error=error, squared_norm=weight.float().square().sum().item())
-    )
+    norm, known = weight.float().square().sum().item(), original_of(host)
+    remember(host, None if known is None else dataclasses.replace(known, squared_error=error, squared_norm=norm))
 
 
 def _dequantize(host: Any) -> None:

@@ -25,7 +25,8 @@ class Original:
         cls: Class of the layer.
         dtype: Type of the weight.
         shape: Shape of the weight, as the layer stored it.
-        values: Up to 64 of its values, for fingerprints.
+        values: Up to 64 of its values, for fingerprints; None as long as it has none.
+        transposed: Whether the layer stored its weight as (in, out).
         squared_error: Sum of the squared differences between quantized and original weight.
         squared_norm: Sum of the squares of the original weight.
     """
@@ -33,9 +34,10 @@ class Original:
     cls: type[nn.Module]
     dtype: torch.dtype
     shape: tuple[int, ...]
-    values: Tensor
-    squared_error: float
-    squared_norm: float
+    values: Tensor | None
+    transposed: bool
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
 
 
 def sample(weight: Tensor) -> Tensor:

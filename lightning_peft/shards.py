@@ -29,15 +29,20 @@ def shape_of(tensor: Tensor) -> torch.Size:
     return tensor.shape if part is None else part.shape
 
 
+def part_for(target: Tensor, values: Tensor) -> Tensor:
+    """Return values of the whole as a tensor is sharded; each process takes its own part, and none sends anything."""
+    if (part := part_of(target)) is not None:
+        return part.cut(values)
+    if not isinstance(target, DTensor):
+        return values
+    own = values.to(target.device_mesh.device_type)
+    return distribute_tensor(own, target.device_mesh, target.placements, src_data_rank=None)
+
+
 @torch.no_grad()
 def assign(target: Tensor, values: Tensor) -> None:
-    """Copy values of the whole into a tensor; each process takes its own part, and none sends anything."""
-    if (part := part_of(target)) is not None:
-        values = part.cut(values)
-    elif isinstance(target, DTensor):
-        own = values.to(target.device_mesh.device_type)
-        values = distribute_tensor(own, target.device_mesh, target.placements, src_data_rank=None)
-    target.copy_(values)
+    """Copy values of the whole into a tensor, sharded or not."""
+    target.copy_(part_for(target, values))
 
 
 def spread(tensor: Tensor, count: int) -> Tensor:

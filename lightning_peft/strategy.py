@@ -10,22 +10,27 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .adapter import Adapter
-from .caching import CachingCallback
+from .caching import SHARDING, CachingCallback
 from .fingerprints import fingerprint
+from .following import settle_gradients
 from .hosts import adapters, call_children
 from .inject import adapters_of, injection
 from .method import Method
 from .modes import checkpoint_without_reentry, set_mode
 from .optimizers import add_gradient
 from .quantization import KINDS, quantize_once
-from .random_state import random_state, restore_random_state
+from .random_state import random_states, restore_random_state
 from .restoring import wire_checkpoints
 from .sharding import prepare_strategy, start_strategy
+from .sharding.ddp import keep_base_at_home
+from .sharding.same_base import require_one_base
 from .showing import show
 from .summary import summary
 from .wiring import adopt, after_build, wire_optimizers
@@ -88,23 +93,27 @@ class PEFTStrategy(CachingCallback):
         if quantize not in (None, *KINDS):
             raise ValueError(f"quantize must be one of {', '.join(KINDS)} or None, got {quantize!r}.")
         self.full_checkpoint, self.show_summary, self.quantize = full_checkpoint, show_summary, quantize
+        self._backend: str | None = None
         self._step, self._total_steps = 0, 0
         self._base: str | None = None
         self._adapters: list[tuple[Method, dict[str, Adapter]]] = []  # looked up once, not at each step
         self._unchecked = set[int]()
+        self._split = list[Any]()  # what trains and is no plain tensor
         self._random: dict[str, Any] = {}
-        self._mid_epoch = False
+        self._mid_epoch = self._fits = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Arrange for injection at the earliest moment the network exists."""
+        shards = isinstance(trainer.strategy, SHARDING)
+        self._backend = "torchao" if shards and self.quantize == "nf4" else None  # whose codes can be split
         if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
             raise TypeError("BitsandbytesPrecision would replace adapted layers; quantize the base before injection.")
         prepare_strategy(trainer.strategy, self.full_checkpoint, self.lr_factors)
         fresh = not any(True for _ in adapters(pl_module)) and injection(pl_module) is None
         if fresh and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and stage == "fit":
             raise RuntimeError(
-                "A spawned process cannot hand adapters back to this one. Use strategy='ddp', or call "
-                "lightning_peft.inject(module, method, also_train) before fit."
+                "A spawned process cannot hand adapters back to this one. Use strategy='ddp', or call this callback's "
+                "apply(module) before fit."
             )
         averaging = [i for i, c in enumerate(trainer.callbacks) if isinstance(c, _AVERAGING)]  # type: ignore[attr-defined]
         if fresh and averaging and averaging[0] < trainer.callbacks.index(self):  # type: ignore[attr-defined]
@@ -122,27 +131,31 @@ class PEFTStrategy(CachingCallback):
     def apply(self, pl_module: pl.LightningModule) -> None:
         """Adapt a module now; what ``setup`` does as soon as the network exists. Calling it again changes nothing."""
         if self.quantize is not None:
-            quantize_once(pl_module, self.quantize)
+            quantize_once(pl_module, self.quantize, self._backend)
         adopt(pl_module, self.methods, self.also_train)
         if not self.full_checkpoint:
             wire_checkpoints(pl_module, self.check_base)
         wire_optimizers(pl_module, self.lr_factors, self.no_decay)
+        keep_base_at_home(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show what trains."""
+        if isinstance(trainer.strategy, DDPStrategy):
+            require_one_base(pl_module)
         if self.show_summary:
             show(summary(pl_module))
         checkpoint_without_reentry(pl_module)
         start_strategy(trainer.strategy, pl_module, self.methods)
         self._base = fingerprint(pl_module)
-        if self._random and trainer.world_size == 1:  # a checkpoint knows the state of one rank alone
-            restore_random_state(self._random)  # here, before the first data loader draws its seed
+        self._fits = True
+        if self._random:
+            restore_random_state(self._random["states"])  # here, before the first data loader draws its seed
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up the count of steps, which a checkpoint may have set."""
         set_mode(pl_module, self.frozen_mode)  # a run resumed inside an epoch never starts it
-        if self._random.get("mid_epoch") and trainer.world_size == 1:
-            restore_random_state(self._random)  # the uninterrupted run had its data loader already
+        if self._random.get("mid_epoch"):
+            restore_random_state(self._random["states"])  # the uninterrupted run had its data loader already
         self._random = {}
         record = injection(pl_module)
         if record is not None:
@@ -153,11 +166,12 @@ class PEFTStrategy(CachingCallback):
         for method in self.methods:
             method.check_run(self._total_steps)
         self._unchecked = {id(p) for p in pl_module.parameters() if p.requires_grad}
+        self._split = [p for p in pl_module.parameters() if p.requires_grad and isinstance(p, DTensor)]
         super().on_train_start(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the random generators: dropout and shuffling go on where they stopped."""
-        return {**random_state(), "mid_epoch": self._mid_epoch, "quantize": self.quantize}
+        """Return the state of each process's random generators: dropout and shuffling go on where they stopped."""
+        return {"states": random_states(), "mid_epoch": self._mid_epoch, "quantize": self.quantize}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of the random generators until training starts.
@@ -169,10 +183,14 @@ class PEFTStrategy(CachingCallback):
         if before != self.quantize:
             raise ValueError(f"The checkpoint was trained with quantize={before!r}, this run has {self.quantize!r}.")
         self._random = state_dict
+        if self._fits:  # strategies that shard load so late
+            restore_random_state(state_dict["states"])
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn where adapters that nobody trained or loaded are evaluated."""
         call_children(pl_module.modules())  # DeepSpeed removes all hooks before it evaluates
+        if trainer.state.fn != "fit" and isinstance(trainer.strategy, DDPStrategy):
+            require_one_base(pl_module)
         record = injection(pl_module)
         if record is not None and record.fresh and not self.full_checkpoint and trainer.state.fn != "fit":
             warnings.warn("Fresh adapters are evaluated: give ckpt_path, or call load_adapter before.", stacklevel=2)
@@ -183,6 +201,10 @@ class PEFTStrategy(CachingCallback):
         """Put frozen modules into their mode."""
         super().on_train_epoch_start(trainer, pl_module)
         set_mode(pl_module, self.frozen_mode)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sum up what tensor parallelism left in parts."""
+        settle_gradients(self._split)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -214,6 +236,7 @@ class PEFTStrategy(CachingCallback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make sure that the base is what it was."""
         super().on_fit_end(trainer, pl_module)
+        self._fits = False
         if self._base is not None and fingerprint(pl_module) != self._base:
             raise RuntimeError(
                 "Frozen base weights changed during fit, so the adapter does not fit the base that it started from. "

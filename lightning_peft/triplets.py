@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors
 
 from .adapter import parameter_like
+from .layers import has_values
 from .low_rank import LowRankUpdate
 
 _FACTORS = ("a", "b", "e")
@@ -65,7 +66,7 @@ class Triplets(LowRankUpdate):
 
     def pack(self) -> dict[str, Tensor]:
         """Return the triplets that are kept, alone."""
-        if self.kept.is_meta:  # nobody knows which
+        if not has_values(self.kept):  # nobody knows which
             return {name: self.get_parameter(name) for name in _FACTORS}
         live = (self.kept != 0) | (self.e.detach() != 0)
         return {"a": self.a.detach()[live], "b": self.b.detach()[:, live], "e": self.e.detach()[live]}
@@ -91,7 +92,7 @@ class Triplets(LowRankUpdate):
         return a.unflatten(-1, (rank, -1)), b.unflatten(-1, (-1, rank)), e  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
-        rank = len(self.e) if self.kept.is_meta else int(self.kept.sum())
+        rank = int(self.kept.sum()) if has_values(self.kept) else len(self.e)
         return f"rank={rank} of {len(self.e)}, scale={self.scale:g}"
 
 

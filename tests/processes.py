@@ -1,7 +1,9 @@
 """Runs a function in several processes that talk over gloo, started as torchrun starts them: Lightning adds none."""
 
+import multiprocessing
 import os
 import socket
+import threading
 import time
 import traceback
 
@@ -47,11 +49,17 @@ def _collect(results, processes, end):
     return [found[rank] for rank in range(len(processes))]
 
 
+def _end_with(parent):
+    parent.join()
+    os._exit(1)
+
+
 def _run(rank, count, port, results, function, args):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     try:
         results.put((rank, function(*args), None))
         if torch.distributed.is_initialized():

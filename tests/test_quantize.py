@@ -386,7 +386,6 @@ def test_refusals_change_nothing():
     refused(plain(), ValueError, "backend='hqq' does not fit", kind="nf4", backend="hqq")
     refused(plain(), ValueError, "int8 needs none", backend="torchao")
     refused(plain(), ValueError, "no_such_layer", targets=["fc1", "no_such_layer"])
-    refused(plain().to("meta"), ValueError, "no values yet")
     refused(plain(), TypeError, "embed is a Embedding, no linear layer", targets=["*"])
     refused(plain(), TypeError, "trunk.blocks.0 is a Block", targets=["fc1", "blocks"])
     refused(lp.inject(plain(), lora()), RuntimeError, "quantize before inject")

@@ -237,14 +237,15 @@ def test_a_trained_parameter_without_a_gradient_is_named():
         trainer(strategy(also_train=["spare"])).fit(Unused(), data())
 
 
-def test_frozen_modules_evaluate_and_frozen_statistics_stay():
+@pytest.mark.parametrize("affine", [True, False])
+def test_frozen_modules_evaluate_and_frozen_statistics_stay(affine):
     class Normed(Module):
         def build(self):
             self.net = nn.Sequential(
                 nn.Embedding(64, 8),
                 nn.Dropout(0.5),
                 nn.Flatten(),
-                nn.BatchNorm1d(56),
+                nn.BatchNorm1d(56, affine=affine),
                 nn.Linear(56, 8),
                 nn.Linear(8, 3),
             )
@@ -348,14 +349,6 @@ def test_reentrant_gradient_checkpointing_still_trains():
     net.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     trainer(strategy()).fit(net.train(), data())
     assert all(adapter.b.abs().sum() > 0 for *_, adapter in lp.adapters(net))
-
-
-@pytest.mark.slow
-def test_spawned_processes_are_refused_unless_injected_before():
-    with pytest.raises(
-        torch.multiprocessing.ProcessRaisedException, match=r"A spawned process cannot hand adapters back"
-    ):
-        trainer(strategy(), strategy="ddp_spawn", devices=2).fit(module(), data())
 
 
 def test_evaluation_with_fresh_adapters_warns():

@@ -51,6 +51,8 @@ class BitFit(Method):
 class AddedBias(Adapter):
     """y = host(x) + bias, for a linear layer without a bias; the bias starts at zero."""
 
+    axes = {"bias": ("out",)}
+
     def __init__(self, host: Any) -> None:
         super().__init__()
         self.bias = parameter_like(host.weight, layer_of(host).shape(host)[0])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, Call, parameter_like
 from ..bottlenecks import bottleneck, check_bottleneck, output_of
-from ..layers import read_attribute
+from ..layers import has_values, read_attribute
 from ..method import Method, require
 from ..roles import ROLES
 from ..select import select, select_parameters
@@ -80,6 +80,7 @@ class After(Adapter):
         std: Of ``down`` (size, width) and ``up`` (width, size) at the start.
     """
 
+    axes = {}
     unmergeable = "it is not linear, so no weight expresses it"
 
     def __init__(self, width: int, weight: Tensor, size: int, activation: str, std: float) -> None:
@@ -90,7 +91,7 @@ class After(Adapter):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        for weight in (self.down, self.up):
+        for weight in filter(has_values, (self.down, self.up)):  # it draws until all values are inside
             nn.init.trunc_normal_(weight, std=self.std, a=-2 * self.std, b=2 * self.std)
         nn.init.zeros_(self.down_bias)
         nn.init.zeros_(self.up_bias)

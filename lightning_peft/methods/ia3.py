@@ -78,6 +78,7 @@ class Scaling(Adapter):
     def __init__(self, host: Any, of_inputs: bool = False, part: tuple[str, int, int] | None = None) -> None:
         super().__init__()
         self.layer, self.of_inputs = layer_of(host), of_inputs
+        self.axes = {"scales": ("in" if of_inputs else "out",)}
         out, features, *kernel = self.layer.shape(host)
         features *= getattr(host, "groups", 1)
         self.part, first, stop = part or ("", 0, out)

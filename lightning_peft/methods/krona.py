@@ -70,6 +70,8 @@ class KronAUpdate(WeightUpdate):
         part: Rows of a fused layer to update.
     """
 
+    axes = {}
+
     def __init__(
         self, host: Any, shape_a: tuple[int, int], scale: float, part: tuple[str, int, int] | None = None
     ) -> None:

@@ -144,6 +144,6 @@ class LLaMAAdapterPrompt(Adapter):
         # One product for each head over the tokens of all rows: projections lie so in memory, and no copy is kept. With
         # tokens in the last dimension, a softmax over a few prompts is twenty times as fast on the CPU.
         tokens = query.transpose(0, 1).flatten(1, 2).mT
-        weights = (key.to(query.dtype) @ tokens).softmax(1, dtype=torch.float32)
+        weights = (key.to(query.dtype) @ tokens).softmax(1, dtype=torch.promote_types(query.dtype, torch.float32))
         prompted: Tensor = weights.to(query.dtype).mT @ value.to(query.dtype)
         return prompted.view(len(prompted), *query.shape[0:3:2], -1).transpose(0, 1)

@@ -20,6 +20,7 @@ from ..method import Method, require
 from ..products import Update
 from ..roles import parts
 from ..select import select
+from ..shards import whole
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 
@@ -110,6 +111,8 @@ class LoRAAdapter(LowRankUpdate):
         decompose: Whether a magnitude is trained as well.
     """
 
+    axes = {"a": (None, "in"), "a0": (None, "in"), "b": ("out", None), "b0": ("out", None), "magnitude": ("out",)}
+
     def __init__(
         self,
         host: Any,
@@ -146,7 +149,7 @@ class LoRAAdapter(LowRankUpdate):
                 "decompose and the initial values pissa and olora are computed from the host's weight: load the base "
                 "model first, then inject."
             )
-        weight = self.layer.read(host)[slice(*self.rows)].to(self.a.dtype).flatten(1)
+        weight = whole(self.layer.read(host))[slice(*self.rows)].to(self.a.dtype).flatten(1)
         if self.init in FROM_WEIGHT:
             a, b = FROM_WEIGHT[self.init](weight, len(self.a), self.scale)
             for factor, value in ((self.a, a), (self.a0, a), (self.b, b), (self.b0, b)):

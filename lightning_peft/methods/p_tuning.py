@@ -91,7 +91,8 @@ class PTuning(Method):
             encoder = LSTMThenMLP(weight, features, hidden, self.dropout)
         elif self.encoder == "mlp":
             encoder = MLP(weight, features, hidden, features)
-        if self.template is not None:
-            fill = partial(fill_template, template=self.template, placeholder=self.placeholder)
-            place = dataclasses.replace(place, surround=fill)
-        return EncodedPrompt(place, parameter_like(weight, self._count, features), encoder)
+        prompt = parameter_like(weight, self._count, features)
+        if self.template is None:
+            return EncodedPrompt(place, prompt, encoder)
+        fill = partial(fill_template, template=self.template, placeholder=self.placeholder)
+        return EncodedPrompt(dataclasses.replace(place, surround=fill), prompt, encoder, self.placeholder)

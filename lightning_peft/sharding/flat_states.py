@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from ..checkpoint import base_names, check_state, clean, drop_base
 from ..flat import part_of
 from ..inject import injection
 from ..shards import whole, writes_files
-from .saved import saved_tensors
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:
@@ -43,9 +42,8 @@ def spread_out(state: dict[str, Any]) -> dict[str, Any]:
     return {k: _rows(v) for k, v in state.items()}
 
 
-def check_saved(module: Any, path: Path) -> None:
-    """Compare a checkpoint with a module, before anything of it is loaded."""
-    found = saved_tensors(path)
+def check_saved(module: Any, found: Mapping[str, Any], path: Path) -> None:
+    """Compare a checkpoint's tensors with a module, before anything of it is loaded."""
     if injection(module) is not None:
         check_state(module, found, str(path))
     expected = module_state(module)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 from .units import Units
 
@@ -28,7 +28,7 @@ def check_flattens(model: nn.Module, units: Units) -> None:
         own = {n: p for n, p in unit.named_parameters() if id(p) not in seen}
         seen |= {id(p) for p in own.values()}
         kinds = {p.dtype for p in own.values()}
-        wrong = [n for n, p in own.items() if p.is_meta or not p.is_floating_point() or p.dim() == 0]
+        wrong = [n for n, p in own.items() if not _flattens(p)]
         if len(kinds) > 1 or wrong:
             what = f"{wrong[0]} is of {own[wrong[0]].dtype}, on {own[wrong[0]].device}" if wrong else f"types {kinds}"
             raise TypeError(
@@ -40,3 +40,8 @@ def check_flattens(model: nn.Module, units: Units) -> None:
 def _inside(units: Units) -> list[nn.Module]:
     """Return a plan's units but for the children of the whole, which FSDP1's root takes."""
     return [unit for name, unit in units.modules.items() if "." in name]
+
+
+def _flattens(parameter: nn.Parameter) -> bool:
+    plain = type(parameter.data) is Tensor and not parameter.is_meta
+    return plain and parameter.is_floating_point() and parameter.dim() > 0

@@ -21,11 +21,13 @@ from torch.optim import Optimizer
 
 from ..flat import mark_parts, part_of
 from . import flat_states
+from .checkpoints import saved_tensors
 from .flat_precision import OwnTypes
 from .flat_units import check_flattens, flatten_inside
 from .folders import read_folder, write_folder
 from .fsdp2 import DataType, _buffers_beside
 from .replicas import average_gradients, share_first
+from .same_base import require_one_base
 from .units import plan_units
 
 _ROOT = "_peft_root"  # no child of the module that it wraps
@@ -107,6 +109,7 @@ class FSDP1Strategy(FSDPStrategy):
     def _shard(self, model: nn.Module, group: torch.distributed.ProcessGroup) -> nn.Module:
         units = plan_units(model, self.wrap_modules, group.size())
         check_flattens(model, units)
+        require_one_base(model)
         rank_zero_info(f"\n{units}")
         whole = list(units.replicated.values())
         for parameter in whole:
@@ -166,11 +169,10 @@ class FSDP1Strategy(FSDPStrategy):
         """
         module: Any = self.lightning_module
         path = Path(self.broadcast(checkpoint_path))
-        flat_states.check_saved(module, path)
         fits = module.trainer.state.fn == TrainerFn.FITTING
-        if path.is_file():
-            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
-        else:
+        checkpoint = None if path.is_dir() else torch.load(path, "cpu", mmap=True, weights_only=weights_only)
+        flat_states.check_saved(module, saved_tensors(path) if checkpoint is None else checkpoint["state_dict"], path)
+        if checkpoint is None:
             checkpoint = read_folder(path, self.root_device, weights_only, fits)
         flat_states.load_module(module, checkpoint.pop("state_dict"))
         states = checkpoint.pop("optimizer_states", None)

@@ -17,12 +17,16 @@ from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
+from ..base import SLOT
 from ..checkpoint import check_state
 from ..inject import injection
+from .base_weights import BaseWeights, read_into, start_adapters
+from .checkpoints import own_optimizer_state, own_state, saved_tensors, whole_optimizer_state
 from .replicas import average_gradients, share_first
-from .saved import saved_tensors
-from .units import Units, plan_units
+from .same_base import require_one_base
+from .units import plan_units
 
 DataType = Literal["bfloat16", "float16", "float32"]
 
@@ -38,6 +42,9 @@ class FSDP2Strategy(ModelParallelStrategy):
     Args:
         wrap_modules: What is gathered at once: class names such as ``LlamaDecoderLayer``, or globs on the end of
             dotted names; by default the model's repeated blocks.
+        base_weights: Safetensors file of the base model, or folder of such files, for networks that were built in the
+            context ``without_values``: each process reads one unit after the other and keeps its part. The command
+            line builds the network so where this is given. "auto" is what the module's ``base_weights`` says.
         save_distributed_checkpoint: Whether a checkpoint is a folder, to which each process writes its part, and not
             one file. Either holds adapter state only.
         reshard_after_forward: Whether blocks are freed after the forward pass and gathered again for the backward pass.
@@ -52,6 +59,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def __init__(
         self,
         wrap_modules: list[str] | None = None,
+        base_weights: str | None = None,
         save_distributed_checkpoint: bool = False,
         reshard_after_forward: bool = True,
         param_dtype: DataType | None = None,
@@ -64,6 +72,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             reshard_after_forward,
             param_dtype,
         )
+        self.base_weights = base_weights
         self._replicated: list[nn.Parameter] = []
 
     def setup_environment(self) -> None:
@@ -87,21 +96,32 @@ class FSDP2Strategy(ModelParallelStrategy):
             if not builds:
                 del module.__dict__["configure_model"]
 
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the state for a folder as Lightning does, for a file as one process would save it."""
+        if self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        state = whole_optimizer_state(getattr(optimizer, "_optimizer", optimizer))
+        return state if self.global_rank == 0 else {}
+
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a file or folder of any number of processes; Lightning's own loader asks for the frozen base as well.
+        """Load a folder of any number of processes, or a file of any strategy.
 
         Raises:
             ValueError: Keys are missing or have no place, or shapes differ; nothing was loaded then.
         """
         module: Any = self.lightning_module
         path = Path(self.broadcast(checkpoint_path))
+        checkpoint = None if path.is_dir() else torch.load(path, "cpu", mmap=True, weights_only=weights_only)
+        state = saved_tensors(path) if checkpoint is None else checkpoint.pop("state_dict")
         if injection(module) is not None:
-            check_state(module, saved_tensors(path), str(path))
-        strict, module.strict_loading = module.strict_loading, False
-        try:
+            check_state(module, state, str(path))
+        if checkpoint is None:
             return super().load_checkpoint(path, weights_only)
-        finally:
-            module.strict_loading = strict
+        module.load_state_dict(own_state(module, state), strict=module.strict_loading)
+        for optimizer, saved in zip(self.optimizers, checkpoint.pop("optimizer_states", []), strict=False):
+            optimizer.load_state_dict(own_optimizer_state(optimizer, saved))
+        found: dict[str, Any] = checkpoint
+        return found
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Average the gradients of what is not sharded."""
@@ -111,24 +131,48 @@ class FSDP2Strategy(ModelParallelStrategy):
     def _shard(self, module: pl.LightningModule) -> None:
         mesh: Any = self.device_mesh["data_parallel"]
         units = plan_units(module, self.wrap_modules, mesh.size())
+        weights = self._base_weights(module)
+        require_one_base(module)
         rank_zero_info(f"\n{units}")
-        for parameter in units.replicated.values():
+        policy = MixedPrecisionPolicy()
+        if self.param_dtype is not None:
+            policy = MixedPrecisionPolicy(param_dtype=getattr(torch, self.param_dtype), reduce_dtype=torch.float32)
+        start_adapters(module, self.root_device)
+        for name, unit in units.modules.items():
+            if weights is not None:
+                read_into(unit, name, weights, self.root_device)
+            self._share(unit)
+            fully_shard(
+                unit,
+                mesh=mesh,
+                reshard_after_forward=self.reshard_after_forward,
+                mp_policy=policy,
+                ignored_params=set(units.replicated.values()),
+            )
+        self._share(module)
+
+    def _base_weights(self, module: nn.Module) -> BaseWeights | None:
+        """Return where parameters without values get them.
+
+        Raises:
+            ValueError: Nowhere; the base would be random.
+        """
+        empty = [name for name, p in module.named_parameters() if p.is_meta and f".{SLOT}." not in f".{name}"]
+        if not empty:
+            return None
+        path = getattr(module, "base_weights", None) if self.base_weights == "auto" else self.base_weights
+        if path is None:
+            raise ValueError(f"{empty[0]} has no values (meta device); give FSDP2Strategy(base_weights=FOLDER).")
+        weights = BaseWeights(path)
+        weights.find(module)
+        return weights
+
+    def _share(self, part: nn.Module) -> None:
+        """Give all processes the first one's values of what trains."""
+        trained = [p for p in part.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        for parameter in trained:
             parameter.data = parameter.data.to(self.root_device)
-        trained = [p for p in module.parameters() if p.requires_grad]
-        share_first([*trained, *_buffers_beside(module, trained)], self.root_device)
-        shard(units, mesh, self.reshard_after_forward, self.param_dtype)
-
-
-def shard(units: Units, mesh: Any, reshard_after_forward: bool, param_dtype: DataType | None) -> None:
-    """Shard each unit of a plan."""
-    policy = MixedPrecisionPolicy()
-    if param_dtype is not None:
-        policy = MixedPrecisionPolicy(param_dtype=getattr(torch, param_dtype), reduce_dtype=torch.float32)
-    whole = set(units.replicated.values())
-    for unit in units.modules.values():
-        fully_shard(
-            unit, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy, ignored_params=whole
-        )
+        share_first([*trained, *_buffers_beside(part, trained)], self.root_device)
 
 
 def _buffers_beside(module: nn.Module, parameters: list[nn.Parameter]) -> list[Tensor]:

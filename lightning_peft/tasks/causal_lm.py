@@ -93,6 +93,11 @@ class CausalLM(TaskModule):
             logits: Tensor = self.network(**_inputs(batch), use_cache=False).logits
         return logits
 
+    def sample_batch(self, rows: int, tokens: int) -> dict[str, Tensor]:
+        """A batch of this shape, in which each token has a label."""
+        batch = super().sample_batch(rows, tokens)
+        return {**batch, "labels": batch["input_ids"]}
+
     def labelled(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The logits (places, vocabulary) before each labelled token, and these tokens (places,)."""
         targets = batch["labels"][:, 1:]

@@ -123,6 +123,15 @@ class Choices(TaskModule):
         found = [getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id")]
         return int(next(token for token in found if token is not None))
 
+    def sample_batch(self, rows: int, tokens: int) -> dict[str, Tensor]:
+        """A batch of this shape with two choices, each of an eighth as many tokens.
+
+        A decoder reads them after the prompt: both together have ``tokens``.
+        """
+        answer = max(1, tokens // 8)
+        batch = super().sample_batch(rows, tokens if self.has_encoder else max(1, tokens - answer))
+        return {**batch, "choices": torch.ones(rows, 2, answer, dtype=torch.long)}
+
     def labelled(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The choices' scores, whose cross entropy is L_LN, and the right choices."""
         return self._likelihoods(batch).scores, batch["labels"]

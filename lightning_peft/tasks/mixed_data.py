@@ -63,6 +63,11 @@ class MixedDataModule(PortableDataModule):
         return self._first.tokenizer
 
     @property
+    def max_length(self) -> int:
+        """The longest row of all tasks, in tokens."""
+        return max(task.max_length for task in self.tasks.values())
+
+    @property
     def classes(self) -> list[str] | list[int] | None:
         """The tasks' classes, where they have some."""
         return getattr(self._first, "classes", None)

@@ -82,7 +82,8 @@ def build_model(
     """A transformers model in train mode: pretrained if ``model`` is given, with random weights if ``config`` is.
 
     ``from_pretrained`` returns a model in eval mode and Lightning does not change that, so dropout would stay off.
-    Random weights are drawn from torch's global generator: ``seed_everything`` makes them repeatable.
+    Random weights are drawn from torch's global generator: ``seed_everything`` makes them repeatable. Where
+    parameters are built without values, no weights are read.
 
     Args:
         kind: The transformers auto class, such as ``AutoModelForCausalLM``.
@@ -100,10 +101,13 @@ def build_model(
     if twice:
         raise ValueError(f"config sets {twice[0]!r}, which another argument decides. Remove it from config.")
     auto = getattr(transformers(), kind)
-    if model is not None:
+    empty = torch.nn.Linear(1, 1).weight.is_meta  # here from_pretrained would read weights in vain
+    if model is not None and not empty:
         network: PreTrainedModel = auto.from_pretrained(locate(model), dtype=dtype, **settings)
     else:
-        network = auto.from_config(build_config({**(config or {}), **settings}))
+        own = {**(config or {}), **settings}
+        known = build_config(own) if model is None else transformers().AutoConfig.from_pretrained(locate(model), **own)
+        network = auto.from_config(known)
         network = network if dtype == "auto" else network.to(getattr(torch, dtype))
     network.train()
     return network

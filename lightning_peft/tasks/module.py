@@ -6,16 +6,19 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MetricCollection
 
+from lightning_peft.pseudo_tokens import EncodedPrompt
 from lightning_peft.restoring import KEY, inject_from_checkpoint
 from lightning_peft.rows import TaskAdapter, row_tasks
 from lightning_peft.tasks.mixed_batches import TASK_IDS
 from lightning_peft.tasks.mixed_data import MixedDataModule
+from lightning_peft.tasks.models import locate
 from lightning_peft.tasks.optimization import adamw
 
 
@@ -37,6 +40,11 @@ class TaskModule(LightningModule):
         self.val_metrics = metrics.clone(prefix="val_")
         self.test_metrics = metrics.clone(prefix="test_")
         self.metrics_by_task = nn.ModuleDict()
+
+    @property
+    def base_weights(self) -> str | None:
+        """Where ``FSDP2Strategy(base_weights="auto")`` reads a network that was built without values."""
+        return locate(self.hparams["model"]) if self.hparams.get("model") else None
 
     def data_of_tasks(self) -> list[Any]:
         """The data that the Trainer runs on: that of each task where several are mixed, else one, or none."""
@@ -102,6 +110,19 @@ class TaskModule(LightningModule):
         """Take the adapters of such a checkpoint, so that ``load_from_checkpoint`` reads it."""
         if KEY in checkpoint:
             inject_from_checkpoint(self, checkpoint)
+
+    def sample_batch(self, rows: int, tokens: int) -> dict[str, Tensor]:
+        """A batch of this shape, as the module's data makes them; values do not matter, and nothing is padding.
+
+        Args:
+            rows: Number of rows.
+            tokens: Number of tokens in each, pseudo tokens of a template included.
+        """
+        ids, first = torch.ones(rows, tokens, dtype=torch.long), torch.zeros(rows, dtype=torch.long)
+        for part in self.network.modules():
+            if isinstance(part, EncodedPrompt) and part.placeholder is not None:
+                ids[:, : len(part.prompt)] = part.placeholder
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": first, TASK_IDS: first}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over what requires a gradient, with the schedule."""

@@ -1,0 +1,400 @@
+"""FSDP2: a base that is sharded trains every method as one process would, and is in no checkpoint."""
+
+import functools
+import json
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+from cases import CASES, Case, methods_for
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from models import MODELS
+from parallel_laws import Keep, Rows, Task, difference, fit, gradients_alone, resumed, same_everywhere, state, whole
+from processes import together
+from safetensors.torch import load_file, save_model
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils.data import DataLoader, default_collate
+from trainer_models import trainer
+
+import lightning_peft as lp
+from lightning_peft.base import base_parameters
+from lightning_peft.fingerprints import fingerprint
+from lightning_peft.sharding.base_weights import BaseWeights
+from lightning_peft.sharding.units import plan_units
+
+FULL = lp.FSDP2Strategy
+SHARDED = functools.partial(lp.FSDP2Strategy, save_distributed_checkpoint=True)
+DISTRIBUTED = [case for case in CASES if case.model in ("bert", "llama", "fused_vit")]
+LORA = Case("llama", (lp.LoRA(rank=2),))
+LAST = Case("llama", (lp.LastLayers(count=1),))
+TIMED = lp.LoRA(rank=2, dropout=0.5)
+
+
+class Exact(Task):
+    """In float64, where differences are no rounding."""
+
+    def training_step(self, batch, index=0):
+        return super().training_step({k: v.double() if v.is_floating_point() else v for k, v in batch.items()})
+
+
+class Double(pl.Callback):
+    """Widens a module once its adapters are there."""
+
+    def setup(self, trainer, pl_module, stage):
+        pl_module.double()
+
+
+def off(case):
+    keep = Keep()
+    fit(case, FULL, Double(), keep, make=Exact, max_steps=1)
+    return difference(keep.gradients, gradients_alone(case))
+
+
+def start():
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+
+def gradients_and_continuations(folder):
+    start()
+    found = []
+    for number, case in enumerate(DISTRIBUTED):
+        places = [Path(folder, f"{number}-{kind}") for kind in ("full", "sharded")]
+        differing = [resumed(case, s, place) for s, place in zip((FULL, SHARDED), places, strict=True)]
+        found.append((str(case), off(case), differing))
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_gradients_of_one_and_resume_bit_for_bit(tmp_path):
+    for rank in together(gradients_and_continuations, str(tmp_path), seconds=600):
+        assert max(value for _, value, _ in rank) < 1e-11, max(rank, key=lambda found: found[1])
+        assert not [(name, differing) for name, _, differing in rank if differing != [[], []]]
+        print(f"largest difference of {len(rank)} cases: {max(value for _, value, _ in rank):.1e}")
+
+
+def dropout_and_clipping(folder):
+    start()
+    case = Case("llama", (TIMED,))
+    random = [resumed(case, s, Path(folder, str(i))) for i, s in enumerate((FULL, SHARDED, "ddp"))]
+    settings = {"make": Exact, "gradient_clip_val": 0.01, "accumulate_grad_batches": 2}
+    heads = Case("bert", (lp.LoRA(rank=2), lp.OutputLayers()))
+    steps = [state(fit(c, s, Double(), **settings)) for c in (LORA, LAST, heads) for s in (FULL, "ddp")]
+    pairs = zip(steps[::2], steps[1::2], strict=True)
+    return random, [difference(found, expected) for found, expected in pairs]
+
+
+@pytest.mark.slow
+def test_dropout_goes_on_and_clipping_sees_whole_gradients(tmp_path):
+    for random, steps in together(dropout_and_clipping, str(tmp_path)):
+        assert random == [[], [], []]
+        assert max(steps) < 1e-9
+
+
+class Wide(pl.LightningModule):
+    """A base of 16.8 MB."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024) for _ in range(4)])
+
+    def training_step(self, batch, index):
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+
+def sizes(folder):
+    start()
+    found = []
+    for number, strategy in enumerate((FULL, SHARDED)):
+        saves = ModelCheckpoint(folder, filename=str(number))
+        peft = lp.PEFTStrategy(lp.LoRA(rank=32, targets=["net.*"]), show_summary=False)
+        runs = trainer(peft, saves, strategy=strategy(), devices=2, max_epochs=1)
+        runs.fit(Wide(), DataLoader(torch.ones(4, 1024)))
+        dist.barrier()
+        path = Path(folder, f"{number}.ckpt")
+        found.append(sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path])))
+    return found
+
+
+@pytest.mark.slow
+def test_checkpoints_of_both_kinds_have_the_size_of_adapters_and_their_averages(tmp_path):
+    adapter = 4 * 2 * 32 * 1024 * 4
+    for full, sharded in together(sizes, str(tmp_path)):
+        assert 3 * adapter < full < 1.01 * 3 * adapter
+        assert 3 * adapter < sharded < 1.05 * 3 * adapter
+        print(f"adapter {adapter:,} bytes; full checkpoint {full:,}, sharded {sharded:,}; base {4 * 1024 * 1025 * 4:,}")
+
+
+def base_of(case, folder):
+    torch.manual_seed(5)
+    module = Task(case.model)
+    if dist.get_rank() == 0:
+        save_model(module.net, str(folder / "model.safetensors"))
+    dist.barrier()
+    return module
+
+
+def read_by_unit(case, folder, quantize):
+    """Return what differs between a base that was read unit by unit and one that was there, and between processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    expected = base_of(case, folder)
+    torch.manual_seed(dist.get_rank())
+    with lp.without_values():
+        module = Task(case.model)
+    assert all(p.is_meta for p in module.parameters())
+    peft = lp.PEFTStrategy(list(case.methods), show_summary=False, quantize=quantize)
+    runs = trainer(peft, strategy=FULL(base_weights=str(folder)), devices=2, max_steps=0)
+    rows = Rows(case.model)
+    runs.fit(module, DataLoader(rows, batch_size=2))
+    if quantize:
+        lp.quantize(expected, quantize, backend="torchao" if quantize == "nf4" else None)
+    own = dict(expected.named_parameters())
+    differing = [n for n, p in base_parameters(module).items() if n in own and not torch.equal(whole(p), own[n])]
+    trained = [n for n, p in module.named_parameters() if p.requires_grad]
+    assert fingerprint(module) == fingerprint(expected, trained)
+    batch = default_collate([rows[i] for i in range(4)])
+    module.training_step(batch).backward()
+    if not case.starts_at_base:
+        return differing, same_everywhere(state(module)), 0.0
+    with torch.no_grad():
+        losses = [m.eval().training_step(batch).item() for m in (module, expected)]
+    return differing, same_everywhere(state(module)), losses[0] - losses[1]
+
+
+def bases_read_by_unit(folder):
+    start()
+    random = [case for case in methods_for("llama") if not any(_reads_weights(m) for m in case.methods)]
+    found = [read_by_unit(case, Path(folder, f"plain{i}"), None) for i, case in enumerate(random)]
+    for kind in ("int8", "nf4"):
+        found += [
+            read_by_unit(Case(m, (lp.LoRA(rank=2),)), Path(folder, f"{kind}{m}"), kind) for m in ("llama", "gpt2")
+        ]
+    return found
+
+
+def _reads_weights(method):
+    return isinstance(method, lp.LoRA) and (method.decompose or method.init in ("pissa", "olora"))
+
+
+@pytest.mark.slow
+def test_each_process_reads_the_base_unit_by_unit_quantized_or_not(tmp_path):
+    for rank in together(bases_read_by_unit, str(tmp_path)):
+        assert len(rank) > 25
+        assert all(found == ([], [], 0.0) for found in rank), rank
+
+
+def adapters_in_and_out(folder):
+    start()
+    module = fit(Case("bert", (lp.LoRA(rank=2), lp.OutputLayers())), FULL)
+    lp.save_adapter(module, Path(folder, "first"))
+    sharded = fit(Case("bert", (lp.LastLayers(count=1),)), FULL)
+    lp.save_adapter(sharded, Path(folder, "last"))
+    dist.barrier()
+    kept = state(module), state(sharded)
+    for trained, name in ((module, "first"), (sharded, "last")):
+        with torch.no_grad():
+            for p in trained.parameters():
+                if p.requires_grad:
+                    p.mul_(0)
+        lp.load_adapter(trained, Path(folder, name))
+    fresh = Task("bert")
+    fresh.load_state_dict({n: whole(p) for n, p in base_parameters(sharded).items()}, strict=False)
+    for part in [fresh.net]:
+        fully_shard(part)
+    with pytest.raises(TypeError, match="shard"):
+        lp.load_adapter(fresh, Path(folder, "first"))
+    loaded = state(module), state(sharded)
+    return [torch.equal(a[n], b[n]) for a, b in zip(kept, loaded, strict=True) for n in a]
+
+
+@pytest.mark.slow
+def test_adapters_come_out_of_sharded_models_and_go_in_again(tmp_path):
+    for equal in together(adapters_in_and_out, str(tmp_path)):
+        assert len(equal) > 10
+        assert all(equal)
+    written = load_file(tmp_path / "last" / "adapter_model.safetensors")
+    assert all(".layer.2." in name or "pooler" in name or "classifier" in name for name in written)
+    assert json.loads((tmp_path / "last" / "adapter_config.json").read_text())["base"] is not None
+
+
+class Restored(pl.Callback):
+    """Keeps what a run starts from: weights, and the optimizer's averages."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.weights = state(pl_module)
+        self.averages = averages(trainer)
+
+
+def averages(trainer):
+    found = trainer.optimizers[0].state
+    return [whole(found[p]["exp_avg"]).clone() for g in trainer.optimizers[0].param_groups for p in g["params"]]
+
+
+class Ended(Restored):
+    def on_train_start(self, trainer, pl_module):
+        pass
+
+    def on_train_end(self, trainer, pl_module):
+        super().on_train_start(trainer, pl_module)
+
+
+def written_by_two(folder):
+    start()
+    for case in (LORA, LAST):
+        for name, strategy in (("full", FULL), ("sharded", SHARDED), ("ddp", "ddp")):
+            ended = Ended()
+            saves = ModelCheckpoint(folder, filename=f"{case}-{name}")
+            fit(case, strategy, saves, ended, max_epochs=1)
+            if dist.get_rank() == 0:
+                torch.save((ended.weights, ended.averages), Path(folder, f"{case}-{name}.pt"))
+    dist.barrier()
+
+
+def read_by_another_number(folder, reader):
+    start()
+    found = []
+    for case in (LORA, LAST):
+        for name in ("full", "sharded", "ddp") if reader == "fsdp2" else ("full", "ddp"):
+            strategy = FULL if reader == "fsdp2" else "ddp"
+            restored = Restored()
+            fit(case, strategy, restored, path=Path(folder, f"{case}-{name}.ckpt"), max_epochs=2)
+            weights, means = torch.load(Path(folder, f"{case}-{name}.pt"))
+            found += [torch.equal(restored.weights[n], weights[n]) for n in weights]
+            found += [torch.equal(a, b) for a, b in zip(restored.averages, means, strict=True)]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_checkpoints_go_from_two_processes_to_one_and_three_and_to_ddp(tmp_path):
+    together(written_by_two, str(tmp_path))
+    for count, reader in ((1, "fsdp2"), (3, "fsdp2"), (2, "ddp")):
+        for equal in together(read_by_another_number, str(tmp_path), reader, count=count):
+            assert len(equal) > 20
+            assert all(equal), (count, reader)
+
+
+def refusals(folder):
+    start()
+    folder = Path(folder)
+    base_of(LORA, folder)
+    strategies = {"meta device": FULL(), "matches|no class": FULL(wrap_modules=["Blok"])}
+    with lp.without_values():
+        modules = [Task("llama"), Task("llama")]
+    modules[1] = Task("llama")
+    for module, (message, strategy) in zip(modules, strategies.items(), strict=True):
+        runs = trainer(lp.PEFTStrategy(lp.LoRA(), show_summary=False), strategy=strategy, devices=2, max_steps=1)
+        with pytest.raises(ValueError, match=message):
+            runs.fit(module, DataLoader(Rows("llama"), batch_size=2))
+    other = Task("llama")
+    other.net.model.norm.weight.data += dist.get_rank()
+    runs = trainer(lp.PEFTStrategy(lp.LoRA(), show_summary=False), strategy=FULL(), devices=2, max_steps=1)
+    with pytest.raises(ValueError, match="frozen base of process 1 is not that of process 0"):
+        runs.fit(other, DataLoader(Rows("llama"), batch_size=2))
+    for name, strategy in (("full", FULL), ("sharded", SHARDED)):
+        fit(LORA, strategy, ModelCheckpoint(folder, filename=name), max_epochs=1)
+        for rank, targets, message in ((4, ["q_proj", "v_proj"], "has another shape of"), (2, ["k_proj"], "lacks")):
+            with pytest.raises(ValueError, match=message):
+                fit(Case("llama", (lp.LoRA(rank=rank, targets=targets),)), strategy, path=folder / f"{name}.ckpt")
+
+
+@pytest.mark.slow
+def test_what_would_go_wrong_silently_is_refused(tmp_path):
+    together(refusals, str(tmp_path))
+
+
+class OwnSharding(Task):
+    """Shards in configure_model, as Lightning's documentation has it."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        lp.inject(self, lp.LoRA(rank=2))
+
+    def configure_model(self):
+        for layer in self.net.model.layers:
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+def sharded_by_its_user(folder):
+    start()
+    own = {"make": OwnSharding}
+    stock = functools.partial(ModelParallelStrategy, data_parallel_size=2, tensor_parallel_size=1)
+    return [resumed(LORA, s, Path(folder, str(i)), **own) for i, s in enumerate((FULL, SHARDED, stock))]
+
+
+@pytest.mark.slow
+def test_a_module_that_shards_itself_resumes_too(tmp_path):
+    assert together(sharded_by_its_user, str(tmp_path)) == [[[], [], []]] * 2
+
+
+def test_units_are_the_blocks_and_what_is_around_them():
+    module = pl.LightningModule()
+    module.net = MODELS["llama"]()
+    lp.inject(module, lp.LoRA(rank=2), also_train=["lm_head"])
+    units = plan_units(module, None, 4)
+    assert list(units.modules) == ["net.model.layers.0", "net.model.layers.1", "net.model.layers.2", "net"]
+    trained = {n for n, p in module.named_parameters() if p.requires_grad}
+    assert units.replicated.keys() == trained
+    assert "net.lm_head.weight" in trained
+    sharded = sum(p.numel() for n, p in module.named_parameters() if n not in trained)
+    assert f"holds {sharded / 1e3:.3g} kB of the units" in str(units)  # 4 bytes, 4 processes
+    assert "3 x LlamaDecoderLayer: 7,744 parameters (float32), 0 of them train" in str(units)
+    assert list(plan_units(module, ["LlamaMLP", "layers.1"], 4).modules) == [
+        *[f"net.model.layers.{i}.mlp" for i in range(3)], "net.model.layers.1", "net"
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="'LlamaLayer' is no class or name of a module here. .*LlamaDecoderLayer"):
+        plan_units(module, ["LlamaLayer"], 4)
+    assert not any(isinstance(part, FSDPModule) for part in module.modules())
+
+
+def test_without_adapters_what_trains_is_sharded_in_one_type():
+    module = pl.LightningModule()
+    module.net = MODELS["bert"]()
+    lp.inject(module, lp.LastLayers(count=1))
+    assert plan_units(module, None, 2).replicated == {}
+    module.net.classifier.bfloat16()
+    with pytest.raises(ValueError, match="Parameters of net train in several types"):
+        plan_units(module, None, 2)
+
+
+def test_base_weights_are_found_under_other_beginnings_and_must_fit(tmp_path):
+    network = MODELS["llama"]()
+    save_model(network, str(tmp_path / "model.safetensors"))
+    with lp.without_values():
+        outer, inner = pl.LightningModule(), pl.LightningModule()
+        outer.net = MODELS["llama"]()
+        inner.body = MODELS["llama"]().model
+    for module, name in ((outer, "net.model.layers.1.mlp.up_proj.weight"), (inner, "body.layers.1.mlp.up_proj.weight")):
+        weights = BaseWeights(tmp_path)
+        weights.find(module)
+        assert torch.equal(weights.values(name), network.model.layers[1].mlp.up_proj.weight)
+    lp.inject(outer, lp.LoRA())
+    outer.net.model.layers[0].extra = torch.nn.Linear(2, 2, device="meta").requires_grad_(False)
+    with pytest.raises(ValueError, match="lacks 2 frozen parameters: net.model.layers.0.extra.weight"):
+        BaseWeights(tmp_path).find(outer)
+    outer.net.model.layers[0].extra = None
+    outer.net.model.norm.weight = torch.nn.Parameter(torch.empty(3, device="meta"), requires_grad=False)
+    with pytest.raises(ValueError, match=r"model.norm.weight has shape \[32\], the model \[3\]"):
+        BaseWeights(tmp_path).find(outer)
+    outer.net.register_buffer("table", torch.empty(2, device="meta"))
+    with pytest.raises(ValueError, match="net.table is a buffer without values"):
+        BaseWeights(tmp_path).find(outer)
+    with pytest.raises(FileNotFoundError, match="holds no .safetensors file"):
+        BaseWeights(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("method", [lp.FullFineTuning(), lp.LastLayers(count=1)], ids=lambda m: type(m).__name__)
+def test_what_will_be_quantized_cannot_train(method):
+    with lp.without_values():
+        network = MODELS["llama"]()
+    lp.quantize(network, "int8")
+    with pytest.raises(TypeError, match="stored in few bits and cannot train"):
+        lp.inject(network, method)
