@@ -15,13 +15,14 @@ from lightning_peft.tasks.models import locate
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 RECIPES = [config for config in CONFIGS if config.parent.name == "recipes"]  # their own tests run them
-FITS = [config for config in CONFIGS if config not in RECIPES]
+TRAINERS = [config for config in CONFIGS if config.parent.name == "trainer"]  # run in two processes
+FITS = [config for config in CONFIGS if config not in [*RECIPES, *TRAINERS]]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LLAMA = """{model_type: llama, vocab_size: 30522, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 3,
 num_attention_heads: 2}"""
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("config", [*FITS, *RECIPES], ids=lambda path: path.name)
 def test_the_first_line_is_the_command(config):
     command = "[a-z]+" if config in RECIPES else "fit"
     assert re.match(rf"# lightning-peft {command} --config {config.relative_to(ROOT)}[ \n]", config.read_text())

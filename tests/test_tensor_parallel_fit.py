@@ -12,22 +12,9 @@ from trainer_models import LateModule, Module, Resumable, data, trainer
 
 import lightning_peft as lp
 from lightning_peft.following import mesh_of
-from lightning_peft.sharding import parallelize
 from lightning_peft.shards import whole
 
 WAYS = [("roles", False), ("roles", True), ("by hand", True)]  # and whether each process writes its part
-
-
-class Split(ModelParallelStrategy):
-    """Splits the adapted model by roles, then goes on."""
-
-    def setup(self, trainer):
-        parallelize(self.lightning_module, self.device_mesh["tensor_parallel"])
-        super().setup(trainer)
-
-    def load_checkpoint(self, checkpoint_path, weights_only=None):
-        self.lightning_module.strict_loading = False  # the frozen base is in no checkpoint
-        return super().load_checkpoint(checkpoint_path, weights_only)
 
 
 class ByHand(Module):
@@ -48,8 +35,9 @@ def callback():
 
 
 def engine(how, distributed=False, **settings):
-    kind = Split if how == "roles" else ModelParallelStrategy
-    strategy = kind(1, 2, save_distributed_checkpoint=distributed)
+    strategy = ModelParallelStrategy(1, 2, save_distributed_checkpoint=distributed)
+    if how == "roles":
+        strategy = lp.FSDP2Strategy(tensor_parallel_size=2, save_distributed_checkpoint=distributed)
     # All processes read the same rows. Lightning's sampler would shuffle them, and anew where a run goes on.
     return trainer(callback(), devices=2, strategy=strategy, epochs=-1, use_distributed_sampler=False, **settings)
 

@@ -26,6 +26,7 @@ from .base_weights import BaseWeights, read_into, start_adapters
 from .checkpoints import own_optimizer_state, own_state, saved_tensors, whole_optimizer_state
 from .replicas import average_gradients, share_first
 from .same_base import require_one_base
+from .tensor_parallel import parallelize
 from .units import plan_units
 
 DataType = Literal["bfloat16", "float16", "float32"]
@@ -49,6 +50,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             one file. Either holds adapter state only.
         reshard_after_forward: Whether blocks are freed after the forward pass and gathered again for the backward pass.
         param_dtype: Type that sharded parameters are gathered and computed in; by default their own.
+        tensor_parallel_size: Over how many processes the layers of a Llama-like model are split, with their adapters,
+            in place of sharding: all, which share each batch, or 1. See ``lightning_peft.sharding.parallelize``.
         process_group_backend: Backend of ``torch.distributed``; by default the device's.
         timeout: How long a process waits for the others before it ends with an error.
 
@@ -63,10 +66,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: bool = False,
         reshard_after_forward: bool = True,
         param_dtype: DataType | None = None,
+        tensor_parallel_size: int = 1,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
-        super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
+        super().__init__("auto", tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout)
         self.wrap_modules, self.reshard_after_forward, self.param_dtype = (
             wrap_modules,
             reshard_after_forward,
@@ -76,15 +80,23 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._replicated: list[nn.Parameter] = []
 
     def setup_environment(self) -> None:
-        """Take all processes as one data-parallel group."""
-        if self._data_parallel_size == "auto":
-            self._data_parallel_size = self.num_nodes * self.num_processes
+        """Take all processes as one group.
+
+        Raises:
+            ValueError: Layers would be split over some of the processes, and sharded over others.
+        """
+        processes, split = self.num_nodes * self.num_processes, self._tensor_parallel_size
+        if split not in (1, processes):
+            raise ValueError(f"tensor_parallel_size={split} with {processes} processes; expected {processes}, or 1.")
+        self._data_parallel_size = processes // split
         super().setup_environment()
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Shard the model, then build the optimizers."""
         module: Any = self.lightning_module
-        if not any(isinstance(part, FSDPModule) for part in module.modules()):
+        if self._tensor_parallel_size != 1:
+            parallelize(module, self.device_mesh["tensor_parallel"])
+        elif not any(isinstance(part, FSDPModule) for part in module.modules()):
             self._shard(module)
         self._replicated = [p for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
         builds = is_overridden("configure_model", module)
