@@ -35,7 +35,7 @@ from .methods import (
 from .quantization import dequantize, quantize
 from .restoring import load_from_checkpoint
 from .rows import row_tasks
-from .sharding import FSDP2Strategy, without_values
+from .sharding import FSDP1Strategy, FSDP2Strategy, without_values
 from .strategy import PEFTStrategy
 from .summary import summary
 from .templates import Template
@@ -47,6 +47,7 @@ __all__ = [
     "Adapter",
     "BitFit",
     "Bottleneck",
+    "FSDP1Strategy",
     "FSDP2Strategy",
     "FedPara",
     "FullFineTuning",

@@ -15,6 +15,7 @@ from .fingerprints import fingerprint
 from .hosts import adapters
 from .inject import inject, injected, injection
 from .method import from_dict, to_dict
+from .shards import shape_of
 
 FORMAT = 1
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|_forward_module)\.")
@@ -25,8 +26,8 @@ def keep_adapters_only(model: nn.Module) -> None:
 
     Heads, metrics and whatever is unfrozen later stay in. ``full_state_dict`` shows everything for a while.
     """
-    if _drop not in model._state_dict_hooks.values():
-        model.register_state_dict_post_hook(_drop)  # type: ignore[no-untyped-call]
+    if drop_base not in model._state_dict_hooks.values():
+        model.register_state_dict_post_hook(drop_base)  # type: ignore[no-untyped-call]
         model.register_load_state_dict_post_hook(_forgive)  # type: ignore[no-untyped-call]
 
 
@@ -103,9 +104,9 @@ def check_state(model: nn.Module, given: Mapping[str, Tensor], source: str) -> N
         "lacks": sorted(expected.keys() - state.keys()),
         "has no place for": sorted(k for k in state.keys() - expected.keys() if f".{SLOT}." in f".{k}"),
         "has another shape of": [
-            f"{k} {tuple(state[k].shape)} instead of {tuple(v.shape)}"
+            f"{k} {tuple(state[k].shape)} instead of {tuple(shape_of(v))}"
             for k, v in expected.items()
-            if k in state and state[k].shape != v.shape
+            if k in state and state[k].shape != shape_of(v)
         ],
     }
     parts = [f"{what} {', '.join(keys[:5])} ({len(keys)} in all)" for what, keys in wrong.items() if keys]
@@ -178,10 +179,10 @@ def _place(host_name: str, key: str) -> str:
     return f"{host_name}.{SLOT}.{key}.".lstrip(".")
 
 
-def _drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    record = injection(module)
-    if record is not None and not record.shows_base:
-        names = base_names(module)
+def drop_base(module: nn.Module, state: dict[str, Any], prefix: str = "", metadata: Any = None) -> None:
+    """Delete what ``keep_adapters_only`` leaves out of a module's state."""
+    record, names = injection(module), base_names(module)
+    if record is not None and not record.shows_base and drop_base in module._state_dict_hooks.values():
         for key in [k for k in state if k.startswith(prefix) and _within(clean(k[len(prefix) :]), names)]:
             del state[key]
 

@@ -26,7 +26,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Returns:
         The folder.
     """
-    state = {clean(k): whole(v.detach()).contiguous().cpu() for k, v in adapter_state(model, packed=True).items()}
+    state = {clean(k): whole(v).detach().contiguous().cpu() for k, v in adapter_state(model, packed=True).items()}
     description = describe(model, packed=True)
     return write_adapter(folder, description, state) if writes_files() else Path(folder)
 

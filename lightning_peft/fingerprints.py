@@ -10,6 +10,7 @@ from torch import nn
 
 from .base import base_parameters
 from .quantized_layers import original_of, sample
+from .shards import shape_of
 
 
 def fingerprint(model: nn.Module, trained: Collection[str] | None = None) -> str | None:
@@ -29,7 +30,7 @@ def fingerprint(model: nn.Module, trained: Collection[str] | None = None) -> str
             original = original_of(model.get_submodule(owner)) if key == "weight" else None
             if parameter.is_meta:
                 return None
-            digest.update(str(tuple(original.shape if original else parameter.shape)).encode())
+            digest.update(str(tuple(original.shape if original else shape_of(parameter))).encode())
             samples.append(sample(parameter) if original is None or original.values is None else original.values)
     if samples:
         digest.update(torch.cat(samples).view(torch.int16).numpy().tobytes())

@@ -19,7 +19,7 @@ from .adapter import Adapter
 from .caching import SHARDING, CachingCallback
 from .fingerprints import fingerprint
 from .following import settle_gradients
-from .hosts import adapters
+from .hosts import adapters, call_children
 from .inject import adapters_of, injection
 from .method import Method
 from .modes import checkpoint_without_reentry, set_mode
@@ -28,6 +28,7 @@ from .precision import refuse_replacing, warn_of_narrow, widen_trained
 from .quantization import KINDS, quantize_once
 from .random_state import random_states, restore_random_state
 from .restoring import wire_checkpoints
+from .sharding import prepare_strategy, start_strategy
 from .sharding.ddp import keep_base_at_home
 from .sharding.same_base import require_one_base
 from .showing import show
@@ -106,6 +107,7 @@ class PEFTStrategy(CachingCallback):
         refuse_replacing(trainer.precision_plugin)
         shards = isinstance(trainer.strategy, SHARDING)
         self._backend = "torchao" if shards and self.quantize == "nf4" else None  # whose codes can be split
+        prepare_strategy(trainer.strategy, self.full_checkpoint, self.lr_factors)
         fresh = not any(True for _ in adapters(pl_module)) and injection(pl_module) is None
         if fresh and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and stage == "fit":
             raise RuntimeError(
@@ -144,6 +146,7 @@ class PEFTStrategy(CachingCallback):
         if self.show_summary:
             show(summary(pl_module))
         checkpoint_without_reentry(pl_module)
+        start_strategy(trainer.strategy, pl_module, self.methods)
         self._base = fingerprint(pl_module)
         self._fits = True
         if self._random:
@@ -186,6 +189,7 @@ class PEFTStrategy(CachingCallback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn where adapters that nobody trained or loaded are evaluated."""
+        call_children(pl_module.modules())  # DeepSpeed removes all hooks before it evaluates
         if trainer.state.fn != "fit" and isinstance(trainer.strategy, DDPStrategy):
             require_one_base(pl_module)
         record = injection(pl_module)
@@ -243,7 +247,7 @@ class PEFTStrategy(CachingCallback):
 
     def _check_gradients(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         here = {id(p) for group in optimizer.param_groups for p in group["params"]} & self._unchecked
-        names = [name for name, p in pl_module.named_parameters() if id(p) in here and p.grad is None]
+        names = [name for name, p in pl_module.named_parameters() if id(p) in here and p.grad is None and p.numel()]
         if names:
             raise ValueError(
                 f"{len(names)} trained parameters got no gradient in the first step: {', '.join(names[:5])}. Their "

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from .base import base_parameters
 from .checkpoint import adapter_state
 from .inject import adapters_of, injection
+from .shards import shape_of
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,25 @@ class Summary:
 def summary(model: nn.Module) -> Summary:
     """Count what trains, by method; works on the meta device too."""
     record, rows = injection(model), []
-    trained = {n: p.numel() for n, p in base_parameters(model).items() if p.requires_grad}
+    trained = {n: _count(p) for n, p in base_parameters(model).items() if p.requires_grad}
     for method in record.methods if record else ():
         found = [a for a in adapters_of(model, method).values() if next(a.parameters(), None) is not None]
-        parameters = {id(p): p.numel() for adapter in found for p in adapter.parameters()}
+        parameters = {id(p): _count(p) for adapter in found for p in adapter.parameters()}
         if parameters:
             rows.append((f"{type(method).__name__} ({method.name})", len(found), sum(parameters.values())))
     if trained:
         rows.append(("base parameters", len(trained), sum(trained.values())))
     return Summary(
         rows=tuple(rows),
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total=sum(p.numel() for p in model.parameters()),
-        saved_bytes=sum(v.numel() * v.element_size() for v in adapter_state(model, packed=True).values()),
-        base_bytes=sum(p.numel() * p.element_size() for p in base_parameters(model).values()),
+        trainable=sum(_count(p) for p in model.parameters() if p.requires_grad),
+        total=sum(_count(p) for p in model.parameters()),
+        saved_bytes=sum(_count(v) * v.element_size() for v in adapter_state(model, packed=True).values()),
+        base_bytes=sum(_count(p) * p.element_size() for p in base_parameters(model).values()),
     )
+
+
+def _count(tensor: Tensor) -> int:
+    return shape_of(tensor).numel()
 
 
 def size(count: float) -> str:

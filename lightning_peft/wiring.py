@@ -9,9 +9,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from .base import SLOT, base_parameters, matches
+from .checkpoint import clean
 from .hosts import adapters
 from .inject import Injection, inject, injection
 from .method import Method
@@ -71,7 +72,7 @@ def adopt(module: pl.LightningModule, methods: Sequence[Method], also_train: Seq
     record = injection(module)
     below = [found for part in module.modules() if (found := injection(part)) is not None and found is not record]
     if record is None and not below:
-        if any(isinstance(part, FSDPModule) for part in module.modules()):
+        if any(isinstance(part, (FSDPModule, FullyShardedDataParallel)) for part in module.modules()):
             raise TypeError(
                 "The model is sharded and has no adapters yet; each rank would train its own. Call "
                 "lightning_peft.inject(self, method) in configure_model, before fully_shard."
@@ -128,7 +129,7 @@ def group_rule(module: pl.LightningModule, lr_factors: dict[str, float], no_deca
     """
     if not lr_factors and not no_decay:
         return None
-    names = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    names = {clean(name): p for name, p in module.named_parameters() if p.requires_grad}
     others = _by_method(module)
     special: dict[int, dict[str, float]] = {}
     settings = [(p, "lr_factor", f) for p, f in lr_factors.items()] + [(p, "weight_decay", 0.0) for p in no_decay]
@@ -145,7 +146,7 @@ def group_rule(module: pl.LightningModule, lr_factors: dict[str, float], no_deca
 def _by_method(module: pl.LightningModule) -> dict[str, str]:
     """Return the names of adapters' parameters without the parts that they serve: lora for lora_query."""
     return {
-        f"{name}.{SLOT}.{key}.{own}".lstrip("."): f"{name}.{SLOT}.{key.removesuffix(f'_{adapter.part}')}.{own}"
+        clean(f"{name}.{SLOT}.{key}.{own}".lstrip(".")): f"{name}.{SLOT}.{key.removesuffix(f'_{adapter.part}')}.{own}"
         for name, _, key, adapter in adapters(module)
         for own, _ in adapter.named_parameters()
     }

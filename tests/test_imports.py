@@ -7,7 +7,7 @@ import lightning_peft as lp
 
 ROOT = Path(lp.__file__).parent
 ROOMS = """
-    console extras losses shards layers quantized_layers base evaluation roles shapes activations select
+    console extras losses flat shards layers quantized_layers base evaluation roles shapes activations select
     fingerprints folders multihead attention forms products built adapter low_rank scaling affine triplets hadamard
     method bottlenecks kronecker feedforward outputs virtual_tokens words rows prompts prefixes prefix_starts
     positions encoders pseudo_tokens templates methods hosts following inject nf4 quantized_shapes quantization
