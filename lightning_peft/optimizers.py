@@ -111,6 +111,23 @@ def _unscale(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             group["lr"] = group.pop("lr_before_factor")
 
 
+def require_gradients(module: nn.Module, optimizer: Optimizer, unchecked: set[int]) -> set[int]:
+    """Return which parameters of an optimizer (by id, of those unchecked) were looked at.
+
+    Raises:
+        ValueError: One has no gradient; names it.
+    """
+    here = {id(p) for group in optimizer.param_groups for p in group["params"]} & unchecked
+    names = [name for name, p in module.named_parameters() if id(p) in here and p.grad is None and p.numel()]
+    if names:
+        raise ValueError(
+            f"{len(names)} trained parameters got no gradient in the first step: {', '.join(names[:5])}. Their "
+            f"modules do not take part in the loss; leave them out of targets or also_train. With gradient "
+            f"checkpointing, use use_reentrant=False."
+        )
+    return here
+
+
 def add_gradient(penalty: Tensor, optimizer: Optimizer) -> None:
     """Add a penalty's gradient to those of an optimizer's parameters; unscaled, and unseen by DDP's hooks."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]

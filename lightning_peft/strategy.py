@@ -23,11 +23,11 @@ from .hosts import adapters, call_children
 from .inject import adapters_of, injection
 from .method import Method
 from .modes import checkpoint_without_reentry, set_mode
-from .optimizers import add_gradient
+from .optimizers import add_gradient, require_gradients
 from .precision import refuse_replacing, warn_of_narrow, widen_trained
 from .quantization import KINDS, quantize_once
-from .random_state import random_states, restore_random_state
 from .restoring import wire_checkpoints
+from .resuming import ResumingCallback
 from .sharding import prepare_strategy, start_strategy
 from .sharding.ddp import keep_base_at_home
 from .sharding.same_base import require_one_base
@@ -38,7 +38,7 @@ from .wiring import adopt, after_build, wire_optimizers
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 
 
-class PEFTStrategy(CachingCallback):
+class PEFTStrategy(ResumingCallback, CachingCallback):
     """Fine-tunes with one method or several, in any stage of any Trainer; checkpoints hold adapter state only.
 
     The base is frozen and adapted as soon as the network exists: in ``setup``, or after the module's own
@@ -99,8 +99,6 @@ class PEFTStrategy(CachingCallback):
         self._adapters: list[tuple[Method, dict[str, Adapter]]] = []  # looked up once, not at each step
         self._unchecked = set[int]()
         self._split = list[Any]()  # what trains and is no plain tensor
-        self._random: dict[str, Any] = {}
-        self._mid_epoch = self._fits = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Arrange for injection at the earliest moment the network exists."""
@@ -148,16 +146,11 @@ class PEFTStrategy(CachingCallback):
         checkpoint_without_reentry(pl_module)
         start_strategy(trainer.strategy, pl_module, self.methods)
         self._base = fingerprint(pl_module)
-        self._fits = True
-        if self._random:
-            restore_random_state(self._random["states"])  # here, before the first data loader draws its seed
+        super().on_fit_start(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up the count of steps, which a checkpoint may have set."""
         set_mode(pl_module, self.frozen_mode)  # a run resumed inside an epoch never starts it
-        if self._random.get("mid_epoch"):
-            restore_random_state(self._random["states"])  # the uninterrupted run had its data loader already
-        self._random = {}
         record = injection(pl_module)
         if record is not None:
             record.fresh = False
@@ -171,11 +164,11 @@ class PEFTStrategy(CachingCallback):
         super().on_train_start(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of each process's random generators: dropout and shuffling go on where they stopped."""
-        return {"states": random_states(), "mid_epoch": self._mid_epoch, "quantize": self.quantize}
+        """Return what a run that goes on has to know."""
+        return {**super().state_dict(), "quantize": self.quantize}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state of the random generators until training starts.
+        """Take up what ``state_dict`` returned.
 
         Raises:
             ValueError: Training would go on over a base in other bits.
@@ -183,9 +176,7 @@ class PEFTStrategy(CachingCallback):
         before = state_dict.get("quantize")
         if before != self.quantize:
             raise ValueError(f"The checkpoint was trained with quantize={before!r}, this run has {self.quantize!r}.")
-        self._random = state_dict
-        if self._fits:  # strategies that shard load so late
-            restore_random_state(state_dict["states"])
+        super().load_state_dict(state_dict)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn where adapters that nobody trained or loaded are evaluated."""
@@ -217,14 +208,13 @@ class PEFTStrategy(CachingCallback):
             if penalty is not None:
                 add_gradient(penalty, optimizer)
         if self._unchecked:
-            self._check_gradients(pl_module, optimizer)
+            self._unchecked -= require_gradients(pl_module, optimizer, self._unchecked)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let methods follow each optimizer step."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._mid_epoch = not trainer.is_last_batch
         if trainer.global_step == self._step:
             return  # gradients accumulate
         steps = range(self._step + 1, trainer.global_step + 1)  # one, or several where a module steps by itself
@@ -238,20 +228,8 @@ class PEFTStrategy(CachingCallback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make sure that the base is what it was."""
         super().on_fit_end(trainer, pl_module)
-        self._fits = False
         if self._base is not None and fingerprint(pl_module) != self._base:
             raise RuntimeError(
                 "Frozen base weights changed during fit, so the adapter does not fit the base that it started from. "
                 "Something other than the optimizer writes to them."
             )
-
-    def _check_gradients(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        here = {id(p) for group in optimizer.param_groups for p in group["params"]} & self._unchecked
-        names = [name for name, p in pl_module.named_parameters() if id(p) in here and p.grad is None and p.numel()]
-        if names:
-            raise ValueError(
-                f"{len(names)} trained parameters got no gradient in the first step: {', '.join(names[:5])}. Their "
-                f"modules do not take part in the loss; leave them out of targets or also_train. With gradient "
-                f"checkpointing, use use_reentrant=False."
-            )
-        self._unchecked -= here
