@@ -21,7 +21,8 @@ _SIDES = {0: "out", 1: "in"}  # of the host's weight, by the dimension that is s
 
 def is_split(host: nn.Module) -> bool:
     """Whether tensor parallelism has split a layer: its weight and, by hooks, what goes in and comes out."""
-    sharded = isinstance(host._parameters.get("weight"), DTensor)
+    held: Any = host._parameters  # of a scripted module no dict
+    sharded = "weight" in held and isinstance(held["weight"], DTensor)
     return sharded and bool(host._forward_pre_hooks) and not isinstance(host, FSDPModule)
 
 

@@ -183,6 +183,7 @@ def test_the_last_batch_may_be_smaller():
 @pytest.mark.parametrize(
     "settings", [{"precision": "bf16-mixed"}, {"precision": "bf16-true"}, {"accumulate_grad_batches": 3}], ids=str
 )
+@pytest.mark.filterwarnings("ignore:20 base parameters train in torch.bfloat16")
 def test_it_is_the_same_in_other_precisions_and_with_accumulated_gradients(settings):
     _, cached = both(MODELS["bert"], lp.LastLayers(count=1), inside="net.bert.encoder.layer.0", **settings)
     assert cached.stages == [4, 1, 1]

@@ -101,8 +101,8 @@ def build_model(
     if twice:
         raise ValueError(f"config sets {twice[0]!r}, which another argument decides. Remove it from config.")
     auto = getattr(transformers(), kind)
-    empty = torch.nn.Linear(1, 1).weight.is_meta  # here from_pretrained would read weights in vain
-    if model is not None and not empty:
+    probe = torch.nn.ParameterList([torch.empty(0)])
+    if model is not None and not probe[0].is_meta:  # without values, from_pretrained would read them in vain
         network: PreTrainedModel = auto.from_pretrained(locate(model), dtype=dtype, **settings)
     else:
         own = {**(config or {}), **settings}
