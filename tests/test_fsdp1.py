@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import parallel_laws as laws
 import pytest
 import torch
-from cases import methods_for
+from cases import Case, methods_for
 from lightning.pytorch.strategies import FSDPStrategy
 from processes import together
 from torch import nn
@@ -175,3 +175,40 @@ def test_lightnings_own_strategy_is_refused_with_advice():
     tuner = trainer(strategy=Stock(), devices=1)
     with pytest.raises(TypeError, match="FSDP2Strategy"):
         lp.PEFTStrategy(lp.LoRA(rank=2)).setup(tuner, module(), "fit")
+
+
+class Start(pl.Callback):
+    """Keeps what a run starts from."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.values = {clean(n): whole(p, p.detach()) for n, p in pl_module.named_parameters() if p.requires_grad}
+        held = trainer.optimizers[0].state
+        self.averages = [whole(p, held[p]["exp_avg"]) for g in trainer.optimizers[0].param_groups for p in g["params"]]
+
+
+class End(Start):
+    def on_train_start(self, trainer, pl_module):
+        pass
+
+    def on_train_end(self, trainer, pl_module):
+        Start.on_train_start(self, trainer, pl_module)
+
+
+def from_ddp(folder):
+    quiet()
+    found = []
+    for method in (lp.LoRA(rank=2), lp.LastLayers(count=1)):
+        case, start, end = Case("llama", (method,)), Start(), End()
+        saves = pl.callbacks.ModelCheckpoint(folder, filename=type(method).__name__)
+        laws.fit(case, "ddp", saves, end, max_epochs=1)
+        laws.fit(case, lp.FSDP1Strategy, start, path=f"{folder}/{type(method).__name__}.ckpt", max_epochs=2)
+        found += [torch.equal(start.values[name], value) for name, value in end.values.items()]
+        found += [torch.equal(a, b) for a, b in zip(start.averages, end.averages, strict=True)]
+    return found
+
+
+@pytest.mark.slow
+def test_a_file_of_ddp_goes_on_under_fsdp1(tmp_path):
+    for equal in together(from_ddp, str(tmp_path)):
+        assert len(equal) > 40
+        assert all(equal)

@@ -326,8 +326,28 @@ class OwnSharding(Task):
 def sharded_by_its_user(folder):
     start()
     own = {"make": OwnSharding}
-    stock = functools.partial(ModelParallelStrategy, data_parallel_size=2, tensor_parallel_size=1)
+    stock = functools.partial(ModelParallelStrategy, 2, 1)
     return [resumed(LORA, s, Path(folder, str(i)), **own) for i, s in enumerate((FULL, SHARDED, stock))]
+
+
+def sharded_by_nobody():
+    start()
+    with pytest.raises(ValueError, match="peft.lora.a trains and is not sharded, so each process would train its own"):
+        fit(
+            LORA, functools.partial(ModelParallelStrategy, data_parallel_size=2, tensor_parallel_size=1), make=Unsharded
+        )
+
+
+class Unsharded(Task):
+    """Has the hook, and does nothing in it."""
+
+    def configure_model(self):
+        pass
+
+
+@pytest.mark.slow
+def test_adapters_that_nobody_keeps_equal_are_refused():
+    together(sharded_by_nobody)
 
 
 @pytest.mark.slow

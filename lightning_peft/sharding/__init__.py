@@ -1,9 +1,9 @@
 """Models that are spread over processes by Lightning's strategies."""
 
 from .base_weights import without_values
-from .deepspeed import prepare_strategy, start_strategy
 from .fsdp1 import FSDP1Strategy
 from .fsdp2 import FSDP2Strategy
+from .stock import prepare_strategy, start_strategy
 from .tensor_parallel import parallelize
 
 __all__ = ["FSDP1Strategy", "FSDP2Strategy", "parallelize", "prepare_strategy", "start_strategy", "without_values"]

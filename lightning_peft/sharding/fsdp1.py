@@ -25,8 +25,8 @@ from .checkpoints import saved_tensors
 from .flat_precision import OwnTypes
 from .flat_units import check_flattens, flatten_inside
 from .folders import read_folder, write_folder
-from .fsdp2 import DataType, _buffers_beside
-from .replicas import average_gradients, share_first
+from .fsdp2 import DataType
+from .replicas import average_gradients, share_trained
 from .same_base import require_one_base
 from .units import plan_units
 
@@ -114,8 +114,7 @@ class FSDP1Strategy(FSDPStrategy):
         whole = list(units.replicated.values())
         for parameter in whole:
             parameter.data = parameter.data.to(self.root_device)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        share_first([*trained, *_buffers_beside(model, trained)], self.root_device)
+        share_trained(model, self.root_device)
         kept = {id(p) for p in whole}
         shapes = {p: p.shape for p in model.parameters() if id(p) not in kept}
         flatten_inside(model, units, lambda unit: self._flatten(unit, whole))

@@ -24,7 +24,7 @@ from ..checkpoint import check_state
 from ..inject import injection
 from .base_weights import BaseWeights, read_into, start_adapters
 from .checkpoints import own_optimizer_state, own_state, saved_tensors, whole_optimizer_state
-from .replicas import average_gradients, share_first
+from .replicas import average_gradients, share_trained
 from .same_base import require_one_base
 from .tensor_parallel import parallelize
 from .units import plan_units
@@ -150,18 +150,19 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self.param_dtype is not None:
             policy = MixedPrecisionPolicy(param_dtype=getattr(torch, self.param_dtype), reduce_dtype=torch.float32)
         start_adapters(module, self.root_device)
+        whole = list(units.replicated.values())
         for name, unit in units.modules.items():
             if weights is not None:
                 read_into(unit, name, weights, self.root_device)
-            self._share(unit)
+            share_trained(unit, self.root_device, without=whole)
             fully_shard(
                 unit,
                 mesh=mesh,
                 reshard_after_forward=self.reshard_after_forward,
                 mp_policy=policy,
-                ignored_params=set(units.replicated.values()),
+                ignored_params=set(whole),
             )
-        self._share(module)
+        share_trained(module, self.root_device)
 
     def _base_weights(self, module: nn.Module) -> BaseWeights | None:
         """Return where parameters without values get them.
@@ -178,20 +179,6 @@ class FSDP2Strategy(ModelParallelStrategy):
         weights = BaseWeights(path)
         weights.find(module)
         return weights
-
-    def _share(self, part: nn.Module) -> None:
-        """Give all processes the first one's values of what trains."""
-        trained = [p for p in part.parameters() if p.requires_grad and not isinstance(p, DTensor)]
-        for parameter in trained:
-            parameter.data = parameter.data.to(self.root_device)
-        share_first([*trained, *_buffers_beside(part, trained)], self.root_device)
-
-
-def _buffers_beside(module: nn.Module, parameters: list[nn.Parameter]) -> list[Tensor]:
-    """Return the buffers of modules that hold some of these parameters."""
-    held = {id(p) for p in parameters}
-    found = (m for m in module.modules() if any(id(p) in held for p in m.parameters(recurse=False)))
-    return [buffer for part in found for buffer in part.buffers(recurse=False)]
 
 
 def _nothing(module: pl.LightningModule) -> None:

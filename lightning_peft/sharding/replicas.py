@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
@@ -19,6 +20,22 @@ def share_first(tensors: Sequence[Tensor], device: torch.device) -> None:
     """
     for own in _by_type(tensors):
         _exchange(own, device, lambda flat: dist.broadcast(flat, 0))
+
+
+def share_trained(module: nn.Module, device: torch.device, without: Collection[nn.Parameter] = ()) -> None:
+    """Give all processes the first one's values of what trains and is not sharded, with the buffers beside it.
+
+    Args:
+        module: Where to look.
+        device: Where the processes' backend sends from.
+        without: Parameters to leave out.
+    """
+    left = {id(p) for p in without}
+    trained = {id(p): p for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor)}
+    own = [p for key, p in trained.items() if key not in left]
+    held = trained.keys() - left
+    beside = (part for part in module.modules() if any(id(p) in held for p in part.parameters(recurse=False)))
+    share_first([*own, *(buffer for part in beside for buffer in part.buffers(recurse=False))], device)
 
 
 @torch.no_grad()

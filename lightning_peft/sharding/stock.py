@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..hosts import adapters
 from ..inject import adapters_of
 from ..method import Method
 from .fsdp1 import FSDP1Strategy
+from .fsdp2 import FSDP2Strategy
 from .replicas import share_first
 
 
@@ -54,8 +56,11 @@ def start_strategy(strategy: Strategy, module: nn.Module, methods: Sequence[Meth
     """Give all processes the first one's buffers of adapters, which DeepSpeed, unlike DDP, does not send.
 
     Raises:
-        ValueError: A method adds a penalty, whose gradients DeepSpeed would not take: it has averaged them by then.
+        ValueError: A method adds a penalty, whose gradients DeepSpeed would not take: it has averaged them by then. Or
+            nobody would average gradients.
     """
+    if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):
+        _require_averaging(strategy, module)
     if not isinstance(strategy, DeepSpeedStrategy):
         return
     for method in methods:
@@ -66,3 +71,13 @@ def start_strategy(strategy: Strategy, module: nn.Module, methods: Sequence[Meth
             )
     if strategy.world_size > 1:
         share_first([buffer for *_, adapter in adapters(module) for buffer in adapter.buffers()], strategy.root_device)
+
+
+def _require_averaging(strategy: ModelParallelStrategy, module: nn.Module) -> None:
+    plain = [n for n, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    if plain and strategy.device_mesh["data_parallel"].size() > 1:
+        raise ValueError(
+            f"{plain[0]} trains and is not sharded, so each process would train its own: ModelParallelStrategy does "
+            f"not average gradients. Call fully_shard on the whole network in configure_model, or use "
+            f"lightning_peft.FSDP2Strategy()."
+        )
