@@ -71,12 +71,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         super().__init__("auto", tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout)
-        self.wrap_modules, self.reshard_after_forward, self.param_dtype = (
-            wrap_modules,
-            reshard_after_forward,
-            param_dtype,
-        )
-        self.base_weights = base_weights
+        self.wrap_modules, self.base_weights = wrap_modules, base_weights
+        self.reshard_after_forward, self.param_dtype = reshard_after_forward, param_dtype
         self._replicated: list[nn.Parameter] = []
 
     def setup_environment(self) -> None:

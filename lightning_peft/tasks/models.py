@@ -52,6 +52,20 @@ def locate(reference: str) -> str:
     return reference
 
 
+def weights_folder(reference: str) -> str:
+    """The folder with the safetensors files that a model reference means; those of a hub name are fetched if need be.
+
+    Args:
+        reference: As `locate` reads it.
+    """
+    place = locate(reference)
+    if Path(place).is_dir():
+        return place
+    transformers()
+    folder: str = importlib.import_module("huggingface_hub").snapshot_download(place, allow_patterns=["*.safetensors*"])
+    return folder
+
+
 def _package_folder(reference: str) -> Path:
     name, _, inside = reference.removeprefix(_PACKAGE).partition("/")
     if not name.isidentifier():

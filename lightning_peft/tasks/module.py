@@ -18,7 +18,7 @@ from lightning_peft.restoring import KEY, inject_from_checkpoint
 from lightning_peft.rows import TaskAdapter, row_tasks
 from lightning_peft.tasks.mixed_batches import TASK_IDS
 from lightning_peft.tasks.mixed_data import MixedDataModule
-from lightning_peft.tasks.models import locate
+from lightning_peft.tasks.models import weights_folder
 from lightning_peft.tasks.optimization import adamw
 
 
@@ -44,7 +44,7 @@ class TaskModule(LightningModule):
     @property
     def base_weights(self) -> str | None:
         """Where ``FSDP2Strategy(base_weights="auto")`` reads a network that was built without values."""
-        return locate(self.hparams["model"]) if self.hparams.get("model") else None
+        return weights_folder(self.hparams["model"]) if self.hparams.get("model") else None
 
     def data_of_tasks(self) -> list[Any]:
         """The data that the Trainer runs on: that of each task where several are mixed, else one, or none."""

@@ -10,7 +10,15 @@ import torch
 from lightning import seed_everything
 from transformers import AutoModelForCausalLM
 
-from lightning_peft.tasks.models import build_config, build_model, build_tokenizer, locate, prompt_ids, transformers
+from lightning_peft.tasks.models import (
+    build_config,
+    build_model,
+    build_tokenizer,
+    locate,
+    prompt_ids,
+    transformers,
+    weights_folder,
+)
 
 CLASSIFIER = "AutoModelForSequenceClassification"
 
@@ -107,3 +115,14 @@ def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path: Path, decoder_tokenize
 def test_prompts_start_with_the_start_token_and_have_no_end_token(decoder_tokenizer: str) -> None:
     tokenizer = build_tokenizer(decoder_tokenizer)
     assert prompt_ids(tokenizer, ["good bad", "good </s>"]) == [[1, 3, 4], [1, 3]]
+
+
+def test_weights_of_hub_names_are_fetched_and_folders_are_read_where_they_are(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *args, **kwargs: asked.append((args, kwargs)) or "f"
+    )
+    assert weights_folder(str(tmp_path)) == str(tmp_path)
+    assert asked == []
+    assert weights_folder("someone/model") == "f"
+    assert asked == [(("someone/model",), {"allow_patterns": ["*.safetensors*"]})]
