@@ -330,6 +330,43 @@ def sharded_by_its_user(folder):
     return [resumed(LORA, s, Path(folder, str(i)), **own) for i, s in enumerate((FULL, SHARDED, stock))]
 
 
+class Compiled(Exact):
+    def __init__(self, model):
+        super().__init__(model)
+        self.net.compile()
+
+
+class CompiledBlocks(Exact):
+    def __init__(self, model):
+        super().__init__(model)
+        for layer in self.net.model.layers:
+            layer.compile()
+
+
+class Recomputed(Exact):
+    def __init__(self, model):
+        super().__init__(model)
+        self.net.gradient_checkpointing_enable()
+
+
+def compiled_and_recomputed():
+    start()
+    found = []
+    for make in (Compiled, CompiledBlocks, Recomputed):
+        for case in (LORA, LAST):
+            keep = Keep()
+            fit(case, FULL, Double(), keep, make=make, max_steps=1)
+            found.append(difference(keep.gradients, gradients_alone(case)))
+    return found
+
+
+@pytest.mark.slow
+def test_compiled_and_recomputed_models_have_the_same_gradients():
+    for found in together(compiled_and_recomputed):
+        assert max(found[:4]) < 1e-5  # compiled, some of it is float32
+        assert max(found[4:]) < 1e-11
+
+
 def sharded_by_nobody():
     start()
     with pytest.raises(ValueError, match="peft.lora.a trains and is not sharded, so each process would train its own"):
