@@ -17,7 +17,7 @@ from processes import together
 from safetensors.torch import load_file, save_model
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, default_collate
-from trainer_models import trainer
+from trainer_models import Module, data, trainer
 
 import lightning_peft as lp
 from lightning_peft.base import base_parameters
@@ -328,6 +328,27 @@ def sharded_by_its_user(folder):
     own = {"make": OwnSharding}
     stock = functools.partial(ModelParallelStrategy, 2, 1)
     return [resumed(LORA, s, Path(folder, str(i)), **own) for i, s in enumerate((FULL, SHARDED, stock))]
+
+
+def evaluated_anew(folder):
+    start()
+    found = []
+    for strategy in (FULL, SHARDED):
+        for method in (lp.LoRA(rank=2), lp.LastLayers(count=1)):
+            path = f"{folder}/{type(method).__name__}-{strategy is FULL}.ckpt"
+            runs = [trainer(lp.PEFTStrategy(method, show_summary=False), strategy=strategy(), devices=2) for _ in "ab"]
+            module = Module("llama")
+            runs[0].fit(module, data())
+            runs[0].save_checkpoint(path, weights_only=True)
+            losses = [runs[0].validate(module, data(), verbose=False)]
+            losses += [runs[1].validate(Module("llama"), data(), ckpt_path=path, verbose=False)]
+            found.append(losses[0][0]["val_loss"] == losses[1][0]["val_loss"])
+    return found
+
+
+@pytest.mark.slow
+def test_another_trainer_evaluates_what_was_saved(tmp_path):
+    assert together(evaluated_anew, str(tmp_path)) == [[True] * 4] * 2
 
 
 class Compiled(Exact):
