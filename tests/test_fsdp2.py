@@ -141,7 +141,7 @@ def base_of(case, folder):
     return module
 
 
-def read_by_unit(case, folder, quantize):
+def read_by_unit(case, folder, quantize, **settings):
     """Return what differs between a base that was read unit by unit and one that was there, and between processes."""
     folder.mkdir(parents=True, exist_ok=True)
     expected = base_of(case, folder)
@@ -150,11 +150,13 @@ def read_by_unit(case, folder, quantize):
         module = Task(case.model)
     assert all(p.is_meta for p in module.parameters())
     peft = lp.PEFTStrategy(list(case.methods), show_summary=False, quantize=quantize)
-    runs = trainer(peft, strategy=FULL(base_weights=str(folder)), devices=2, max_steps=0)
+    runs = trainer(peft, strategy=FULL(base_weights=str(folder)), devices=2, max_steps=0, **settings)
     rows = Rows(case.model)
     runs.fit(module, DataLoader(rows, batch_size=2))
     if quantize:
         lp.quantize(expected, quantize, backend="torchao" if quantize == "nf4" else None)
+    if settings:
+        expected.to(torch.bfloat16)
     own = dict(expected.named_parameters())
     differing = [n for n, p in base_parameters(module).items() if n in own and not torch.equal(whole(p), own[n])]
     trained = [n for n, p in module.named_parameters() if p.requires_grad]
@@ -173,9 +175,9 @@ def bases_read_by_unit(folder):
     random = [case for case in methods_for("llama") if not any(_reads_weights(m) for m in case.methods)]
     found = [read_by_unit(case, Path(folder, f"plain{i}"), None) for i, case in enumerate(random)]
     for kind in ("int8", "nf4"):
-        found += [
-            read_by_unit(Case(m, (lp.LoRA(rank=2),)), Path(folder, f"{kind}{m}"), kind) for m in ("llama", "gpt2")
-        ]
+        cases = [Case(model, (lp.LoRA(rank=2),)) for model in ("llama", "gpt2")]
+        found += [read_by_unit(case, Path(folder, f"{kind}{case}"), kind) for case in cases]
+        found += [read_by_unit(case, Path(folder, f"n{kind}{case}"), kind, precision="bf16-true") for case in cases]
     return found
 
 

@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from ..base import SLOT
 from ..hosts import adapters
 from ..quantization import complete
+from ..quantized_layers import original_of
 
 
 @contextmanager
@@ -123,12 +124,14 @@ def read_into(unit: nn.Module, name: str, weights: BaseWeights, device: torch.de
         ValueError: A parameter trains, is in no file, and its module has no ``reset_parameters``.
     """
     for place, part in unit.named_modules(prefix=name):
-        known = True
+        known, original = True, original_of(part)
+        kind = None if original is None else original.dtype  # that quantization takes, whatever the plugin made of it
         for own, parameter in list(part.named_parameters(recurse=False)):
             if parameter.is_meta and f".{SLOT}." not in f".{place}.":
                 values = weights.values(f"{place}.{own}")
                 known &= values is not None
-                _fill(parameter, torch.empty(parameter.shape) if values is None else values, device)
+                new = torch.empty(parameter.shape) if values is None else values
+                _fill(parameter, new, device, kind if own == "weight" else None)
         if not known:
             start = getattr(part, "reset_parameters", None)
             if start is None:
@@ -148,9 +151,9 @@ def start_adapters(module: nn.Module, device: torch.device) -> None:
             adapter.reset_parameters()
 
 
-def _fill(tensor: Tensor, values: Tensor, device: torch.device) -> None:
+def _fill(tensor: Tensor, values: Tensor, device: torch.device, kind: torch.dtype | None = None) -> None:
     """Give a tensor on the meta device its values; it stays the object that others hold."""
-    new = values.to(device, tensor.dtype)
+    new = values.to(device, kind or tensor.dtype)
     if isinstance(tensor, nn.Parameter):
         new = nn.Parameter(new, tensor.requires_grad)
     torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call]

@@ -138,6 +138,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def _shard(self, module: pl.LightningModule) -> None:
         mesh: Any = self.device_mesh["data_parallel"]
+        self.precision_plugin.convert_module(module)  # so that units are read and sharded in the type that they have
         units = plan_units(module, self.wrap_modules, mesh.size())
         weights = self._base_weights(module)
         require_one_base(module)
@@ -154,7 +155,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             fully_shard(
                 unit,
                 mesh=mesh,
-                reshard_after_forward=self.reshard_after_forward,
+                reshard_after_forward=None if self.reshard_after_forward else False,  # what is around blocks stays
                 mp_policy=policy,
                 ignored_params=set(whole),
             )
