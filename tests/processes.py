@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 import threading
 import time
 import traceback
@@ -19,9 +18,8 @@ def together(function, *args, count=2, seconds=300):
     Raises:
         AssertionError: A process failed, with its traceback, or they did not end in time.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # holds its port
+    port = store.port
     results = START.Queue()
     processes = [START.Process(target=_run, args=(r, count, port, results, function, args)) for r in range(count)]
     for process in processes:
@@ -57,6 +55,7 @@ def _end_with(parent):
 def _run(rank, count, port, results, function, args):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     os.environ |= {"MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(1)
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
