@@ -57,6 +57,7 @@ def _run(rank, count, port, results, function, args):
     os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     os.environ |= {"MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of a test that ran before; Lightning would draw everything anew from it
     torch.set_num_threads(1)
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     try:

@@ -44,7 +44,7 @@ def command(folder, strategy, *more):
 
 def environment(**more):
     here = Path(__file__)
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_", "PL_"))}
     return own | {"PYTHONPATH": f"{here.parent}{os.pathsep}{here.parents[1]}", "OMP_NUM_THREADS": "1", **more}
 
 

@@ -11,7 +11,7 @@ import pytest
 from test_configs import ROOT, TRAINERS
 
 HERE = ["--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true", "--trainer.num_nodes", "1"]
-ORDINARY = {name: v for name, v in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
+ORDINARY = {name: v for name, v in os.environ.items() if not name.startswith(("SLURM_", "MASTER_", "PL_"))}
 ENVIRONMENT = {**ORDINARY, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
