@@ -1,0 +1,307 @@
+"""Folders of HF PEFT, against installed peft: ours there, theirs here, and back again."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import MODELS, logits
+from safetensors.torch import load_file
+from torch import nn
+
+import lightning_peft as lp
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed"),
+    pytest.mark.filterwarnings("ignore"),  # peft's own advice, and what it calls
+]
+TRANSFORMERS = ("bert", "llama", "gpt2", "t5")
+
+
+def disturbed(model):
+    """Give everything that trains, and nothing else, other values."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return model.eval()
+
+
+def adapted(name, method, also_train=()):
+    return disturbed(lp.inject(MODELS[name](), method, also_train))
+
+
+def through_peft(name, folder):
+    import peft
+
+    return peft.PeftModel.from_pretrained(MODELS[name](), folder).eval()
+
+
+@torch.no_grad()
+def answer(model, name, length=0, **options):
+    """Return logits, without those of ``length`` virtual tokens in front."""
+    output = logits(model(**MODELS[name].inputs(**options)))
+    return output[:, length:] if length and output.dim() == 3 else output
+
+
+def require_equal(what, y, z, base=None):
+    difference = (y - z).abs().max().item()
+    print(f"{what}: largest difference {difference:.1e} of {z.abs().max():.1f}")
+    assert difference < 1e-5
+    if base is not None:
+        assert (z - base).abs().max() > 1e-3, "the adapter changes nothing"
+
+
+def adapter_tensors(model):
+    return {key: value for key, value in model.state_dict().items() if ".peft." in key}
+
+
+def require_round_trip(name, method, folder, also_train=(), exact=True, length=0):
+    """Ours to peft, and ours to peft's files and back."""
+    model = adapted(name, method, also_train)
+    lp.export_peft(model, folder / "ours")
+    base, own = answer(MODELS[name](), name), answer(model, name)
+    theirs = through_peft(name, folder / "ours")
+    require_equal(f"{type(method).__name__} on {name}, ours in peft", answer(theirs, name, length), own, base)
+    theirs.save_pretrained(folder / "theirs")
+    back = lp.import_peft(MODELS[name](), folder / "theirs").eval()
+    require_equal(f"{type(method).__name__} on {name}, and back", answer(back, name), own, base)
+    if exact:
+        before, after = adapter_tensors(model), adapter_tensors(back)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+    return back
+
+
+def require_import(name, config, folder, length=0):
+    """Theirs to ours: the same logits; and training goes on."""
+    import peft
+
+    torch.manual_seed(3)
+    theirs = disturbed(peft.get_peft_model(MODELS[name](), config))
+    theirs.save_pretrained(folder)
+    model = lp.import_peft(MODELS[name](), folder).eval()
+    what = f"{config.peft_type.value} on {name}, theirs here"
+    require_equal(what, answer(model, name), answer(theirs, name, length), answer(MODELS[name](), name))
+    answer_with_gradients = logits(model.train()(**MODELS[name].inputs())).sum()
+    answer_with_gradients.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained
+    assert all(p.grad is not None for p in trained)
+    return model
+
+
+LORAS = {
+    "plain": (lp.LoRA(rank=4, alpha=6), True),
+    "all-linear": (lp.LoRA(rank=3, alpha=5, targets=["all-linear"]), True),
+    "rooted": (lp.LoRA(rank=4, scaling="rank_stabilized", targets=["feedforward.down"]), True),
+    "dora": (lp.LoRA(rank=4, decompose=True, targets=["feedforward.down", "feedforward.up"]), True),
+    "pissa": (lp.LoRA(rank=2, init="pissa", targets=["feedforward.down"]), False),
+    "olora": (lp.LoRA(rank=2, init="olora", targets=["attention.output"]), False),
+    "patterns": (
+        lp.LoRA(
+            rank=4,
+            targets=["attention.output", "feedforward.down"],
+            alpha_pattern={"*1.*": 3.5},
+            rank_pattern={"*2.*": 7},
+        ),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LORAS)
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_lora_computes_the_same_there_and_comes_back(name, kind, tmp_path):
+    method, exact = LORAS[kind]
+    parts = name == "gpt2" and kind in ("plain", "all-linear")  # which become one pair of higher rank
+    require_round_trip(name, method, tmp_path, exact=exact and not parts)
+
+
+TARGETS = {
+    "bert": ["query", "output.dense"],
+    "llama": ["q_proj", "v_proj", "down_proj"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "t5": ["q", "v", "wo"],
+}
+NARROW = {"bert": "query", "llama": "v_proj", "gpt2": "c_attn", "t5": "wo"}
+TASKS = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_dora": True}, {"use_rslora": True, "bias": "all"}, {"bias": "lora_only"}]
+)
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_lora_of_peft_computes_the_same_here(name, settings, tmp_path):
+    import peft
+
+    pattern = {"rank_pattern": {NARROW[name]: 5}, "alpha_pattern": {r".*\.1\..*": 7}}
+    config = peft.LoraConfig(task_type=TASKS[name], target_modules=TARGETS[name], r=4, **pattern, **settings)
+    require_import(name, config, tmp_path)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_ia3_computes_the_same_there_and_here(name, tmp_path):
+    import peft
+
+    require_round_trip(name, lp.IA3(), tmp_path, exact=name != "gpt2")
+    inside = TARGETS[name][-1:]
+    config = peft.IA3Config(task_type=TASKS[name], target_modules=TARGETS[name], feedforward_modules=inside)
+    require_import(name, config, tmp_path / "more")
+
+
+def test_a_head_is_saved_whole(tmp_path):
+    model = adapted("bert", lp.LoRA(rank=4), ["classifier"])
+    lp.export_peft(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["classifier"]
+    assert config["task_type"] == "SEQ_CLS"
+    assert config["target_modules"] == ["query", "value"]
+    require_equal("head", answer(through_peft("bert", tmp_path), "bert"), answer(model, "bert"))
+    back = lp.import_peft(MODELS["bert"](), tmp_path)
+    before, after = model.state_dict(), back.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    trains = {n for n, p in back.named_parameters() if p.requires_grad}
+    assert trains == {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_biases_beside_lora_are_a_setting(tmp_path):
+    method = lp.LoRA(rank=4)
+    model = disturbed(lp.inject(MODELS["bert"](), [method, lp.BitFit()]))
+    lp.export_peft(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["bias"] == "all"
+    require_equal("biases", answer(through_peft("bert", tmp_path), "bert"), answer(model, "bert"))
+    require_equal("biases", answer(lp.import_peft(MODELS["bert"](), tmp_path), "bert"), answer(model, "bert"))
+
+
+class Small(nn.Module):
+    """What transformers' models have not: convolutions, and an embedding of its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.conv = nn.Embedding(11, 8), nn.Conv1d(8, 12, 3, padding=1)
+        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 3)
+        self.config = {}
+
+    def forward(self, ids):
+        return self.head(self.norm(self.conv(self.table(ids).mT).mT))
+
+
+@pytest.mark.parametrize("decompose", [False, True])
+def test_lora_on_embeddings_and_convolutions(decompose, tmp_path):
+    import peft
+
+    method = lp.LoRA(rank=3, alpha=5, decompose=decompose, targets=["table", "conv", "head"])
+    ids = torch.arange(22).view(2, 11) % 11
+    model = disturbed(lp.inject(Small(), method, ["norm"]))
+    lp.export_peft(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(Small(), tmp_path / "ours").eval()
+    require_equal("embedding and convolution", theirs(ids), model(ids), Small()(ids))
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = lp.import_peft(Small(), tmp_path / "theirs")
+    assert all(torch.equal(value, back.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_the_network_in_a_module_is_found(tmp_path):
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = MODELS["bert"]()
+
+    outer = disturbed(lp.inject(Module(), lp.LoRA(rank=4), ["classifier"]))
+    lp.export_peft(outer, tmp_path)
+    keys = load_file(tmp_path / "adapter_model.safetensors")
+    assert "base_model.model.classifier.weight" in keys
+    require_equal("module", answer(through_peft("bert", tmp_path), "bert"), answer(outer.net, "bert"))
+    back = lp.import_peft(Module(), tmp_path)
+    assert all(torch.equal(value, back.state_dict()[key]) for key, value in outer.state_dict().items())
+
+
+REFUSED = [
+    (lambda: lp.inject(MODELS["bert"](), lp.Bottleneck()), "HF PEFT has no Bottleneck"),
+    (lambda: lp.inject(MODELS["bert"](), [lp.LoRA(), lp.IA3()]), r"lora \(LoRA\), ia3 \(IA3\)"),
+    (lambda: lp.inject(MODELS["bert"](), lp.BitFit()), "none with adapters"),
+    (lambda: lp.inject(MODELS["gpt2"](), lp.LoRA(decompose=True)), "DoRA on the query part of transformer.h.0.attn"),
+    (lambda: lp.inject(MODELS["encoder"](), lp.LoRA()), "torch's attention reads its weight"),
+    (
+        lambda: lp.inject(MODELS["bert"](), lp.LoRA(), ["classifier.weight"]),
+        "Training classifier .*: bias in it is frozen",
+    ),
+    (MODELS["bert"], "Nothing was injected"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED)
+def test_what_cannot_be_expressed_is_refused_and_nothing_written(make, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        lp.export_peft(make(), tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def _written(folder, **config):
+    """Write a good folder, then other settings into it."""
+    lp.export_peft(adapted("bert", lp.LoRA(rank=4), ["classifier"]), folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+
+def _without(folder, part):
+    from safetensors.torch import save_file
+
+    _written(folder)
+    path = folder / "adapter_model.safetensors"
+    save_file({key: value.clone() for key, value in load_file(path).items() if part not in key}, path)
+
+
+BROKEN = [
+    (lambda f: _written(f, peft_type="VERA"), "VERA adapter, which is not read"),
+    (lambda f: _written(f, lora_bias=True), "sets {'lora_bias': True}"),
+    (lambda f: _written(f, target_modules=["query", "key"]), r"layer.0.attention.self.key.*no tensors"),
+    (lambda f: _written(f, modules_to_save=["pooler"]), r"saves \['pooler'\], but lacks"),
+    (lambda f: _written(f, modules_to_save=None), "brings another classifier"),
+    (lambda f: _without(f, "layer.1.attention.self.query.lora_B"), r"layer.1.attention.self.query lacks \['b'\]"),
+    (lambda f: _without(f, "layer.1.attention.self.query"), r"layer.1.attention.self.query'\], but it has no tensors"),
+    (lambda f: _written(f, use_dora=True), r"lacks \['magnitude'\]"),
+]
+
+
+@pytest.mark.parametrize(("write", "message"), BROKEN)
+def test_a_file_that_does_not_fit_changes_nothing(write, message, tmp_path):
+    write(tmp_path)
+    model = MODELS["bert"]()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        lp.import_peft(model, tmp_path)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_damaged_and_missing_files_are_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
+        lp.import_peft(MODELS["bert"](), tmp_path)
+    _written(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        lp.import_peft(MODELS["bert"](), tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="neither adapter_model.safetensors nor adapter_model.bin"):
+        lp.import_peft(MODELS["bert"](), tmp_path)
+    torch.save({"key": Path("/")}, tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        lp.import_peft(MODELS["bert"](), tmp_path)
+    lp.save_adapter(adapted("bert", lp.LoRA()), tmp_path / "own")
+    with pytest.raises(ValueError, match="comes back by load_adapter"):
+        lp.import_peft(MODELS["bert"](), tmp_path / "own")
+
+
+def test_another_model_is_an_error_that_names_the_modules(tmp_path):
+    _written(tmp_path)
+    with pytest.raises(
+        ValueError, match="adapts .*bert.encoder.layer.0.attention.self.query.* which the model has not"
+    ):
+        lp.import_peft(MODELS["distilbert"](), tmp_path)
