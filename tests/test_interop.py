@@ -30,6 +30,7 @@ def disturbed(model):
 
 
 def adapted(name, method, also_train=()):
+    torch.manual_seed(0)
     return disturbed(lp.inject(MODELS[name](), method, also_train))
 
 
@@ -176,6 +177,102 @@ def test_biases_beside_lora_are_a_setting(tmp_path):
     require_equal("biases", answer(lp.import_peft(MODELS["bert"](), tmp_path), "bert"), answer(model, "bert"))
 
 
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_adalora_computes_the_same_there_and_here(name, tmp_path):
+    import peft
+
+    method = lp.AdaLoRA(initial_rank=4, target_rank=2, alpha=7)
+    model = adapted(name, method)
+    with torch.no_grad():
+        for number, adapter in enumerate(adapter for *_, adapter in lp.adapters(model)):
+            adapter.kept[: number % 5] = 0
+            adapter.e.mul_(adapter.kept)
+    lp.export_peft(model, tmp_path / "ours")
+    base, own = answer(MODELS[name](), name), answer(model, name)
+    theirs = through_peft(name, tmp_path / "ours")
+    require_equal(f"AdaLoRA on {name}, ours in peft", answer(theirs, name), own, base)
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = lp.import_peft(MODELS[name](), tmp_path / "theirs").eval()
+    require_equal(f"AdaLoRA on {name}, and back", answer(back, name), own, base)
+    if name != "gpt2":  # where parts become one
+        for (*_, one), (*_, other) in zip(lp.adapters(model), lp.adapters(back), strict=True):
+            assert all(
+                torch.equal(value, other.pack()[key]) for key, value in one.pack().items() if len(one.pack()["e"])
+            )
+    config = peft.AdaLoraConfig(
+        task_type=TASKS[name], target_modules=TARGETS[name], init_r=5, target_r=3, lora_alpha=7, total_step=10
+    )
+    require_import(name, config, tmp_path / "more")
+
+
+KIN = {
+    "fedpara": lp.FedPara(rank=3, targets=["all-linear"]),
+    "fedpara by gamma": lp.FedPara(gamma=0.1, targets=["all-linear"]),
+    "krona": lp.KronA(scale=2, targets=["all-linear"], factor=4),
+    "krona of one shape": lp.KronA(scale=1.5, targets=["attention.query"], shape_a=[4, 4]),
+}
+
+
+@pytest.mark.parametrize("kind", KIN)
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_products_compute_the_same_there_and_come_back(name, kind, tmp_path):
+    several = kind in ("fedpara by gamma", "krona")  # ranks or shapes, each of which becomes a method
+    back = require_round_trip(name, KIN[kind], tmp_path, exact=False)
+    own = {key.replace("_2.", ".").replace("_3.", "."): v for key, v in adapter_tensors(back).items()}
+    for key, value in adapter_tensors(adapted(name, KIN[kind])).items():
+        assert torch.equal(value, own[key]) or several and any(torch.equal(value, other) for other in own.values())
+
+
+def test_personal_products_take_one_rank_more(tmp_path):
+    method = lp.FedPara(rank=3, personalized=True, targets=["attention.query"])
+    require_round_trip("bert", method, tmp_path, exact=False)
+
+
+@pytest.mark.parametrize("settings", [{"r": 3}, {"r": 4, "alpha": 6}, {"r": 40, "rank_pattern": {r".*\.1\..*": 3}}])
+@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig"])
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_products_of_peft_compute_the_same_here(name, kind, settings, tmp_path):
+    import peft
+
+    if kind == "LoHaConfig":
+        settings = settings | {"r": min(settings["r"], 4)}
+    config = getattr(peft, kind)(task_type=TASKS[name], target_modules=TARGETS[name], **settings)
+    require_import(name, config, tmp_path)
+
+
+class Pictures(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Conv2d(4, 12, 3), nn.Conv2d(12, 8, 2)
+        self.config = {}
+
+    def forward(self, x):
+        return self.two(self.one(x).relu())
+
+
+PICTURES = [lp.FedPara(rank=2), lp.FedPara(rank=2, cores=False), lp.KronA(factor=2), lp.IA3(), lp.LoRA(rank=3)]
+
+
+@pytest.mark.parametrize("method", PICTURES, ids=lambda method: type(method).__name__)
+def test_convolutions_compute_the_same_there_and_come_back(method, tmp_path):
+    import dataclasses
+
+    import peft
+
+    targets = (
+        {"targets": ["one"], "feedforward_targets": ["two"]} if method.name == "ia3" else {"targets": ["one", "two"]}
+    )
+    model = disturbed(lp.inject(Pictures(), dataclasses.replace(method, **targets)))
+    x = torch.randn(2, 4, 7, 7, generator=torch.Generator().manual_seed(1))
+    lp.export_peft(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(Pictures(), tmp_path / "ours").eval()
+    require_equal(f"{method.name} on convolutions", theirs(x), model(x), Pictures()(x))
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = lp.import_peft(Pictures(), tmp_path / "theirs").eval()
+    require_equal(f"{method.name} on convolutions, and back", back(x), model(x), Pictures()(x))
+
+
 class Small(nn.Module):
     """What transformers' models have not: convolutions, and an embedding of its own."""
 
@@ -231,6 +328,13 @@ REFUSED = [
         "Training classifier .*: bias in it is frozen",
     ),
     (MODELS["bert"], "Nothing was injected"),
+    (lambda: lp.inject(MODELS["bert"](), lp.FedPara(rank=2, tanh=True)), "tanh in FedPara"),
+    (lambda: lp.inject(MODELS["gpt2"](), lp.FedPara(rank=2)), "LoHa on transformer.h.0.attn.c_attn.*no Conv1D"),
+    (lambda: lp.inject(MODELS["bert"](), lp.KronA(shape_a=[2, 8])), "no one factor gives the shapes"),
+    (
+        lambda: lp.inject(Small(), lp.AdaLoRA(initial_rank=2, target_rank=1, targets=["table"])),
+        "adapts linear layers alone",
+    ),
 ]
 
 

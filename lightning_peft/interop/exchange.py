@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from ..adapter import Adapter
 from ..inject import adapters_of, inject, injected, injection
 from ..method import Method
 from ..shards import assign, writes_files
 from . import saved
+from .checks import checked, require_hosts
 from .families import FAMILIES
 from .family import Base, Family, File, State
 from .folder import read_folder, write_folder
@@ -93,10 +92,10 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], name: str | No
         raise ValueError(f"{folder} sets {unknown}, which may change what it computes and is not known here.")
     base = Base(model, *network(model))
     hosts, rest = _parted(family, tensors)
-    _require_hosts(base, family, File(config, hosts))
+    require_hosts(base, family, File(config, hosts))
     values = saved.read(base, config, rest)
     plan = list(family.read(base, File(config, hosts), name or family.name))
-    states = [_checked(base, method, given, str(folder)) for method, given in plan]
+    states = [checked(base, method, given, str(folder)) for method, given in plan]
     parameters = [joined(base.name, key) for key in values if key in dict(base.network.named_parameters())]
     inject(model, [method for method, _ in plan], globs_of_parameters(parameters))
     _fill(base, plan, states, values)
@@ -150,42 +149,6 @@ def _parted(family: Family, tensors: State) -> tuple[dict[str, State], State]:
         else:
             hosts[name.removesuffix(end).rstrip(".")][end] = value
     return dict(hosts), rest
-
-
-def _require_hosts(base: Base, family: Family, file: File) -> None:
-    known = dict(base.network.named_modules())
-    if strange := [name for name in file.state if name not in known]:
-        close = difflib.get_close_matches(strange[0], known, n=3)
-        raise ValueError(f"The file adapts {strange[:3]}, which the model has not. Close names: {', '.join(close)}.")
-    if missing := [name for name in family.expected(base, file) if name not in file.state]:
-        raise ValueError(f"The file's settings adapt {missing[:5]}, but it has no tensors of them.")
-    if not file.state:
-        raise ValueError(
-            f"The file has no tensor of a {family.kind} adapter: none ends in {', '.join(family.tensors)}."
-        )
-
-
-def _checked(base: Base, method: Method, given: Mapping[str, State], source: str) -> dict[str, State]:
-    """Return whole states by host, compared with what the method's adapters will need."""
-    states = {}
-    for name, adapter in method.adapters(base.model):
-        if adapter.state_dict():
-            states[name] = _state(adapter, given.get(name, {}), f"{source}: {name}")
-    if over := given.keys() - states.keys():
-        raise ValueError(f"{source} has tensors of {sorted(over)[:5]}, where {type(method).__name__} has no adapter.")
-    return states
-
-
-def _state(adapter: Adapter, given: State, place: str) -> State:
-    state, own = adapter.unpack(given), adapter.state_dict()
-    if state.keys() != own.keys():
-        raise ValueError(
-            f"{place} lacks {sorted(own.keys() - state.keys())}, has too {sorted(state.keys() - own.keys())}."
-        )
-    for key, value in own.items():
-        if state[key].shape != value.shape:
-            raise ValueError(f"{place}: {key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}.")
-    return state
 
 
 def _fill(
