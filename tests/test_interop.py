@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import MODELS, logits
+from models import MODELS, Model, logits
 from safetensors.torch import load_file
 from torch import nn
 
@@ -16,6 +16,15 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed"),
     pytest.mark.filterwarnings("ignore"),  # peft's own advice, and what it calls
 ]
+
+
+def tagger():
+    from transformers import BertForTokenClassification
+
+    return BertForTokenClassification(MODELS["bert"]().config)
+
+
+BASES = {**MODELS, "tagger": Model(tagger, positions="absolute")}
 TRANSFORMERS = ("bert", "llama", "gpt2", "t5")
 
 
@@ -31,19 +40,19 @@ def disturbed(model):
 
 def adapted(name, method, also_train=()):
     torch.manual_seed(0)
-    return disturbed(lp.inject(MODELS[name](), method, also_train))
+    return disturbed(lp.inject(BASES[name](), method, also_train))
 
 
 def through_peft(name, folder):
     import peft
 
-    return peft.PeftModel.from_pretrained(MODELS[name](), folder).eval()
+    return peft.PeftModel.from_pretrained(BASES[name](), folder).eval()
 
 
 @torch.no_grad()
 def answer(model, name, length=0, **options):
     """Return logits, without those of ``length`` virtual tokens in front."""
-    output = logits(model(**MODELS[name].inputs(**options)))
+    output = logits(model(**BASES[name].inputs(**options)))
     return output[:, length:] if length and output.dim() == 3 else output
 
 
@@ -63,11 +72,11 @@ def require_round_trip(name, method, folder, also_train=(), exact=True, length=0
     """Ours to peft, and ours to peft's files and back."""
     model = adapted(name, method, also_train)
     lp.export_peft(model, folder / "ours")
-    base, own = answer(MODELS[name](), name), answer(model, name)
+    base, own = answer(BASES[name](), name), answer(model, name)
     theirs = through_peft(name, folder / "ours")
     require_equal(f"{type(method).__name__} on {name}, ours in peft", answer(theirs, name, length), own, base)
     theirs.save_pretrained(folder / "theirs")
-    back = lp.import_peft(MODELS[name](), folder / "theirs").eval()
+    back = lp.import_peft(BASES[name](), folder / "theirs").eval()
     require_equal(f"{type(method).__name__} on {name}, and back", answer(back, name), own, base)
     if exact:
         before, after = adapter_tensors(model), adapter_tensors(back)
@@ -81,12 +90,12 @@ def require_import(name, config, folder, length=0):
     import peft
 
     torch.manual_seed(3)
-    theirs = disturbed(peft.get_peft_model(MODELS[name](), config))
+    theirs = disturbed(peft.get_peft_model(BASES[name](), config))
     theirs.save_pretrained(folder)
-    model = lp.import_peft(MODELS[name](), folder).eval()
+    model = lp.import_peft(BASES[name](), folder).eval()
     what = f"{config.peft_type.value} on {name}, theirs here"
-    require_equal(what, answer(model, name), answer(theirs, name, length), answer(MODELS[name](), name))
-    answer_with_gradients = logits(model.train()(**MODELS[name].inputs())).sum()
+    require_equal(what, answer(model, name), answer(theirs, name, length), answer(BASES[name](), name))
+    answer_with_gradients = logits(model.train()(**BASES[name].inputs())).sum()
     answer_with_gradients.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained
@@ -128,7 +137,7 @@ TARGETS = {
     "t5": ["q", "v", "wo"],
 }
 NARROW = {"bert": "query", "llama": "v_proj", "gpt2": "c_attn", "t5": "wo"}
-TASKS = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
+TASKS = {"bert": "SEQ_CLS", "tagger": "TOKEN_CLS", "llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
 
 
 @pytest.mark.parametrize(
@@ -161,7 +170,7 @@ def test_a_head_is_saved_whole(tmp_path):
     assert config["task_type"] == "SEQ_CLS"
     assert config["target_modules"] == ["query", "value"]
     require_equal("head", answer(through_peft("bert", tmp_path), "bert"), answer(model, "bert"))
-    back = lp.import_peft(MODELS["bert"](), tmp_path)
+    back = lp.import_peft(BASES["bert"](), tmp_path)
     before, after = model.state_dict(), back.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
     trains = {n for n, p in back.named_parameters() if p.requires_grad}
@@ -170,11 +179,11 @@ def test_a_head_is_saved_whole(tmp_path):
 
 def test_biases_beside_lora_are_a_setting(tmp_path):
     method = lp.LoRA(rank=4)
-    model = disturbed(lp.inject(MODELS["bert"](), [method, lp.BitFit()]))
+    model = disturbed(lp.inject(BASES["bert"](), [method, lp.BitFit()]))
     lp.export_peft(model, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["bias"] == "all"
     require_equal("biases", answer(through_peft("bert", tmp_path), "bert"), answer(model, "bert"))
-    require_equal("biases", answer(lp.import_peft(MODELS["bert"](), tmp_path), "bert"), answer(model, "bert"))
+    require_equal("biases", answer(lp.import_peft(BASES["bert"](), tmp_path), "bert"), answer(model, "bert"))
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -188,11 +197,11 @@ def test_adalora_computes_the_same_there_and_here(name, tmp_path):
             adapter.kept[: number % 5] = 0
             adapter.e.mul_(adapter.kept)
     lp.export_peft(model, tmp_path / "ours")
-    base, own = answer(MODELS[name](), name), answer(model, name)
+    base, own = answer(BASES[name](), name), answer(model, name)
     theirs = through_peft(name, tmp_path / "ours")
     require_equal(f"AdaLoRA on {name}, ours in peft", answer(theirs, name), own, base)
     theirs.save_pretrained(tmp_path / "theirs")
-    back = lp.import_peft(MODELS[name](), tmp_path / "theirs").eval()
+    back = lp.import_peft(BASES[name](), tmp_path / "theirs").eval()
     require_equal(f"AdaLoRA on {name}, and back", answer(back, name), own, base)
     if name != "gpt2":  # where parts become one
         for (*_, one), (*_, other) in zip(lp.adapters(model), lp.adapters(back), strict=True):
@@ -238,6 +247,84 @@ def test_products_of_peft_compute_the_same_here(name, kind, settings, tmp_path):
         settings = settings | {"r": min(settings["r"], 4)}
     config = getattr(peft, kind)(task_type=TASKS[name], target_modules=TARGETS[name], **settings)
     require_import(name, config, tmp_path)
+
+
+PROMPTED = ("tagger", "llama", "gpt2", "t5")
+PROMPTS = {
+    "prompt": lp.PromptTuning(length=3),
+    "lstm": lp.PTuning(length=3),
+    "vectors": lp.PTuning(length=3, encoder="none"),
+}
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+@pytest.mark.parametrize("name", PROMPTED)
+def test_prompts_compute_the_same_there_and_come_back(name, kind, tmp_path):
+    length = 3 if name != "t5" else 0
+    require_round_trip(name, PROMPTS[kind], tmp_path, exact=kind != "lstm", length=length)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+@pytest.mark.parametrize("name", PROMPTED)
+def test_prompts_of_peft_compute_the_same_here(name, kind, tmp_path):
+    import peft
+
+    settings = {"encoder_hidden_size": 8} if kind == "PromptEncoderConfig" else {}
+    config = getattr(peft, kind)(task_type=TASKS[name], num_virtual_tokens=4, **settings)
+    require_import(name, config, tmp_path, length=4 if name != "t5" else 0)
+
+
+@pytest.mark.parametrize("name", PROMPTED[:3])
+def test_prompts_of_tasks_compute_the_same_there_and_here(name, tmp_path):
+    import peft
+
+    length, ids = 3, torch.tensor([1, 0])
+    model = adapted(name, lp.MultitaskPromptTuning(length=3, tasks=2))
+    lp.export_peft(model, tmp_path / "ours")
+    theirs = through_peft(name, tmp_path / "ours")
+    with lp.row_tasks(model, ids), torch.no_grad():
+        own = answer(model, name)
+        their = logits(theirs(**BASES[name].inputs(), task_ids=ids))[:, length:]
+    require_equal(f"tasks on {name}, ours in peft", their, own, answer(BASES[name](), name))
+    config = peft.MultitaskPromptTuningConfig(task_type=TASKS[name], num_virtual_tokens=3, num_tasks=2)
+    torch.manual_seed(3)
+    theirs = disturbed(peft.get_peft_model(BASES[name](), config))
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = lp.import_peft(BASES[name](), tmp_path / "theirs").eval()
+    with lp.row_tasks(back, ids), torch.no_grad():
+        own = answer(back, name)
+        their = logits(theirs(**BASES[name].inputs(), task_ids=ids))
+    require_equal(f"tasks on {name}, theirs here", own, their[:, length:])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_prefixes_compute_the_same_there_and_here(name, tmp_path):
+    import peft
+
+    for kind in (True, False):
+        method = lp.PrefixTuning(length=3, hidden_size=8, reparameterize=kind, shift_positions=True)
+        require_round_trip(name, method, tmp_path / str(kind), exact=not kind)
+        config = peft.PrefixTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=kind, encoder_hidden_size=8
+        )
+        require_import(name, config, tmp_path / f"theirs {kind}")
+
+
+def test_llama_adapter_computes_the_same_there_and_here(tmp_path):
+    import peft
+
+    model = adapted("llama", lp.LLaMAAdapter(length=3, layers=2))
+    with torch.no_grad():
+        for *_, adapter in lp.adapters(model):
+            adapter.gate.copy_(adapter.gate[:1].expand(4).clone())
+    lp.export_peft(model, tmp_path / "ours")
+    base, own = answer(BASES["llama"](), "llama"), answer(model, "llama")
+    theirs = through_peft("llama", tmp_path / "ours")
+    require_equal("LLaMA-Adapter, ours in peft", answer(theirs, "llama"), own, base)
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = lp.import_peft(BASES["llama"](), tmp_path / "theirs").eval()
+    require_equal("LLaMA-Adapter, and back", answer(back, "llama"), own, base)
+    require_import("llama", peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"), tmp_path)
 
 
 class Pictures(nn.Module):
@@ -306,7 +393,7 @@ def test_the_network_in_a_module_is_found(tmp_path):
     class Module(nn.Module):
         def __init__(self):
             super().__init__()
-            self.net = MODELS["bert"]()
+            self.net = BASES["bert"]()
 
     outer = disturbed(lp.inject(Module(), lp.LoRA(rank=4), ["classifier"]))
     lp.export_peft(outer, tmp_path)
@@ -318,19 +405,28 @@ def test_the_network_in_a_module_is_found(tmp_path):
 
 
 REFUSED = [
-    (lambda: lp.inject(MODELS["bert"](), lp.Bottleneck()), "HF PEFT has no Bottleneck"),
-    (lambda: lp.inject(MODELS["bert"](), [lp.LoRA(), lp.IA3()]), r"lora \(LoRA\), ia3 \(IA3\)"),
-    (lambda: lp.inject(MODELS["bert"](), lp.BitFit()), "none with adapters"),
-    (lambda: lp.inject(MODELS["gpt2"](), lp.LoRA(decompose=True)), "DoRA on the query part of transformer.h.0.attn"),
-    (lambda: lp.inject(MODELS["encoder"](), lp.LoRA()), "torch's attention reads its weight"),
+    (lambda: lp.inject(BASES["bert"](), lp.Bottleneck()), "HF PEFT has no Bottleneck"),
+    (lambda: lp.inject(BASES["bert"](), [lp.LoRA(), lp.IA3()]), r"lora \(LoRA\), ia3 \(IA3\)"),
+    (lambda: lp.inject(BASES["bert"](), lp.BitFit()), "none with adapters"),
+    (lambda: lp.inject(BASES["gpt2"](), lp.LoRA(decompose=True)), "DoRA on the query part of transformer.h.0.attn"),
+    (lambda: lp.inject(BASES["encoder"](), lp.LoRA()), "torch's attention reads its weight"),
     (
-        lambda: lp.inject(MODELS["bert"](), lp.LoRA(), ["classifier.weight"]),
+        lambda: lp.inject(BASES["bert"](), lp.LoRA(), ["classifier.weight"]),
         "Training classifier .*: bias in it is frozen",
     ),
     (MODELS["bert"], "Nothing was injected"),
-    (lambda: lp.inject(MODELS["bert"](), lp.FedPara(rank=2, tanh=True)), "tanh in FedPara"),
-    (lambda: lp.inject(MODELS["gpt2"](), lp.FedPara(rank=2)), "LoHa on transformer.h.0.attn.c_attn.*no Conv1D"),
-    (lambda: lp.inject(MODELS["bert"](), lp.KronA(shape_a=[2, 8])), "no one factor gives the shapes"),
+    (lambda: lp.inject(BASES["bert"](), lp.FedPara(rank=2, tanh=True)), "tanh in FedPara"),
+    (lambda: lp.inject(BASES["gpt2"](), lp.FedPara(rank=2)), "LoHa on transformer.h.0.attn.c_attn.*no Conv1D"),
+    (lambda: adapted("llama", lp.LLaMAAdapter(length=3)), "gates at model.layers.2.self_attn"),
+    (lambda: lp.inject(BASES["llama"](), lp.LLaMAAdapter(train_norms=True)), "ADAPTION_PROMPT has adapters alone"),
+    (lambda: lp.inject(BASES["gpt2"](), lp.LLaMAAdapter()), "otherwise than LLaMA-Adapter"),
+    (lambda: lp.inject(BASES["llama"](), lp.PrefixTuning()), "shift_positions=False cannot be expressed"),
+    (lambda: lp.inject(BASES["t5"](), lp.PrefixTuning()), "prefix for an encoder-decoder model"),
+    (lambda: lp.inject(BASES["bert"](), lp.PromptTuning()), "classifier reads a virtual token"),
+    (lambda: lp.inject(BASES["bert"]().bert, lp.PromptTuning()), "PromptTuning on BertModel.*known tasks alone"),
+    (lambda: lp.inject(BASES["llama"](), lp.PromptTuning(tasks=2)), "PromptTuning with 2 tasks"),
+    (lambda: lp.inject(BASES["bert"](), lp.PTuning(template="[P:2] {x} {mask}")), r"template='\[P:2\] \{x\}"),
+    (lambda: lp.inject(BASES["bert"](), lp.KronA(shape_a=[2, 8])), "no one factor gives the shapes"),
     (
         lambda: lp.inject(Small(), lp.AdaLoRA(initial_rank=2, target_rank=1, targets=["table"])),
         "adapts linear layers alone",
@@ -375,7 +471,7 @@ BROKEN = [
 @pytest.mark.parametrize(("write", "message"), BROKEN)
 def test_a_file_that_does_not_fit_changes_nothing(write, message, tmp_path):
     write(tmp_path)
-    model = MODELS["bert"]()
+    model = BASES["bert"]()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
         lp.import_peft(model, tmp_path)
@@ -387,20 +483,20 @@ def test_a_file_that_does_not_fit_changes_nothing(write, message, tmp_path):
 
 def test_damaged_and_missing_files_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
-        lp.import_peft(MODELS["bert"](), tmp_path)
+        lp.import_peft(BASES["bert"](), tmp_path)
     _written(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match="damaged or cut short"):
-        lp.import_peft(MODELS["bert"](), tmp_path)
+        lp.import_peft(BASES["bert"](), tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="neither adapter_model.safetensors nor adapter_model.bin"):
-        lp.import_peft(MODELS["bert"](), tmp_path)
+        lp.import_peft(BASES["bert"](), tmp_path)
     torch.save({"key": Path("/")}, tmp_path / "adapter_model.bin")
     with pytest.raises(ValueError, match="holds more than tensors"):
-        lp.import_peft(MODELS["bert"](), tmp_path)
+        lp.import_peft(BASES["bert"](), tmp_path)
     lp.save_adapter(adapted("bert", lp.LoRA()), tmp_path / "own")
     with pytest.raises(ValueError, match="comes back by load_adapter"):
-        lp.import_peft(MODELS["bert"](), tmp_path / "own")
+        lp.import_peft(BASES["bert"](), tmp_path / "own")
 
 
 def test_another_model_is_an_error_that_names_the_modules(tmp_path):
@@ -408,4 +504,4 @@ def test_another_model_is_an_error_that_names_the_modules(tmp_path):
     with pytest.raises(
         ValueError, match="adapts .*bert.encoder.layer.0.attention.self.query.* which the model has not"
     ):
-        lp.import_peft(MODELS["distilbert"](), tmp_path)
+        lp.import_peft(BASES["distilbert"](), tmp_path)

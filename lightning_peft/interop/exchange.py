@@ -16,7 +16,7 @@ from ..shards import assign, writes_files
 from . import saved
 from .checks import checked, require_hosts
 from .families import FAMILIES
-from .family import Base, Family, File, State
+from .family import Base, Family, File, State, refuse
 from .folder import read_folder, write_folder
 from .names import joined, network
 
@@ -56,9 +56,15 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], name: str | No
     settings, state = family.write(base, method, hosts)
     trained = [_within(base, parameter) for parameter in record.trained]
     more, modules = saved.written(base, trained, hosts, "bias" in family.settings)
+    alone = "modules_to_save" not in family.settings
+    refuse(alone and bool(more), f"Training {more} beside the adapter", f"{family.kind} has adapters alone")
+    task = _task(base, family, more)
+    kind = type(base.network).__name__
+    refuse(task is None and family.by_task, f"{type(method).__name__} on {kind}", "it is put in for known tasks alone")
+    modules |= saved.heads(base, task, modules)
     config = {
         "peft_type": family.kind,
-        "task_type": _task(base, family, more),
+        "task_type": task,
         "base_model_name_or_path": getattr(getattr(base.network, "config", None), "name_or_path", None) or None,
         "inference_mode": True,
         **settings,
@@ -134,7 +140,7 @@ def _task(base: Base, family: Family, more: Mapping[str, Any]) -> str | None:
     """Return the task's name; for a classifier only where its head is in the file, since HF PEFT expects it there."""
     kind = type(base.network).__name__
     task = next((task for end, task in _TASKS.items() if kind.endswith(end)), None)
-    optional = family.prefix == Family.prefix and "modules_to_save" not in more
+    optional = not family.by_task and "modules_to_save" not in more
     return None if optional and task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else task
 
 

@@ -3,8 +3,22 @@
 from .adalora import AdaLoRAFamily
 from .family import Family
 from .ia3 import IA3Family
+from .llama_adapter import LLaMAAdapterFamily
 from .loha import LoHaFamily
 from .lokr import LoKrFamily
 from .lora import LoRAFamily
+from .prefixes import PrefixFamily
+from .prompts import MultitaskPromptFamily, PromptTuningFamily, PTuningFamily
 
-FAMILIES: tuple[Family, ...] = (LoRAFamily(), IA3Family(), AdaLoRAFamily(), LoHaFamily(), LoKrFamily())
+FAMILIES: tuple[Family, ...] = (
+    LoRAFamily(),
+    IA3Family(),
+    AdaLoRAFamily(),
+    LoHaFamily(),
+    LoKrFamily(),
+    PrefixFamily(),
+    PromptTuningFamily(),
+    PTuningFamily(),
+    MultitaskPromptFamily(),
+    LLaMAAdapterFamily(),
+)

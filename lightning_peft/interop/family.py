@@ -66,6 +66,7 @@ class Family(ABC):
     settings: tuple[str, ...] = ()  # that are read
     harmless: tuple[str, ...] = ()  # that have no effect on what a trained adapter computes
     prefix = "base_model.model."  # of all keys
+    by_task = False  # whether adapters work through what HF PEFT does for a task
 
     @property
     def name(self) -> str:

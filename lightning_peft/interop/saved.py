@@ -16,6 +16,8 @@ from .names import joined
 _WRAPPED = "base_layer."  # within a host's keys: what was there before
 _SAVED, _UNUSED = "modules_to_save.", "original_module."  # so are a saved module's biases written where all train
 
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
 
 def written(base: Base, trained: Collection[str], hosts: Collection[str], biases: bool) -> tuple[dict[str, Any], State]:
     """Return the settings and tensors that say which parameters of the network train.
@@ -41,6 +43,14 @@ def written(base: Base, trained: Collection[str], hosts: Collection[str], biases
         own = base.network.get_submodule(module).state_dict(keep_vars=True)
         state |= {f"{module}.{key}": whole(value) for key, value in own.items()}
     return settings | ({"modules_to_save": modules} if modules else {}), state
+
+
+def heads(base: Base, task: str | None, modules: State) -> State:
+    """Return the tensors of the heads that HF PEFT expects for a task, besides those that train."""
+    names = [name for name, _ in base.network.named_children() if name in _HEADS.get(task or "", ())]
+    own = {n: base.network.get_submodule(n).state_dict(keep_vars=True) for n in names}
+    every = {f"{name}.{key}": whole(value) for name, state in own.items() for key, value in state.items()}
+    return {key: value for key, value in every.items() if key not in modules}
 
 
 def _inside(name: str, hosts: Collection[str]) -> str:
