@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -75,12 +76,28 @@ class AdaLoRAFamily(Family):
         return targets.named(base, file.config)
 
     def read(self, base: Base, file: File, name: str) -> Iterator[tuple[AdaLoRA, Mapping[str, State]]]:
-        states = {joined(base.name, host): _read(own) for host, own in file.state.items()}
         ours = {field: file.config[theirs] for theirs, field in _FIELDS.items() if file.config.get(theirs) is not None}
-        ours["target_rank"] = min(ours.get("target_rank", 8), ours.get("initial_rank", 12))
-        found, exclude = globs(states, base.model)
-        alpha = file.get("lora_alpha", 8)
-        yield AdaLoRA(name=name, targets=found, exclude=exclude, alpha=alpha, **ours), states
+        alpha, rank = file.get("lora_alpha", 8), ours.pop("initial_rank", 12)
+        groups = defaultdict[int, dict[str, State]](dict)
+        for host, own in file.state.items():
+            layer = layer_of(base.network.get_submodule(host))
+            out, features, *_ = layer.shape(base.network.get_submodule(host))
+            most = min(rank, out, features)
+            groups[most][joined(base.name, host)] = _within(_read(own), most)
+        for number, (most, states) in enumerate(groups.items(), 1):
+            found, exclude = globs(states, base.model)
+            target = min(ours.get("target_rank", 8), most)
+            yield (
+                AdaLoRA(
+                    name=name if number == 1 else f"{name}_{number}",
+                    targets=found,
+                    exclude=exclude,
+                    initial_rank=most,
+                    alpha=alpha if most == rank else alpha / (rank + 1e-5) * (most + 1e-5),
+                    **{**ours, "target_rank": target},
+                ),
+                states,
+            )
 
 
 def _joined(out: int, found: Sequence[Triplets]) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,3 +114,13 @@ def _joined(out: int, found: Sequence[Triplets]) -> tuple[Tensor, Tensor, Tensor
 def _read(own: State) -> State:
     state = {_NAMES[key]: value for key, value in own.items()}
     return state | ({"e": state["e"].flatten()} if "e" in state else {})
+
+
+def _within(state: State, most: int) -> State:
+    """Return triplets, no more than the sides of the weight, where there were more: one factor is the identity."""
+    if state.keys() != {"a", "b", "e"} or len(state["e"]) <= most:
+        return state
+    product = (state["b"] * state["e"]) @ state["a"]
+    eye, ones = torch.eye(most, dtype=product.dtype), product.new_ones(most)
+    tall = product.shape[0] > product.shape[1]
+    return {"a": eye if tall else product, "b": product if tall else eye, "e": ones}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from ..adapter import Adapter
 from ..method import Method
@@ -12,16 +12,21 @@ from .family import Base, Family, File, State
 
 def require_hosts(base: Base, family: Family, file: File) -> None:
     """Raise where a file and a model do not have the same hosts."""
-    known = dict(base.network.named_modules())
-    if strange := [name for name in file.state if name not in known]:
-        close = difflib.get_close_matches(strange[0], known, n=3)
-        raise ValueError(f"The file adapts {strange[:3]}, which the model has not. Close names: {', '.join(close)}.")
+    require_known(base, file.state)
     if missing := [name for name in family.expected(base, file) if name not in file.state]:
         raise ValueError(f"The file's settings adapt {missing[:5]}, but it has no tensors of them.")
     if not file.state:
         raise ValueError(
             f"The file has no tensor of a {family.kind} adapter: none ends in {', '.join(family.tensors)}."
         )
+
+
+def require_known(base: Base, hosts: Collection[str]) -> None:
+    """Raise where a file adapts modules that a model has not."""
+    known = dict(base.network.named_modules())
+    if strange := [name for name in hosts if name not in known]:
+        close = difflib.get_close_matches(strange[0], known, n=3)
+        raise ValueError(f"The file adapts {strange[:3]}, which the model has not. Close names: {', '.join(close)}.")
 
 
 def checked(base: Base, method: Method, given: Mapping[str, State], source: str) -> dict[str, State]:

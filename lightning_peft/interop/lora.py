@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -66,30 +66,54 @@ class LoRAFamily(Family):
         return targets.named(base, file.config)
 
     def read(self, base: Base, file: File, name: str) -> Iterator[tuple[LoRA, Mapping[str, State]]]:
-        patterns = file.get("alpha_pattern", {})
-        ranks, alphas, states = dict[str, int](), dict[str, float](), dict[str, State]()
+        patterns, rooted = file.get("alpha_pattern", {}), bool(file.get("use_rslora", False))
+        alphas, states = dict[str, float](), dict[str, State]()
         for host, own in file.state.items():
-            place = joined(base.name, host)
-            states[place] = _factors(own)
-            ranks[place] = len(states[place].get("a", ()))
-            alphas[place] = targets.by_pattern(patterns, host, file.get("lora_alpha", 8))
-        rank, alpha = most_common(ranks), most_common(alphas)
-        found, exclude = globs(states, base.model)
-        yield (
-            LoRA(
-                name=name,
-                targets=found,
-                exclude=exclude,
-                rank=rank,
-                alpha=alpha,
-                dropout=file.get("lora_dropout", 0.0),
-                scaling="rank_stabilized" if file.get("use_rslora", False) else "standard",
-                decompose=file.get("use_dora", False),
-                rank_pattern=by_length({host: r for host, r in ranks.items() if r != rank}),
-                alpha_pattern=by_length({host: a for host, a in alphas.items() if a != alpha}),
-            ),
-            states,
-        )
+            state, alpha = _factors(own), targets.by_pattern(patterns, host, file.get("lora_alpha", 8))
+            states[host], alphas[host] = within_sides(state, alpha, rooted)
+        settings = {"dropout": file.get("lora_dropout", 0.0), "decompose": file.get("use_dora", False)}
+        yield lora_of(base, name, states, alphas, "rank_stabilized" if rooted else "standard", **settings)
+
+
+def lora_of(
+    base: Base,
+    name: str,
+    states: Mapping[str, State],
+    alphas: Mapping[str, float],
+    scaling: Literal["standard", "rank_stabilized"] = "standard",
+    **settings: Any,
+) -> tuple[LoRA, dict[str, State]]:
+    """Return the method for factors and alphas by host, and the factors by whole name."""
+    placed = {joined(base.name, host): state for host, state in states.items()}
+    ranks = {host: len(state.get("a", ())) for host, state in placed.items()}
+    own = {joined(base.name, host): alpha for host, alpha in alphas.items()}
+    rank, alpha = most_common(ranks), most_common(own)
+    found, exclude = globs(placed, base.model)
+    method = LoRA(
+        name=name,
+        targets=found,
+        exclude=exclude,
+        rank=rank,
+        alpha=alpha,
+        scaling=scaling,
+        rank_pattern=by_length({host: r for host, r in ranks.items() if r != rank}),
+        alpha_pattern=by_length({host: a for host, a in own.items() if a != alpha}),
+        **settings,
+    )
+    return method, placed
+
+
+def within_sides(state: State, alpha: float, rooted: bool = False) -> tuple[State, float]:
+    """Return factors of no higher rank than a side, and their alpha: one is B A, the other the identity."""
+    a, b = state.get("a"), state.get("b")
+    if a is None or b is None or len(a) != b.shape[1] or len(a) <= min(len(b), a[0].numel()):
+        return state, alpha
+    product, most = b @ a.flatten(1), min(len(b), a[0].numel())
+    eye = torch.eye(most, dtype=a.dtype)
+    own = {"a": product, "b": eye} if most == len(b) else {"a": eye, "b": product}
+    own["a"] = own["a"].view(-1, *a.shape[1:])
+    scale = alpha / (math.sqrt(len(a)) if rooted else len(a))
+    return state | own, alpha_of(scale, most, rooted)
 
 
 def most_common(values: Mapping[str, Any]) -> Any:

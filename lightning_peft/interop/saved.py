@@ -95,3 +95,9 @@ def read(base: Base, config: Mapping[str, Any], rest: State) -> State:
         if key not in declared and not torch.equal(value.to(own[key]), own[key]):
             raise ValueError(f"The file brings another {key}, which none of its settings says to train: another base.")
     return {key: value for key, value in state.items() if key in declared}
+
+
+def read_declared(base: Base, rest: State) -> State:
+    """Return values by name where every tensor beside the adapters' is one that trained."""
+    settings = {"modules_to_save": sorted({key.rpartition(".")[0] for key in rest if not key.endswith("bias")})}
+    return read(base, {**settings, "bias": "all"}, rest)
