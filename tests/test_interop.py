@@ -56,8 +56,27 @@ def answer(model, name, length=0, **options):
     return output[:, length:] if length and output.dim() == 3 else output
 
 
+@pytest.fixture(scope="module", autouse=True)
+def table():
+    """Print the largest difference of each method, model and direction, in one table."""
+    cells = CELLS
+    cells.clear()
+    yield
+    rows, names = sorted({row for row, _, _ in cells}), sorted({name for _, name, _ in cells})
+    print("\n" + f"{'largest difference':>22}" + "".join(f"{name:>13}" for name in names))
+    for row in rows:
+        found = [[cells[key] for key in cells if key[:2] == (row, name)] for name in names]
+        print(f"{row:>22}" + "".join(f"{f'{max(f):.1e}' if f else '-':>13}" for f in found))
+
+
+CELLS = {}
+
+
 def require_equal(what, y, z, base=None):
     difference = (y - z).abs().max().item()
+    row, _, rest = what.partition(" on ")
+    name, _, way = rest.partition(", ")
+    CELLS[row, name, way] = max(difference, CELLS.get((row, name, way), 0.0))
     print(f"{what}: largest difference {difference:.1e} of {z.abs().max():.1f}")
     assert difference < 1e-5
     if base is not None:
@@ -93,14 +112,24 @@ def require_import(name, config, folder, length=0):
     theirs = disturbed(peft.get_peft_model(BASES[name](), config))
     theirs.save_pretrained(folder)
     model = lp.import_peft(BASES[name](), folder).eval()
-    what = f"{config.peft_type.value} on {name}, theirs here"
+    what = f"{config.peft_type.value} of peft on {name}, theirs here"
     require_equal(what, answer(model, name), answer(theirs, name, length), answer(BASES[name](), name))
-    answer_with_gradients = logits(model.train()(**BASES[name].inputs())).sum()
-    answer_with_gradients.backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert trained
-    assert all(p.grad is not None for p in trained)
+    require_training(model, name)
     return model
+
+
+def require_training(model, name):
+    """Training goes on: what trains has gradients, and two steps make a loss smaller."""
+    trained, losses = [p for p in model.parameters() if p.requires_grad], []
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = logits(model.train()(**BASES[name].inputs())).square().mean()
+        loss.backward()
+        assert all(p.grad is not None for p in trained)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > losses[1] > losses[2]
 
 
 LORAS = {
@@ -152,6 +181,27 @@ def test_lora_of_peft_computes_the_same_here(name, settings, tmp_path):
     require_import(name, config, tmp_path)
 
 
+WORDINGS = {
+    "embeddings": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+    "all linear layers": {"target_modules": "all-linear"},
+    "some layers": {"target_modules": ["q_proj"], "layers_to_transform": [0, 2]},
+    "an expression": {
+        "target_modules": r".*[01]\..*(q_proj|up_proj)",
+        "exclude_modules": ["layers.0.self_attn.q_proj"],
+    },
+    "modules": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "norm"]},
+    "pissa": {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+    "olora": {"target_modules": ["v_proj", "down_proj"], "init_lora_weights": "olora"},
+}
+
+
+@pytest.mark.parametrize("kind", WORDINGS)
+def test_wordings_of_peft_are_understood(kind, tmp_path):
+    import peft
+
+    require_import("llama", peft.LoraConfig(task_type="CAUSAL_LM", r=3, **WORDINGS[kind]), tmp_path)
+
+
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_ia3_computes_the_same_there_and_here(name, tmp_path):
     import peft
@@ -169,7 +219,7 @@ def test_a_head_is_saved_whole(tmp_path):
     assert config["modules_to_save"] == ["classifier"]
     assert config["task_type"] == "SEQ_CLS"
     assert config["target_modules"] == ["query", "value"]
-    require_equal("head", answer(through_peft("bert", tmp_path), "bert"), answer(model, "bert"))
+    require_equal("a head on bert, ours in peft", answer(through_peft("bert", tmp_path), "bert"), answer(model, "bert"))
     back = lp.import_peft(BASES["bert"](), tmp_path)
     before, after = model.state_dict(), back.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -177,13 +227,17 @@ def test_a_head_is_saved_whole(tmp_path):
     assert trains == {n for n, p in model.named_parameters() if p.requires_grad}
 
 
-def test_biases_beside_lora_are_a_setting(tmp_path):
-    method = lp.LoRA(rank=4)
+@pytest.mark.parametrize(
+    "method", [lp.LoRA(rank=4), lp.AdaLoRA(initial_rank=3, target_rank=2)], ids=["lora", "adalora"]
+)
+def test_biases_beside_an_adapter_are_a_setting(method, tmp_path):
     model = disturbed(lp.inject(BASES["bert"](), [method, lp.BitFit()]))
     lp.export_peft(model, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["bias"] == "all"
-    require_equal("biases", answer(through_peft("bert", tmp_path), "bert"), answer(model, "bert"))
-    require_equal("biases", answer(lp.import_peft(BASES["bert"](), tmp_path), "bert"), answer(model, "bert"))
+    require_equal("biases on bert, ours in peft", answer(through_peft("bert", tmp_path), "bert"), answer(model, "bert"))
+    require_equal(
+        "biases on bert, and back", answer(lp.import_peft(BASES["bert"](), tmp_path), "bert"), answer(model, "bert")
+    )
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -285,7 +339,7 @@ def test_prompts_of_tasks_compute_the_same_there_and_here(name, tmp_path):
     with lp.row_tasks(model, ids), torch.no_grad():
         own = answer(model, name)
         their = logits(theirs(**BASES[name].inputs(), task_ids=ids))[:, length:]
-    require_equal(f"tasks on {name}, ours in peft", their, own, answer(BASES[name](), name))
+    require_equal(f"MultitaskPromptTuning on {name}, ours in peft", their, own, answer(BASES[name](), name))
     config = peft.MultitaskPromptTuningConfig(task_type=TASKS[name], num_virtual_tokens=3, num_tasks=2)
     torch.manual_seed(3)
     theirs = disturbed(peft.get_peft_model(BASES[name](), config))
@@ -294,7 +348,7 @@ def test_prompts_of_tasks_compute_the_same_there_and_here(name, tmp_path):
     with lp.row_tasks(back, ids), torch.no_grad():
         own = answer(back, name)
         their = logits(theirs(**BASES[name].inputs(), task_ids=ids))
-    require_equal(f"tasks on {name}, theirs here", own, their[:, length:])
+    require_equal(f"MultitaskPromptTuning on {name}, theirs here", own, their[:, length:])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -320,10 +374,10 @@ def test_llama_adapter_computes_the_same_there_and_here(tmp_path):
     lp.export_peft(model, tmp_path / "ours")
     base, own = answer(BASES["llama"](), "llama"), answer(model, "llama")
     theirs = through_peft("llama", tmp_path / "ours")
-    require_equal("LLaMA-Adapter, ours in peft", answer(theirs, "llama"), own, base)
+    require_equal("LLaMAAdapter on llama, ours in peft", answer(theirs, "llama"), own, base)
     theirs.save_pretrained(tmp_path / "theirs")
     back = lp.import_peft(BASES["llama"](), tmp_path / "theirs").eval()
-    require_equal("LLaMA-Adapter, and back", answer(back, "llama"), own, base)
+    require_equal("LLaMAAdapter on llama, and back", answer(back, "llama"), own, base)
     require_import("llama", peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"), tmp_path)
 
 
@@ -354,10 +408,10 @@ def test_convolutions_compute_the_same_there_and_come_back(method, tmp_path):
     x = torch.randn(2, 4, 7, 7, generator=torch.Generator().manual_seed(1))
     lp.export_peft(model, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(Pictures(), tmp_path / "ours").eval()
-    require_equal(f"{method.name} on convolutions", theirs(x), model(x), Pictures()(x))
+    require_equal(f"{type(method).__name__} on convolutions, ours in peft", theirs(x), model(x), Pictures()(x))
     theirs.save_pretrained(tmp_path / "theirs")
     back = lp.import_peft(Pictures(), tmp_path / "theirs").eval()
-    require_equal(f"{method.name} on convolutions, and back", back(x), model(x), Pictures()(x))
+    require_equal(f"{type(method).__name__} on convolutions, and back", back(x), model(x), Pictures()(x))
 
 
 class Small(nn.Module):
@@ -383,7 +437,7 @@ def test_lora_on_embeddings_and_convolutions(decompose, tmp_path):
     model = disturbed(lp.inject(Small(), method, ["norm"]))
     lp.export_peft(model, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(Small(), tmp_path / "ours").eval()
-    require_equal("embedding and convolution", theirs(ids), model(ids), Small()(ids))
+    require_equal("LoRA on embeddings, ours in peft", theirs(ids), model(ids), Small()(ids))
     theirs.save_pretrained(tmp_path / "theirs")
     back = lp.import_peft(Small(), tmp_path / "theirs")
     assert all(torch.equal(value, back.state_dict()[key]) for key, value in model.state_dict().items())
@@ -399,7 +453,11 @@ def test_the_network_in_a_module_is_found(tmp_path):
     lp.export_peft(outer, tmp_path)
     keys = load_file(tmp_path / "adapter_model.safetensors")
     assert "base_model.model.classifier.weight" in keys
-    require_equal("module", answer(through_peft("bert", tmp_path), "bert"), answer(outer.net, "bert"))
+    require_equal(
+        "LoRA on a module, ours in peft",
+        answer(through_peft("bert", tmp_path), "bert"),
+        answer(outer.net, "bert"),
+    )
     back = lp.import_peft(Module(), tmp_path)
     assert all(torch.equal(value, back.state_dict()[key]) for key, value in outer.state_dict().items())
 
@@ -420,7 +478,7 @@ REFUSED = [
     (lambda: adapted("llama", lp.LLaMAAdapter(length=3)), "gates at model.layers.2.self_attn"),
     (lambda: lp.inject(BASES["llama"](), lp.LLaMAAdapter(train_norms=True)), "ADAPTION_PROMPT has adapters alone"),
     (lambda: lp.inject(BASES["gpt2"](), lp.LLaMAAdapter()), "otherwise than LLaMA-Adapter"),
-    (lambda: lp.inject(BASES["llama"](), lp.PrefixTuning()), "shift_positions=False cannot be expressed"),
+    (lambda: lp.inject(BASES["llama"](), lp.PrefixTuning()), "shift_positions=False cannot be exchanged"),
     (lambda: lp.inject(BASES["t5"](), lp.PrefixTuning()), "prefix for an encoder-decoder model"),
     (lambda: lp.inject(BASES["bert"](), lp.PromptTuning()), "classifier reads a virtual token"),
     (lambda: lp.inject(BASES["bert"]().bert, lp.PromptTuning()), "PromptTuning on BertModel.*known tasks alone"),
@@ -458,6 +516,8 @@ def _without(folder, part):
 
 BROKEN = [
     (lambda f: _written(f, peft_type="VERA"), "VERA adapter, which is not read"),
+    (lambda f: _written(f, init_lora_weights="corda"), "init_lora_weights='corda' .* changes the base's weights"),
+    (lambda f: _written(f, trainable_token_indices=[1]), r"sets {'trainable_token_indices': \[1\]}"),
     (lambda f: _written(f, lora_bias=True), "sets {'lora_bias': True}"),
     (lambda f: _written(f, target_modules=["query", "key"]), r"layer.0.attention.self.key.*no tensors"),
     (lambda f: _written(f, modules_to_save=["pooler"]), r"saves \['pooler'\], but lacks"),

@@ -56,21 +56,9 @@ class AdaLoRAFamily(Family):
             state |= {f"{self.prefix}{name}.{key}": t for key, t in zip(_NAMES, (a, b, e[:, None]), strict=True)}
             if len(e) < rank:
                 patterns[f"{name}.lora_E"] = [place < len(e) for place in range(rank)]
-        ours = {theirs: getattr(method, field) for theirs, field in _FIELDS.items()}
-        steps = {key: ours[key] or 0 for key in ("tinit", "tfinal")}
         transposed = [isinstance(layer_of(base.network.get_submodule(name)), TransposedKind) for name in hosts]
-        scale = next(iter(hosts.values()))[0].scale
-        alone = rank == method.initial_rank
-        return {
-            **targets.written(base, hosts),
-            **ours,
-            **steps,
-            "init_r": rank,
-            "lora_alpha": method.alpha if alone else scale * (rank + 1e-5),
-            "total_step": sum(steps.values()) + 1,  # it asks for some number, which the Trainer knows here
-            "rank_pattern": patterns or None,
-            "fan_in_fan_out": any(transposed),
-        }, state
+        settings = targets.written(base, hosts) | {"rank_pattern": patterns or None, "fan_in_fan_out": any(transposed)}
+        return settings | _settings(method, next(iter(hosts.values()))[0].scale, rank), state
 
     def expected(self, base: Base, file: File) -> Iterator[str]:
         return targets.named(base, file.config)
@@ -98,6 +86,14 @@ class AdaLoRAFamily(Family):
                 ),
                 states,
             )
+
+
+def _settings(method: AdaLoRA, scale: float, rank: int) -> dict[str, Any]:
+    ours = {theirs: getattr(method, field) for theirs, field in _FIELDS.items()}
+    steps = {key: ours[key] or 0 for key in ("tinit", "tfinal")}
+    total = sum(steps.values()) + 1  # it asks for some number, which the Trainer knows here
+    alpha = method.alpha if rank == method.initial_rank else scale * (rank + 1e-5)
+    return {**ours, **steps, "init_r": rank, "lora_alpha": alpha, "total_step": total}
 
 
 def _joined(out: int, found: Sequence[Triplets]) -> tuple[Tensor, Tensor, Tensor]:

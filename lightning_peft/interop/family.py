@@ -98,7 +98,7 @@ def _is_empty(value: object) -> bool:
 def refuse(condition: bool, what: str, why: str) -> None:
     """Raise ``Refused`` where something cannot be expressed."""
     if condition:
-        raise Refused(f"{what} cannot be expressed in this format: {why}.")
+        raise Refused(f"{what} cannot be exchanged with HF PEFT: {why}.")
 
 
 def plain(adapter: Adapter, host: str) -> None:

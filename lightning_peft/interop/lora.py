@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..layers import TransposedKind, layer_of
+from ..low_rank import FROM_WEIGHT
 from ..methods import LoRA
 from ..methods.lora import LoRAAdapter
 from ..shards import whole
@@ -20,6 +21,7 @@ from .names import by_length, globs, joined
 
 _A, _B, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 _TABLE_A, _TABLE_B = "lora_embedding_A", "lora_embedding_B"  # of embeddings
+_UNCHANGED = (True, False, "gaussian", "eva", "orthogonal")  # starts that leave the base as it is
 
 
 class LoRAFamily(Family):
@@ -29,10 +31,10 @@ class LoRAFamily(Family):
     tensors = (_A, _B, _TABLE_A, _TABLE_B, _MAGNITUDE)
     settings = (
         *targets.SETTINGS, "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
-        "bias", "modules_to_save",
+        "bias", "modules_to_save", "init_lora_weights",
     )  # fmt: skip
     harmless = (
-        *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
         *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
     )
 
@@ -67,11 +69,16 @@ class LoRAFamily(Family):
 
     def read(self, base: Base, file: File, name: str) -> Iterator[tuple[LoRA, Mapping[str, State]]]:
         patterns, rooted = file.get("alpha_pattern", {}), bool(file.get("use_rslora", False))
+        init = file.get("init_lora_weights", True)
+        refuse(init not in (*_UNCHANGED, *FROM_WEIGHT), f"init_lora_weights={init!r}", "it changes the base's weights")
         alphas, states = dict[str, float](), dict[str, State]()
         for host, own in file.state.items():
             state, alpha = _factors(own), targets.by_pattern(patterns, host, file.get("lora_alpha", 8))
             states[host], alphas[host] = within_sides(state, alpha, rooted)
+            if init in FROM_WEIGHT:
+                states[host] |= _start(base.network.get_submodule(host), init, states[host], alphas[host], rooted)
         settings = {"dropout": file.get("lora_dropout", 0.0), "decompose": file.get("use_dora", False)}
+        settings |= {"init": init} if init in FROM_WEIGHT else {}
         yield lora_of(base, name, states, alphas, "rank_stabilized" if rooted else "standard", **settings)
 
 
@@ -114,6 +121,16 @@ def within_sides(state: State, alpha: float, rooted: bool = False) -> tuple[Stat
     own["a"] = own["a"].view(-1, *a.shape[1:])
     scale = alpha / (math.sqrt(len(a)) if rooted else len(a))
     return state | own, alpha_of(scale, most, rooted)
+
+
+def _start(host: Any, init: str, state: State, alpha: float, rooted: bool) -> State:
+    """Return the factors of the start, which HF PEFT subtracts from the base's weight before it loads an adapter."""
+    if "a" not in state:
+        return {}
+    rank, layer = len(state["a"]), layer_of(host)
+    scale = alpha / (math.sqrt(rank) if rooted else rank)
+    a, b = FROM_WEIGHT[init](whole(layer.read(host)).detach().to(state["a"].dtype).flatten(1), rank, scale)
+    return {"a0": a.view(state["a"].shape), "b0": b}
 
 
 def most_common(values: Mapping[str, Any]) -> Any:
