@@ -154,3 +154,40 @@ def test_factors_of_fused_layers_go_to_the_rows_that_were_adapted(tmp_path):
         lp.import_loralib(MODELS["bert"](), tmp_path / "lora.pt", alpha=32)
     with pytest.raises(ValueError, match="No key ends in multi_lora_b"):
         lp.import_t_few(MODELS["gpt2"](), tmp_path / "lora.pt")
+
+
+class Grouped(nn.Module):
+    """One fused layer with fewer keys than queries, and a plain one."""
+
+    def __init__(self, fused):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn = nn.Module()
+        self.attn.proj = nn.Linear(8, 8)
+        self.attn.add_module(fused, nn.Linear(8, 16))
+        self.fused = fused
+
+    def forward(self, x):
+        return self.attn.proj(x) @ self.attn.get_submodule(self.fused)(x).mT[:, :8]
+
+
+@pytest.mark.parametrize("parts", [["query"], ["value"], ["query", "value"], ["query", "key", "value"]])
+def test_factors_of_litgpt_go_to_the_rows_of_grouped_heads(parts, tmp_path):
+    rows = {"query": (0, 8), "key": (8, 12), "value": (12, 16)}
+    count, out = len(parts), sum(rows[part][1] - rows[part][0] for part in parts)
+    a, b, c, d = torch.randn(2 * count, 8), torch.randn(out, 2), torch.randn(3, 8), torch.randn(8, 3)
+    for fused in ("qkv", "attn"):
+        names = {f"attn.{fused}.lora_A": a, f"attn.{fused}.lora_B": b, "attn.proj.lora_A": c, "attn.proj.lora_B": d}
+        torch.save({"model": names}, tmp_path / f"{fused}.pth")
+    model, base = lp.import_loralib(Grouped("qkv"), tmp_path / "qkv.pth", alpha=6, parts=parts), Grouped("qkv")
+    with torch.no_grad():
+        base.attn.proj.weight += 2 * d @ c
+        start = 0
+        for n, part in enumerate(parts):
+            first, stop = rows[part]
+            base.attn.qkv.weight[first:stop] += 3 * b[start : start + stop - first] @ a[2 * n : 2 * n + 2]
+            start += stop - first
+    x = torch.randn(2, 5, 8)
+    torch.testing.assert_close(model(x), base(x), atol=1e-3, rtol=1e-5)
+    with pytest.raises(ValueError, match="whose order among its rows is not known"):
+        lp.import_loralib(Grouped("attn"), tmp_path / "attn.pth", alpha=6, parts=parts)

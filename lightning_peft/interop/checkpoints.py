@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..layers import layer_of
 from ..methods import IA3
-from ..roles import fused_parts
+from ..roles import fused_parts, is_fused
 from .checks import require_known
 from .family import Base, State
 from .folder import read_tensors
@@ -26,11 +26,13 @@ def import_loralib(
 ) -> nn.Module:
     """Inject and load LoRA from a checkpoint of the authors' loralib (https://github.com/microsoft/LoRA).
 
-    Heads and biases in the checkpoint are loaded, and train. The model is unchanged if anything is wrong.
+    That of LitGPT is read as well, for a model of its layers' names, where query, key and value have rows one below the
+    other (``qkv``); older ones, where the rows of heads alternate (``attn.attn``), are refused. Heads and biases in the
+    checkpoint are loaded, and train. The model is unchanged if anything is wrong.
 
     Args:
         model: The base model, or a module that holds it.
-        path: File of ``torch.save(lora_state_dict(model))``.
+        path: File of ``torch.save(lora_state_dict(model))``, or of tensors below ``model``.
         alpha: The ``lora_alpha`` of training, which the file does not hold: 16 in the authors' scripts for RoBERTa, 32
             for GPT-2.
         parts: Of layers that compute query, key and value at once, those that were adapted (``enable_lora``).
@@ -98,8 +100,10 @@ def _whole(host: nn.Module, name: str, own: State, wanted: Sequence[str]) -> Sta
     a, b = own["a"], own["b"]
     out = layer_of(host).shape(host)[0]
     count, rank = len(a) // b.shape[1], b.shape[1]
-    if count == 1:
+    if count == 1 and len(b) == out:
         return own
+    if not is_fused(name):
+        raise ValueError(f"{name} has factors of {count} parts, whose order among its rows is not known.")
     rows = {part: (first, stop) for part, first, stop in fused_parts(host, name)}
     if count != len(wanted) or any(part not in rows for part in wanted):
         raise ValueError(f"{name} has factors of {count} parts, but parts={list(wanted)!r}; name those adapted.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -36,12 +37,14 @@ def endings(wanted: Collection[str], known: Iterable[str]) -> list[str]:
 
     Where even a whole name is the end of another one's, it is returned as it is.
     """
-    others = [name for name in known if name not in wanted]
+    inside = set(wanted)
+    others = [name for name in known if name not in inside]
+    alone = functools.cache(lambda end: not any(other.endswith(end) for other in others))  # layers share their ends
     found = dict[str, None]()
     for name in wanted:
         parts = name.split(".")
         ends = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
-        short = (end for end in ends if not end[0].isdigit() and not any(other.endswith(end) for other in others))
+        short = (end for end in ends if not end[0].isdigit() and alone(end))
         found[next(short, name)] = None
     return list(found)
 
