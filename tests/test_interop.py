@@ -381,6 +381,18 @@ def test_llama_adapter_computes_the_same_there_and_here(tmp_path):
     require_import("llama", peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"), tmp_path)
 
 
+@pytest.mark.parametrize(("name", "target"), [("llama", "v_proj"), ("t5", "v")])
+def test_added_biases_compute_the_same_there_and_here(name, target, tmp_path):
+    import peft
+
+    require_round_trip(name, lp.BitFit(add_missing=True), tmp_path)
+    require_import(name, peft.BeftConfig(task_type=TASKS[name], target_modules=[target]), tmp_path / "more")
+    config = peft.BeftConfig(task_type="SEQ_CLS", target_modules=["value"])
+    peft.get_peft_model(BASES["bert"](), config).save_pretrained(tmp_path / "own")
+    with pytest.raises(ValueError, match="A bias beside that of bert.encoder.layer.0.attention.self.value"):
+        lp.import_peft(BASES["bert"](), tmp_path / "own")
+
+
 class Pictures(nn.Module):
     def __init__(self):
         super().__init__()
@@ -473,6 +485,7 @@ REFUSED = [
         "Training classifier .*: bias in it is frozen",
     ),
     (MODELS["bert"], "Nothing was injected"),
+    (lambda: lp.inject(BASES["gpt2"](), lp.OutputLayers()), "none with adapters"),
     (lambda: lp.inject(BASES["bert"](), lp.FedPara(rank=2, tanh=True)), "tanh in FedPara"),
     (lambda: lp.inject(BASES["gpt2"](), lp.FedPara(rank=2)), "LoHa on transformer.h.0.attn.c_attn.*no Conv1D"),
     (lambda: adapted("llama", lp.LLaMAAdapter(length=3)), "gates at model.layers.2.self_attn"),
@@ -512,6 +525,14 @@ def _without(folder, part):
     _written(folder)
     path = folder / "adapter_model.safetensors"
     save_file({key: value.clone() for key, value in load_file(path).items() if part not in key}, path)
+
+
+def test_a_model_without_values_is_refused(tmp_path):
+    with torch.device("meta"):
+        model = lp.inject(MODELS["llama"].make(), lp.LoRA(rank=3))
+    with pytest.raises(ValueError, match="has no values yet"):
+        lp.export_peft(model, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
 
 
 BROKEN = [

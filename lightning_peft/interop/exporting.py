@@ -49,6 +49,8 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], name: str | No
     base, family = Base(model, *network(model)), _family(method)
     trained = [_within(base, parameter) for parameter in record.trained]
     config, state = _described(base, family, method, trained)
+    if empty := [key for key, value in state.items() if value.is_meta]:
+        raise ValueError(f"{empty[0]} has no values yet (meta device); load the model before its adapter is exported.")
     return write_folder(folder, config, state) if writes_files() else Path(folder)
 
 

@@ -1,6 +1,7 @@
 """The families that are exchanged."""
 
 from .adalora import AdaLoRAFamily
+from .beft import BEFTFamily
 from .family import Family
 from .ia3 import IA3Family
 from .llama_adapter import LLaMAAdapterFamily
@@ -21,4 +22,5 @@ FAMILIES: tuple[Family, ...] = (
     PTuningFamily(),
     MultitaskPromptFamily(),
     LLaMAAdapterFamily(),
+    BEFTFamily(),
 )
