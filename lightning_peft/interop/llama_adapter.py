@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +42,7 @@ class LLaMAAdapterFamily(Family):
 
     def expected(self, base: Base, file: File) -> Iterator[str]:
         end = file.get("target_modules", "self_attn")
-        found = [name for name, _ in base.network.named_modules() if re.search(rf"(^|\.){end}$", name)]
+        found = [name for name, _ in base.network.named_modules() if name == end or name.endswith(f".{end}")]
         yield from found[-file.get("adapter_layers", len(found)) :]
 
     def read(self, base: Base, file: File, name: str) -> Iterator[tuple[LLaMAAdapter, Mapping[str, State]]]:

@@ -10,9 +10,9 @@ import torch
 from ..adapter import Adapter
 from ..methods import PrefixTuning
 from ..prefixes import Prefix
+from ..select import select
 from ..shards import whole
 from .family import Base, Family, File, State, refuse
-from .names import joined
 from .prompts import VIRTUAL
 
 _PREFIXES = "prompt_embeddings"
@@ -32,8 +32,7 @@ class PrefixFamily(Family):
         _refuse_halves(base)
         refuse(not method.shift_positions, "shift_positions=False", "its cache moves positions on by the length")
         found = [adapter for own in hosts.values() for adapter in own if isinstance(adapter, Prefix)]
-        every = list(PrefixTuning().adapters(base.network))
-        layers = sum(isinstance(adapter, Prefix) for _, adapter in every)
+        layers = len(select(base.network, ["attention"]))
         refuse(len(found) != layers, f"A prefix for {len(found)} of {layers} layers", "its bank has all of them")
         refuse(len({one.widths for one in found}) > 1, "Layers of different widths", "its bank has one for all")
         both = [whole(x).detach() for one in found for x in one.key_value()]
@@ -58,7 +57,7 @@ class PrefixFamily(Family):
             raise ValueError(f"{_PREFIXES} {tuple(bank.shape)} holds no keys and values of {len(hosts)} layers.")
         keys_and_values = bank.chunk(2 * len(hosts), 1)
         pairs = zip(keys_and_values[::2], keys_and_values[1::2], strict=True)
-        yield method, {joined(host): {"key": k, "value": v} for host, (k, v) in zip(hosts, pairs, strict=True)}
+        yield method, {host: {"key": k, "value": v} for host, (k, v) in zip(hosts, pairs, strict=True)}
 
 
 def _refuse_halves(base: Base) -> None:
