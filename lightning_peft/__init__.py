@@ -10,6 +10,7 @@ from .files import load_adapter, save_adapter
 from .finalizing import finalize
 from .hosts import adapters
 from .inject import detach, inject
+from .interop import export_peft, import_loralib, import_peft, import_t_few
 from .merging import merge
 from .method import Method
 from .methods import (
@@ -72,9 +73,13 @@ __all__ = [
     "dequantize",
     "detach",
     "ensemble",
+    "export_peft",
     "finalize",
     "full_state_dict",
     "global_state",
+    "import_loralib",
+    "import_peft",
+    "import_t_few",
     "inject",
     "join_prompts",
     "load_adapter",

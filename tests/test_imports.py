@@ -11,7 +11,7 @@ ROOMS = """
     fingerprints folders multihead attention forms products built adapter low_rank scaling affine triplets hadamard
     method bottlenecks kronecker feedforward outputs virtual_tokens words rows prompts prefixes prefix_starts
     positions encoders pseudo_tokens templates methods hosts following inject nf4 quantized_shapes quantization
-    merging finalizing checkpoint files ensembles summary planning layouts plots optimizers modes random_state
+    merging finalizing checkpoint files interop ensembles summary planning layouts plots optimizers modes random_state
     precision wiring restoring resuming showing sharding frozen_trunk caching strategy tasks recipes commands
     trainer cli __main__
 """

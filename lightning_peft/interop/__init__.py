@@ -1,0 +1,7 @@
+"""Adapters of other libraries, in and out: all of one, or a refusal that names what does not fit."""
+
+from .checkpoints import import_loralib, import_t_few
+from .exporting import export_peft
+from .importing import import_peft
+
+__all__ = ["export_peft", "import_loralib", "import_peft", "import_t_few"]

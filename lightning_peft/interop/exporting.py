@@ -1,0 +1,114 @@
+"""Folders of HF PEFT, out."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..inject import adapters_of, injected
+from ..method import Method
+from ..shards import writes_files
+from . import saved
+from .families import FAMILIES
+from .family import Base, Family, State, refuse
+from .folder import write_folder
+from .names import network
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def export_peft(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
+    """Write an adapter and what trained beside it as HF PEFT does; nothing is written if it cannot be expressed.
+
+    Args:
+        model: The very module that was given to ``inject`` (with a Trainer: the LightningModule).
+        folder: Where to write; names in it are those of the transformers model inside, if there is one.
+        name: Name of the method, where the model has several with adapters.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: Nothing was injected, or HF PEFT has nothing that computes the same; says what and why.
+    """
+    record = injected(model)
+    found = {method.name: method for method in record.methods if adapters_of(model, method)}
+    method = _one(found, name)
+    base, family = Base(model, *network(model)), _family(method)
+    trained = [_within(base, parameter) for parameter in record.trained]
+    config, state = _described(base, family, method, trained)
+    if empty := [key for key, value in state.items() if value.is_meta]:
+        raise ValueError(f"{empty[0]} has no values yet (meta device); load the model before its adapter is exported.")
+    return write_folder(folder, config, state) if writes_files() else Path(folder)
+
+
+def _family(method: Method) -> Family:
+    family = next((f for f in FAMILIES if f.method is type(method)), None)
+    if family is None:
+        shared = ", ".join(dict.fromkeys(f.method.__name__ for f in FAMILIES))
+        raise ValueError(f"HF PEFT has no {type(method).__name__}. Expressed are: {shared}.")
+    return family
+
+
+def _described(base: Base, family: Family, method: Method, trained: list[str]) -> tuple[dict[str, Any], State]:
+    """Return the config and the tensors of a folder."""
+    hosts, kind = _hosts(base, method), type(base.network).__name__
+    settings, state = family.write(base, method, hosts)
+    more, modules = saved.written(base, trained, hosts, "bias" in family.settings)
+    alone = "modules_to_save" not in family.settings
+    refuse(alone and bool(more), f"Training {more} beside the adapter", f"{family.kind} has adapters alone")
+    task = _task(base, family, more)
+    refuse(task is None and family.by_task, f"{type(method).__name__} on {kind}", "it is put in for known tasks alone")
+    modules |= saved.heads(base, task, modules)
+    config = {
+        "peft_type": family.kind,
+        "task_type": task,
+        "base_model_name_or_path": getattr(getattr(base.network, "config", None), "name_or_path", None) or None,
+        "inference_mode": True,
+        **settings,
+        **more,
+    }
+    return config, state | {family.prefix + key: value for key, value in modules.items()}
+
+
+def _one(found: Mapping[str, Method], name: str | None) -> Method:
+    if name is not None and name not in found:
+        raise ValueError(f"No method with adapters is named {name!r}; there are: {', '.join(found) or 'none'}.")
+    if name is None and len(found) != 1:
+        kinds = ", ".join(f"{key} ({type(method).__name__})" for key, method in found.items()) or "none with adapters"
+        raise ValueError(f"A folder of HF PEFT holds the adapters of one method; the model has {kinds}. Give its name.")
+    return found[name] if name is not None else next(iter(found.values()))
+
+
+def _within(base: Base, name: str) -> str:
+    if base.name and not name.startswith(f"{base.name}."):
+        raise ValueError(f"{name} lies outside of {base.name}, the model that HF PEFT knows, and cannot be exported.")
+    return name.removeprefix(f"{base.name}.") if base.name else name
+
+
+def _hosts(base: Base, method: Method) -> dict[str, list[Any]]:
+    hosts = defaultdict[str, list[Any]](list)
+    for key, adapter in adapters_of(base.model, method).items():
+        name = key.removesuffix(f".{adapter.part}") if adapter.part else key
+        hosts["" if name == base.name else _within(base, name)].append(adapter)
+    return dict(hosts)
+
+
+def _task(base: Base, family: Family, more: Mapping[str, Any]) -> str | None:
+    """Return the task's name; for a classifier only where its head is in the file, since HF PEFT expects it there."""
+    kind = type(base.network).__name__
+    task = next((task for end, task in _TASKS.items() if kind.endswith(end)), None)
+    optional = not family.by_task and "modules_to_save" not in more
+    return None if optional and task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else task

@@ -1,0 +1,66 @@
+"""LLaMA-Adapter: ``adaption_prompt`` is P (1, length, features), ``adaption_gate`` one factor without tanh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..attention import head_count
+from ..methods import LLaMAAdapter
+from ..methods.llama_adapter import LLaMAAdapterPrompt
+from ..shards import whole
+from .family import Base, Family, File, State, refuse
+from .names import globs, joined
+
+_PROMPT, _GATE = "adaption_prompt", "adaption_gate"
+
+
+class LLaMAAdapterFamily(Family):
+    """One gate for all heads of a layer, as a bare factor; here it is tanh(gate) for each head."""
+
+    kind, method, tensors = "ADAPTION_PROMPT", LLaMAAdapter, (_PROMPT, _GATE)
+    settings = ("target_modules", "adapter_len", "adapter_layers")
+
+    def write(
+        self, base: Base, method: LLaMAAdapter, hosts: Mapping[str, Sequence[LLaMAAdapterPrompt]]
+    ) -> tuple[dict[str, Any], State]:
+        refuse(method.bias_and_scale, "bias_and_scale", "it has no scales and biases")
+        state = State()
+        for name, (adapter, *_) in hosts.items():
+            _refuse_other_attention(base, name)
+            gates = whole(adapter.gate).detach()
+            refuse(bool((gates != gates[0]).any()), f"The gates at {name}", "it has one for all heads of a layer")
+            state[f"{self.prefix}{name}.{_PROMPT}"] = whole(adapter.prompt).detach()[None]
+            state[f"{self.prefix}{name}.{_GATE}"] = gates[:1].tanh()
+        ends = {name.rpartition(".")[2] for name in hosts}
+        every = [n for n, _ in base.network.named_modules() if n.rpartition(".")[2] in ends]
+        refuse(len(ends) > 1 or list(hosts) != every[-len(hosts) :], f"Prompts at {', '.join(hosts)}",
+               "it adapts the last layers of a model")  # fmt: skip
+        return {"target_modules": ends.pop(), "adapter_len": method.length, "adapter_layers": len(hosts)}, state
+
+    def expected(self, base: Base, file: File) -> Iterator[str]:
+        end = file.get("target_modules", "self_attn")
+        found = [name for name, _ in base.network.named_modules() if name == end or name.endswith(f".{end}")]
+        yield from found[-file.get("adapter_layers", len(found)) :]
+
+    def read(self, base: Base, file: File, name: str) -> Iterator[tuple[LLaMAAdapter, Mapping[str, State]]]:
+        states, length = dict[str, State](), file.get("adapter_len", 10)
+        for host, own in file.state.items():
+            _refuse_other_attention(base, host)
+            if len(own) != len(self.tensors):
+                raise ValueError(f"The file has {sorted(own)} of {host}, expected {', '.join(self.tensors)}.")
+            gate = own[_GATE]
+            refuse(bool((gate.abs() >= 1).any()), f"The gate {gate.item():g} at {host}", "tanh stays below 1")
+            heads = head_count(base.network.get_submodule(host), host)
+            wide = torch.atanh(gate.double()).to(gate.dtype).expand(heads)
+            states[joined(base.name, host)] = {"prompt": own[_PROMPT][0], "gate": wide}
+        found, _ = globs(states, base.model)
+        yield LLaMAAdapter(name=name, length=length, layers=len(states), targets=found), states
+
+
+def _refuse_other_attention(base: Base, name: str) -> None:
+    children = {child for child, _ in base.network.get_submodule(name).named_children()}
+    refuse(not children >= {"q_proj", "k_proj", "v_proj", "o_proj"}, f"Prompts at {name}",
+           "it computes them otherwise than LLaMA-Adapter does, where an attention is not Llama's")  # fmt: skip

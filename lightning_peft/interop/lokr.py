@@ -1,0 +1,103 @@
+"""LoKr, which is KronA: ``lokr_w1`` is A^T (a2, a1), ``lokr_w2`` is B^T (b2, b1, *kernel), the scale alpha / r."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import layer_of
+from ..methods import KronA
+from ..methods.krona import KronAUpdate
+from ..shards import whole
+from . import targets
+from .family import Base, Family, File, State, refuse
+from .loha import require_layer
+from .lora import alpha_of
+from .names import globs, joined
+
+_NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+
+
+class LoKrFamily(Family):
+    """A factor that is a product itself is read as that product; ``decompose_factor`` says the shapes."""
+
+    kind, method, tensors = "LOKR", KronA, _NAMES
+    settings = (*targets.SETTINGS, "r", "alpha", "rank_pattern", "alpha_pattern", "modules_to_save")
+    harmless = (
+        *("init_weights", "use_effective_conv2d", "rank_dropout", "module_dropout", "rank_dropout_scale"),
+        *("decompose_both", "decompose_factor"),
+    )
+
+    def write(
+        self, base: Base, method: KronA, hosts: Mapping[str, Sequence[KronAUpdate]]
+    ) -> tuple[dict[str, Any], State]:
+        state, shapes = State(), dict[str, tuple[tuple[int, int], tuple[int, int]]]()
+        for name, (adapter, *_) in hosts.items():
+            require_layer(base.network.get_submodule(name), name, adapter.part, (nn.Linear, nn.Conv2d), "LoKr")
+            w1, w2 = whole(adapter.a).detach().T, whole(adapter.b).detach().transpose(0, 1)
+            state |= {f"{self.prefix}{name}.lokr_w1": w1, f"{self.prefix}{name}.lokr_w2": w2}
+            shapes[name] = (w1.shape[1], w2.shape[1]), (w1.shape[0], w2.shape[0])
+        rank = max(math.ceil(max(b1, b2) / 2) for (_, b1), (_, b2) in shapes.values())  # from which w2 is whole
+        return {
+            **targets.written(base, hosts),
+            **{"r": rank, "alpha": alpha_of(method.scale, rank), "decompose_factor": _factor(shapes)},
+        }, state
+
+    def expected(self, base: Base, file: File) -> Iterator[str]:
+        return targets.named(base, file.config)
+
+    def read(self, base: Base, file: File, name: str) -> Iterator[tuple[KronA, Mapping[str, State]]]:
+        groups = defaultdict[tuple[tuple[int, ...], float], dict[str, State]](dict)
+        for host, own in file.state.items():
+            place = joined(base.name, host)
+            refuse(isinstance(base.network.get_submodule(host), nn.Conv1d), f"LoKr on the one-dimensional {host}",
+                   "its product takes the kernel for rows")  # fmt: skip
+            a, b = _product(own, "lokr_w1"), _product(own, "lokr_w2")
+            if a is None or b is None:
+                raise ValueError(f"The file has {sorted(own)} of {host}, which are not both factors.")
+            out, features, *kernel = layer_of(base.network.get_submodule(host)).shape(base.network.get_submodule(host))
+            b = b.reshape(-1, features // a.shape[1], *kernel)
+            rank = targets.by_pattern(file.get("rank_pattern", {}), host, file.get("r", 8))
+            alpha = targets.by_pattern(file.get("alpha_pattern", {}), host, file.get("alpha", 8))
+            groups[tuple(a.T.shape), alpha / rank][place] = {"a": a.T, "b": b.transpose(0, 1)}
+        for number, ((shape, scale), states) in enumerate(groups.items(), 1):
+            found, exclude = globs(states, base.model)
+            own_name = name if number == 1 else f"{name}_{number}"
+            yield KronA(name=own_name, targets=found, exclude=exclude, shape_a=list(shape), scale=scale), states
+
+
+def _product(own: State, name: str) -> Tensor | None:
+    if name in own:
+        return own[name]
+    first, second, core = own.get(f"{name}_a"), own.get(f"{name}_b"), own.get("lokr_t2")
+    if first is None or second is None:
+        return None
+    if core is not None and name == "lokr_w2":
+        return torch.einsum("ab...,ao,bi->oi...", core, first, second)
+    return first @ second
+
+
+def _factor(shapes: Mapping[str, tuple[tuple[int, int], tuple[int, int]]]) -> int:
+    """Return the ``decompose_factor`` that gives these pairs of sides."""
+    pairs = {pair for both in shapes.values() for pair in both}
+    for factor in (-1, *sorted({pair[0] for pair in pairs})):
+        if all(_split(first * second, factor) == (first, second) for first, second in pairs):
+            return factor
+    name, (inputs, outputs) = next(iter(shapes.items()))
+    refuse(True, f"KronA with {inputs} inputs and {outputs} outputs at {name}", "no one factor gives the shapes of all "
+           "layers; set factor, or shape_a with two equal sides")  # fmt: skip
+    return 0
+
+
+def _split(size: int, factor: int) -> tuple[int, int]:
+    """Return the sides that LoKr gives a dimension: ``factor`` first if it divides, else the nearest pair below it."""
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    limit = size if factor == -1 else factor
+    small = max(d for d in range(1, math.isqrt(size) + 1) if size % d == 0 and d <= limit)
+    return small, size // small

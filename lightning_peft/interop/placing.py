@@ -1,0 +1,39 @@
+"""Values of another library's adapter, put into a model: all of them, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..inject import adapters_of, inject, injection
+from ..method import Method
+from ..shards import assign
+from .checks import checked
+from .family import Base, State
+from .names import joined
+
+Plan = Sequence[tuple[Method, Mapping[str, State]]]
+
+
+def place(base: Base, plan: Plan, values: State, source: str) -> None:
+    """Inject methods and load what their adapters hold, and what base parameters have; checks all of it first.
+
+    Args:
+        base: Base model.
+        plan: Methods with the packed state of each host, by whole name.
+        values: Values of the network's parameters, which then train, and of its buffers.
+        source: Where they come from, for messages.
+    """
+    states = [checked(base, method, given, source) for method, given in plan]
+    parameters = [joined(base.name, key) for key in values if key in dict(base.network.named_parameters())]
+    inject(base.model, [method for method, _ in plan], [f"[{name[0]}]{name[1:]}" for name in parameters])  # no roles
+    for (method, _), by_host in zip(plan, states, strict=True):
+        found = adapters_of(base.model, method)
+        for name, state in by_host.items():
+            own = found[name].state_dict(keep_vars=True)
+            for key, value in state.items():
+                assign(own[key], value)
+    target = base.network.state_dict(keep_vars=True)
+    for key, value in values.items():
+        assign(target[key], value)
+    if (record := injection(base.model)) is not None:
+        record.fresh = False

@@ -1,0 +1,72 @@
+"""Prefixes: ``prompt_embeddings`` is (length, layers * 2 * width), each layer's P_k and P_v one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..adapter import Adapter
+from ..methods import PrefixTuning
+from ..prefixes import Prefix
+from ..select import select
+from ..shards import whole
+from .family import Base, Family, File, State, refuse
+from .prompts import VIRTUAL
+
+_PREFIXES = "prompt_embeddings"
+
+
+class PrefixFamily(Family):
+    """HF PEFT puts prefixes into a key-value cache, so that positions move on: ``shift_positions=True``."""
+
+    kind, method, tensors, prefix = "PREFIX_TUNING", PrefixTuning, (_PREFIXES,), "base_model."
+    by_task = True
+    settings = (*VIRTUAL, "modules_to_save")
+    harmless = ("encoder_hidden_size", "prefix_projection", "init_weights")
+
+    def write(
+        self, base: Base, method: PrefixTuning, hosts: Mapping[str, Sequence[Adapter]]
+    ) -> tuple[dict[str, Any], State]:
+        _refuse_halves(base)
+        refuse(not method.shift_positions, "shift_positions=False", "its cache moves positions on by the length")
+        found = [adapter for own in hosts.values() for adapter in own if isinstance(adapter, Prefix)]
+        layers = len(select(base.network, ["attention"]))
+        refuse(len(found) != layers, f"A prefix for {len(found)} of {layers} layers", "its bank has all of them")
+        refuse(len({one.widths for one in found}) > 1, "Layers of different widths", "its bank has one for all")
+        both = [whole(x).detach() for one in found for x in one.key_value()]
+        length, width = both[0].shape
+        heads = _heads(base)
+        settings = {
+            "num_virtual_tokens": length,
+            "num_layers": layers,
+            "num_attention_heads": heads,
+            "token_dim": width,
+            "num_transformer_submodules": 1,
+            "prefix_projection": False,
+        }
+        return settings, {_PREFIXES: torch.cat(both, 1)}
+
+    def read(self, base: Base, file: File, name: str) -> Iterator[tuple[PrefixTuning, Mapping[str, State]]]:
+        _refuse_halves(base)
+        bank = file.state[""][_PREFIXES]
+        method = PrefixTuning(name=name, length=len(bank), reparameterize=False, shift_positions=True)
+        hosts = [host for host, adapter in method.adapters(base.model) if isinstance(adapter, Prefix)]
+        if bank.shape[1] % (2 * len(hosts)):
+            raise ValueError(f"{_PREFIXES} {tuple(bank.shape)} holds no keys and values of {len(hosts)} layers.")
+        keys_and_values = bank.chunk(2 * len(hosts), 1)
+        pairs = zip(keys_and_values[::2], keys_and_values[1::2], strict=True)
+        yield method, {host: {"key": k, "value": v} for host, (k, v) in zip(hosts, pairs, strict=True)}
+
+
+def _refuse_halves(base: Base) -> None:
+    halves = getattr(getattr(base.network, "config", None), "is_encoder_decoder", False)
+    refuse(halves, "A prefix for an encoder-decoder model", "it prefixes the decoder's own attention alone")
+
+
+def _heads(base: Base) -> int:
+    """Return the number of heads with keys of their own."""
+    config: Any = base.network.config
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads
