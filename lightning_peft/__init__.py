@@ -32,12 +32,14 @@ from .methods import (
     PTuning,
     PTuningV2,
 )
+from .named import add_adapter
 from .quantization import dequantize, quantize
 from .restoring import load_from_checkpoint
 from .rows import row_tasks
 from .sharding import FSDP1Strategy, FSDP2Strategy, without_values
 from .strategy import PEFTStrategy
 from .summary import summary
+from .switching import activate, active, disabled, remove_adapter
 from .templates import Template
 
 __version__ = version("lightning-peft")
@@ -68,9 +70,13 @@ __all__ = [
     "PromptTuning",
     "Template",
     "WeightUpdate",
+    "activate",
+    "active",
     "adapters",
+    "add_adapter",
     "dequantize",
     "detach",
+    "disabled",
     "ensemble",
     "finalize",
     "full_state_dict",
@@ -85,6 +91,7 @@ __all__ = [
     "merge",
     "plots",
     "quantize",
+    "remove_adapter",
     "row_tasks",
     "save_adapter",
     "summary",

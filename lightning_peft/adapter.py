@@ -56,6 +56,9 @@ class Adapter(nn.Module, ABC):
         """Return what such a host shows for its bias."""
         return bias
 
+    def rearranged(self) -> None:
+        """Forget what was computed for the company on the host, which is another from now on."""
+
     def finalize(self) -> None:
         """Replace what only training needs by what ``pack`` returns, as parameters of these names."""
 
@@ -128,6 +131,9 @@ class WeightUpdate(Adapter):
         if mode:
             self.built.drop()
         return super().train(mode)
+
+    def rearranged(self) -> None:
+        self.built.drop()
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
         if self.layer.is_read:
