@@ -32,6 +32,7 @@ from .methods import (
     PTuning,
     PTuningV2,
 )
+from .mixing import row_adapters
 from .named import add_adapter
 from .quantization import dequantize, quantize
 from .restoring import load_from_checkpoint
@@ -92,6 +93,7 @@ __all__ = [
     "plots",
     "quantize",
     "remove_adapter",
+    "row_adapters",
     "row_tasks",
     "save_adapter",
     "summary",

@@ -13,6 +13,8 @@ from .hosts import Adapted, adapters, call_as_before, call_children, key_of, rem
 from .inject import Injection, adapters_of, detach, injected, injection, named, refuse_paused
 from .refusals import refuse_company
 
+ROWS = "_rows"  # under which name lies in a host what gives each row its own adapter
+
 
 def active(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the adapters that take part in calls, inner before outer.
@@ -57,7 +59,7 @@ def activate(model: nn.Module, *names: str) -> nn.Module:
     taking = {id(adapter) for *_, adapter in chosen}
     found: list[Any] = list(adapters(model))
     for _, host, _, adapter in found:
-        host.peft_order = orders.get(id(host), ()) + _passing(host)
+        host.peft_order = orders.get(id(host), ()) + passing(host)
         adapter.rearranged()
         adapter.requires_grad_(id(adapter) in taking)
     record.active = list(names)
@@ -129,7 +131,7 @@ def paused(model: nn.Module) -> Iterator[None]:
     before, was = [host.peft_order for host in hosts], record.paused
     record.paused = True
     for host in hosts:
-        host.peft_order = _passing(host)
+        host.peft_order = passing(host)
     try:
         yield
     finally:
@@ -139,9 +141,9 @@ def paused(model: nn.Module) -> Iterator[None]:
                 host.peft_order = order
 
 
-def _passing(host: Any) -> tuple[str, ...]:
+def passing(host: Any) -> tuple[str, ...]:
     """Return the names of what surrounds a host for the time of a run alone."""
-    return tuple(key for key in host.peft_order if not host.peft[key].lasting)
+    return tuple(key for key in host.peft_order if not host.peft[key].lasting and key != ROWS)
 
 
 def _set_back(module: nn.Module) -> bool:
