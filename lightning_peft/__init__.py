@@ -5,6 +5,7 @@ from importlib.metadata import version
 from . import losses, plots
 from .adapter import Adapter, WeightUpdate
 from .checkpoint import full_state_dict, global_state, local_state
+from .combining import combine
 from .ensembles import ensemble, join_prompts, majority_vote
 from .files import load_adapter, save_adapter
 from .finalizing import finalize
@@ -75,6 +76,7 @@ __all__ = [
     "active",
     "adapters",
     "add_adapter",
+    "combine",
     "dequantize",
     "detach",
     "disabled",
