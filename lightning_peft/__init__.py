@@ -11,7 +11,7 @@ from .files import load_adapter, save_adapter
 from .finalizing import finalize
 from .hosts import adapters
 from .inject import detach, inject
-from .merging import merge
+from .merging import merge, merged
 from .method import Method
 from .methods import (
     IA3,
@@ -40,6 +40,7 @@ from .restoring import load_from_checkpoint
 from .rows import row_tasks
 from .sharding import FSDP1Strategy, FSDP2Strategy, without_values
 from .strategy import PEFTStrategy
+from .streaming import merge_files
 from .summary import summary
 from .switching import activate, active, disabled, remove_adapter
 from .templates import Template
@@ -92,6 +93,8 @@ __all__ = [
     "losses",
     "majority_vote",
     "merge",
+    "merge_files",
+    "merged",
     "plots",
     "quantize",
     "remove_adapter",

@@ -70,7 +70,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], strict: bool 
 
 def load_values(model: nn.Module, state: Mapping[str, Tensor], source: str, only: str | None = None) -> None:
     """Load what ``adapter_state(model, True, only)`` gave; nothing of it if it does not fit, which is an error."""
-    state = _aligned(state, {clean(k): v for k, v in adapter_state(model, packed=True, only=only).items()})
+    state = aligned(state, {clean(k): v for k, v in adapter_state(model, packed=True, only=only).items()})
     state = unpacked(model, state, only)
     target = {clean(k): v for k, v in adapter_state(model, only=only).items()}
     check_state(model, state, source, only)
@@ -91,7 +91,7 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return {**config, "tensors": tensors, "parameters": sum(value.numel() for value in state.values())}
 
 
-def _aligned(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def aligned(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state under this model's names, if they differ by the name of an enclosing module alone."""
     if not state or not target or state.keys() == target.keys():
         return dict(state)
