@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import base_parameters
+from .base import SLOT, base_parameters
 from .checkpoint import adapter_state, check_state, clean, unpacked
 from .describing import restore
 from .files import aligned
@@ -66,7 +68,7 @@ def merge_files(
         state = _checked(model, packed, str(adapter))
         found = mergeable(model)
         _check_files(model, files, str(base))
-        if strict and (other := _fingerprint(model, files)) != config["base"]:
+        if strict and config["base"] is not None and (other := _fingerprint(model, files)) != config["base"]:
             raise ValueError(f"{adapter} belongs to another base: fingerprint {config['base']}, {base} has {other}.")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
@@ -103,8 +105,12 @@ def _check_files(model: nn.Module, files: TensorFiles, base: str) -> None:
 
 
 def _fingerprint(model: nn.Module, files: TensorFiles) -> str:
-    frozen = {name: p for name, p in base_parameters(model).items() if not p.requires_grad}
-    return digest((tuple(p.shape), sample(files.read(name))) for name, p in frozen.items())
+    found = []
+    for name, parameter in base_parameters(model).items():
+        if not parameter.requires_grad:
+            found.append((tuple(parameter.shape), sample(files.read(name)).clone()))  # a view would hold all of it
+            _give_back()
+    return digest(found)
 
 
 def _merge_host(name: str, found: Any, state: Mapping[str, Tensor], files: TensorFiles) -> None:
@@ -115,7 +121,7 @@ def _merge_host(name: str, found: Any, state: Mapping[str, Tensor], files: Tenso
     for part, key in keys.items():
         host._parameters[part] = nn.Parameter(files.read(key), requires_grad=False)
     for _, key, adapter in own:
-        prefix = f"{name}.peft.{key}.".lstrip(".")
+        prefix = f"{name}.{SLOT}.{key}.".lstrip(".")
         adapter.to_empty(device="cpu")
         adapter.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         adapter.merge(host)
@@ -123,3 +129,11 @@ def _merge_host(name: str, found: Any, state: Mapping[str, Tensor], files: Tenso
     for part, key in keys.items():
         files.write(key, host._parameters[part])
     host._parameters.update(empty)
+    _give_back()
+
+
+def _give_back() -> None:
+    """Return freed memory to the system; glibc would keep it, in pieces that the next layer does not fit into."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if library is not None and hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)

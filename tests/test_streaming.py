@@ -8,11 +8,14 @@ import torch
 from models import MODELS, logits
 from processes import together
 from safetensors.torch import load_file, save_file
+from test_adapter_files import edit_json
 from test_saving_memory import Billion, memory, zeros_of
 from test_switching import stir
 from torch import nn
 
 import lightning_peft as lp
+from lightning_peft.streaming import _fingerprint
+from lightning_peft.tensor_files import TensorFiles
 
 METHODS = [lp.LoRA(rank=2, targets=["all-linear"]), lp.IA3(), lp.KronA(scale=2), lp.FedPara(rank=2)]
 
@@ -130,12 +133,15 @@ def merging(folder):
     zeros_of(module, folder / "base.safetensors")
     net = lp.inject(module.net, lp.LoRA(rank=8, targets=["all-linear"]))
     adapter = lp.save_adapter(_filled(net), folder / "adapter")
+    edit_json(adapter, base=_fingerprint(net, TensorFiles(folder / "base.safetensors")))
     lp.detach(net)
     largest = max(p.nbytes for n, p in net.named_parameters() if "proj" in n)
     empty = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     lp.merge_files(net, folder / "base.safetensors", adapter, folder / "out")
-    return (memory("VmHWM") - empty) / 1e6, largest / 1e6, (folder / "adapter").stat().st_size
+    peak, out = memory("VmHWM") - empty, TensorFiles(folder / "out" / "base.safetensors")
+    one = "model.layers.21.mlp.down_proj.weight"
+    return peak / 1e6, largest / 1e6, out.read(one).unique().tolist(), out.read("model.norm.weight").any().item()
 
 
 def _filled(net):
@@ -149,6 +155,8 @@ def _filled(net):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read in /proc")
 def test_a_billion_is_merged_with_a_few_layers_in_memory(tmp_path):
-    ((peak, largest, _),) = together(merging, str(tmp_path), count=1, seconds=110)
+    ((peak, largest, values, norm),) = together(merging, str(tmp_path), count=1, seconds=110)
     print(f"peak of merging {peak:.0f} MB, largest adapted layer {largest:.0f} MB, all layers 2200 MB")
+    assert values == [2 * 8 * 0.125**2]  # alpha / rank times the sum over the ranks
+    assert not norm
     assert peak < 400
