@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import MODELS, logits
+from models import MODELS, logits, tokens
 from safetensors.torch import load_file, save
 from test_adapter_files import edit_json
 from torch import nn
+from torch.utils.data import DataLoader
+from trainer_models import Module, trainer
 
 import lightning_peft as lp
 
@@ -201,6 +203,20 @@ def test_what_trains_is_what_is_active(folders):
     changed = {k for k, v in net.state_dict().items() if not torch.equal(v, before[k])}
     assert changed
     assert all(".peft.my_ia3." in k for k in changed)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_trainer_trains_the_active_ones_alone(inside):
+    module, methods = Module(), [lp.LoRA(name="one", rank=2), lp.LoRA(name="two", rank=2)]
+    for method in methods:
+        lp.add_adapter(module.net if inside else module, method)
+    lp.activate(module.net if inside else module, "two")
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    trainer(lp.PEFTStrategy(methods), max_steps=2).fit(module, DataLoader(tokens(4), batch_size=2))
+    changed = {k for k, v in module.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed
+    assert all(".peft.two." in k for k in changed)
+    assert lp.active(module) == ("two",)
 
 
 def test_refusals(folders, tmp_path):
