@@ -5,13 +5,14 @@ from importlib.metadata import version
 from . import losses, plots
 from .adapter import Adapter, WeightUpdate
 from .checkpoint import full_state_dict, global_state, local_state
+from .combining import combine
 from .ensembles import ensemble, join_prompts, majority_vote
 from .files import load_adapter, save_adapter
 from .finalizing import finalize
 from .hosts import adapters
 from .inject import detach, inject
 from .interop import export_peft, import_loralib, import_peft, import_t_few
-from .merging import merge
+from .merging import merge, merged
 from .method import Method
 from .methods import (
     IA3,
@@ -33,12 +34,16 @@ from .methods import (
     PTuning,
     PTuningV2,
 )
+from .mixing import row_adapters
+from .named import add_adapter
 from .quantization import dequantize, quantize
 from .restoring import load_from_checkpoint
 from .rows import row_tasks
 from .sharding import FSDP1Strategy, FSDP2Strategy, without_values
 from .strategy import PEFTStrategy
+from .streaming import merge_files
 from .summary import summary
+from .switching import activate, active, disabled, remove_adapter
 from .templates import Template
 
 __version__ = version("lightning-peft")
@@ -69,9 +74,14 @@ __all__ = [
     "PromptTuning",
     "Template",
     "WeightUpdate",
+    "activate",
+    "active",
     "adapters",
+    "add_adapter",
+    "combine",
     "dequantize",
     "detach",
+    "disabled",
     "ensemble",
     "export_peft",
     "finalize",
@@ -88,8 +98,12 @@ __all__ = [
     "losses",
     "majority_vote",
     "merge",
+    "merge_files",
+    "merged",
     "plots",
     "quantize",
+    "remove_adapter",
+    "row_adapters",
     "row_tasks",
     "save_adapter",
     "summary",

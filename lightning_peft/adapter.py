@@ -56,6 +56,9 @@ class Adapter(nn.Module, ABC):
         """Return what such a host shows for its bias."""
         return bias
 
+    def rearranged(self) -> None:
+        """Forget what was computed for the company on the host, which is another from now on."""
+
     def finalize(self) -> None:
         """Replace what only training needs by what ``pack`` returns, as parameters of these names."""
 
@@ -116,6 +119,10 @@ class WeightUpdate(Adapter):
         """Return what becomes of a weight (of its part), as (out, in, *kernel)."""
         return weight + self.delta()
 
+    def low_rank(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return x', A (rank, in) and B (out, rank), if ``update`` of a linear layer is B A x'; else None."""
+        return None
+
     def in_form(self) -> Update | None:
         """Return what one product with the updated weight needs; None where only ``update`` will do."""
         return None
@@ -129,21 +136,24 @@ class WeightUpdate(Adapter):
             self.built.drop()
         return super().train(mode)
 
+    def rearranged(self) -> None:
+        self.built.drop()
+
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
         if self.layer.is_read:
             return inner(*args, **kwargs)  # the host reads its weight, and finds the updated one
         return self._called(host, inner, *args, **kwargs)
 
     def _called(self, host: Any, inner: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        product = self._one_product(host, inner, x)
-        if product is not None:
+        if (product := self._one_product(host, inner, x)) is not None:
             return product
         y: Tensor = inner(x, *args, **kwargs)
-        update = self.update(host, x)
-        if self.part:
-            first, stop = self.rows
-            update = F.pad(update, (first, self.layer.shape(host)[0] - stop))
-        return y + update.to(y.dtype)
+        return y + self.placed(host, self.update(host, x)).to(y.dtype)
+
+    def placed(self, host: Any, update: Tensor) -> Tensor:
+        """Return the update of an output's part as that of all of it."""
+        first, stop = self.rows
+        return F.pad(update, (first, self.layer.shape(host)[0] - stop)) if self.part else update
 
     def _one_product(self, host: Any, inner: Call, x: Tensor) -> Tensor | None:
         """Return the host's output with this adapter and those further inside, if that is one product and cheaper."""
@@ -151,13 +161,11 @@ class WeightUpdate(Adapter):
         while isinstance(called := getattr(call, "func", None), WeightUpdate):
             chain.append(called)
             call = call.args[1]  # type: ignore[attr-defined]
-        trains = torch.is_grad_enabled()
-        if not self.layer.multiplies(host, called) or (trains and host.weight.requires_grad):
+        if not self.layer.multiplies(host, called) or (torch.is_grad_enabled() and host.weight.requires_grad):
             return None
-        if not trains and not self.training and host.weight.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling()) and host.weight.is_cpu:
             return self._built_product(host, chain, x)
-        updates = self._updates(host, chain)
-        if updates and saves_work(updates, x, self.layer.read(host)):
+        if (updates := self._updates(host, chain)) and saves_work(updates, x, self.layer.read(host)):
             return updated_linear(x, self.layer.read(host), host.bias, updates)
         return None
 
@@ -174,8 +182,7 @@ class WeightUpdate(Adapter):
         factors = [factor for one in chain for factor in one.sources()]
         weight = self.built.find(host.weight, factors)
         if weight is None:
-            updates = self._updates(host, chain)
-            if not updates:
+            if not (updates := self._updates(host, chain)):
                 return None
             weight = updated_weight(self.layer.read(host), updates)
             self.built.keep(host.weight, factors, weight)
@@ -189,6 +196,5 @@ class WeightUpdate(Adapter):
 
     def merge(self, host: Any) -> None:
         weight = self.layer.read(host)
-        first, stop = self.rows
-        wide = weight[first:stop].to(torch.promote_types(weight.dtype, torch.float32))
-        self.layer.write(host, self.updated(wide).detach(), first)
+        wide = weight[slice(*self.rows)].to(torch.promote_types(weight.dtype, torch.float32))
+        self.layer.write(host, self.updated(wide).detach(), self.rows[0])

@@ -11,13 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from .base import SLOT, base_modules
-from .fingerprints import fingerprint
-from .hosts import adapters
-from .inject import inject, injected, injection
-from .method import from_dict, to_dict
+from .hosts import adapters, key_of
+from .inject import injected, injection
 from .shards import shape_of
 
-FORMAT = 1
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|_forward_module)\.")
 
 
@@ -42,25 +39,34 @@ def full_state_dict(model: nn.Module) -> Iterator[None]:
         record.shows_base = before
 
 
-def adapter_state(model: nn.Module, packed: bool = False) -> dict[str, Tensor]:
+def adapter_state(model: nn.Module, packed: bool = False, only: str | None = None) -> dict[str, Tensor]:
     """Return the state of adapters and trained base parameters by key; a shared tensor appears once.
 
     Args:
         model: An adapted model.
         packed: Whether adapters leave out what only further training needs.
+        only: Name of the adapters to return, and nothing else.
     """
     state: dict[str, Tensor] = {}
     for name, _, key, adapter in adapters(model):
-        own = adapter.pack() if packed else adapter.state_dict(keep_vars=True)
-        for entry, value in own.items():
-            state[_place(name, key) + entry] = value
+        if only is None or key == key_of(only, adapter):
+            own = adapter.pack() if packed else adapter.state_dict(keep_vars=True)
+            for entry, value in own.items():
+                state[_place(name, key) + entry] = value
+    if only is None:
+        state |= _trained_state(model)
+    seen = set[int]()
+    return {k: v for k, v in state.items() if not (id(v) in seen or seen.add(id(v)))}  # type: ignore[func-returns-value]
+
+
+def _trained_state(model: nn.Module) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
     for name, module in [("", model), *base_modules(model).items()]:
         own = {k: p for k, p in module.named_parameters(recurse=False) if p.requires_grad}
         buffers = dict(module.named_buffers(recurse=False)) if own else {}  # statistics of a trained norm move too
         kept = {k: b for k, b in buffers.items() if k not in module._non_persistent_buffers_set}
         state |= {f"{name}.{k}".lstrip("."): value for k, value in (own | kept).items()}
-    seen = set[int]()
-    return {k: v for k, v in state.items() if not (id(v) in seen or seen.add(id(v)))}  # type: ignore[func-returns-value]
+    return state
 
 
 def global_state(model: nn.Module) -> dict[str, Tensor]:
@@ -82,23 +88,25 @@ def local_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def unpacked(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state that ``adapter_state(model, packed=True)`` gave this for."""
+def unpacked(model: nn.Module, state: Mapping[str, Tensor], only: str | None = None) -> dict[str, Tensor]:
+    """Return the state that ``adapter_state(model, packed=True, only=only)`` gave this for."""
     rest = dict(state)
     for name, _, key, adapter in adapters(model):
+        if only is not None and key != key_of(only, adapter):
+            continue
         prefix = clean(_place(name, key))
         own = {k.removeprefix(prefix): rest.pop(k) for k in list(rest) if k.startswith(prefix)}
         rest |= {prefix + entry: value for entry, value in adapter.unpack(own).items()}
     return rest
 
 
-def check_state(model: nn.Module, given: Mapping[str, Tensor], source: str) -> None:
-    """Compare a state with what this model's adapters need, before anything of it is loaded.
+def check_state(model: nn.Module, given: Mapping[str, Tensor], source: str, only: str | None = None) -> None:
+    """Compare a state with what this model's adapters need (those of one name), before anything of it is loaded.
 
     Raises:
         ValueError: Keys are missing, keys of adapters have no place, or shapes differ; names them.
     """
-    expected = {clean(k): v for k, v in adapter_state(model).items()}
+    expected = {clean(k): v for k, v in adapter_state(model, only=only).items()}
     state = {clean(k): v for k, v in given.items()}
     wrong = {
         "lacks": sorted(expected.keys() - state.keys()),
@@ -114,43 +122,6 @@ def check_state(model: nn.Module, given: Mapping[str, Tensor], source: str) -> N
         raise ValueError(
             f"{source} does not fit the adapters of this model: it {' and '.join(parts)}. Use the method and settings "
             f"that it was written with."
-        )
-
-
-def describe(model: nn.Module, packed: bool = False) -> dict[str, Any]:
-    """Return what was injected into a model and into which base, as plain data; ``packed`` as in ``adapter_state``."""
-    record = injected(model)
-    return {
-        "format": FORMAT,
-        "methods": [to_dict(method.finalized() if packed else method) for method in record.methods],
-        "also_train": list(record.also_train),
-        "base": fingerprint(model),
-    }
-
-
-def restore(model: nn.Module, description: Mapping[str, Any], source: str, strict: bool = True) -> None:
-    """Inject what ``describe`` wrote, unless the same is injected already, and check the base.
-
-    Raises:
-        ValueError: The description is of another format or method, or (if strict) of another base.
-    """
-    if description.get("format") != FORMAT:
-        raise ValueError(f"{source} has format {description.get('format')!r}; this version reads {FORMAT}.")
-    record = injection(model)
-    if record is None:
-        inject(model, [from_dict(data) for data in description["methods"]], description["also_train"])
-    elif [to_dict(method) for method in record.methods] != description["methods"]:
-        names = ", ".join(str(data.get("method")) for data in description["methods"])
-        final = [to_dict(method.finalized()) for method in record.methods] == description["methods"]
-        raise ValueError(
-            f"{source} was written with {names} in other settings than this model's: {record.methods}."
-            + " It holds no encoders for training; call lightning_peft.finalize(model) first." * final
-        )
-    found = fingerprint(model)
-    if strict and None not in (found, description["base"]) and found != description["base"]:
-        raise ValueError(
-            f"{source} belongs to another base model: fingerprint {description['base']}, here {found}. Load "
-            f"the weights that it was trained on, or pass strict=False (PEFTStrategy: check_base=False) to try anyway."
         )
 
 

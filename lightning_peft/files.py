@@ -9,25 +9,33 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checkpoint import adapter_state, check_state, clean, describe, restore, unpacked
+from .checkpoint import adapter_state, check_state, clean, unpacked
+from .describing import describe, restore
 from .folders import read_adapter, write_adapter
-from .inject import detach, injection
+from .inject import detach, injected, injection
 from .shards import assign, whole, writes_files
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
     """Write the adapters and trained base parameters of a model, and what is needed to inject them again.
 
     Args:
         model: The very module that was given to ``inject`` (with a Trainer: the LightningModule).
         folder: Where to write; an adapter that is there is replaced only once the new one is complete. Of several
             processes the first writes; where the model is sharded, all have to call.
+        name: Name of the adapters to write where the model has several; all if not given.
 
     Returns:
         The folder.
+
+    Raises:
+        ValueError: The name is unknown, or parameters of the base train, which belong to no name.
     """
-    state = {clean(k): whole(v).detach().contiguous().cpu() for k, v in adapter_state(model, packed=True).items()}
-    description = describe(model, packed=True)
+    description = describe(model, packed=True, only=name)
+    if name is not None and (trained := injected(model).trained):
+        raise ValueError(f"{trained[0]} trains in the base itself and belongs to no name; save all, without a name.")
+    found = adapter_state(model, packed=True, only=name)
+    state = {clean(k): whole(v).detach().contiguous().cpu() for k, v in found.items()}
     return write_adapter(folder, description, state) if writes_files() else Path(folder)
 
 
@@ -52,21 +60,25 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], strict: bool 
     fresh = injection(model) is None
     try:
         restore(model, config, str(folder), strict)
-        state = _aligned(state, {clean(k): v for k, v in adapter_state(model, packed=True).items()})
-        state = unpacked(model, state)
-        target = {clean(k): v for k, v in adapter_state(model).items()}
-        check_state(model, state, str(folder))
-        if extra := state.keys() - target.keys():
-            raise ValueError(f"{folder} has values of {sorted(extra)[:5]}, which this model has not or does not train.")
+        load_values(model, state, str(folder))
     except Exception:
         if fresh:
             detach(model)
         raise
+    return model
+
+
+def load_values(model: nn.Module, state: Mapping[str, Tensor], source: str, only: str | None = None) -> None:
+    """Load what ``adapter_state(model, True, only)`` gave; nothing of it if it does not fit, which is an error."""
+    state = aligned(state, {clean(k): v for k, v in adapter_state(model, packed=True, only=only).items()})
+    state = unpacked(model, state, only)
+    target = {clean(k): v for k, v in adapter_state(model, only=only).items()}
+    check_state(model, state, source, only)
+    if extra := state.keys() - target.keys():
+        raise ValueError(f"{source} has values of {sorted(extra)[:5]}, which this model has not or does not train.")
     for key, value in state.items():
         assign(target[key], value)
-    if (record := injection(model)) is not None:
-        record.fresh = False
-    return model
+    injected(model).fresh = False
 
 
 def inspect_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -79,7 +91,7 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return {**config, "tensors": tensors, "parameters": sum(value.numel() for value in state.values())}
 
 
-def _aligned(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def aligned(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state under this model's names, if they differ by the name of an enclosing module alone."""
     if not state or not target or state.keys() == target.keys():
         return dict(state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
@@ -23,15 +23,24 @@ def fingerprint(model: nn.Module, trained: Collection[str] | None = None) -> str
         model: Base model, adapted or not.
         trained: Names of the base parameters to leave out; those that require a gradient if not given.
     """
-    digest, samples = hashlib.sha256(), []
+    found: list[tuple[tuple[int, ...], torch.Tensor]] = []
     for name, parameter in base_parameters(model).items():
         if not (parameter.requires_grad if trained is None else name in trained):
             owner, _, key = name.rpartition(".")
             original = original_of(model.get_submodule(owner)) if key == "weight" else None
             if parameter.is_meta:
                 return None
-            digest.update(str(tuple(original.shape if original else shape_of(parameter))).encode())
-            samples.append(sample(parameter) if original is None or original.values is None else original.values)
+            values = sample(parameter) if original is None or original.values is None else original.values
+            found.append((tuple(original.shape if original else shape_of(parameter)), values))
+    return digest(found)
+
+
+def digest(found: Iterable[tuple[tuple[int, ...], torch.Tensor]]) -> str:
+    """Return the fingerprint of parameters, given the shape and the sample of each."""
+    shapes, samples = hashlib.sha256(), []
+    for shape, values in found:
+        shapes.update(str(shape).encode())
+        samples.append(values)
     if samples:
-        digest.update(torch.cat(samples).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+        shapes.update(torch.cat(samples).view(torch.int16).numpy().tobytes())
+    return shapes.hexdigest()[:16]

@@ -21,6 +21,12 @@ class Adapted:
 
     _host_class: Any
     peft: nn.ModuleDict
+    peft_order: tuple[str, ...]  # names of the adapters that take part, inner before outer
+
+    def surrounding(self) -> Iterator[Any]:
+        """Yield the adapters that take part, inner before outer."""
+        for key in self.peft_order:
+            yield self.peft[key]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
@@ -37,7 +43,8 @@ def adapted(cls: Any) -> type[nn.Module]:
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         call: Callable[..., Any] = functools.partial(cls.forward, self)
-        for adapter in self.peft.values():
+        for key in self.peft_order:
+            adapter = self.peft[key]
             call = functools.partial(adapter, self, call)
         return call(*args, **kwargs)
 
@@ -45,13 +52,13 @@ def adapted(cls: Any) -> type[nn.Module]:
 
     def updated(self: Any) -> Any:
         weight = self._parameters[read]
-        for adapter in self.peft.values():
+        for adapter in self.surrounding():
             weight = adapter.updated_whole(weight)
         return weight
 
     def updated_bias(self: Any) -> Any:
         value = self._parameters[bias]
-        for adapter in self.peft.values():
+        for adapter in self.surrounding():
             value = adapter.updated_bias(value)
         return value
 
@@ -82,16 +89,31 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Adapter]]:
                 yield name, host, key, adapter
 
 
-def attach(host: nn.Module, key: str, adapter: Adapter) -> None:
-    """Let an adapter surround the calls of a host, outside of those that are there."""
+def surrounding(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
+    """Yield (host's name, adapter) of those that take part."""
+    for name, host, key, adapter in adapters(model):
+        order: Any = host.peft_order
+        if key in order:
+            yield name, adapter
+
+
+def key_of(name: str, adapter: Adapter) -> str:
+    """Return the name under which an adapter of a method lies in its host."""
+    return f"{name}_{adapter.part}" if adapter.part else name
+
+
+def attach(host: Any, key: str, adapter: Adapter, takes_part: bool = True) -> None:
+    """Let an adapter surround the calls of a host, outside of those that are there; or lie there for later."""
     if not isinstance(host, Adapted):
-        host.peft = nn.ModuleDict()
+        host.peft, host.peft_order = nn.ModuleDict(), ()
         kind: Any = type(host)
         host.__class__ = adapted(kind)
     own = itertools.chain(host._parameters.values(), host.parameters())  # most hosts have some, and no search is needed
     device = next((p.device for p in own if p is not None), None)
     slot: Any = host.peft
     slot[key] = adapter if all(p.device == device for p in adapter.parameters()) else adapter.to(device)
+    if takes_part:
+        host.peft_order += (key,)
     if adapter.training != host.training:
         adapter.train(host.training)
 
@@ -99,9 +121,10 @@ def attach(host: nn.Module, key: str, adapter: Adapter) -> None:
 def remove(host: Any, key: str) -> None:
     """Undo ``attach``; without adapters a host is what it was."""
     host.peft.pop(key)
+    host.peft_order = tuple(other for other in host.peft_order if other != key)
     if not host.peft:
         host.__class__ = host._host_class
-        del host.peft
+        del host.peft, host.peft_order
 
 
 def call_children(modules: Iterable[nn.Module]) -> None:

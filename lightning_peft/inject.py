@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from .adapter import Adapter, WeightUpdate
-from .base import SLOT, base_modules, base_parameters
-from .following import follow, is_split, mesh_of, refuse_to_follow
-from .hosts import Adapted, adapters, attach, call_as_before, call_children, remove
+from .adapter import Adapter
+from .base import base_modules, base_parameters
+from .following import follow, mesh_of, refuse_to_follow
+from .hosts import adapters, attach, call_as_before, call_children, key_of, remove, surrounding
 from .method import Method
-from .quantized_layers import is_quantized, keep_differentiable, refuse_repacked
+from .quantized_layers import keep_differentiable, refuse_repacked
+from .refusals import refuse_company, refuse_host, refuse_names, refuse_training
 from .select import select_parameters
 
 _RECORD = "_peft_injection"
@@ -29,6 +27,8 @@ class Injection:
     also_train: list[str] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)  # names of base parameters that train
     required_grad: dict[str, bool] = field(default_factory=dict)  # of base parameters, before
+    active: list[str] = field(default_factory=list)  # names of the methods whose adapters take part, inner before outer
+    paused: bool = False  # whether no adapter takes part for now, whatever is active
     fresh: bool = True  # whether nothing was trained or loaded yet
     shows_base: bool = False  # whether state_dict() holds the frozen base although it is hooked to leave it out
 
@@ -48,31 +48,41 @@ def inject(model: nn.Module, method: Method | Sequence[Method], also_train: Sequ
         ValueError: A pattern matches nothing, a setting does not fit a layer, or a name is taken.
         TypeError: A host cannot be adapted; the message says what to do instead.
     """
-    methods = [method] if isinstance(method, Method) else list(method)
+    return _inject(model, [method] if isinstance(method, Method) else list(method), also_train)
+
+
+def inject_idle(model: nn.Module, method: Method) -> nn.Module:
+    """Add the adapters of a method that take part in no call, and do not train, until they are activated."""
+    return _inject(model, [method], takes_part=False)
+
+
+def _inject(
+    model: nn.Module, methods: Sequence[Method], also_train: Sequence[str] = (), takes_part: bool = True
+) -> nn.Module:
     base = base_parameters(model)
     record = injection(model) or Injection(required_grad={n: p.requires_grad for n, p in base.items()})
-    names = Counter(m.name for m in [*record.methods, *methods])
-    if twice := [name for name, count in names.items() if count > 1]:
-        raise ValueError(f"Two methods are named {twice[0]!r}; give one of them another name.")
+    refuse_paused(record)
+    refuse_names([m.name for m in [*record.methods, *methods]])
     modules = {"": model, **base_modules(model)}
     plan = [(m, host_name, adapter) for m in methods for host_name, adapter in m.adapters(model)]
     trained = {name for m in methods for name in m.parameters(model)} | set(select_parameters(model, also_train))
     refuse_repacked(modules)
     mesh = mesh_of(model)
     for m, host_name, adapter in plan:
-        _refuse(modules[host_name], host_name, _key(m.name, adapter), adapter)
+        refuse_host(modules[host_name], host_name, key_of(m.name, adapter), adapter)
         if mesh is not None:
-            refuse_to_follow(modules[host_name], host_name, _key(m.name, adapter), adapter)
+            refuse_to_follow(modules[host_name], host_name, key_of(m.name, adapter), adapter)
     for name in sorted(trained):
-        owner, _, key = name.rpartition(".")
-        quantized = key == "weight" and is_quantized(model.get_submodule(owner))
-        if quantized or not model.get_parameter(name).is_floating_point():
-            raise TypeError(f"{name} is stored in few bits and cannot train; leave it out, or dequantize it.")
-    _refuse_company([(n, a) for n, *_, a in adapters(model)] + [(n, a) for _, n, a in plan])
+        refuse_training(model, name)
+    there = [(name, adapter) for name, adapter in surrounding(model) if takes_part]
+    refuse_company(there + [(n, a) for _, n, a in plan if takes_part])
     if not plan and not trained:
         raise ValueError("Nothing would train: the methods add no adapter and choose no parameter.")
+    if trained and not takes_part:
+        raise ValueError(f"{methods[0].name!r} trains {min(trained)} in the base itself, which cannot lie idle.")
 
     record.methods += methods
+    record.active += [m.name for m in methods if takes_part]
     record.also_train += also_train
     trained |= set(record.trained)
     record.trained = [name for name in record.required_grad if name in trained]
@@ -80,7 +90,9 @@ def inject(model: nn.Module, method: Method | Sequence[Method], also_train: Sequ
     for name, parameter in base.items():
         parameter.requires_grad_(name in trained)
     for m, host_name, adapter in plan:
-        attach(modules[host_name], _key(m.name, adapter), adapter)
+        for p in adapter.parameters():
+            p.requires_grad_(p.requires_grad and takes_part)
+        attach(modules[host_name], key_of(m.name, adapter), adapter, takes_part)
     if mesh is not None:
         follow(model, mesh)
     call_children(modules.values())
@@ -103,17 +115,27 @@ def injected(model: nn.Module) -> Injection:
     return record
 
 
+def named(record: Injection, name: str) -> Method:
+    """Return the method of a name; a ``ValueError`` where there is none."""
+    for method in record.methods:
+        if method.name == name:
+            return method
+    known = ", ".join(repr(method.name) for method in record.methods)
+    raise ValueError(f"This model has no adapter named {name!r}; it has {known}.")
+
+
 def adapters_of(model: nn.Module, method: Method) -> dict[str, Adapter]:
     """Return the adapters of one method by host name, with the part of a fused host appended."""
     return {
         f"{name}.{adapter.part}" if adapter.part else name: adapter
         for name, _, key, adapter in adapters(model)
-        if key == _key(method.name, adapter)
+        if key == key_of(method.name, adapter)
     }
 
 
 def detach(model: nn.Module) -> nn.Module:
     """Remove every adapter, restore classes and ``requires_grad``; base parameters that trained keep their values."""
+    refuse_paused(injection(model) or Injection())
     for _, host, key, _ in list(adapters(model)):
         remove(host, key)
     for module in model.modules():
@@ -125,45 +147,7 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
-def _key(name: str, adapter: Adapter) -> str:
-    return f"{name}_{adapter.part}" if adapter.part else name
-
-
-def _refuse(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
-    """Raise if an adapter on this host could not work; each case fails silently without this check."""
-    kind = type(host).__name__
-    shows = type(adapter).updated_whole is not Adapter.updated_whole
-    if isinstance(host, nn.modules.linear.NonDynamicallyQuantizableLinear) and not shows:
-        raise TypeError(
-            f"{name} belongs to nn.MultiheadAttention, which reads its weight and never calls it; target other layers."
-        )
-    if isinstance(host, (nn.ModuleList, nn.ModuleDict)) or type(host).forward is nn.Module.forward:
-        raise TypeError(f"{name} is a {kind}, which is never called; target the modules inside.")
-    if isinstance(host, torch.jit.ScriptModule):
-        raise TypeError(
-            f"{name} is a ScriptModule, whose calls cannot be surrounded; adapt the module before scripting."
-        )
-    if "forward" in vars(host):
-        raise TypeError(f"forward of {name} was replaced on the instance, which hides any adapter; inject before that.")
-    if any(isinstance(p, DTensor) for part in host.modules() if not is_split(part) for p in part._parameters.values()):
-        raise TypeError(f"{name} is sharded already, so adapters would train on each rank alone; inject, then shard.")
-    if not isinstance(host, Adapted) and hasattr(host, SLOT):
-        raise TypeError(f"{name} has an attribute {SLOT!r} of its own, where its adapters would live.")
-    if isinstance(host, Adapted) and key in host.peft:
-        raise ValueError(f"{name} already has an adapter {key!r}; give the method another name.")
-
-
-def _refuse_company(found: Sequence[tuple[str, Adapter]]) -> None:
-    """Raise where an adapter that rewrites rows of a weight as a whole would share them."""
-    updates = defaultdict[str, list[Adapter]](list)
-    for name, adapter in found:
-        if isinstance(adapter, WeightUpdate):
-            updates[name].append(adapter)
-    for name, adapter in [(n, a) for n, a in found if a.alone]:
-        company = [a for a in updates[name] if a is not adapter]
-        others = [a for a in company if "" in (a.part, adapter.part) or a.part == adapter.part]
-        if others:
-            raise ValueError(
-                f"{type(adapter).__name__} at {name} rewrites the whole weight and cannot share it with "
-                f"{type(others[0]).__name__}; give the methods different targets."
-            )
+def refuse_paused(record: Injection) -> None:
+    """Raise where adapters cannot be changed now."""
+    if record.paused:
+        raise RuntimeError("Adapters cannot change where they take no part: leave disabled() or row_adapters() first.")

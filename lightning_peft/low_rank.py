@@ -54,6 +54,10 @@ class LowRankUpdate(WeightUpdate):
             return None
         return Update(LowRank(self.scale), self.rows, (a, b))
 
+    def low_rank(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        a, b = self.pair()
+        return self.dropped(x), a * self.scale, b
+
     def dropped(self, x: Tensor) -> Tensor:
         """Return inputs after dropout."""
         return F.dropout(x, self.dropout) if self._drops() else x

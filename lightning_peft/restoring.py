@@ -12,7 +12,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from .checkpoint import check_state, describe, keep_adapters_only, restore
+from .checkpoint import check_state, keep_adapters_only
+from .describing import describe, restore
 from .inject import injection
 from .wiring import surround_hook
 

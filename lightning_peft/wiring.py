@@ -82,6 +82,7 @@ def adopt(module: pl.LightningModule, methods: Sequence[Method], also_train: Seq
     if record is None:
         record = Injection(
             methods=[method for found in below for method in found.methods],
+            active=[name for found in below for name in found.active],
             also_train=[pattern for found in below for pattern in found.also_train],
             trained=[name for name, p in base_parameters(module).items() if p.requires_grad],
             required_grad=dict.fromkeys(base_parameters(module), True),

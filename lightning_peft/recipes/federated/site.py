@@ -14,7 +14,8 @@ from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor
 
 from lightning_peft.base import base_parameters, matches
-from lightning_peft.checkpoint import adapter_state, describe, local_state
+from lightning_peft.checkpoint import adapter_state, local_state
+from lightning_peft.describing import describe
 from lightning_peft.hosts import adapters
 from lightning_peft.recipes.federated.settings import Federation
 from lightning_peft.roles import ROLES

@@ -1,0 +1,63 @@
+"""What was injected into which base, as plain data, and back again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .fingerprints import fingerprint
+from .inject import inject, injected, injection, named
+from .method import from_dict, to_dict
+
+FORMAT = 1
+
+
+def describe(model: nn.Module, packed: bool = False, only: str | None = None) -> dict[str, Any]:
+    """Return what was injected into a model and into which base, as plain data; arguments as in ``adapter_state``."""
+    record = injected(model)
+    methods = record.methods if only is None else [named(record, only)]
+    return {
+        "format": FORMAT,
+        "methods": [to_dict(method.finalized() if packed else method) for method in methods],
+        "also_train": list(record.also_train) if only is None else [],
+        "base": fingerprint(model),
+    }
+
+
+def restore(model: nn.Module, description: Mapping[str, Any], source: str, strict: bool = True) -> None:
+    """Inject what ``describe`` wrote, unless the same is injected already, and check the base.
+
+    Raises:
+        ValueError: The description is of another format or method, or (if strict) of another base.
+    """
+    check_format(description, source)
+    record = injection(model)
+    if record is None:
+        inject(model, [from_dict(data) for data in description["methods"]], description["also_train"])
+    elif [to_dict(method) for method in record.methods] != description["methods"]:
+        names = ", ".join(str(data.get("method")) for data in description["methods"])
+        final = [to_dict(method.finalized()) for method in record.methods] == description["methods"]
+        raise ValueError(
+            f"{source} was written with {names} in other settings than this model's: {record.methods}."
+            + " It holds no encoders for training; call lightning_peft.finalize(model) first." * final
+        )
+    if strict:
+        check_base(model, description, source)
+
+
+def check_format(description: Mapping[str, Any], source: str) -> None:
+    """Raise a ``ValueError`` for what another version wrote."""
+    if description.get("format") != FORMAT:
+        raise ValueError(f"{source} has format {description.get('format')!r}; this version reads {FORMAT}.")
+
+
+def check_base(model: nn.Module, description: Mapping[str, Any], source: str) -> None:
+    """Raise a ``ValueError`` for what belongs to another base."""
+    found = fingerprint(model)
+    if None not in (found, description["base"]) and found != description["base"]:
+        raise ValueError(
+            f"{source} belongs to another base model: fingerprint {description['base']}, here {found}. Load "
+            f"the weights that it was trained on, or pass strict=False (PEFTStrategy: check_base=False) to try anyway."
+        )

@@ -1,0 +1,166 @@
+"""Rows of one batch with adapters of their own: each row is what it is alone."""
+
+import copy
+
+import pytest
+import torch
+from models import MODELS, logits, tokens
+from test_switching import stir
+from torch import nn
+
+import lightning_peft as lp
+
+ALL = ["all-linear"]
+KINDS = {
+    "lora": [lp.LoRA(rank=2, alpha=3), lp.LoRA(rank=4, targets=ALL), lp.LoRA(rank=3, scaling="rank_stabilized")],
+    "with dora": [lp.LoRA(rank=2), lp.LoRA(rank=2, decompose=True), lp.LoRA(rank=1, init="orthogonal", targets=ALL)],
+    "different": [lp.AdaLoRA(initial_rank=4, target_rank=2), lp.FedPara(rank=2), lp.KronA(scale=2)],
+}
+NAMES = ["a", None, "c", "b", "a", "c"]
+
+
+def model(base, methods):
+    net = MODELS[base]()
+    for name, method in zip("abc", methods, strict=True):
+        lp.add_adapter(net, method, name)
+    stir(net, 0)
+    return net
+
+
+def batch(base, rows=6):
+    inputs = MODELS[base].inputs()
+    generator = torch.Generator().manual_seed(2)
+    if MODELS[base].reads == "images":
+        return {k: torch.randn(rows, *v.shape[1:], generator=generator) for k, v in inputs.items()}
+    return {"input_ids": torch.randint(3, 64, (rows, 7), generator=generator)}
+
+
+def alone(net, inputs, names):
+    """Return the logits of each row by itself, with its adapter or none."""
+    rows = []
+    for number, name in enumerate(names):
+        one = {k: v[number : number + 1] for k, v in inputs.items()}
+        if name is None:
+            with lp.disabled(net):
+                rows.append(logits(net(**one)))
+        else:
+            rows.append(logits(lp.activate(net, name)(**one)))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("base", ["llama", "bert", "gpt2", "fused_vit", "plain"])
+def test_each_row_is_what_it_is_alone(base, kind):
+    net, inputs = model(base, KINDS[kind]).double(), batch(base)
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    expected = alone(net, inputs, NAMES)
+    orders = [getattr(m, "peft_order", None) for m in net.modules()]
+    keys = net.state_dict().keys()
+    with lp.row_adapters(net, NAMES):
+        found = logits(net(**inputs))
+        assert net.state_dict().keys() == keys
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    assert (found[0] - found[4]).abs().max() > 0
+    assert [getattr(m, "peft_order", None) for m in net.modules()] == orders
+
+
+def test_embeddings_and_convolutions_have_rows_too():
+    class Image(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.look, self.convolve = nn.Embedding(9, 4), nn.Conv1d(4, 5, 3)
+
+        def forward(self, input_ids):
+            return self.convolve(self.look(input_ids).mT)
+
+    net = Image().eval()
+    for name in "ab":
+        lp.add_adapter(net, lp.LoRA(rank=2, targets=["look", "convolve"]), name)
+    stir(net, 3)
+    inputs, names = {"input_ids": torch.arange(24).view(3, 8) % 9}, ["b", "a", "b"]
+    with lp.row_adapters(net, names):
+        found = net(**inputs)
+    torch.testing.assert_close(found, alone(net, inputs, names))
+
+
+def test_gradients_are_those_of_each_row_alone():
+    net = model("llama", KINDS["lora"]).double()
+    lp.activate(net, "a", "b", "c")
+    twin, inputs, names = copy.deepcopy(net), batch("llama"), ["a", "b", "c", "b", "a", "c"]
+    with lp.row_adapters(net, names):
+        logits(net(**inputs)).square().sum().backward()
+    for number, name in enumerate(names):
+        lp.activate(twin, name)
+        logits(twin(input_ids=inputs["input_ids"][number : number + 1])).square().sum().backward()
+    expected = {n: p.grad for n, p in twin.named_parameters() if p.grad is not None}
+    found = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-8)
+
+
+def test_each_row_drops_as_its_adapter_does():
+    net = nn.Sequential(nn.Linear(2000, 1, bias=False)).train()
+    for name, dropout in (("a", 0.0), ("b", 0.5)):
+        lp.add_adapter(net, lp.LoRA(rank=1, alpha=1, dropout=dropout, targets=["0"]), name)
+    for *_, adapter in lp.adapters(net):
+        nn.init.ones_(adapter.a)
+        nn.init.ones_(adapter.b)
+    nn.init.zeros_(net[0].weight)
+    with lp.row_adapters(net, ["a", "b"]):
+        (kept,), (dropped,) = net(torch.ones(2, 2000)).tolist()
+    assert kept == 2000
+    assert dropped != 2000
+    assert abs(dropped - 2000) < 300
+
+
+def test_beams_are_neighbours_and_generate_works():
+    net = model("llama", KINDS["lora"])
+    ids = tokens(rows=2)
+    settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2, "pad_token_id": 0}
+    with lp.row_adapters(net, ["a", "b"]):
+        found = net.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    for number, name in enumerate("ab"):
+        one = ids[number : number + 1]
+        expected = lp.activate(net, name).generate(one, attention_mask=torch.ones_like(one), **settings)
+        assert torch.equal(found[number : number + 1], expected)
+
+
+def test_rows_and_narrow_types_and_compilation():
+    torch._dynamo.reset()
+    net = model("bert", KINDS["lora"])
+    inputs = batch("bert")
+    with lp.row_adapters(net, NAMES), torch.no_grad():
+        expected = logits(net(**inputs))
+        compiled = torch.compile(net, backend="eager", fullgraph=True)
+        torch.testing.assert_close(logits(compiled(**inputs)), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(logits(net(**inputs)).float(), expected, rtol=0.1, atol=0.1)
+    net.bfloat16()
+    with lp.row_adapters(net, NAMES), torch.no_grad():
+        torch.testing.assert_close(logits(net(**inputs)).float(), expected, rtol=0.1, atol=0.1)
+
+
+def test_refusals():
+    net = model("llama", [lp.LoRA(rank=2), lp.IA3(), lp.PromptTuning(length=2)])
+    with pytest.raises(ValueError, match="no adapter named 'x'; it has 'a', 'b', 'c'"), lp.row_adapters(net, ["x"]):
+        pass
+    for name, kind in (("b", "Scaling"), ("c", "")):
+        with pytest.raises(TypeError, match=f"is a .*{kind}.* adapters of their own where"):  # noqa: SIM117
+            with lp.row_adapters(net, ["a", name]):
+                pass
+    for names in ("a", []):
+        with pytest.raises(ValueError, match="a list of names"), lp.row_adapters(net, names):
+            pass
+    with lp.row_adapters(net, ["a", None, "a"]):
+        with pytest.raises(ValueError, match="given 3 names, and a layer has 2 rows"):
+            net(tokens(rows=2))
+        with pytest.raises(RuntimeError, match="cannot change where they take no part"):  # noqa: SIM117
+            with lp.row_adapters(net, ["a"]):
+                pass
+        with lp.disabled(net):
+            assert torch.equal(logits(net(tokens())), logits(MODELS["llama"]()(tokens())))
+    encoder = lp.add_adapter(MODELS["encoder"](), lp.LoRA(rank=2))
+    with pytest.raises(TypeError, match="layers that are called"), lp.row_adapters(encoder, ["lora"]):
+        pass
+    assert not [n for n, _ in net.named_modules() if "_rows" in n]
