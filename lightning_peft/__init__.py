@@ -11,7 +11,7 @@ from .files import load_adapter, save_adapter
 from .finalizing import finalize
 from .hosts import adapters
 from .inject import detach, inject
-from .interop import export_peft, import_loralib, import_peft, import_t_few
+from .interop import export_peft, import_loralib, import_peft, import_t_few, vllm_problems
 from .merging import merge, merged
 from .method import Method
 from .methods import (
@@ -107,5 +107,6 @@ __all__ = [
     "row_tasks",
     "save_adapter",
     "summary",
+    "vllm_problems",
     "without_values",
 ]

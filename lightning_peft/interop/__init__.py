@@ -3,5 +3,6 @@
 from .checkpoints import import_loralib, import_t_few
 from .exporting import export_peft
 from .importing import import_peft
+from .vllm import vllm_problems
 
-__all__ = ["export_peft", "import_loralib", "import_peft", "import_t_few"]
+__all__ = ["export_peft", "import_loralib", "import_peft", "import_t_few", "vllm_problems"]
