@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
+from ..checkpoint import clean
 from ..fingerprints import fingerprint
+from ..flat import require_known_parts
 from ..folders import WEIGHTS, replace_file
 from ..inject import adapters_of, injected
 from ..method import Method, to_dict
@@ -55,14 +58,16 @@ def export_peft(
     Raises:
         ValueError: Nothing was injected, or HF PEFT has nothing that computes the same; says what and why.
         FileExistsError: The folder has a README.md of somebody else.
+        TypeError: The model was sharded by FSDP1 without ``FSDP1Strategy``.
     """
     folder, record = Path(folder), injected(model)
+    require_known_parts(model)
     if model_card:
         require_own(folder)
     found = {method.name: method for method in record.methods if adapters_of(model, method)}
     method = _one(found, name)
     base, family = Base(model, *network(model)), _family(method)
-    trained = [_within(base, parameter) for parameter in record.trained]
+    trained = [_within(base, clean(parameter)) for parameter in record.trained]
     config, state = _described(base, family, method, trained)
     if empty := [key for key, value in state.items() if value.is_meta]:
         raise ValueError(f"{empty[0]} has no values yet (meta device); load the model before its adapter is exported.")
@@ -77,7 +82,8 @@ def export_peft(
 
 def _facts(base: Base, method: Method, metrics: Mapping[str, float]) -> Facts:
     """Return what a card says; of a sharded model, all processes have to ask."""
-    counts, kind = summary(base.model), type(base.network)
+    counts = summary(base.model)
+    kind = next(cls for cls in type(base.network).__mro__ if not issubclass(cls, FSDPModule))  # which renames classes
     others = [f"{type(other).__name__} ({other.name})" for other in injected(base.model).methods if other is not method]
     return Facts(
         method=to_dict(method),
@@ -144,7 +150,7 @@ def _within(base: Base, name: str) -> str:
 def _hosts(base: Base, method: Method) -> dict[str, list[Any]]:
     hosts = defaultdict[str, list[Any]](list)
     for key, adapter in adapters_of(base.model, method).items():
-        name = key.removesuffix(f".{adapter.part}") if adapter.part else key
+        name = clean(key.removesuffix(f".{adapter.part}") if adapter.part else key)
         hosts["" if name == base.name else _within(base, name)].append(adapter)
     return dict(hosts)
 
