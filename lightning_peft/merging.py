@@ -103,7 +103,7 @@ def mergeable(model: nn.Module, idle: bool = False) -> list[tuple[str, Any, str,
             raise TypeError(f"{key!r} at {name} cannot be merged: {adapter.unmergeable}.")
         if any(held[id(p)] > 1 for p in host._parameters.values() if p is not None):
             raise ValueError(f"{name} shares a parameter with another module; untie it before merging.")
-    return sorted(found, key=lambda one: one[1].peft_order.index(one[2]))
+    return sorted(found, key=lambda one: (not one[3].replaces, one[1].peft_order.index(one[2])))
 
 
 @torch.no_grad()
