@@ -160,8 +160,9 @@ def _place(host_name: str, key: str) -> str:
 
 def drop_base(module: nn.Module, state: dict[str, Any], prefix: str = "", metadata: Any = None) -> None:
     """Delete what ``keep_adapters_only`` leaves out of a module's state."""
-    record, names = injection(module), base_names(module)
+    record = injection(module)
     if record is not None and not record.shows_base and drop_base in module._state_dict_hooks.values():
+        names = base_names(module)
         for key in [k for k in state if k.startswith(prefix) and _within(clean(k[len(prefix) :]), names)]:
             del state[key]
 

@@ -19,7 +19,7 @@ from .adapter import Adapter
 from .caching import SHARDING, CachingCallback
 from .fingerprints import fingerprint
 from .following import settle_gradients
-from .hosts import adapters, call_children
+from .hosts import adapters
 from .inject import adapters_of, injection
 from .method import Method
 from .modes import checkpoint_without_reentry, set_mode
@@ -28,7 +28,7 @@ from .precision import refuse_replacing, warn_of_narrow, widen_trained
 from .quantization import KINDS, quantize_once
 from .restoring import wire_checkpoints
 from .resuming import ResumingCallback
-from .sharding import prepare_strategy, start_strategy
+from .sharding import prepare_strategy, start_evaluation, start_strategy
 from .sharding.ddp import keep_base_at_home
 from .sharding.same_base import require_one_base
 from .showing import show
@@ -180,7 +180,7 @@ class PEFTStrategy(ResumingCallback, CachingCallback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn where adapters that nobody trained or loaded are evaluated."""
-        call_children(pl_module.modules())  # DeepSpeed removes all hooks before it evaluates
+        start_evaluation(trainer.strategy, pl_module)
         if trainer.state.fn != "fit" and isinstance(trainer.strategy, DDPStrategy):
             require_one_base(pl_module)
         record = injection(pl_module)
