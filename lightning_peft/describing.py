@@ -62,12 +62,13 @@ def _inject(model: nn.Module, description: Mapping[str, Any]) -> None:
     by_name = defaultdict[str, list[Method]](list)
     for method in methods:
         by_name[first.get(method.name, method.name)].append(method)
-    inject(model, [method for name in active for method in by_name[name]], description["also_train"])
+    if active or description["also_train"]:
+        inject(model, [method for name in active for method in by_name[name]], description["also_train"])
     for name in by_name.keys() - active:
         inject_idle(model, by_name[name])
     record = injected(model)
     record.methods, record.groups = methods, groups
-    if groups or set(active) != set(by_name):
+    if active and (groups or set(active) != set(by_name)):
         activate(model, *active)
 
 

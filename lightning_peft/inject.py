@@ -171,6 +171,11 @@ def trained_by(model: nn.Module, methods: Iterable[Method]) -> list[str]:
     return sorted({name for m in methods for name in m.parameters(model)} & set(injected(model).trained))
 
 
+def taking_part(record: Injection) -> list[Method]:
+    """Return the methods whose adapters take part in calls."""
+    return [method for name in record.active for method in named(record, name)]
+
+
 def adapters_of(model: nn.Module, *methods: Method) -> dict[str, Adapter]:
     """Return the adapters of methods by host name, with the part of a fused host appended."""
     return {

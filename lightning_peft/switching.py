@@ -63,7 +63,7 @@ def activate(model: nn.Module, *names: str) -> nn.Module:
         host.peft_order = orders.get(id(host), ()) + passing(host)
         adapter.rearranged()
         adapter.requires_grad_(id(adapter) in taking)
-    record.active = list(names)
+    record.active[:] = names
     return model
 
 
@@ -95,9 +95,9 @@ def remove_adapter(model: nn.Module, name: str) -> nn.Module:
             remove(host, key)
     for _, _, _, adapter in adapters(model):
         adapter.rearranged()
-    record.methods = [method for method in record.methods if method not in methods]
+    record.methods[:] = [method for method in record.methods if method not in methods]
     record.groups.pop(name, None)
-    record.active = [other for other in record.active if other != name]
+    record.active[:] = [other for other in record.active if other != name]
     return model
 
 

@@ -189,3 +189,31 @@ def test_another_head_in_the_base_is_no_other_base(tasks):
     nn.init.normal_(net.classifier.weight)
     lp.activate(lp.add_adapter(net, tasks["lora"][0], "task"), "task")
     assert torch.equal(out(net), tasks["lora"][1])
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_trainer_trains_a_task_beside_others(inside, tmp_path):
+    module = Module()
+    net = module.net if inside else module
+    lp.add_adapter(net, lp.AdaLoRA(initial_rank=2, target_rank=1), "idle", also_train=["lm_head"])
+    lp.add_adapter(net, lp.LoRA(rank=2), "task", also_train=["lm_head"])
+    with pytest.raises(ValueError, match="no adapter takes part"):
+        trainer(lp.PEFTStrategy(), max_steps=1).fit(module, DataLoader(tokens(4), batch_size=2))
+    lp.activate(net, "task")
+    with lp.full_state_dict(module):
+        before = {k: v.clone() for k, v in net.state_dict().items()}
+    run = trainer(lp.PEFTStrategy(), max_steps=2)
+    run.fit(module, DataLoader(tokens(4), batch_size=2))
+    with lp.full_state_dict(module):
+        after = net.state_dict()
+    changed = {k for k, v in after.items() if not torch.equal(v, before[k])}
+    assert changed == {k for k in before if ".peft.task" in k}
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    back = lp.load_from_checkpoint(Module, tmp_path / "last.ckpt")
+    assert lp.active(back) == ("task",)
+    assert all(torch.equal(back.state_dict()[k], v) for k, v in module.state_dict().items())
+
+
+def test_without_a_method_something_must_have_been_injected():
+    with pytest.raises(ValueError, match="without a method trains what was injected before, and nothing was"):
+        trainer(lp.PEFTStrategy(), max_steps=1).fit(Module(), DataLoader(tokens(4), batch_size=2))
