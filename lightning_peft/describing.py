@@ -10,6 +10,7 @@ from torch import nn
 from .fingerprints import fingerprint
 from .inject import inject, injected, injection, named
 from .method import from_dict, to_dict
+from .overwritten import refuse_merged
 
 FORMAT = 1
 
@@ -22,7 +23,7 @@ def describe(model: nn.Module, packed: bool = False, only: str | None = None) ->
         "format": FORMAT,
         "methods": [to_dict(method.finalized() if packed else method) for method in methods],
         "also_train": list(record.also_train) if only is None else [],
-        "base": fingerprint(model),
+        "base": _base_of(model),
     }
 
 
@@ -31,7 +32,9 @@ def restore(model: nn.Module, description: Mapping[str, Any], source: str, stric
 
     Raises:
         ValueError: The description is of another format or method, or (if strict) of another base.
+        RuntimeError: Adapters are merged into the weights, which what is loaded would not reach.
     """
+    refuse_merged(model)
     check_format(description, source)
     record = injection(model)
     if record is None:
@@ -55,9 +58,15 @@ def check_format(description: Mapping[str, Any], source: str) -> None:
 
 def check_base(model: nn.Module, description: Mapping[str, Any], source: str) -> None:
     """Raise a ``ValueError`` for what belongs to another base."""
-    found = fingerprint(model)
+    found = _base_of(model)
     if None not in (found, description["base"]) and found != description["base"]:
         raise ValueError(
             f"{source} belongs to another base model: fingerprint {description['base']}, here {found}. Load "
             f"the weights that it was trained on, or pass strict=False (PEFTStrategy: check_base=False) to try anyway."
         )
+
+
+def _base_of(model: nn.Module) -> str | None:
+    """Return the fingerprint of the base as it is without adapters."""
+    record = injection(model)
+    return fingerprint(model) if record is None or record.merged is None else record.merged.base

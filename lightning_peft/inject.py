@@ -19,6 +19,14 @@ from .select import select_parameters
 _RECORD = "_peft_injection"
 
 
+@dataclass(frozen=True)
+class Merged:
+    """Fingerprints of a base without and with the adapters that are merged into it for now."""
+
+    base: str | None
+    now: str | None
+
+
 @dataclass
 class Injection:
     """What was injected into a model; lives on its root."""
@@ -29,6 +37,7 @@ class Injection:
     required_grad: dict[str, bool] = field(default_factory=dict)  # of base parameters, before
     active: list[str] = field(default_factory=list)  # names of the methods whose adapters take part, inner before outer
     paused: bool = False  # whether no adapter takes part for now, whatever is active
+    merged: Merged | None = None  # where those that are active are in the base's weights for now
     fresh: bool = True  # whether nothing was trained or loaded yet
     shows_base: bool = False  # whether state_dict() holds the frozen base although it is hooked to leave it out
 
@@ -149,5 +158,7 @@ def detach(model: nn.Module) -> nn.Module:
 
 def refuse_paused(record: Injection) -> None:
     """Raise where adapters cannot be changed now."""
+    if record.merged is not None:
+        raise RuntimeError("Adapters are merged into the weights and cannot change; call unmerge(model) first.")
     if record.paused:
         raise RuntimeError("Adapters cannot change where they take no part: leave disabled() or row_adapters() first.")
