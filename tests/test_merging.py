@@ -317,3 +317,13 @@ def test_a_module_around_the_merged_one_loads_nothing_either():
     assert same(now(module), merged)
     lp.unmerge(module.net)
     assert same(now(module), before)
+
+
+def test_a_narrow_bias_is_rounded_once():
+    host = nn.Linear(3, 64).bfloat16()
+    net = lp.inject(nn.Sequential(host), lp.IA3(targets=["0"], feedforward_targets=[]))
+    scales, bias = host.peft["ia3"].scales, host.bias.detach().clone()
+    nn.init.normal_(scales, mean=1.0)
+    expected = (bias.double() * scales.detach().double()).float().bfloat16()
+    assert not torch.equal(expected, bias * scales.detach().bfloat16())
+    assert torch.equal(lp.merge(net)[0].bias, expected)
