@@ -12,7 +12,7 @@ from .finalizing import finalize
 from .hosts import adapters
 from .inject import detach, inject
 from .interop import export_peft, import_loralib, import_peft, import_t_few
-from .merging import merge, merged
+from .merging import merge, merged, unmerge
 from .method import Method
 from .methods import (
     IA3,
@@ -109,5 +109,6 @@ __all__ = [
     "row_tasks",
     "save_adapter",
     "summary",
+    "unmerge",
     "without_values",
 ]

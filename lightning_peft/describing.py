@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from .base import base_parameters
 from .fingerprints import fingerprint
-from .inject import inject, inject_idle, injected, injection, replaced_by
+from .inject import beside_base, inject, inject_idle, injected, injection
 from .method import Method, from_dict, to_dict
+from .overwritten import refuse_merged
 from .switching import activate
 
 FORMAT = 1
@@ -25,7 +25,7 @@ def describe(model: nn.Module, packed: bool = False, only: Sequence[Method] | No
         "format": FORMAT,
         "methods": [to_dict(method.finalized() if packed else method) for method in methods],
         "also_train": list(record.also_train) if only is None else [],
-        "base": fingerprint(model, beside_base(model, methods)),
+        "base": _base_of(model, methods),
     }
     if only is None and record.switched:
         description |= {"active": list(record.active), "groups": {k: list(v) for k, v in record.groups.items()}}
@@ -37,7 +37,9 @@ def restore(model: nn.Module, description: Mapping[str, Any], source: str, stric
 
     Raises:
         ValueError: The description is of another format or method, or (if strict) of another base.
+        RuntimeError: Adapters are merged into the weights, which what is loaded would not reach.
     """
+    refuse_merged(model)
     check_format(description, source)
     record = injection(model)
     if record is None:
@@ -80,7 +82,7 @@ def check_format(description: Mapping[str, Any], source: str) -> None:
 
 def check_base(model: nn.Module, description: Mapping[str, Any], source: str, methods: Sequence[Method]) -> None:
     """Raise a ``ValueError`` for what belongs to another base than these methods are on."""
-    found = fingerprint(model, beside_base(model, methods))
+    found = _base_of(model, methods)
     if None not in (found, description["base"]) and found != description["base"]:
         raise ValueError(
             f"{source} belongs to another base model: fingerprint {description['base']}, here {found}. Load "
@@ -88,7 +90,11 @@ def check_base(model: nn.Module, description: Mapping[str, Any], source: str, me
         )
 
 
-def beside_base(model: nn.Module, methods: Sequence[Method]) -> set[str]:
-    """Return the names of parameters that are no part of the base of these methods: they train, or are replaced."""
-    trained = {name for name, parameter in base_parameters(model).items() if parameter.requires_grad}
-    return trained | replaced_by(model, methods)
+def _base_of(model: nn.Module, methods: Sequence[Method]) -> str | None:
+    """Return the fingerprint of the base of these methods as it is without adapters."""
+    record, beside = injection(model), beside_base(model, methods)
+    if record is None or record.merged is None:
+        return fingerprint(model, beside)
+    if beside != record.merged.beside:
+        refuse_merged(model)
+    return record.merged.base

@@ -21,6 +21,15 @@ Plan = list[tuple[Method, str, Adapter]]  # method, its host's name, what surrou
 _RECORD = "_peft_injection"
 
 
+@dataclass(frozen=True)
+class Merged:
+    """Fingerprints of a base without and with the adapters that are merged into it for now, and what is beside it."""
+
+    base: str | None
+    now: str | None
+    beside: set[str]
+
+
 @dataclass
 class Injection:
     """What was injected into a model; lives on its root."""
@@ -32,6 +41,7 @@ class Injection:
     active: list[str] = field(default_factory=list)  # names of the methods whose adapters take part, inner before outer
     groups: dict[str, list[str]] = field(default_factory=dict)  # names of methods that go under the name of one
     paused: bool = False  # whether no adapter takes part for now, whatever is active
+    merged: Merged | None = None  # where those that are active are in the base's weights for now
     fresh: bool = True  # whether nothing was trained or loaded yet
     shows_base: bool = False  # whether state_dict() holds the frozen base although it is hooked to leave it out
 
@@ -166,6 +176,12 @@ def replaced_by(model: nn.Module, methods: Sequence[Method]) -> set[str]:
     return _replaced((host, a) for host, _, key, a in adapters(model) if key in {key_of(name, a) for name in names})
 
 
+def beside_base(model: nn.Module, methods: Sequence[Method]) -> set[str]:
+    """Return the names of parameters that are no part of the base of these methods: they train, or are replaced."""
+    trained = {name for name, parameter in base_parameters(model).items() if parameter.requires_grad}
+    return trained | replaced_by(model, methods)
+
+
 def trained_by(model: nn.Module, methods: Iterable[Method]) -> list[str]:
     """Return the names of the base's own parameters that methods train."""
     return sorted({name for m in methods for name in m.parameters(model)} & set(injected(model).trained))
@@ -201,5 +217,7 @@ def detach(model: nn.Module) -> nn.Module:
 
 def refuse_paused(record: Injection) -> None:
     """Raise where adapters cannot be changed now."""
+    if record.merged is not None:
+        raise RuntimeError("Adapters are merged into the weights and cannot change; call unmerge(model) first.")
     if record.paused:
         raise RuntimeError("Adapters cannot change where they take no part: leave disabled() or row_adapters() first.")

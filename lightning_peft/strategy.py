@@ -24,6 +24,7 @@ from .inject import adapters_of, injected, injection, taking_part
 from .method import Method
 from .modes import checkpoint_without_reentry, set_mode
 from .optimizers import add_gradient, require_gradients
+from .overwritten import refuse_merged
 from .precision import refuse_replacing, warn_of_narrow, widen_trained
 from .quantization import KINDS, quantize_once
 from .restoring import wire_checkpoints
@@ -139,6 +140,7 @@ class PEFTStrategy(ResumingCallback, CachingCallback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show what trains."""
+        refuse_merged(pl_module)
         if isinstance(trainer.strategy, DDPStrategy):
             require_one_base(pl_module)
         if not any(p.requires_grad for p in pl_module.parameters()):

@@ -11,6 +11,7 @@ from torch import nn
 from .base import base_parameters
 from .hosts import Adapted, adapters, call_as_before, call_children, key_of, remove
 from .inject import Injection, adapters_of, detach, injected, injection, named, refuse_paused, trained_by
+from .overwritten import refuse_merged
 from .refusals import refuse_company
 
 ROWS = "_rows"  # under which name lies in a host what gives each row its own adapter
@@ -110,7 +111,9 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
     Raises:
         ValueError: The model has no adapters, or parameters of the base train, whose first values are not kept.
+        RuntimeError: Adapters are merged into the weights.
     """
+    refuse_merged(model)
     if not any(adapters(model)):
         raise ValueError(f"This {type(model).__name__} has no adapters that could be disabled.")
     if trained := [name for name, p in base_parameters(model).items() if p.requires_grad]:

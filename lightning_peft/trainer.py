@@ -22,6 +22,7 @@ from .restoring import inject_from_checkpoint
 from .shapes import shapes_only
 from .sharding import without_values
 from .strategy import PEFTStrategy
+from .streaming import merge_files
 
 _LONGEST = 2048  # tokens, where neither data nor model say
 
@@ -34,16 +35,23 @@ class PEFTTrainer(pl.Trainer):
         model: pl.LightningModule,
         adapter: str,
         output: str,
+        base: str | None = None,
         datamodule: pl.LightningDataModule | None = None,
     ) -> None:
         """Fold an adapter into the base weights and write a plain model.
 
         Args:
-            model: The module with the base weights.
+            model: The module with the base weights, or without them if base is given.
             adapter: Folder that save_adapter wrote, or a checkpoint of a run with PEFTStrategy.
             output: Folder to write: a transformers model if the module holds one, else model.safetensors.
+            base: Safetensors file, or folder of the base: merged file by file, one layer in memory at a time.
             datamodule: Not used.
         """
+        if base is not None:
+            with without_values():
+                model.configure_model()
+            say(f"merged model: {merge_files(model, base, adapter, output)}")
+            return
         target = Path(output)
         if target.exists() and any(target.iterdir()):
             raise FileExistsError(f"{output} is not empty; choose a new folder for the merged model.")

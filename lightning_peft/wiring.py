@@ -17,6 +17,7 @@ from .hosts import adapters
 from .inject import Injection, inject, injection
 from .method import Method
 from .optimizers import Rule, apply_factors, fuse, grouped, keep_trainable, optimizers_in
+from .overwritten import refuse_merged
 
 
 def surround_hook(module: pl.LightningModule, hook: str, around: Callable[..., Any]) -> None:
@@ -68,6 +69,7 @@ def adopt(module: pl.LightningModule, methods: Sequence[Method], also_train: Seq
     Raises:
         TypeError: The module is sharded already.
         ValueError: Something else was injected, or no method is given and nothing was.
+        RuntimeError: Adapters below are merged into the weights.
     """
     record = injection(module)
     below = [found for part in module.modules() if (found := injection(part)) is not None and found is not record]
@@ -85,6 +87,7 @@ def adopt(module: pl.LightningModule, methods: Sequence[Method], also_train: Seq
         inject(module, methods, also_train)
         return
     if record is None:
+        refuse_merged(module)
         only = below[0] if len(below) == 1 else None  # whose adapters may be switched or added by it later, too
         record = Injection(
             methods=only.methods if only else [method for found in below for method in found.methods],

@@ -72,6 +72,8 @@ class OwnTensors(Adapter):
     @torch.no_grad()
     def reset_parameters(self, host: Any = None) -> None:
         """Start from the host's values."""
+        if any(value.is_meta for _, value in self._values()):
+            return  # loading brings values, or this is called again where there are some
         if host is None:
             raise TypeError(
                 "Parameters of an adapter's own start from those of the base: load the base model first, then inject."
