@@ -11,7 +11,7 @@ from .files import load_adapter, save_adapter
 from .finalizing import finalize
 from .hosts import adapters
 from .inject import detach, inject
-from .interop import export_peft, import_loralib, import_peft, import_t_few
+from .interop import export_peft, import_loralib, import_peft, import_t_few, push_adapter, vllm_problems
 from .merging import merge, merged, unmerge
 from .method import Method
 from .methods import (
@@ -103,6 +103,7 @@ __all__ = [
     "merge_files",
     "merged",
     "plots",
+    "push_adapter",
     "quantize",
     "remove_adapter",
     "row_adapters",
@@ -110,5 +111,6 @@ __all__ = [
     "save_adapter",
     "summary",
     "unmerge",
+    "vllm_problems",
     "without_values",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import types
 from collections.abc import Iterator
@@ -23,13 +22,12 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from . import tasks  # noqa: F401  # so that its classes are known by their short names
 from .commands import COMMANDS
-from .console import say
 from .files import save_adapter
 from .inject import injection
 from .method import methods_by_name
+from .reports import write_report
 from .sharding import without_values
 from .strategy import PEFTStrategy
-from .summary import size, summary
 from .trainer import PEFTTrainer
 
 # torch's own come first: bitsandbytes has others of the same names, which would make short names ambiguous.
@@ -92,7 +90,8 @@ class PEFTCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Add the tools that need a model to what a Trainer does."""
-        return {**LightningCLI.subcommands(), **dict.fromkeys(("merge", "plan"), {"model", "datamodule"})}
+        tools = ("merge", "export", "import", "plan")
+        return {**LightningCLI.subcommands(), **dict.fromkeys(tools, {"model", "datamodule"})}
 
     def before_instantiate_classes(self) -> None:
         """Build the model without memory if its weights come later; to plan, ask for no GPU."""
@@ -143,29 +142,7 @@ class PEFTCLI(LightningCLI):
         adapter = None
         if injection(self.model) is not None:  # of a sharded model, each process has a part
             adapter = save_adapter(self.model, self._get(self.config, "adapter_dir") or logs / "adapter")
-        self._report(logs, best, results, adapter)
-
-    @rank_zero_only
-    def _report(self, logs: Path, best: str, results: dict[str, float], adapter: Path | None) -> None:
-        counts = summary(self.model)
-        report: dict[str, Any] = dict(results)
-        report |= {"trainable_parameters": counts.trainable, "total_parameters": counts.total}
-        lines = [(name.replace("_", " "), f"{value:.4f}") for name, value in results.items()]
-        lines += [("trainable parameters", f"{counts.trainable:,} of {counts.total:,}")]
-        if best:
-            report |= {"checkpoint": best, "checkpoint_bytes": _bytes_of(Path(best))}
-            lines += [
-                (
-                    "checkpoint",
-                    f"{best} ({size(report['checkpoint_bytes'])}, the full model has {size(counts.base_bytes)})",
-                )
-            ]
-        if adapter is not None:
-            report |= {"adapter": str(adapter), "adapter_bytes": _bytes_of(adapter)}
-            lines += [("adapter", f"{adapter} ({size(report['adapter_bytes'])})")]
-        logs.mkdir(parents=True, exist_ok=True)
-        (logs / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        say("\n".join(f"{name:<22}{value}" for name, value in lines))
+        rank_zero_only(write_report)(self.model, logs, best, results, adapter)
 
 
 def _without_values(module_class: type[pl.LightningModule], *args: Any, **kwargs: Any) -> pl.LightningModule:
@@ -202,7 +179,3 @@ def _is_own(error: BaseException) -> bool:
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).startswith("lightning_peft")
-
-
-def _bytes_of(path: Path) -> int:
-    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))

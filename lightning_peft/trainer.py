@@ -4,67 +4,26 @@ from __future__ import annotations
 
 import json
 import warnings
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor, nn
 
 from .console import say
-from .files import load_adapter
+from .exchanging import Exchanging
 from .layouts import layouts, table
-from .merging import merge
 from .modes import set_mode
 from .planning import Plan, plan
 from .quantized_shapes import quantize_shapes
-from .restoring import inject_from_checkpoint
 from .shapes import shapes_only
 from .sharding import without_values
 from .strategy import PEFTStrategy
-from .streaming import merge_files
 
 _LONGEST = 2048  # tokens, where neither data nor model say
 
 
-class PEFTTrainer(pl.Trainer):
-    """A Trainer that also merges and plans."""
-
-    def merge(
-        self,
-        model: pl.LightningModule,
-        adapter: str,
-        output: str,
-        base: str | None = None,
-        datamodule: pl.LightningDataModule | None = None,
-    ) -> None:
-        """Fold an adapter into the base weights and write a plain model.
-
-        Args:
-            model: The module with the base weights, or without them if base is given.
-            adapter: Folder that save_adapter wrote, or a checkpoint of a run with PEFTStrategy.
-            output: Folder to write: a transformers model if the module holds one, else model.safetensors.
-            base: Safetensors file, or folder of the base: merged file by file, one layer in memory at a time.
-            datamodule: Not used.
-        """
-        if base is not None:
-            with without_values():
-                model.configure_model()
-            say(f"merged model: {merge_files(model, base, adapter, output)}")
-            return
-        target = Path(output)
-        if target.exists() and any(target.iterdir()):
-            raise FileExistsError(f"{output} is not empty; choose a new folder for the merged model.")
-        model.configure_model()
-        if Path(adapter).is_dir():
-            load_adapter(model, adapter)
-        else:
-            checkpoint = torch.load(adapter, map_location="cpu", weights_only=True)
-            inject_from_checkpoint(model, checkpoint)
-            model.load_state_dict(checkpoint["state_dict"])
-        merge(model)
-        _write_model(model, target)
-        say(f"merged model: {target}")
+class PEFTTrainer(Exchanging, pl.Trainer):
+    """A Trainer that also merges, exports, imports and plans."""
 
     def plan(
         self,
@@ -158,15 +117,3 @@ def _batch_of_data(model: pl.LightningModule, data: pl.LightningDataModule | Non
 
 def _json(found: Plan, processes: list[int]) -> str:
     return json.dumps({**vars(found), "layouts": layouts(found, processes)}, indent=2)
-
-
-def _write_model(model: pl.LightningModule, target: Path) -> None:
-    from safetensors.torch import save_model
-
-    savers = [part for part in model.children() if callable(getattr(part, "save_pretrained", None))]
-    target.mkdir(parents=True, exist_ok=True)
-    if len(savers) == 1:
-        saver: Any = savers[0]
-        saver.save_pretrained(target)
-        return
-    save_model(model, str(target / "model.safetensors"))

@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from trainer_models import data
 
 
 def network() -> nn.Module:
@@ -45,3 +46,12 @@ class Numbers(pl.LightningDataModule):
         return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), 8)
 
     train_dataloader = val_dataloader = test_dataloader = loader
+
+
+class Tokens(pl.LightningDataModule):
+    """Random rows of tokens."""
+
+    def train_dataloader(self) -> DataLoader:
+        return data()
+
+    val_dataloader = test_dataloader = train_dataloader

@@ -11,9 +11,10 @@ ROOMS = """
     fingerprints folders multihead attention forms products built adapter low_rank scaling affine triplets hadamard
     method bottlenecks kronecker feedforward outputs virtual_tokens words rows prompts prefixes prefix_starts
     positions encoders pseudo_tokens templates methods hosts overwritten following refusals inject switching mixing
-    combining nf4 quantized_shapes quantization merging finalizing checkpoint describing files stored tensor_files
-    streaming named interop ensembles summary planning layouts plots optimizers modes random_state precision
-    wiring restoring resuming showing sharding frozen_trunk caching strategy tasks recipes commands trainer cli __main__
+    combining nf4 quantized_shapes quantization merging finalizing checkpoint summary describing files stored
+    tensor_files streaming named interop ensembles planning layouts plots optimizers modes random_state precision
+    wiring restoring resuming showing sharding frozen_trunk caching strategy tasks recipes commands reports
+    exchanging trainer cli __main__
 """
 ORDER = ROOMS.split()
 
@@ -43,9 +44,9 @@ def test_imports_point_one_way():
 
 
 def test_only_the_trainers_side_imports_lightning():
-    sides = "precision wiring restoring resuming showing sharding caching strategy tasks recipes trainer cli __init__"
+    sides = "precision wiring restoring resuming showing sharding caching strategy tasks recipes exchanging trainer cli"
     for path in ROOT.rglob("*.py"):
-        if room(path) not in sides.split():
+        if room(path) not in [*sides.split(), "__init__"]:
             assert not [name for name in imports(path) if name.split(".")[0] == "lightning"], path
 
 

@@ -2,6 +2,8 @@
 
 from .checkpoints import import_loralib, import_t_few
 from .exporting import export_peft
+from .hub import push_adapter
 from .importing import import_peft
+from .vllm import vllm_problems
 
-__all__ = ["export_peft", "import_loralib", "import_peft", "import_t_few"]
+__all__ = ["export_peft", "import_loralib", "import_peft", "import_t_few", "push_adapter", "vllm_problems"]

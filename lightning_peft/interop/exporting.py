@@ -10,10 +10,14 @@ from typing import Any
 
 from torch import nn
 
+from ..fingerprints import fingerprint
+from ..folders import WEIGHTS, replace_file
 from ..inject import adapters_of, injected
-from ..method import Method
+from ..method import Method, to_dict
 from ..shards import writes_files
+from ..summary import summary
 from . import saved
+from .card import CARD, Facts, card, require_own
 from .families import FAMILIES
 from .family import Base, Family, State, refuse
 from .folder import write_folder
@@ -29,21 +33,32 @@ _TASKS = {
 }
 
 
-def export_peft(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
+def export_peft(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    model_card: bool = True,
+) -> Path:
     """Write an adapter and what trained beside it as HF PEFT does; nothing is written if it cannot be expressed.
 
     Args:
         model: The very module that was given to ``inject`` (with a Trainer: the LightningModule).
         folder: Where to write; names in it are those of the transformers model inside, if there is one.
         name: Name of the method, where the model has several with adapters.
+        metrics: Results by name, for the model card.
+        model_card: Whether to write a README.md that says what the adapter is.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: Nothing was injected, or HF PEFT has nothing that computes the same; says what and why.
+        FileExistsError: The folder has a README.md of somebody else.
     """
-    record = injected(model)
+    folder, record = Path(folder), injected(model)
+    if model_card:
+        require_own(folder)
     found = {method.name: method for method in record.methods if adapters_of(model, method)}
     method = _one(found, name)
     base, family = Base(model, *network(model)), _family(method)
@@ -51,7 +66,35 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], name: str | No
     config, state = _described(base, family, method, trained)
     if empty := [key for key, value in state.items() if value.is_meta]:
         raise ValueError(f"{empty[0]} has no values yet (meta device); load the model before its adapter is exported.")
-    return write_folder(folder, config, state) if writes_files() else Path(folder)
+    facts = _facts(base, method, metrics or {}) if model_card else None
+    if writes_files():
+        write_folder(folder, config, state)
+        if facts is not None:
+            text = card(facts, config, state, (folder / WEIGHTS).stat().st_size)
+            replace_file(folder / CARD, text.encode())
+    return folder
+
+
+def _facts(base: Base, method: Method, metrics: Mapping[str, float]) -> Facts:
+    """Return what a card says; of a sharded model, all processes have to ask."""
+    counts, kind = summary(base.model), type(base.network)
+    others = [f"{type(other).__name__} ({other.name})" for other in injected(base.model).methods if other is not method]
+    return Facts(
+        method=to_dict(method),
+        kind=(kind.__name__, kind.__module__.startswith("transformers.")),
+        base=fingerprint(base.model),
+        task=_task_of(base),
+        rows=tuple(row for row in counts.rows if row[0] not in others),
+        total=counts.total,
+        metrics={key: _number(key, value) for key, value in metrics.items()},
+    )
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]  # a tensor of one number is one, too
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metrics[{name!r}] must be a number, got {value!r}.") from error
 
 
 def _family(method: Method) -> Family:
@@ -108,7 +151,11 @@ def _hosts(base: Base, method: Method) -> dict[str, list[Any]]:
 
 def _task(base: Base, family: Family, more: Mapping[str, Any]) -> str | None:
     """Return the task's name; for a classifier only where its head is in the file, since HF PEFT expects it there."""
-    kind = type(base.network).__name__
-    task = next((task for end, task in _TASKS.items() if kind.endswith(end)), None)
+    task = _task_of(base)
     optional = not family.by_task and "modules_to_save" not in more
     return None if optional and task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else task
+
+
+def _task_of(base: Base) -> str | None:
+    kind = type(base.network).__name__
+    return next((task for end, task in _TASKS.items() if kind.endswith(end)), None)
