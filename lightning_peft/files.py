@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .checkpoint import adapter_state, check_state, clean, unpacked
 from .describing import describe, restore
+from .flat import require_known_parts
 from .folders import read_adapter, write_adapter
 from .inject import detach, injected, injection
 from .shards import assign, whole, writes_files
@@ -30,7 +31,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | N
 
     Raises:
         ValueError: The name is unknown, or parameters of the base train, which belong to no name.
+        TypeError: The model was sharded by FSDP1 without ``FSDP1Strategy``.
     """
+    require_known_parts(model)
     description = describe(model, packed=True, only=name)
     if name is not None and (trained := injected(model).trained):
         raise ValueError(f"{trained[0]} trains in the base itself and belongs to no name; save all, without a name.")
