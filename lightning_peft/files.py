@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .checkpoint import adapter_state, check_state, clean, unpacked
 from .describing import describe, restore
+from .flat import require_known_parts
 from .folders import read_adapter, write_adapter
 from .inject import detach, injected, injection, named
 from .method import Method
@@ -31,7 +32,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | N
 
     Raises:
         ValueError: The name is unknown, or parameters of the base train, which belong to no name.
+        TypeError: The model was sharded by FSDP1 without ``FSDP1Strategy``.
     """
+    require_known_parts(model)
     only = None if name is None else named(injected(model), name)
     description = describe(model, packed=True, only=only)
     if only is not None and (trained := injected(model).trained):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 _PART = "_peft_part"
 
@@ -71,3 +72,19 @@ def mark_parts(shapes: Mapping[nn.Parameter, torch.Size], group: dist.ProcessGro
 def part_of(tensor: Tensor) -> Part | None:
     """Return which part of a whole this very parameter is, or None where it is no part."""
     return getattr(tensor, _PART, None)
+
+
+def require_known_parts(model: nn.Module) -> None:
+    """Raise where FSDP1 has flattened parameters and nothing is noted on them.
+
+    Raises:
+        TypeError: What is read of them would be a part, without a shape.
+    """
+    flattened = [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
+    hidden = [name for name, _ in model.named_parameters() if name.endswith("_flat_param")]
+    spread = any(module.sharding_strategy != ShardingStrategy.NO_SHARD for module in flattened)
+    if hidden or (spread and all(part_of(parameter) is None for parameter in model.parameters())):
+        raise TypeError(
+            f"{type(model).__name__} was wrapped in FSDP1 by other hands, so shapes and values of its parameters are "
+            f"not known here. Use FSDP1Strategy, or fully_shard of FSDP2."
+        )

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .shards import shape_of
+
 
 class Layer(ABC):
     """What is known about one type of linear layer; holds no state, the host is passed in."""
@@ -45,8 +47,8 @@ class Layer(ABC):
         return self.parameter(host)
 
     def shape(self, host: Any) -> torch.Size:
-        """Return (out, in, *kernel)."""
-        return self.read(host).shape
+        """Return (out, in, *kernel) of the whole, sharded or not."""
+        return shape_of(self.read(host))
 
     @torch.no_grad()
     def write(self, host: Any, rows: Tensor, first: int = 0) -> None:
@@ -84,6 +86,9 @@ class TransposedKind(LinearKind):
     def read(self, host: Any) -> Tensor:
         return self.parameter(host).T
 
+    def shape(self, host: Any) -> torch.Size:
+        return shape_of(self.parameter(host))[::-1]
+
 
 class ReadKind(LinearKind):
     """A weight that torch's attention reads from a module without calling it."""
@@ -118,6 +123,9 @@ class EmbeddingKind(LinearKind):
 
     def read(self, host: Any) -> Tensor:
         return self.parameter(host).T
+
+    def shape(self, host: Any) -> torch.Size:
+        return shape_of(self.parameter(host))[::-1]
 
 
 class ConvKind(Layer):

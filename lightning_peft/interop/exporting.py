@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from ..checkpoint import clean
 from ..fingerprints import fingerprint
+from ..flat import require_known_parts
 from ..folders import WEIGHTS, replace_file
 from ..inject import adapters_of, injected
 from ..method import Method, to_dict
@@ -55,14 +57,16 @@ def export_peft(
     Raises:
         ValueError: Nothing was injected, or HF PEFT has nothing that computes the same; says what and why.
         FileExistsError: The folder has a README.md of somebody else.
+        TypeError: The model was sharded by FSDP1 without ``FSDP1Strategy``.
     """
     folder, record = Path(folder), injected(model)
+    require_known_parts(model)
     if model_card:
         require_own(folder)
     found = {method.name: method for method in record.methods if adapters_of(model, method)}
     method = _one(found, name)
     base, family = Base(model, *network(model)), _family(method)
-    trained = [_within(base, parameter) for parameter in record.trained]
+    trained = [_within(base, clean(parameter)) for parameter in record.trained]
     config, state = _described(base, family, method, trained)
     if empty := [key for key, value in state.items() if value.is_meta]:
         raise ValueError(f"{empty[0]} has no values yet (meta device); load the model before its adapter is exported.")
@@ -144,7 +148,7 @@ def _within(base: Base, name: str) -> str:
 def _hosts(base: Base, method: Method) -> dict[str, list[Any]]:
     hosts = defaultdict[str, list[Any]](list)
     for key, adapter in adapters_of(base.model, method).items():
-        name = key.removesuffix(f".{adapter.part}") if adapter.part else key
+        name = clean(key.removesuffix(f".{adapter.part}") if adapter.part else key)
         hosts["" if name == base.name else _within(base, name)].append(adapter)
     return dict(hosts)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..attention import head_count
+from ..checkpoint import clean
 from ..methods import LLaMAAdapter
 from ..methods.llama_adapter import LLaMAAdapterPrompt
 from ..shards import whole
@@ -35,7 +36,7 @@ class LLaMAAdapterFamily(Family):
             state[f"{self.prefix}{name}.{_PROMPT}"] = whole(adapter.prompt).detach()[None]
             state[f"{self.prefix}{name}.{_GATE}"] = gates[:1].tanh()
         ends = {name.rpartition(".")[2] for name in hosts}
-        every = [n for n, _ in base.network.named_modules() if n.rpartition(".")[2] in ends]
+        every = [clean(n) for n, _ in base.network.named_modules() if n.rpartition(".")[2] in ends]
         refuse(len(ends) > 1 or list(hosts) != every[-len(hosts) :], f"Prompts at {', '.join(hosts)}",
                "it adapts the last layers of a model")  # fmt: skip
         return {"target_modules": ends.pop(), "adapter_len": method.length, "adapter_layers": len(hosts)}, state

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..base import base_modules, matches
+from ..checkpoint import clean
 from ..select import literal
 
 
@@ -19,7 +20,10 @@ def network(model: nn.Module) -> tuple[str, nn.Module]:
         inside = any(f"{name}.".startswith(f"{other}.") or not other for other, _ in found)
         if not inside and _is_pretrained(module):
             found.append((name, module))
-    return found[0] if len(found) == 1 else ("", model)
+    if len(found) != 1:
+        return "", model
+    (name, module), *_ = found
+    return clean(f"{name}.").rstrip("."), module
 
 
 def _is_pretrained(module: Any) -> bool:

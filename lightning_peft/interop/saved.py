@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..base import SLOT, owners
+from ..checkpoint import clean
 from ..shards import whole
 from .family import Base, State, refuse
 from .names import joined
@@ -29,7 +30,7 @@ def written(base: Base, trained: Collection[str], hosts: Collection[str], biases
         biases: Whether the family can say that biases train.
     """
     settings, state = dict[str, Any](), dict[str, Tensor]()
-    every = {n for n, _ in base.network.named_parameters() if "bias" in n and f".{SLOT}." not in f".{n}"}
+    every = {clean(n) for n, _ in base.network.named_parameters() if "bias" in n and f".{SLOT}." not in f".{n}"}
     choices = {"lora_only": {f"{host}.bias" for host in hosts} & every, "all": every}
     rest = set(trained)
     for choice, names in choices.items():
@@ -67,7 +68,8 @@ def _require_whole(
     tied = [n for n, p in base.network.get_submodule(module).named_parameters() if held[id(p)] > 1]
     refuse(bool(tied), f"Training {module}", f"another module shares {', '.join(tied)}")
     refuse(module in hosts, f"Training {module} itself beside its adapter", "a module is adapted, or saved whole")
-    others = [n for n, _ in base.network.named_modules() if n.endswith(module) and n not in modules]
+    known = (clean(name) for name, _ in base.network.named_modules())
+    others = [name for name in known if name.endswith(module) and name not in modules]
     refuse(bool(others), f"Training {module} alone", f"it saves all modules of this ending, {others[:1]} too")
 
 

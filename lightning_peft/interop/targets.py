@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ..base import base_modules
+from ..checkpoint import clean
 from .family import Base, refuse
 from .names import endings
 
@@ -15,7 +16,7 @@ SETTINGS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_
 
 def written(base: Base, hosts: Collection[str]) -> dict[str, Any]:
     """Return settings that name exactly these modules."""
-    known = list(base_modules(base.network))
+    known = [clean(name) for name in base_modules(base.network)]
     targets = endings(hosts, known)
     surplus = [n for n in known if n not in hosts and any(n == t or n.endswith(f".{t}") for t in targets)]
     hidden = [n for n in hosts if any(n == s or n.endswith(f".{s}") for s in surplus)]
