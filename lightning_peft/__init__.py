@@ -12,7 +12,7 @@ from .finalizing import finalize
 from .hosts import adapters
 from .inject import detach, inject
 from .interop import export_peft, import_loralib, import_peft, import_t_few, push_adapter, vllm_problems
-from .merging import merge, merged
+from .merging import merge, merged, unmerge
 from .method import Method
 from .methods import (
     IA3,
@@ -28,6 +28,7 @@ from .methods import (
     LoRA,
     MultitaskPromptTuning,
     OutputLayers,
+    OwnParameters,
     ParallelAdapter,
     PrefixTuning,
     PromptTuning,
@@ -66,6 +67,7 @@ __all__ = [
     "Method",
     "MultitaskPromptTuning",
     "OutputLayers",
+    "OwnParameters",
     "PEFTStrategy",
     "PTuning",
     "PTuningV2",
@@ -108,6 +110,7 @@ __all__ = [
     "row_tasks",
     "save_adapter",
     "summary",
+    "unmerge",
     "vllm_problems",
     "without_values",
 ]

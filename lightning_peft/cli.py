@@ -101,7 +101,8 @@ class PEFTCLI(LightningCLI):
                 trainer[key] = value
             if str(trainer["precision"]) in ("16", "16-mixed"):  # which CPUs have not; the sizes are the same
                 trainer["precision"] = "bf16-mixed"
-        if self.subcommand == "plan" or self._reads_by_unit():
+        streams = self.subcommand == "merge" and self.config["merge"]["base"] is not None
+        if self.subcommand == "plan" or streams or self._reads_by_unit():
             self.parser.add_instantiator(_without_values, pl.LightningModule, subclasses=True, prepend=True)
 
     def _reads_by_unit(self) -> bool:

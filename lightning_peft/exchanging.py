@@ -18,6 +18,8 @@ from .interop.vllm import VERSION
 from .merging import merge
 from .reports import metrics_of, read_metrics
 from .restoring import inject_from_checkpoint
+from .sharding import without_values
+from .streaming import merge_files
 
 
 class Exchanging:
@@ -28,16 +30,23 @@ class Exchanging:
         model: pl.LightningModule,
         adapter: str,
         output: str,
+        base: str | None = None,
         datamodule: pl.LightningDataModule | None = None,
     ) -> None:
         """Fold an adapter into the base weights and write a plain model.
 
         Args:
-            model: The module with the base weights.
+            model: The module with the base weights, or without them if base is given.
             adapter: Folder that save_adapter wrote, or a checkpoint of a run with PEFTStrategy.
             output: Folder to write: a transformers model if the module holds one, else model.safetensors.
+            base: Safetensors file, or folder of the base: merged file by file, one layer in memory at a time.
             datamodule: Not used.
         """
+        if base is not None:
+            with without_values():
+                model.configure_model()
+            say(f"merged model: {merge_files(model, base, adapter, output)}")
+            return
         target = _new(output)
         _adapt(model, Path(adapter))
         merge(model)

@@ -15,10 +15,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from .checkpoint import check_state, keep_adapters_only
 from .describing import describe, restore
 from .inject import injection
+from .stored import KEY
 from .wiring import surround_hook
 
 _Module = TypeVar("_Module", bound=pl.LightningModule)
-KEY = "lightning_peft"  # of a Lightning checkpoint's entry
 
 
 def wire_checkpoints(module: pl.LightningModule, check_base: bool) -> None:

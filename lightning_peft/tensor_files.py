@@ -16,24 +16,29 @@ _TYPES = {
     "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
 }  # fmt: skip
 _CHUNK = 2**20
+_INDEX = "*.safetensors.index.json"
+# What else may hold the weights: a copy would be of others than the files beside it.
+_OTHERS = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
 
 
 class TensorFiles:
     """The tensors of one file or of all files in a folder, by key; holds none of them.
 
     Args:
-        path: A file, or a folder as transformers writes it.
+        path: A file, or a folder as transformers writes it; where it has an index, the files that this names.
 
     Raises:
-        FileNotFoundError: There is none.
-        ValueError: A file is no safetensors file.
+        FileNotFoundError: There is none, or one is missing that the index names.
+        ValueError: A file is no safetensors file, or two hold the same tensor.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.files = sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]
+        self.files = self._listed() if self.path.is_dir() else [self.path]
         if not self.files or not self.files[0].is_file():
-            raise FileNotFoundError(f"{path} holds no .safetensors file; save the base model there.")
+            other = next((file.name for end in _OTHERS for file in self.path.glob(end)), None)
+            has = f", but {other}: load it in transformers and write it with save_pretrained" if other else ""
+            raise FileNotFoundError(f"{path} holds no .safetensors file{has or '; save the base model there'}.")
         self._places: dict[str, tuple[Path, int, torch.dtype, list[int]]] = {}
         for file in self.files:
             self._read_header(file)
@@ -65,13 +70,28 @@ class TensorFiles:
             opened.write(_bytes_of(values.detach().to("cpu", dtype).contiguous()))
 
     def copied(self, folder: Path) -> TensorFiles:
-        """Copy the files, and those beside them in a folder, into another; holes stay holes."""
+        """Copy the files, and those beside them in a folder but other weights, into another; holes stay holes."""
         for file in self.files:
             _copy(file, folder / file.name)
         for file in self.path.iterdir() if self.path.is_dir() else ():
-            if file.is_file() and file not in self.files:
+            if file.is_file() and not any(file.match(end) for end in (*_OTHERS, "*.safetensors")):
                 shutil.copy2(file, folder / file.name)
         return TensorFiles(folder if self.path.is_dir() else folder / self.path.name)
+
+    def _listed(self) -> list[Path]:
+        found = sorted(self.path.glob(_INDEX))
+        if not found:
+            return sorted(self.path.glob("*.safetensors"))
+        try:
+            names = {
+                name for index in found for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            }
+            files = [self.path / name for name in sorted(names)]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{found[0]} is damaged, or no index ({error!r}).") from error
+        if missing := next((file for file in files if not file.is_file()), None):
+            raise FileNotFoundError(f"{missing} is missing, which {found[0].name} names; copy it there, too.")
+        return files
 
     def _read_header(self, file: Path) -> None:
         try:
@@ -79,6 +99,8 @@ class TensorFiles:
                 length = int.from_bytes(opened.read(8), "little")
                 header = json.loads(opened.read(length) if length < file.stat().st_size else b"")
             for key, entry in header.items():
+                if key in self._places:
+                    raise ValueError(f"{key} is in {self._places[key][0].name}, too; give the file that is meant")
                 if key != "__metadata__":
                     start, stop = entry["data_offsets"]
                     if 8 + length + stop > file.stat().st_size:

@@ -73,8 +73,9 @@ class Triplets(LowRankUpdate):
 
     def unpack(self, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a whole state without averages: triplets that were left out have no influence, but can grow."""
-        state = {name: torch.zeros_like(value) for name, value in self.state_dict().items()}
-        factors = {name: self.get_parameter(name).detach().clone() for name in ("a", "b")}
+        device = "cpu" if self.kept.is_meta else None  # then in files alone
+        state = {name: torch.zeros_like(value, device=device) for name, value in self.state_dict().items()}
+        factors = {n: state[n] if device else self.get_parameter(n).detach().clone() for n in ("a", "b")}
         factors["e"] = state.pop("e")
         count = packed["e"].numel() if "e" in packed else -1
         fits = {"a": (count, *self.a.shape[1:]), "b": (len(self.b), count), "e": (count,)}

@@ -7,12 +7,12 @@ import lightning_peft as lp
 
 ROOT = Path(lp.__file__).parent
 ROOMS = """
-    console extras losses flat shards layers quantized_layers base evaluation roles shapes activations select
+    console extras beginnings losses flat shards layers quantized_layers base evaluation roles shapes activations select
     fingerprints folders multihead attention forms products built adapter low_rank scaling affine triplets hadamard
     method bottlenecks kronecker feedforward outputs virtual_tokens words rows prompts prefixes prefix_starts
-    positions encoders pseudo_tokens templates methods hosts following refusals inject switching mixing combining nf4
-    quantized_shapes quantization merging finalizing checkpoint summary describing files tensor_files streaming named
-    interop ensembles planning layouts plots optimizers modes random_state precision
+    positions encoders pseudo_tokens templates methods hosts overwritten following refusals inject switching mixing
+    combining nf4 quantized_shapes quantization merging finalizing checkpoint summary describing files stored
+    tensor_files streaming named interop ensembles planning layouts plots optimizers modes random_state precision
     wiring restoring resuming showing sharding frozen_trunk caching strategy tasks recipes commands reports
     exchanging trainer cli __main__
 """

@@ -123,4 +123,4 @@ class Scaling(Adapter):
             return
         self.layer.write(host, wide[self.rows] * self.scales.view(-1, 1, *ones), self.rows.start)
         if bias is not None:
-            bias[self.rows].mul_(self.scales.to(bias.dtype))
+            bias[self.rows].copy_(bias[self.rows] * self.scales)  # in its own width, rounded once

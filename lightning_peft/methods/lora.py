@@ -144,7 +144,9 @@ class LoRAAdapter(LowRankUpdate):
 
     @torch.no_grad()
     def _start_from(self, host: Any) -> None:
-        if host is None or self.layer.parameter(host).is_meta:
+        if self.a.is_meta:
+            return  # loading brings values, or this is called again where there are some
+        if host is None:
             raise TypeError(
                 "decompose and the initial values pissa and olora are computed from the host's weight: load the base "
                 "model first, then inject."

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..base import SLOT
+from ..beginnings import beginnings
 from ..hosts import adapters
 from ..quantization import complete
 from ..quantized_layers import original_of
@@ -68,7 +69,7 @@ class BaseWeights:
         for name, parameter in module.named_parameters(remove_duplicate=False):
             if parameter.is_meta and f".{SLOT}." not in f".{name}":
                 names[parameter].append(name)
-        ours, theirs = self._prefixes(names)
+        ours, theirs = beginnings((n for own in names.values() for n in own), self._holders)
         keys = {n: theirs + n.removeprefix(ours) for own in names.values() for n in own if n.startswith(ours)}
         self._keys = {name: key for name, key in keys.items() if key in self._holders}
         missing = [own[0] for p, own in names.items() if not p.requires_grad and not self._keys.keys() & set(own)]
@@ -84,28 +85,10 @@ class BaseWeights:
         key = self._keys.get(name)
         return None if key is None else self._holders[key].get_tensor(key)
 
-    def _prefixes(self, names: Mapping[nn.Parameter, list[str]]) -> tuple[str, str]:
-        """Return the beginnings in which most of our names and their keys differ."""
-        by_end = defaultdict[str, list[str]](list)
-        for key in self._holders:
-            for end in _ends(key):
-                by_end[end].append(key.removesuffix(end))
-        votes = Counter[tuple[str, str]]()
-        for name in (n for own in names.values() for n in own):
-            common = next((end for end in _ends(name) if end in by_end), None)
-            if common is not None:
-                votes.update((name.removesuffix(common), theirs) for theirs in by_end[common])
-        return max(votes, key=lambda pair: votes[pair], default=("", ""))
-
     def _check_shape(self, name: str, parameter: Tensor) -> None:
         key = self._keys.get(name)
         if key is not None and (shape := self._holders[key].get_slice(key).get_shape()) != list(parameter.shape):
             raise ValueError(f"base_weights: {key} has shape {shape}, the model {list(parameter.shape)}.")
-
-
-def _ends(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]
 
 
 @torch.no_grad()

@@ -14,8 +14,9 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MetricCollection
 
 from lightning_peft.pseudo_tokens import EncodedPrompt
-from lightning_peft.restoring import KEY, inject_from_checkpoint
+from lightning_peft.restoring import inject_from_checkpoint
 from lightning_peft.rows import TaskAdapter, row_tasks
+from lightning_peft.stored import KEY
 from lightning_peft.tasks.mixed_batches import TASK_IDS
 from lightning_peft.tasks.mixed_data import MixedDataModule
 from lightning_peft.tasks.models import weights_folder
