@@ -1,6 +1,8 @@
 """Parameters that adapters have of their own: heads of several tasks side by side over one untouched base."""
 
 import copy
+import importlib.util
+import json
 
 import pytest
 import torch
@@ -217,3 +219,27 @@ def test_a_trainer_trains_a_task_beside_others(inside, tmp_path):
 def test_without_a_method_something_must_have_been_injected():
     with pytest.raises(ValueError, match="without a method trains what was injected before, and nothing was"):
         trainer(lp.PEFTStrategy(), max_steps=1).fit(Module(), DataLoader(tokens(4), batch_size=2))
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own advice, and what it calls
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+@pytest.mark.parametrize("task", ["lora", "head beside"])
+def test_peft_gets_the_head_of_the_task(task, tasks, tmp_path):
+    import peft
+
+    if task == "lora":
+        net = together(tasks)
+        alone = tasks["lora"][1]
+        lp.export_peft(net, tmp_path, name="my_lora")
+    else:
+        net = stir(lp.inject(MODELS["bert"](), [lp.LoRA(rank=3), lp.OwnParameters(targets=["classifier"])]), 7)
+        alone = out(net)
+        lp.export_peft(net, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == (["bert.pooler.dense", "classifier"] if task == "lora" else ["classifier"])
+    assert "OwnParameters" in (tmp_path / "README.md").read_text()
+    theirs = peft.PeftModel.from_pretrained(MODELS["bert"](), tmp_path)
+    torch.testing.assert_close(out(theirs), alone)
+    torch.testing.assert_close(out(lp.import_peft(MODELS["bert"](), tmp_path)), alone)
+    with pytest.raises(ValueError, match="No method with adapters is named 'my_lora_own'"):
+        lp.export_peft(together(tasks), tmp_path, name="my_lora_own")
