@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -84,30 +83,30 @@ def _plan(model: nn.Module, names: Sequence[str | None]) -> list[tuple[Any, list
     for name, method in used.items():
         if record.trained and any(method.parameters(model)):
             raise TypeError(f"{name!r} trains parameters of the base itself, which all rows share.")
-    plan, rows_of = [], functools.cache(Rows)
+    device, plan = next(model.parameters()).device, []
+    rows = functools.cache(lambda own: Rows(_numbers(own, names), device))  # the same for most hosts
     for module in outside(model):
         if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and not module.batch_first:
             raise ValueError(
                 f"{_place(model, module)} takes (tokens, batch, features); row_adapters needs batch_first=True."
             )
         if isinstance(module, Adapted) and (parts := _parts(model, module, used)):
-            host: Any = module
-            rows = [rows_of(_numbers(own, names), next(host.parameters()).device) for own in parts]
-            plan.append((host, [Part(list(own.values()), of) for own, of in zip(parts, rows, strict=True)]))
+            plan.append((module, [Part(list(own.values()), rows(tuple(own))) for own in parts]))
     return plan
 
 
 def _parts(model: nn.Module, host: Any, used: Container[str]) -> list[dict[str, RowWise]]:
     """Return the adapters by name of each part of a host."""
-    parts: dict[str, dict[str, RowWise]] = defaultdict(dict)
+    parts: dict[str, dict[str, RowWise]] = {}
+    is_read = read_attribute(type(host)) is not None
     for key, adapter in host.peft.items():
         if (name := name_of(key, adapter)) in used:
-            if not isinstance(adapter, RowWise) or read_attribute(type(host)) is not None:
+            if is_read or not isinstance(adapter, RowWise):
                 raise TypeError(
                     f"{key!r} at {_place(model, host)} is a {type(adapter).__name__} on a {type(host).__name__}; rows "
                     f"can have adapters of their own where these act on what enters and leaves a called layer, by rows."
                 )
-            parts[key.removeprefix(name)][name] = adapter
+            parts.setdefault(key[len(name) :], {})[name] = adapter
     return list(parts.values())
 
 

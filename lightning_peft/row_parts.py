@@ -22,11 +22,23 @@ class Rows:
     """
 
     def __init__(self, numbers: tuple[int, ...], device: torch.device) -> None:
+        self.numbers, self.device = numbers, device
         self.count, kinds = len(numbers), max(numbers) + 1
         ids = torch.tensor(numbers, device=device)
-        self.of_each = [(ids == number).nonzero()[:, 0] for number in range(kinds)]
         self.ids = None if kinds == 1 else ids.clamp(min=0)
         self.has_one = (ids >= 0).view(-1, 1, 1) if -1 in numbers else None
+
+    @functools.cached_property
+    def of_each(self) -> list[Tensor]:
+        """Return the places of each adapter's rows."""
+        found: dict[int, list[int]] = {}
+        for place, number in enumerate(self.numbers):
+            found.setdefault(number, []).append(place)
+        return [torch.tensor(found[number], device=self.device) for number in range(max(found) + 1)]
+
+    def on(self, device: torch.device) -> Rows:
+        """Return the same for another device, which a part of the model may be on."""
+        return self if device == self.device else Rows(self.numbers, device)
 
     def at(self, number: int, rows: int) -> Tensor:
         """Return the places of one adapter's rows; a call with more rows has neighbours that share a name."""
@@ -43,8 +55,12 @@ class Rows:
             values = [like.new_tensor([value]) for value in values]
         if len(shapes := {value.shape for value in values}) > 1:
             values = [_filled(value, [max(sides) for sides in zip(*shapes, strict=True)]) for value in values]
-        found = torch.stack(tuple(values))
-        found = found.expand(self.count, *found.shape[1:]) if self.ids is None else found.index_select(0, self.ids)
+        if self.ids is None:
+            found = values[0].expand(self.count, *values[0].shape)
+        elif torch.is_grad_enabled():  # so that each adapter gets one gradient, not one for each row
+            found = torch.stack(tuple(values)).index_select(0, self.ids)
+        else:
+            found = torch.stack([values[max(number, 0)] for number in self.numbers])
         return found[:, None] if found.dim() == 2 else found
 
     def where(self, new: Tensor, old: Tensor) -> Tensor:
@@ -70,48 +86,50 @@ class Part:
         self.adapters, self.rows = adapters, rows
 
     def __call__(self, host: Any, inner: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._refuse(host, x, x)
+        rows = self.rows.on(x.device)
+        _refuse(host, rows, x, x)
         if args or kwargs:
             inner = functools.partial(inner, *args, **kwargs)
         found = [adapter.row_values() for adapter in self.adapters]
         if not found[0] or any(one[:1] != found[0][:1] for one in found):
-            return self._one_by_one(host, inner, x)
+            return self._one_by_one(host, inner, rows, x)
         _, *columns = zip(*found, strict=True)
-        values = [self.rows.stacked(column, columns[0][0]) for column in columns]
-        return self._at_once(host, inner, x, values)
+        values = [rows.stacked(column, columns[0][0]) for column in columns]
+        return self._at_once(host, inner, rows, x, values)
 
-    def _at_once(self, host: Any, inner: Callable[..., Any], x: Tensor, values: Sequence[Any]) -> Tensor:
+    def _at_once(self, host: Any, inner: Callable[..., Any], rows: Rows, x: Tensor, values: Sequence[Any]) -> Tensor:
         """Let the first adapter serve all rows, with values of their own."""
         first = self.adapters[0]
-        of_rows = x.reshape(self.rows.count, -1, x.shape[-1])
-        given = self.rows.where(first.entering(host, of_rows, *values), of_rows)
+        of_rows = x.reshape(rows.count, -1, x.shape[-1])
+        given = rows.where(first.entering(host, of_rows, *values), of_rows)
         y = inner(x if given is of_rows else given.view_as(x))
-        self._refuse(host, x, y)
-        before = y.reshape(self.rows.count, -1, y.shape[-1])
-        return self.rows.where(first.leaving(host, of_rows, before, *values), before).view_as(y)
+        _refuse(host, rows, x, y)
+        before = y.reshape(rows.count, -1, y.shape[-1])
+        return rows.where(first.leaving(host, of_rows, before, *values), before).view_as(y)
 
-    def _one_by_one(self, host: Any, inner: Callable[..., Any], x: Tensor) -> Tensor:
+    def _one_by_one(self, host: Any, inner: Callable[..., Any], rows: Rows, x: Tensor) -> Tensor:
         """Let one adapter after the other serve its own rows."""
         given, found = x, []
         for number, adapter in enumerate(self.adapters):
-            places = self.rows.at(number, len(x))
+            places = rows.at(number, len(x))
             own = x.index_select(0, places)
             found.append((adapter, places, own))
             if (new := adapter.entering(host, own)) is not own:
                 given = given.index_copy(0, places, new.to(x.dtype))
         y: Tensor = inner(given)
-        self._refuse(host, x, y)
+        _refuse(host, rows, x, y)
         for adapter, places, own in found:
             new = adapter.leaving(host, own, y.index_select(0, places))
             y = y.index_copy(0, places, new.to(y.dtype))
         return y
 
-    def _refuse(self, host: Any, x: Tensor, y: Any) -> None:
-        """Raise where the first dimension cannot be that of the batch."""
-        if not isinstance(y, Tensor):
-            raise TypeError(f"{type(host).__name__} returns a {type(y).__name__}; row_adapters needs a tensor of rows.")
-        if y.shape[0] % self.rows.count or y.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"row_adapters was given {self.rows.count} names, and a layer has {len(y)} rows at hand, which is no "
-                f"multiple; the first dimension must be that of the batch."
-            )
+
+def _refuse(host: Any, rows: Rows, x: Tensor, y: Any) -> None:
+    """Raise where the first dimension cannot be that of the batch."""
+    if not isinstance(y, Tensor):
+        raise TypeError(f"{type(host).__name__} returns a {type(y).__name__}; row_adapters needs a tensor of rows.")
+    if y.shape[0] % rows.count or y.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"row_adapters was given {rows.count} names, and a layer has {len(y)} rows at hand, which is no "
+            f"multiple; the first dimension must be that of the batch."
+        )
