@@ -76,6 +76,23 @@ def test_each_task_has_its_own_head_over_one_base(tasks, tmp_path):
     assert torch.equal(out(net), base)
 
 
+@pytest.mark.parametrize("names", [("lora", "norms", "lora", "biases"), ("two", None, "output", "two")])
+def test_rows_of_a_batch_have_the_heads_of_their_tasks(names, tasks):
+    net, inputs = together(tasks), {k: v[[0, 1, 0, 1]] for k, v in MODELS["bert"].inputs().items()}
+    mine = [name and f"my_{name}" for name in names]
+    with torch.no_grad(), lp.row_adapters(net.eval(), mine):
+        mixed = logits(net(**inputs))
+    for row, name in enumerate(names):
+        alone = tasks[name][1] if name else out(MODELS["bert"]())
+        torch.testing.assert_close(mixed[row], alone[row % 2], atol=1e-5, rtol=1e-5)
+    lp.activate(net, "my_lora")
+    with lp.row_adapters(net, [name or "my_lora" for name in mine]):
+        logits(net(**inputs)).square().sum().backward()
+    found = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+    assert all(".peft.my_lora" in name for name in found)
+    assert all(gradient.any() for name, gradient in found.items() if "classifier" in name)
+
+
 def test_a_folder_of_all_brings_back_what_lay_idle(tasks, tmp_path):
     net = lp.activate(together(tasks), "my_norms")
     lp.save_adapter(net, tmp_path)
@@ -175,7 +192,7 @@ def test_refusals(tasks):
         lp.activate(net, "my_lora_own")
     with pytest.raises(ValueError, match="shared.weight is shared with another module"):
         lp.add_adapter(MODELS["t5"](), lp.OwnParameters(targets=["shared"]))
-    with pytest.raises(TypeError, match="OwnTensors of 'my_lora' at .* is no sum of B A"):
+    with pytest.raises(TypeError, match="OwnTensors of 'my_lora' at .* is no update W"):
         lp.combine(net, ["my_lora", "my_lora"], [1, 1], "sum")
     dora = lp.LoRA(rank=2, decompose=True, targets=["classifier"])
     with pytest.raises(ValueError, match="rewrites the whole weight and cannot share it with OwnTensors"):
