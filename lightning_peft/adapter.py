@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .built import BuiltWeight
 from .layers import layer_of
 from .products import Update, saves_work, updated_linear, updated_weight
+from .rowwise import RowWise
 
 Call = Callable[..., Any]
 Axes = tuple[str | None, ...]
@@ -88,7 +89,7 @@ def parameter_like(weight: Tensor, *shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype))
 
 
-class WeightUpdate(Adapter):
+class WeightUpdate(RowWise, Adapter):
     """Trains a linear layer's weight: y = host(x) + update(x), or one product with the updated weight, by cost.
 
     Laws: ``update(host, x) == layer.apply(host, x, d)`` with ``d = updated(w) - w`` of this part's rows ``w``, and
@@ -120,10 +121,6 @@ class WeightUpdate(Adapter):
         """Return what becomes of a weight (of its part), as (out, in, *kernel)."""
         return weight + self.delta()
 
-    def low_rank(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return x', A (rank, in) and B (out, rank), if ``update`` of a linear layer is B A x'; else None."""
-        return None
-
     def in_form(self) -> Update | None:
         """Return what one product with the updated weight needs; None where only ``update`` will do."""
         return None
@@ -148,7 +145,9 @@ class WeightUpdate(Adapter):
     def _called(self, host: Any, inner: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if (product := self._one_product(host, inner, x)) is not None:
             return product
-        y: Tensor = inner(x, *args, **kwargs)
+        return self.leaving(host, x, inner(x, *args, **kwargs))
+
+    def leaving(self, host: Any, x: Tensor, y: Tensor, *values: Any) -> Tensor:
         return y + self.placed(host, self.update(host, x)).to(y.dtype)
 
     def placed(self, host: Any, update: Tensor) -> Tensor:

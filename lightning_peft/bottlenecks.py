@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,13 +23,19 @@ def check_bottleneck(size: int, activation: str) -> None:
 
 
 def bottleneck(x: Tensor, down: Layer, up: Layer, activation: str, dropout: float = 0.0) -> Tensor:
-    """Return up(dropout(activation(down(x)))), in the type of ``x``."""
+    """Return up(dropout(activation(down(x)))), in the type of ``x``.
+
+    Each row of ``x`` (rows, tokens, features) may have layers of its own: (rows, out, in) and (rows, 1, out).
+    """
     hidden = ACTIVATIONS[activation](_apply(x, *down))
     return _apply(F.dropout(hidden, dropout) if dropout > 0 else hidden, *up)
 
 
 def _apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if bias is not None and weight.dim() == 3:
+        return torch.baddbmm(bias, x, weight.mT)
+    return F.linear(x, weight, bias)
 
 
 def output_of(host: nn.Module, name: str) -> tuple[int, Tensor]:

@@ -1,4 +1,4 @@
-"""Several adapters of low rank made into one: sums, TIES and DARE, of weights or of factors."""
+"""Several updates of the same weights made into one LoRA: sums, TIES and DARE, of weights or of factors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from .adapter import WeightUpdate
 from .inject import adapters_of, inject_idle, injected, named
 from .low_rank import LowRankUpdate
 from .method import Method, require
 from .methods import LoRA
 
-Rule = Literal["linear", "ties", "dare_linear", "dare_ties"]
+Rule = Literal["linear", "magnitude_prune", "ties", "dare_linear", "dare_ties"]
 
 
 def combine(
@@ -30,9 +31,10 @@ def combine(
 ) -> nn.Module:
     """Add a LoRA that combines others, idle like what ``add_adapter`` adds; those and the base stay as they are.
 
-    With updates D_i = s_i B_i A_i and the given weights w_i, entry by entry:
+    With updates D_i (of LoRA: s_i B_i A_i) and the given weights w_i, entry by entry:
 
     * ``linear``: sum_i w_i D_i (task arithmetic, https://arxiv.org/abs/2212.04089).
+    * ``magnitude_prune``: keep of each D_i the share ``density`` of largest magnitude, then sum.
     * ``ties``: keep of each D_i the share ``density`` of largest magnitude, elect the sign of their sum, and average
       the w_i D_i that have this sign over those that have it (https://arxiv.org/abs/2306.01708).
     * ``dare_linear``: keep entries of D_i at random with probability ``density`` and divide them by it, then sum
@@ -44,13 +46,14 @@ def combine(
 
     Args:
         model: A model with the adapters, active or not.
-        names: Names of adapters of low rank (LoRA without ``decompose``, AdaLoRA) at the same places.
+        names: Names of adapters that add to weights, at the same places: LoRA without ``decompose``, AdaLoRA, FedPara,
+            KronA. Factors have those of low rank alone, LoRA and AdaLoRA.
         weights: A number w_i for each, of either sign.
         name: Name of the new adapters.
         rule: How they are combined.
         of: Whether weights or factors are.
-        rank: Rank of the new adapters; the largest of the others if not given. Factors keep theirs.
-        density: Share of entries that TIES and DARE keep.
+        rank: Rank of the new adapters; the largest of the others if not given and all have one. Factors keep theirs.
+        density: Share of entries that is kept, of all rules but ``linear``.
         seed: Of what DARE keeps.
 
     Returns:
@@ -58,7 +61,7 @@ def combine(
 
     Raises:
         ValueError: A name is unknown or taken, numbers do not fit, or the adapters lie at different places.
-        TypeError: Adapters are not of low rank.
+        TypeError: Adapters add nothing to a weight, or have no factors.
     """
     require(rule in get_args(Rule), "rule", rule, f"one of {', '.join(get_args(Rule))}")
     require(of in ("weights", "factors"), "of", of, "weights or factors")
@@ -66,16 +69,12 @@ def combine(
     require(len(names) == len(weights) > 0, "weights", weights, f"one number for each of {list(names)}")
     require(all(map(math.isfinite, weights)), "weights", weights, "finite")
     methods = [named(injected(model), one) for one in names]
-    found = [_of_low_rank(model, several) for several in methods]
+    found = [_updates(model, several, of) for several in methods]
     for other, updates in zip(names, found, strict=True):
         if odd := updates.keys() ^ found[0].keys():
             raise ValueError(f"{names[0]!r} and {other!r} must lie at the same places; only one is at {min(odd)}.")
-    ranks = sorted({len(update.pair()[0]) for updates in found for update in updates.values()})
-    require(
-        of == "weights" or (len(ranks) == 1 and rank in (None, *ranks)), "rank", rank or ranks, "one for all factors"
-    )
+    rank = _rank([update for updates in found for update in updates.values()], of, rank)
     new: Any = methods[0][0]
-    rank = rank or ranks[-1]
     method = LoRA(name=name, targets=list(new.targets), exclude=list(new.exclude), rank=rank, alpha=float(rank))
     inject_idle(model, [method])
     generator = torch.Generator().manual_seed(seed)
@@ -86,21 +85,33 @@ def combine(
     return model
 
 
-def _of_low_rank(model: nn.Module, methods: Sequence[Method]) -> dict[str, LowRankUpdate]:
-    found: dict[str, Any] = adapters_of(model, *methods)
+def _updates(model: nn.Module, methods: Sequence[Method], of: str) -> dict[str, Any]:
+    found = adapters_of(model, *methods)
     for place, adapter in found.items():
-        if not isinstance(adapter, LowRankUpdate) or adapter.alone:
+        what = f"{type(adapter).__name__} of {methods[0].name!r} at {place}"
+        if not isinstance(adapter, WeightUpdate) or adapter.alone:
             raise TypeError(
-                f"{type(adapter).__name__} of {methods[0].name!r} at {place} is no sum of B A; it has no factors."
+                f"{what} is no update W + D of a weight; LoRA without decompose and its kin can be combined."
             )
-    return found
+        if of == "factors" and not isinstance(adapter, LowRankUpdate):
+            raise TypeError(f"{what} has no factors B and A; combine weights.")
+    return dict(found)
+
+
+def _rank(updates: Sequence[WeightUpdate], of: str, rank: int | None) -> int:
+    """Return the rank of the result."""
+    own = {len(update.pair()[0]) if isinstance(update, LowRankUpdate) else None for update in updates}
+    if of == "factors":
+        require(len(own) == 1 and rank in (None, *own), "rank", rank or sorted(map(str, own)), "one for all factors")
+    require(rank is not None or None not in own, "rank", rank, "given, since not all updates have one")
+    return rank or max(one for one in own if one is not None)
 
 
 def _weights(
-    updates: Sequence[LowRankUpdate], weights: Sequence[float], rule: Rule, density: float, rank: int, generator: Any
+    updates: Sequence[Any], weights: Sequence[float], rule: Rule, density: float, rank: int, generator: Any
 ) -> tuple[Tensor, Tensor]:
     """Return A and B of the best approximation to the combined updates."""
-    if rule == "linear":  # in the space of the factors, where the decomposition is small
+    if rule == "linear" and all(isinstance(update, LowRankUpdate) for update in updates):  # of factors, which is small
         pairs = [(update.pair(), weight * update.scale) for update, weight in zip(updates, weights, strict=True)]
         q_b, r_b = torch.linalg.qr(torch.cat([b * scale for (_, b), scale in pairs], 1).detach().double())
         q_a, r_a = torch.linalg.qr(torch.cat([a.flatten(1) for (a, _), _ in pairs]).detach().double().T)
@@ -117,7 +128,7 @@ def _weights(
 
 
 def _factors(
-    updates: Sequence[LowRankUpdate], weights: Sequence[float], rule: Rule, density: float, rank: int, generator: Any
+    updates: Sequence[Any], weights: Sequence[float], rule: Rule, density: float, rank: int, generator: Any
 ) -> tuple[Tensor, Tensor]:
     """Return A and B that are combined each by itself."""
     pairs = [[factor.detach().flatten(1).double() for factor in update.pair()] for update in updates]
@@ -131,13 +142,13 @@ def combined(
     tensors: Sequence[Tensor], weights: Sequence[float], rule: Rule, density: float, generator: torch.Generator
 ) -> Tensor:
     """Return what a rule of ``combine`` makes of tensors of one shape."""
-    if rule == "ties":
+    if rule in ("ties", "magnitude_prune"):
         tensors = [_largest(x, density) for x in tensors]
     elif rule != "linear":
         tensors = [x * (torch.rand(x.shape, generator=generator).to(x.device) < density) / density for x in tensors]
     stack = torch.stack(list(tensors))
     weighted = stack * torch.tensor(weights, dtype=stack.dtype, device=stack.device).view(-1, *[1] * (stack.dim() - 1))
-    if rule in ("linear", "dare_linear"):
+    if rule in ("linear", "magnitude_prune", "dare_linear"):
         return weighted.sum(0)
     agrees = stack.sign() == torch.where(stack.sum(0) >= 0, 1, -1)
     return (weighted * agrees).sum(0) / agrees.sum(0).clamp(min=1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .adapter import Adapter, Call
 from .base import base_modules
 from .layers import is_called_linear, layer_of
+from .rowwise import RowWise
 from .select import select
 
 FEEDFORWARD = "feedforward"  # the pairs of feedforward.up and feedforward.down that make a block
@@ -40,7 +41,7 @@ class Held:
         return x
 
 
-class Tap(Adapter):
+class Tap(RowWise, Adapter):
     """Hands the input of an up-projection to the branch at its down-projection; has no parameters."""
 
     axes = {}
@@ -53,11 +54,15 @@ class Tap(Adapter):
     def reset_parameters(self) -> None: ...
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
-        self.held.x = _first(args, kwargs)
+        self.entering(host, _first(args, kwargs))
         return inner(*args, **kwargs)
 
+    def entering(self, host: Any, x: Tensor, *values: Any) -> Tensor:
+        self.held.x = x
+        return x
 
-class Beside(Adapter):
+
+class Beside(RowWise, Adapter):
     """y = block(x) + factor branch(x), on the block itself or, with a tap, on its down-projection."""
 
     axes = {}
@@ -70,10 +75,12 @@ class Beside(Adapter):
         """Return what is added to the block's output, for its input."""
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Tensor:
-        x = _first(args, kwargs) if self.held is None else self.held.take()
-        y = inner(*args, **kwargs)
+        return self.leaving(host, _first(args, kwargs), inner(*args, **kwargs))
+
+    def leaving(self, host: Any, x: Tensor, y: Tensor, *values: Any) -> Tensor:
         if not isinstance(y, Tensor):
             raise TypeError(f"{type(host).__name__} returns a {type(y).__name__}, to which no branch can be added.")
+        x = x if self.held is None else self.held.take()
         return torch.add(y, self.branch(x).to(y.dtype), alpha=self.factor)
 
 

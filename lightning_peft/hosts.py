@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .adapter import Adapter
+from .base import SLOT
 from .layers import bias_attribute, read_attribute
 
 # Of torch: what reads weights of its children, or packs its input, unless told otherwise.
@@ -89,6 +90,17 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Adapter]]:
                 yield name, host, key, adapter
 
 
+def outside(model: nn.Module) -> list[Any]:
+    """Return the modules of the base, the root included, quickly: without names, and without a look into adapters."""
+    found, seen = [model], {id(model)}
+    for module in found:  # which grows
+        for name, child in module._modules.items():
+            if child is not None and id(child) not in seen and not (name == SLOT and isinstance(module, Adapted)):
+                found.append(child)
+                seen.add(id(child))
+    return found
+
+
 def surrounding(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     """Yield (host's name, adapter) of those that take part."""
     for name, host, key, adapter in adapters(model):
@@ -100,6 +112,11 @@ def surrounding(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
 def key_of(name: str, adapter: Adapter) -> str:
     """Return the name under which an adapter of a method lies in its host."""
     return f"{name}_{adapter.part}" if adapter.part else name
+
+
+def name_of(key: str, adapter: Adapter) -> str:
+    """Return the name of the method that ``key_of`` was given."""
+    return key.removesuffix(f"_{adapter.part}") if adapter.part else key
 
 
 def attach(host: Any, key: str, adapter: Adapter, takes_part: bool = True) -> None:

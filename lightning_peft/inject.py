@@ -187,6 +187,12 @@ def trained_by(model: nn.Module, methods: Iterable[Method]) -> list[str]:
     return sorted({name for m in methods for name in m.parameters(model)} & set(injected(model).trained))
 
 
+def company(record: Injection, method: Method) -> list[Method]:
+    """Return the methods that go under one name with this one; for those without such a name, all others without."""
+    inside = {other: first for first, names in record.groups.items() for other in names}
+    return [other for other in record.methods if inside.get(other.name) == inside.get(method.name)]
+
+
 def taking_part(record: Injection) -> list[Method]:
     """Return the methods whose adapters take part in calls."""
     return [method for name in record.active for method in named(record, name)]

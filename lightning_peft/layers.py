@@ -23,6 +23,7 @@ class Layer(ABC):
 
     looks_up = False  # inputs are indices, not features
     is_read = False  # a module further out reads the weight and never calls the layer
+    maps_features = False  # a call maps the last dimension of its input linearly
 
     @abstractmethod
     def apply(self, host: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -67,6 +68,8 @@ class Layer(ABC):
 class LinearKind(Layer):
     """``nn.Linear``: y = x W^T."""
 
+    maps_features = True
+
     def multiplies(self, host: Any, call: object) -> bool:
         return call is nn.Linear.forward and type(host.weight) in _PLAIN
 
@@ -97,7 +100,7 @@ class TransposedKind(_StoredTransposed):
 class ReadKind(LinearKind):
     """A weight that torch's attention reads from a module without calling it."""
 
-    is_read = True
+    is_read, maps_features = True, False
 
     def multiplies(self, host: Any, call: object) -> bool:
         return False
@@ -117,7 +120,7 @@ class ReadKind(LinearKind):
 class EmbeddingKind(_StoredTransposed):
     """``nn.Embedding``: the linear map of one-hot vectors, stored as W^T."""
 
-    looks_up = True
+    looks_up, maps_features = True, False
 
     def multiplies(self, host: Any, call: object) -> bool:
         return False
@@ -200,10 +203,9 @@ def has_values(x: Tensor) -> bool:
 def is_called_linear(module: nn.Module) -> bool:
     """Whether a module maps features linearly when called: not embeddings, not torch's ``out_proj``, which is read."""
     try:
-        layer = layer_of(module)
+        return layer_of(module).maps_features
     except TypeError:
         return False
-    return isinstance(layer, LinearKind) and not layer.looks_up and not layer.is_read
 
 
 def read_attribute(kind: type[nn.Module]) -> str | None:

@@ -54,9 +54,23 @@ class LowRankUpdate(WeightUpdate):
             return None
         return Update(LowRank(self.scale), self.rows, (a, b))
 
-    def low_rank(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        a, b = self.pair()
-        return self.dropped(x), a * self.scale, b
+    def row_values(self) -> tuple[Any, ...]:
+        if self.alone or (self.dropout and self.training) or not self.layer.maps_features:
+            return ()
+        return LowRankUpdate, *self.pair(), self.scale
+
+    def leaving(self, host: Any, x: Tensor, y: Tensor, *values: Any) -> Tensor:
+        if not values:
+            return super().leaving(host, x, y)
+        a, b, scale = values
+        first, stop = self.rows
+        if stop - first < y.shape[-1]:
+            b = F.pad(b, (0, 0, first, y.shape[-1] - stop))
+        hidden, b = torch.bmm(x, a.to(x.dtype).mT), b.to(x.dtype)
+        hidden = hidden if isinstance(scale, float) and scale == 1.0 else (hidden * scale).to(hidden.dtype)
+        if y.dtype == hidden.dtype == b.dtype:
+            return torch.baddbmm(y, hidden, b.mT)
+        return y + torch.bmm(hidden, b.mT).to(y.dtype)
 
     def dropped(self, x: Tensor) -> Tensor:
         """Return inputs after dropout."""

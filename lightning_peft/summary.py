@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from .base import base_parameters
 from .checkpoint import adapter_state
 from .inject import adapters_of, injection, taking_part
+from .method import Method
 from .shards import shape_of
+
+BASE = "base parameters"  # that train
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,11 @@ def summary(model: nn.Module) -> Summary:
     active = taking_part(record) if record else []
     trained = {n: _count(p) for n, p in base_parameters(model).items() if p.requires_grad}
     for method in record.methods if record else ():
-        found = [a for a in adapters_of(model, method).values() if next(a.parameters(), None) is not None]
-        parameters = {id(p): _count(p) for adapter in found for p in adapter.parameters()}
-        if parameters:
-            what, trains = f"{type(method).__name__} ({method.name})", method in active
-            rows.append((what if trains else f"{what}, idle", len(found), sum(parameters.values()) if trains else 0))
+        what, places, count = row(model, method)
+        if count:
+            rows.append((what, places, count) if method in active else (f"{what}, idle", places, 0))
     if trained:
-        rows.append(("base parameters", len(trained), sum(trained.values())))
+        rows.append((BASE, len(trained), sum(trained.values())))
     return Summary(
         rows=tuple(rows),
         trainable=sum(_count(p) for p in model.parameters() if p.requires_grad),
@@ -67,6 +68,13 @@ def summary(model: nn.Module) -> Summary:
         saved_bytes=sum(_count(v) * v.element_size() for v in adapter_state(model, packed=True).values()),
         base_bytes=sum(_count(p) * p.element_size() for p in base_parameters(model).values()),
     )
+
+
+def row(model: nn.Module, method: Method) -> tuple[str, int, int]:
+    """Return the row of a method in the table, as it is where its adapters train."""
+    found = [a for a in adapters_of(model, method).values() if next(a.parameters(), None) is not None]
+    parameters = {id(p): _count(p) for adapter in found for p in adapter.parameters()}
+    return f"{type(method).__name__} ({method.name})", len(found), sum(parameters.values())
 
 
 def _count(tensor: Tensor) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .base import base_parameters
-from .hosts import Adapted, adapters, call_as_before, call_children, key_of, remove
+from .hosts import Adapted, adapters, call_as_before, call_children, key_of, outside, remove
 from .inject import Injection, adapters_of, detach, injected, injection, named, refuse_paused, trained_by
 from .overwritten import refuse_merged
 from .refusals import refuse_company
@@ -132,7 +132,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def paused(model: nn.Module) -> Iterator[None]:
     """Context in which no adapter takes part but those that are there for a run alone."""
     record = injection(model) or Injection()
-    hosts: list[Any] = [module for module in model.modules() if isinstance(module, Adapted)]
+    hosts = [module for module in outside(model) if isinstance(module, Adapted)]
     before, was = [host.peft_order for host in hosts], record.paused
     record.paused = True
     for host in hosts:

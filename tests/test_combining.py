@@ -1,6 +1,6 @@
 """Combined adapters: formulas written afresh in float64, and what peft makes of the same factors."""
 
-import importlib.util
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from models import MODELS, logits, tokens
 from test_switching import stir
 
 import lightning_peft as lp
+from lightning_peft.combining import combined
 from lightning_peft.inject import adapters_of, injected, named
 
 WEIGHTS = [0.7, -0.4, 1.1]
@@ -77,8 +78,6 @@ def test_ties_is_its_formula_of_weights_and_of_factors():
 
 
 def test_dare_keeps_a_share_and_its_mean():
-    from lightning_peft.combining import combined
-
     x = [torch.full((100, 200), value, dtype=torch.float64) for value in (1.0, 2.0)]
     generator = torch.Generator().manual_seed(0)
     found = combined(x, [1.0, 0.5], "dare_linear", 0.25, generator)
@@ -93,14 +92,25 @@ def test_dare_keeps_a_share_and_its_mean():
     assert not np.array_equal(one, other)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
-@pytest.mark.filterwarnings("ignore")
-def test_peft_makes_the_same_of_them():
-    import peft
+PEFT = {  # what peft calls it, and what it is here
+    "linear": {"of": "factors"},
+    "cat": {"rank": 6},
+    "svd": {},
+    "magnitude_prune": {"of": "factors", "rule": "magnitude_prune", "density": 0.5},
+    "magnitude_prune_svd": {"rule": "magnitude_prune", "density": 0.3},
+    "ties": {"of": "factors", "rule": "ties", "density": 0.5},
+    "ties_svd": {"rule": "ties", "density": 0.3},
+    "dare_linear": {"of": "factors", "rule": "dare_linear", "density": 0.6, "seed": 3},
+    "dare_linear_svd": {"rule": "dare_linear", "density": 0.6, "seed": 3},
+    "dare_ties": {"of": "factors", "rule": "dare_ties", "density": 0.6, "seed": 3},
+    "dare_ties_svd": {"rule": "dare_ties", "density": 0.6, "seed": 3},
+}
 
-    net, names = model(), list("abc")
-    theirs = None
-    for number, name in enumerate(names):
+
+@pytest.fixture(scope="module")
+def both():
+    peft, net, theirs = pytest.importorskip("peft"), model(), None
+    for number, name in enumerate("abc"):
         config = peft.LoraConfig(r=2, lora_alpha=3 + number, target_modules=["q_proj", "v_proj"])
         if theirs is None:
             theirs = peft.get_peft_model(MODELS["llama"](), config, adapter_name=name)
@@ -110,15 +120,60 @@ def test_peft_makes_the_same_of_them():
             layer = theirs.base_model.model.get_submodule(place)
             layer.lora_A[name].weight.data.copy_(ours.a)
             layer.lora_B[name].weight.data.copy_(ours.b)
-    pairs = [("svd", {}), ("linear", {"of": "factors"}), ("ties", {"of": "factors", "rule": "ties", "density": 0.5})]
-    pairs += [("ties_svd", {"rule": "ties", "density": 0.5})]
-    for kind, settings in pairs:
-        density = {"density": settings["density"]} if "density" in settings else {}
-        theirs.base_model.add_weighted_adapter(names, WEIGHTS, kind, combination_type=kind, **density)
-        lp.combine(net, names, WEIGHTS, kind, **settings)
-        layer = theirs.base_model.model.get_submodule(HOST)
-        expected = layer.get_delta_weight(kind).detach().double().numpy()
-        np.testing.assert_allclose(deltas(net, kind)[0], expected, atol=2e-6, err_msg=kind)
+    return net, theirs
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", PEFT)
+@pytest.mark.parametrize("weights", [WEIGHTS, [1.0, 1.0, 1.0]])
+def test_peft_makes_the_same_of_them(kind, weights, both, monkeypatch):
+    net, theirs = both
+    draws = torch.Generator().manual_seed(3)  # what peft draws from torch's own generator is given to it
+    monkeypatch.setattr(torch, "bernoulli", lambda p: (torch.rand(p.shape, generator=draws) < p).to(p))
+    name = f"{kind}_{len(set(weights))}"
+    density = {"density": PEFT[kind]["density"]} if "density" in PEFT[kind] else {}
+    theirs.base_model.add_weighted_adapter(list("abc"), weights, name, combination_type=kind, **density)
+    lp.combine(net, list("abc"), weights, name, **PEFT[kind])
+    for place, found in adapters_of(net, *named(injected(net), name)).items():
+        expected = theirs.base_model.model.get_submodule(place).get_delta_weight(name)
+        torch.testing.assert_close(found.delta(), expected, rtol=0, atol=1e-5)  # it works in float32
+        assert expected.abs().max() > 1e-3
+
+
+def test_pefts_other_majority_is_another_rule():
+    """peft can elect by the number of signs as well; here, as in the paper, it is always their total."""
+    merging = pytest.importorskip("peft.utils.merge_utils")
+    x = [torch.tensor([value]) for value in (3.0, -1.0, -1.0)]
+    found = combined(x, [1.0] * 3, "ties", 1.0, torch.Generator())
+    ones = torch.ones(3)
+    with pytest.warns(UserWarning, match="no pruning"):
+        assert torch.equal(found, merging.ties(x, ones, 1.0, "total"))
+    with pytest.warns(UserWarning, match="no pruning"):
+        assert merging.ties(x, ones, 1.0, "frequency") == -1
+
+
+KIN = [lp.LoRA(rank=2), lp.LoRA(rank=3, init="pissa"), lp.AdaLoRA(initial_rank=4, target_rank=2), lp.FedPara(rank=2)]
+
+
+def test_updates_of_every_kind_and_rank_sum_up():
+    net, roles = MODELS["gpt2"](), ["attention.query", "attention.value", "feedforward.down"]
+    for number, method in enumerate([*KIN, lp.KronA(), lp.LoRA(rank=2)]):
+        lp.add_adapter(net, replace(method, targets=roles), f"k{number}")
+    stir(net, 8)
+    names, weights = [f"k{number}" for number in range(6)], [1.0, -0.5, 2.0, 0.3, 0.1, -1.0]
+    lp.combine(net, names, weights, "all", rank=32)
+    for place, found in adapters_of(net, *named(injected(net), "all")).items():
+        expected = sum(w * d for w, d in zip(weights, deltas(net, *names, host=place), strict=True))
+        np.testing.assert_allclose(found.delta().detach(), expected, atol=1e-5)
+    lp.combine(net, ["k0", "k2", "k5"], [1, 1, 1], "low")  # the largest rank
+    assert {len(a.a) for a in adapters_of(net, *named(injected(net), "low")).values()} == {4}
+    with pytest.raises(ValueError, match="rank must be given, since not all updates have one"):
+        lp.combine(net, ["k0", "k4"], [1, 1], "new")
+    with pytest.raises(TypeError, match="KronAUpdate of 'k4' at .* has no factors"):
+        lp.combine(net, ["k0", "k4"], [1, 1], "new", of="factors", rank=2)
+    with pytest.raises(ValueError, match="rank at .* must be at most 32"):
+        lp.combine(net, ["k0", "k4"], [1, 1], "new", rank=33)
+    assert not [n for n in net.state_dict() if ".new" in n]
 
 
 def test_refusals():
@@ -142,12 +197,12 @@ def test_refusals():
         with pytest.raises(ValueError, match=said):
             lp.combine(net, **{"names": ["a", "b"], "weights": [1, 1], "name": "new"} | changed)
     for other in ("ia3", "dora"):
-        with pytest.raises(TypeError, match="it has no factors"):
+        with pytest.raises(TypeError, match="is no update W . D of a weight"):
             lp.combine(net, ["a", other], [1, 1], "new")
     assert net.state_dict().keys() == keys
 
 
-def test_parts_of_fused_layers_and_convolutions():
+def test_parts_of_fused_layers():
     net = model(base="gpt2")
     lp.combine(net, list("ab"), [1, 2], "sum", rank=4)
     places = adapters_of(net, *named(injected(net), "sum"))
@@ -155,11 +210,18 @@ def test_parts_of_fused_layers_and_convolutions():
     for place in places:
         a, b, found = deltas(net, "a", "b", "sum", host=place)
         np.testing.assert_allclose(found, a + 2 * b, atol=1e-6)
-    image = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))
-    for name in "ab":
-        lp.add_adapter(image, lp.LoRA(rank=1, targets=["0"]), name)
-    stir(image, 1)
-    lp.combine(image, ["a", "b"], [1, -1], "sum", rank=2)
-    a, b, found = deltas(image, "a", "b", "sum", host="0")
+
+
+@pytest.mark.parametrize(
+    "layer", [torch.nn.Conv2d(3, 4, 3), torch.nn.Conv1d(4, 6, 2, groups=2), torch.nn.Embedding(9, 4)]
+)
+def test_convolutions_and_embeddings(layer):
+    net = torch.nn.Sequential(layer)
+    for name, rank in (("a", 1), ("b", 2)):
+        lp.add_adapter(net, lp.LoRA(rank=rank, targets=["0"]), name)
+    stir(net, 1)
+    lp.combine(net, ["a", "b"], [1, -1], "sum", rank=3)
+    lp.combine(net, ["a", "b"], [1, -1], "ties", rank=4, rule="ties")
+    a, b, found, elected = deltas(net, "a", "b", "sum", "ties", host="0")
     np.testing.assert_allclose(found, a - b, atol=1e-6)
-    assert found.shape == (4, 3, 3, 3)
+    np.testing.assert_allclose(elected, ties([a, b], [1, -1], 0.5), atol=1e-6)

@@ -8,7 +8,8 @@ import lightning_peft as lp
 ROOT = Path(lp.__file__).parent
 ROOMS = """
     console extras beginnings losses flat shards layers quantized_layers base evaluation roles shapes activations select
-    fingerprints folders multihead attention forms products built adapter low_rank scaling affine triplets hadamard
+    fingerprints folders multihead attention forms products built rowwise row_parts adapter low_rank scaling affine
+    triplets hadamard
     method bottlenecks kronecker feedforward outputs virtual_tokens words rows prompts prefixes prefix_starts
     positions encoders pseudo_tokens templates methods hosts overwritten following refusals inject switching mixing
     combining nf4 quantized_shapes quantization merging finalizing checkpoint summary describing files stored

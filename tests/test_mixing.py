@@ -1,19 +1,25 @@
 """Rows of one batch with adapters of their own: each row is what it is alone."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from models import MODELS, logits, tokens
 from test_switching import stir
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_peft as lp
 
-ALL = ["all-linear"]
+ALL, after = ["all-linear"], functools.partial(lp.Bottleneck, std=0.5, train_norms=False, train_head=False)
 KINDS = {
     "lora": [lp.LoRA(rank=2, alpha=3), lp.LoRA(rank=4, targets=ALL), lp.LoRA(rank=3, scaling="rank_stabilized")],
     "with dora": [lp.LoRA(rank=2), lp.LoRA(rank=2, decompose=True), lp.LoRA(rank=1, init="orthogonal", targets=ALL)],
+    "scales": [lp.IA3(), lp.IA3(feedforward_targets=[]), lp.IA3(targets=["attention.query"], feedforward_targets=[])],
+    "bottlenecks": [after(size=4), after(size=6), after(size=3, targets=["feedforward.down"])],
+    "unlike bottlenecks": [after(size=4), after(size=4, activation="swish"), lp.IA3()],
+    "beside blocks": [lp.ParallelAdapter(size=4), lp.ParallelAdapter(size=3, scale=2), lp.KronABlock(scale=2)],
     "different": [lp.AdaLoRA(initial_rank=4, target_rank=2), lp.FedPara(rank=2), lp.KronA(scale=2)],
 }
 NAMES = ["a", None, "c", "b", "a", "c"]
@@ -59,7 +65,7 @@ def test_each_row_is_what_it_is_alone(base, kind):
     with lp.row_adapters(net, NAMES):
         found = logits(net(**inputs))
         assert net.state_dict().keys() == keys
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     assert (found[0] - found[4]).abs().max() > 0
     assert [getattr(m, "peft_order", None) for m in net.modules()] == orders
 
@@ -83,10 +89,11 @@ def test_embeddings_and_convolutions_have_rows_too():
     torch.testing.assert_close(found, alone(net, inputs, names))
 
 
-def test_gradients_are_those_of_each_row_alone():
-    net = model("llama", KINDS["lora"]).double()
+@pytest.mark.parametrize("kind", ["lora", "scales", "bottlenecks", "unlike bottlenecks", "beside blocks"])
+def test_gradients_are_those_of_each_row_alone(kind):
+    net = model("bert", KINDS[kind]).double()
     lp.activate(net, "a", "b", "c")
-    twin, inputs, names = copy.deepcopy(net), batch("llama"), ["a", "b", "c", "b", "a", "c"]
+    twin, inputs, names = copy.deepcopy(net), batch("bert"), ["a", "b", "c", "b", "a", "c"]
     with lp.row_adapters(net, names):
         logits(net(**inputs)).square().sum().backward()
     for number, name in enumerate(names):
@@ -141,12 +148,98 @@ def test_rows_and_narrow_types_and_compilation():
         torch.testing.assert_close(logits(net(**inputs)).float(), expected, rtol=0.1, atol=0.1)
 
 
+def test_whether_rows_are_stacked_makes_no_difference(monkeypatch):
+    for kind in ("lora", "scales", "bottlenecks"):
+        net, inputs, found = model("bert", KINDS[kind]), batch("bert"), []
+        for stacked in (True, False):
+            if not stacked:
+                for *_, adapter in lp.adapters(net):
+                    monkeypatch.setattr(type(adapter), "row_values", lambda self: ())
+            with lp.row_adapters(net, NAMES), torch.no_grad():
+                found.append(logits(net(**inputs)))
+        monkeypatch.undo()
+        torch.testing.assert_close(*found)
+
+
+def test_calls_do_not_grow_with_adapters():
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += 1
+            return func(*args, **kwargs or {})
+
+    for method in (lp.LoRA(rank=2), lp.IA3(), after(size=4)):
+        net, counts = MODELS["bert"](), []
+        for number in range(8):
+            lp.add_adapter(net, method, f"a{number}")
+        for used in (3, 8):
+            with lp.row_adapters(net, [f"a{row % used}" for row in range(8)]), torch.no_grad(), Count() as count:
+                net(**batch("bert", 8))
+            counts.append(count.calls)
+        assert counts[0] == counts[1]
+
+
+def test_what_changes_between_calls_is_seen():
+    net, inputs, names = model("bert", KINDS["lora"]), batch("bert", 3), ["a", "b", "c"]
+
+    def step():
+        optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+        logits(net(**inputs)).square().sum().backward()
+        optimizer.step()
+
+    def write(change):
+        for *_, adapter in lp.adapters(net):
+            change(adapter.b)
+
+    def replace():
+        lp.add_adapter(lp.remove_adapter(net, "b"), lp.LoRA(rank=5, alpha=1), "b")
+        stir(net, 9)
+
+    changes = {
+        "in place": lambda: write(nn.init.normal_),
+        "through data": lambda: write(lambda b: b.data.mul_(3)),
+        "other data": lambda: write(lambda b: setattr(b, "data", b.data + 1)),
+        "loaded": lambda: net.load_state_dict({k: v * 1.1 for k, v in net.state_dict().items()}),
+        "assigned": lambda: net.load_state_dict({k: v * 1.1 for k, v in net.state_dict().items()}, assign=True),
+        "trained": lambda: (lp.activate(net, "a", "b"), step()),
+        "switched": lambda: lp.activate(net, "b"),
+        "another": replace,
+        "wider": net.double,
+    }
+
+    def run(net):
+        with lp.row_adapters(net, names), torch.no_grad():
+            return logits(net(**inputs))
+
+    for name, change in changes.items():
+        before = run(net)
+        change()
+        found, twin = run(net), copy.deepcopy(net)
+        assert torch.equal(run(twin), found)
+        with torch.no_grad():
+            torch.testing.assert_close(found, alone(twin, inputs, names), rtol=1e-4, atol=1e-4)
+        assert torch.equal(before, found.float()) is (name == "switched"), name
+
+
+def test_what_changes_within_the_context_is_seen():
+    net, inputs, names = model("bert", KINDS["lora"]), batch("bert", 3), ["a", "b", "c"]
+    with lp.row_adapters(net, names), torch.no_grad():
+        net(**inputs)
+        for *_, adapter in lp.adapters(net):
+            adapter.b.data.mul_(3)
+        net.double()
+        found = logits(net(**inputs))
+    torch.testing.assert_close(found, alone(net, inputs, names), rtol=1e-6, atol=1e-8)
+
+
 def test_refusals():
-    net = model("llama", [lp.LoRA(rank=2), lp.IA3(), lp.PromptTuning(length=2)])
+    methods = [lp.LoRA(rank=2), lp.PromptTuning(length=2), lp.PrefixTuning(length=2)]
+    net = model("llama", methods)
     with pytest.raises(ValueError, match="no adapter named 'x'; it has 'a', 'b', 'c'"), lp.row_adapters(net, ["x"]):
         pass
-    for name, kind in (("b", "Scaling"), ("c", "")):
-        with pytest.raises(TypeError, match=f"is a .*{kind}.* adapters of their own where"):  # noqa: SIM117
+    for name, kind in (("b", "'b' at model is a TrainedPrompt"), ("c", "'c_encoder' at model is a SharedEncoder")):
+        with pytest.raises(TypeError, match=f"{kind} on a LlamaModel; rows can have adapters of their own where"):  # noqa: SIM117
             with lp.row_adapters(net, ["a", name]):
                 pass
     for names in ("a", []):
@@ -160,7 +253,20 @@ def test_refusals():
                 pass
         with lp.disabled(net):
             assert torch.equal(logits(net(tokens())), logits(MODELS["llama"]()(tokens())))
-    encoder = lp.add_adapter(MODELS["encoder"](), lp.LoRA(rank=2))
-    with pytest.raises(TypeError, match="layers that are called"), lp.row_adapters(encoder, ["lora"]):
+    for method in (lp.LoRA(rank=2), lp.IA3(), after(size=2)):
+        encoder = lp.add_adapter(MODELS["encoder"](), method, "one")
+        with pytest.raises(TypeError, match="'one.*' at .*self_attn is a .* on a MultiheadAttention"):  # noqa: SIM117
+            with lp.row_adapters(encoder, ["one"]):
+                pass
+    trained = lp.inject(MODELS["bert"](), lp.Bottleneck(size=2))
+    with pytest.raises(TypeError, match="'bottleneck' trains bert.* in the base"):  # noqa: SIM117
+        with lp.row_adapters(trained, ["bottleneck"]):
+            pass
+    tokens_first = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 1))
+    lp.add_adapter(tokens_first, lp.LoRA(rank=2, targets=["0"]))
+    with (
+        pytest.raises(ValueError, match=r"1 takes \(tokens, batch, features\)"),
+        lp.row_adapters(tokens_first, ["lora"]),
+    ):
         pass
     assert not [n for n, _ in net.named_modules() if "_rows" in n]

@@ -1,6 +1,8 @@
 """Parameters that adapters have of their own: heads of several tasks side by side over one untouched base."""
 
 import copy
+import importlib.util
+import json
 
 import pytest
 import torch
@@ -72,6 +74,23 @@ def test_each_task_has_its_own_head_over_one_base(tasks, tmp_path):
         lp.remove_adapter(net, f"my_{name}")
     assert net.state_dict().keys() == before.keys()
     assert torch.equal(out(net), base)
+
+
+@pytest.mark.parametrize("names", [("lora", "norms", "lora", "biases"), ("two", None, "output", "two")])
+def test_rows_of_a_batch_have_the_heads_of_their_tasks(names, tasks):
+    net, inputs = together(tasks), {k: v[[0, 1, 0, 1]] for k, v in MODELS["bert"].inputs().items()}
+    mine = [name and f"my_{name}" for name in names]
+    with torch.no_grad(), lp.row_adapters(net.eval(), mine):
+        mixed = logits(net(**inputs))
+    for row, name in enumerate(names):
+        alone = tasks[name][1] if name else out(MODELS["bert"]())
+        torch.testing.assert_close(mixed[row], alone[row % 2], atol=1e-5, rtol=1e-5)
+    lp.activate(net, "my_lora")
+    with lp.row_adapters(net, [name or "my_lora" for name in mine]):
+        logits(net(**inputs)).square().sum().backward()
+    found = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+    assert all(".peft.my_lora" in name for name in found)
+    assert all(gradient.any() for name, gradient in found.items() if "classifier" in name)
 
 
 def test_a_folder_of_all_brings_back_what_lay_idle(tasks, tmp_path):
@@ -173,7 +192,7 @@ def test_refusals(tasks):
         lp.activate(net, "my_lora_own")
     with pytest.raises(ValueError, match="shared.weight is shared with another module"):
         lp.add_adapter(MODELS["t5"](), lp.OwnParameters(targets=["shared"]))
-    with pytest.raises(TypeError, match="OwnTensors of 'my_lora' at .* is no sum of B A"):
+    with pytest.raises(TypeError, match="OwnTensors of 'my_lora' at .* is no update W"):
         lp.combine(net, ["my_lora", "my_lora"], [1, 1], "sum")
     dora = lp.LoRA(rank=2, decompose=True, targets=["classifier"])
     with pytest.raises(ValueError, match="rewrites the whole weight and cannot share it with OwnTensors"):
@@ -217,3 +236,27 @@ def test_a_trainer_trains_a_task_beside_others(inside, tmp_path):
 def test_without_a_method_something_must_have_been_injected():
     with pytest.raises(ValueError, match="without a method trains what was injected before, and nothing was"):
         trainer(lp.PEFTStrategy(), max_steps=1).fit(Module(), DataLoader(tokens(4), batch_size=2))
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own advice, and what it calls
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+@pytest.mark.parametrize("task", ["lora", "head beside"])
+def test_peft_gets_the_head_of_the_task(task, tasks, tmp_path):
+    import peft
+
+    if task == "lora":
+        net = together(tasks)
+        alone = tasks["lora"][1]
+        lp.export_peft(net, tmp_path, name="my_lora")
+    else:
+        net = stir(lp.inject(MODELS["bert"](), [lp.LoRA(rank=3), lp.OwnParameters(targets=["classifier"])]), 7)
+        alone = out(net)
+        lp.export_peft(net, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == (["bert.pooler.dense", "classifier"] if task == "lora" else ["classifier"])
+    assert "OwnParameters" in (tmp_path / "README.md").read_text()
+    theirs = peft.PeftModel.from_pretrained(MODELS["bert"](), tmp_path)
+    torch.testing.assert_close(out(theirs), alone)
+    torch.testing.assert_close(out(lp.import_peft(MODELS["bert"](), tmp_path)), alone)
+    with pytest.raises(ValueError, match="No method with adapters is named 'my_lora_own'"):
+        lp.export_peft(together(tasks), tmp_path, name="my_lora_own")

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from ..adapter import Adapter
 from ..checkpoint import clean
-from ..fingerprints import fingerprint
+from ..describing import describe
 from ..flat import require_known_parts
 from ..folders import WEIGHTS, replace_file
-from ..inject import adapters_of, injected
+from ..inject import adapters_of, company, injected
 from ..method import Method, to_dict
 from ..shards import writes_files
-from ..summary import summary
+from ..summary import BASE, row, summary
 from . import saved
 from .card import CARD, Facts, card, require_own
 from .families import FAMILIES
@@ -64,10 +65,11 @@ def export_peft(
     require_known_parts(model)
     if model_card:
         require_own(folder)
-    found = {method.name: method for method in record.methods if adapters_of(model, method)}
+    found = {method.name: method for method in record.methods if any(_updates(model, method))}
     method = _one(found, name)
     base, family = Base(model, *network(model)), _family(method)
-    trained = [_within(base, clean(parameter)) for parameter in record.trained]
+    trained: State = {_within(base, clean(key)): model.get_parameter(key) for key in record.trained}
+    trained |= _own(base, _exported(model, method))
     config, state = _described(base, family, method, trained)
     if empty := [key for key, value in state.items() if value.is_meta]:
         raise ValueError(f"{empty[0]} has no values yet (meta device); load the model before its adapter is exported.")
@@ -84,13 +86,14 @@ def _facts(base: Base, method: Method, metrics: Mapping[str, float]) -> Facts:
     """Return what a card says; of a sharded model, all processes have to ask."""
     counts = summary(base.model)
     kind = next(cls for cls in type(base.network).__mro__ if not issubclass(cls, FSDPModule))  # which renames classes
-    others = [f"{type(other).__name__} ({other.name})" for other in injected(base.model).methods if other is not method]
+    methods = _exported(base.model, method)
+    rows = [row(base.model, other) for other in methods] + [one for one in counts.rows if one[0] == BASE]
     return Facts(
         method=to_dict(method),
         kind=(kind.__name__, kind.__module__.startswith("transformers.")),
-        base=fingerprint(base.model),
+        base=describe(base.model, only=methods)["base"],
         task=_task_of(base),
-        rows=tuple(row for row in counts.rows if row[0] not in others),
+        rows=tuple(one for one in rows if one[2]),
         total=counts.total,
         metrics={key: _number(key, value) for key, value in metrics.items()},
     )
@@ -111,7 +114,29 @@ def _family(method: Method) -> Family:
     return family
 
 
-def _described(base: Base, family: Family, method: Method, trained: list[str]) -> tuple[dict[str, Any], State]:
+def _updates(model: nn.Module, method: Method) -> Iterator[Adapter]:
+    """Yield the adapters of a method but those that take the place of the base's parameters."""
+    return (adapter for adapter in adapters_of(model, method).values() if not adapter.replaces)
+
+
+def _exported(model: nn.Module, method: Method) -> list[Method]:
+    """Return a method, and those that have parameters of their own beside it."""
+    others = company(injected(model), method)
+    return [one for one in others if one is method or (adapters_of(model, one) and not any(_updates(model, one)))]
+
+
+def _own(base: Base, methods: Sequence[Method]) -> State:
+    """Return the tensors that adapters have of their own in place of the base's, by the names that these have."""
+    found: dict[str, Any] = adapters_of(base.model, *methods)
+    return {
+        _within(base, f"{clean(name)}.{key}"): value
+        for name, adapter in found.items()
+        if adapter.replaces
+        for key, value in adapter.own.state_dict(keep_vars=True).items()
+    }
+
+
+def _described(base: Base, family: Family, method: Method, trained: State) -> tuple[dict[str, Any], State]:
     """Return the config and the tensors of a folder."""
     hosts, kind = _hosts(base, method), type(base.network).__name__
     settings, state = family.write(base, method, hosts)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import SLOT, owners
+from ..base import SLOT, base_parameters, owners
 from ..checkpoint import clean
 from ..shards import whole
 from .family import Base, State, refuse
@@ -20,12 +20,12 @@ _SAVED, _UNUSED = "modules_to_save.", "original_module."  # so are a saved modul
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
-def written(base: Base, trained: Collection[str], hosts: Collection[str], biases: bool) -> tuple[dict[str, Any], State]:
+def written(base: Base, trained: State, hosts: Collection[str], biases: bool) -> tuple[dict[str, Any], State]:
     """Return the settings and tensors that say which parameters of the network train.
 
     Args:
         base: Base model.
-        trained: Names of trained parameters, within the network.
+        trained: Trained parameters by name, within the network.
         hosts: Names of adapted modules.
         biases: Whether the family can say that biases train.
     """
@@ -36,22 +36,27 @@ def written(base: Base, trained: Collection[str], hosts: Collection[str], biases
     for choice, names in choices.items():
         if biases and names and rest == names:  # those alone; a head that trains as well is saved whole
             settings["bias"] = choice
-            state = {_inside(name, hosts): whole(base.network.get_parameter(name)) for name in names}
+            state = {_inside(name, hosts): whole(trained[name]) for name in names}
             rest = set()
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in trained if name in rest))
     for module in modules:
         _require_whole(base, module, rest, hosts, modules)
-        own = base.network.get_submodule(module).state_dict(keep_vars=True)
-        state |= {f"{module}.{key}": whole(value) for key, value in own.items()}
+        own = _state(base, module)
+        state |= {key: whole(trained.get(key, value)) for key, value in own.items()}
     return settings | ({"modules_to_save": modules} if modules else {}), state
 
 
 def heads(base: Base, task: str | None, modules: State) -> State:
     """Return the tensors of the heads that HF PEFT expects for a task, besides those that train."""
     names = [name for name, _ in base.network.named_children() if name in _HEADS.get(task or "", ())]
-    own = {n: base.network.get_submodule(n).state_dict(keep_vars=True) for n in names}
-    every = {f"{name}.{key}": whole(value) for name, state in own.items() for key, value in state.items()}
-    return {key: value for key, value in every.items() if key not in modules}
+    every = {key: value for name in names for key, value in _state(base, name).items()}
+    return {key: whole(value) for key, value in every.items() if key not in modules}
+
+
+def _state(base: Base, module: str) -> State:
+    """Return the tensors of a module of the base, by their names within the network."""
+    state = base.network.get_submodule(module).state_dict(keep_vars=True)
+    return {f"{module}.{key}": value for key, value in state.items() if f".{SLOT}." not in f".{key}"}
 
 
 def _inside(name: str, hosts: Collection[str]) -> str:
@@ -62,10 +67,11 @@ def _inside(name: str, hosts: Collection[str]) -> str:
 def _require_whole(
     base: Base, module: str, trained: Collection[str], hosts: Collection[str], modules: Collection[str]
 ) -> None:
-    frozen = [n for n, _ in base.network.get_submodule(module).named_parameters() if joined(module, n) not in trained]
+    inside = base_parameters(base.network.get_submodule(module))
+    frozen = [name for name in inside if joined(module, name) not in trained]
     refuse(bool(frozen), f"Training {module}", f"{', '.join(frozen[:3])} in it is frozen, and it saves whole modules")
     held = owners(base.network)
-    tied = [n for n, p in base.network.get_submodule(module).named_parameters() if held[id(p)] > 1]
+    tied = [name for name, parameter in inside.items() if held[id(parameter)] > 1]
     refuse(bool(tied), f"Training {module}", f"another module shares {', '.join(tied)}")
     refuse(module in hosts, f"Training {module} itself beside its adapter", "a module is adapted, or saved whole")
     known = (clean(name) for name, _ in base.network.named_modules())

@@ -14,6 +14,7 @@ from ..bottlenecks import bottleneck, check_bottleneck, output_of
 from ..layers import has_values, read_attribute
 from ..method import Method, require
 from ..roles import ROLES
+from ..rowwise import RowWise
 from ..select import select, select_parameters
 
 
@@ -69,7 +70,7 @@ class Bottleneck(Method):
         return select_parameters(model, [role for role in wanted if wanted[role] and any(ROLES[role](model))])
 
 
-class After(Adapter):
+class After(RowWise, Adapter):
     """y + up phi(down y + down_bias) + up_bias, with y what the host returns, or the first of it.
 
     Args:
@@ -99,14 +100,17 @@ class After(Adapter):
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
         output = inner(*args, **kwargs)
         if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
-            return (self._changed(output[0]), *output[1:])
+            return (self.leaving(host, output[0], output[0]), *output[1:])
         if not isinstance(output, Tensor):
             raise TypeError(f"{type(host).__name__} returns a {type(output).__name__}; target what returns a tensor.")
-        return self._changed(output)
+        return self.leaving(host, output, output)
 
-    def _changed(self, y: Tensor) -> Tensor:
-        down, up = (self.down, self.down_bias), (self.up, self.up_bias)
-        return y + bottleneck(y, down, up, self.activation).to(y.dtype)
+    def row_values(self) -> tuple[Any, ...]:
+        return (After, self.activation), self.down, self.down_bias, self.up, self.up_bias
+
+    def leaving(self, host: Any, x: Tensor, y: Tensor, *values: Any) -> Tensor:
+        down, down_bias, up, up_bias = values or (self.down, self.down_bias, self.up, self.up_bias)
+        return y + bottleneck(y, (down, down_bias), (up, up_bias), self.activation).to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"size={len(self.down)}, activation={self.activation}"

@@ -17,6 +17,7 @@ from ..base import matches
 from ..layers import layer_of
 from ..method import Method, require
 from ..roles import linear_branch, parts
+from ..rowwise import RowWise
 from ..scaling import scaled_input, scaled_output
 from ..select import select
 
@@ -66,7 +67,7 @@ class IA3(Method):
         return None if named or left_out else branch
 
 
-class Scaling(Adapter):
+class Scaling(RowWise, Adapter):
     """l o host(x) with l (out,), or host(l o x) with l (in,).
 
     Args:
@@ -100,6 +101,21 @@ class Scaling(Adapter):
             scales, inner = scales * other.whole(), inner.args[1]  # type: ignore[attr-defined]
         call = functools.partial(inner, *args, **kwargs) if args or kwargs else inner
         return (scaled_input if self.of_inputs else scaled_output)(self.layer, host, call, x, scales)
+
+    def row_values(self) -> tuple[Any, ...]:
+        scales = self.scales if self.of_inputs else self.whole()
+        return ((Scaling, self.of_inputs), scales) if self.layer.maps_features else ()
+
+    def entering(self, host: Any, x: Tensor, *values: Any) -> Tensor:
+        return self._scaled(host, x, *values) if self.of_inputs else x
+
+    def leaving(self, host: Any, x: Tensor, y: Tensor, *values: Any) -> Tensor:
+        return y if self.of_inputs else self._scaled(host, y, *values)
+
+    def _scaled(self, host: Any, x: Tensor, *values: Tensor) -> Tensor:
+        (scales,) = values or (self.scales if self.of_inputs else self.whole(),)
+        shape = scales.shape if values else (-1, *[1] * (len(self.layer.shape(host)) - 2))
+        return (x * scales.view(shape)).to(x.dtype)
 
     def whole(self) -> Tensor:
         """Return a scale for each output of the host: one outside this part."""

@@ -165,9 +165,6 @@ class LoRAAdapter(LowRankUpdate):
             return torch.cat([self.a, self.a0]), torch.cat([self.b, -self.b0], 1)
         return self.a, self.b
 
-    def low_rank(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        return super().low_rank(x) if self.magnitude is None else None
-
     def updated(self, weight: Tensor) -> Tensor:
         v = weight + self.delta()
         if self.magnitude is None:

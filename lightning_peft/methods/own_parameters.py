@@ -16,6 +16,7 @@ from ..adapter import Adapter, Call, parameter_like
 from ..base import owners
 from ..method import Method
 from ..quantized_layers import is_quantized
+from ..rowwise import RowWise
 from ..select import select_parameters
 
 OWN = "own"  # where, within an adapter, the copies lie
@@ -50,13 +51,15 @@ class OwnParameters(Method):
             yield owner, OwnTensors(model.get_submodule(owner), keys)
 
 
-class OwnTensors(Adapter):
+class OwnTensors(RowWise, Adapter):
     """Takes the place of parameters of its host, and of its buffers (statistics of a norm), for the time of a call.
 
     Args:
         host: Module that holds the parameters itself.
         names: Of these parameters.
     """
+
+    by_itself = True
 
     def __init__(self, host: nn.Module, names: Sequence[str]) -> None:
         super().__init__()

@@ -1,0 +1,149 @@
+"""A call whose rows have different adapters: the host runs once, what is around it for each row."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .rowwise import RowWise
+
+
+class Rows:
+    """Which of several adapters each row has.
+
+    Args:
+        numbers: Number of its adapter for each row, -1 for none.
+        device: Where the rows are.
+    """
+
+    def __init__(self, numbers: tuple[int, ...], device: torch.device) -> None:
+        self.numbers, self.device = numbers, device
+        self.count, kinds = len(numbers), max(numbers) + 1
+        ids = torch.tensor(numbers, device=device)
+        self.ids = None if kinds == 1 else ids.clamp(min=0)
+        self.has_one = (ids >= 0).view(-1, 1, 1) if -1 in numbers else None
+
+    @functools.cached_property
+    def of_each(self) -> list[Tensor]:
+        """Return the places of each adapter's rows."""
+        found: dict[int, list[int]] = {}
+        for place, number in enumerate(self.numbers):
+            found.setdefault(number, []).append(place)
+        return [torch.tensor(found[number], device=self.device) for number in range(max(found) + 1)]
+
+    def on(self, device: torch.device) -> Rows:
+        """Return the same for another device, which a part of the model may be on."""
+        return self if device == self.device else Rows(self.numbers, device)
+
+    def at(self, number: int, rows: int) -> Tensor:
+        """Return the places of one adapter's rows; a call with more rows has neighbours that share a name."""
+        places, times = self.of_each[number], rows // self.count
+        if times == 1:
+            return places
+        return (places[:, None] * times + torch.arange(times, device=places.device)).flatten()
+
+    def stacked(self, values: Sequence[Any], like: Tensor) -> Any:
+        """Return the values of all rows, see ``RowWise``, from those of each adapter; equal numbers are one."""
+        if not isinstance(values[0], Tensor):
+            if len(set(values)) == 1:
+                return values[0]
+            values = [like.new_tensor([value]) for value in values]
+        if len(shapes := {value.shape for value in values}) > 1:
+            values = [_filled(value, [max(sides) for sides in zip(*shapes, strict=True)]) for value in values]
+        if self.ids is None:
+            found = values[0].expand(self.count, *values[0].shape)
+        elif torch.is_grad_enabled():  # so that each adapter gets one gradient, not one for each row
+            found = torch.stack(tuple(values)).index_select(0, self.ids)
+        else:
+            found = torch.stack([values[max(number, 0)] for number in self.numbers])
+        return found[:, None] if found.dim() == 2 else found
+
+    def where(self, new: Tensor, old: Tensor) -> Tensor:
+        """Return ``new`` (rows, tokens, features) where rows have an adapter."""
+        return new if self.has_one is None or new is old else torch.where(self.has_one, new, old)
+
+
+def _filled(value: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a matrix or vector of that shape, with zeros behind its own entries."""
+    missing = [most - own for most, own in zip(shape, value.shape, strict=True)]
+    return F.pad(value, [side for more in reversed(missing) for side in (0, more)])
+
+
+class Part:
+    """What surrounds a host's call for one part of the host, or all of it.
+
+    Args:
+        adapters: Different adapters.
+        rows: Which of them each row has.
+    """
+
+    def __init__(self, adapters: Sequence[RowWise], rows: Rows) -> None:
+        self.adapters, self.rows = adapters, rows
+
+    def __call__(self, host: Any, inner: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows = self.rows.on(x.device)
+        _refuse(host, rows, x, x)
+        if args or kwargs:
+            inner = functools.partial(inner, *args, **kwargs)
+        if any(adapter.by_itself for adapter in self.adapters):
+            return self._by_itself(host, inner, rows, x)
+        found = [adapter.row_values() for adapter in self.adapters]
+        if not found[0] or any(one[:1] != found[0][:1] for one in found):
+            return self._one_by_one(host, inner, rows, x)
+        _, *columns = zip(*found, strict=True)
+        values = [rows.stacked(column, columns[0][0]) for column in columns]
+        return self._at_once(host, inner, rows, x, values)
+
+    def _at_once(self, host: Any, inner: Callable[..., Any], rows: Rows, x: Tensor, values: Sequence[Any]) -> Tensor:
+        """Let the first adapter serve all rows, with values of their own."""
+        first = self.adapters[0]
+        of_rows = x.reshape(rows.count, -1, x.shape[-1])
+        given = rows.where(first.entering(host, of_rows, *values), of_rows)
+        y = inner(x if given is of_rows else given.view_as(x))
+        _refuse(host, rows, x, y)
+        before = y.reshape(rows.count, -1, y.shape[-1])
+        return rows.where(first.leaving(host, of_rows, before, *values), before).view_as(y)
+
+    def _by_itself(self, host: Any, inner: Callable[..., Any], rows: Rows, x: Tensor) -> Tensor:
+        """Call the host for the rows of one adapter after the other."""
+        places = [rows.at(number, len(x)) for number in range(len(self.adapters))]
+        adapters: Sequence[Any] = self.adapters
+        found = [a.forward(host, inner, x.index_select(0, own)) for a, own in zip(adapters, places, strict=True)]
+        if rows.has_one is None:
+            return torch.cat(found).index_select(0, torch.cat(places).argsort())
+        y: Tensor = inner(x)
+        for own, new in zip(places, found, strict=True):
+            y = y.index_copy(0, own, new)
+        return y
+
+    def _one_by_one(self, host: Any, inner: Callable[..., Any], rows: Rows, x: Tensor) -> Tensor:
+        """Let one adapter after the other serve its own rows."""
+        given, found = x, []
+        for number, adapter in enumerate(self.adapters):
+            places = rows.at(number, len(x))
+            own = x.index_select(0, places)
+            found.append((adapter, places, own))
+            if (new := adapter.entering(host, own)) is not own:
+                given = given.index_copy(0, places, new.to(x.dtype))
+        y: Tensor = inner(given)
+        _refuse(host, rows, x, y)
+        for adapter, places, own in found:
+            new = adapter.leaving(host, own, y.index_select(0, places))
+            y = y.index_copy(0, places, new.to(y.dtype))
+        return y
+
+
+def _refuse(host: Any, rows: Rows, x: Tensor, y: Any) -> None:
+    """Raise where the first dimension cannot be that of the batch."""
+    if not isinstance(y, Tensor):
+        raise TypeError(f"{type(host).__name__} returns a {type(y).__name__}; row_adapters needs a tensor of rows.")
+    if y.shape[0] % rows.count or y.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"row_adapters was given {rows.count} names, and a layer has {len(y)} rows at hand, which is no "
+            f"multiple; the first dimension must be that of the batch."
+        )
