@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import types
+from argparse import SUPPRESS
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -45,9 +46,18 @@ _LAPTOP = {
     "plugins": {"class_path": "lightning.pytorch.plugins.environments.LightningEnvironment"},
 }
 
+_TOOLS, _OF_FIT = ("merge", "export", "import", "plan"), ("ckpt_path", "weights_only")
+
 
 class PEFTParser(LightningArgumentParser):
     """A parser whose complaints about a method name the methods and their fields."""
+
+    def add_method_arguments(self, theclass: Any, themethod: str, *args: Any, **kwargs: Any) -> Any:
+        """Add what a method takes, and to a tool what ``fit`` alone has in the config file that it writes."""
+        added = super().add_method_arguments(theclass, themethod, *args, **kwargs)
+        for key in _OF_FIT if themethod in _TOOLS else ():
+            self.add_argument(f"--{key}", type=Any, help=SUPPRESS)
+        return added
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with a message."""
@@ -90,8 +100,7 @@ class PEFTCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Add the tools that need a model to what a Trainer does."""
-        tools = ("merge", "export", "import", "plan")
-        return {**LightningCLI.subcommands(), **dict.fromkeys(tools, {"model", "datamodule"})}
+        return {**LightningCLI.subcommands(), **dict.fromkeys(_TOOLS, {"model", "datamodule"})}
 
     def before_instantiate_classes(self) -> None:
         """Build the model without memory if its weights come later; to plan, ask for no GPU."""

@@ -118,6 +118,15 @@ def test_results_of_another_checkpoint_are_not_taken_but_may_be_given(fitted, tm
     assert "| metric | value |\n| --- | --- |\n| accuracy | 0.75 |\n\n" in text
 
 
+def test_what_fit_has_written_as_its_config_serves_the_tools(fitted, tmp_path, capsys):
+    _, run, _ = fitted
+    given = [f"--config={run / 'config.yaml'}", f"--adapter={run / 'adapter'}"]
+    main(["export", *given, f"--output={tmp_path / 'out'}"])
+    assert lp.vllm_problems(tmp_path / "out") == []
+    main(["merge", *given, f"--output={tmp_path / 'merged'}"])
+    assert "merged model: " in capsys.readouterr().out
+
+
 def test_problems_of_vllm_are_printed(config, tmp_path, capsys):
     dora = {"class_path": "LoRA", "init_args": {"rank": 4, "decompose": True}}
     path = config(method=dora)
