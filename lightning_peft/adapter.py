@@ -27,6 +27,7 @@ class Adapter(nn.Module, ABC):
     """
 
     alone = False  # whether no other adapter may update the same rows of its host's weight
+    replaces: Sequence[str] = ()  # names of the host's own parameters that others take the place of, in calls
     unmergeable = "no weight of the host expresses it"  # why, where ``merge`` is not implemented
     personal: tuple[str, ...] = ()  # names of tensors that stay with a client in federated training
     shows: Mapping[str, str] = {}  # names of tensors by what ``plots`` makes of them: ``ranks``, ``gates``, ``tokens``

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
 from torch import Tensor, nn
 
+from .adapter import Adapter
 from .base import SLOT, base_modules
 from .hosts import adapters, key_of
 from .inject import injected, injection
+from .method import Method
 from .shards import shape_of
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|_forward_module)\.")
@@ -39,17 +41,17 @@ def full_state_dict(model: nn.Module) -> Iterator[None]:
         record.shows_base = before
 
 
-def adapter_state(model: nn.Module, packed: bool = False, only: str | None = None) -> dict[str, Tensor]:
+def adapter_state(model: nn.Module, packed: bool = False, only: Sequence[Method] | None = None) -> dict[str, Tensor]:
     """Return the state of adapters and trained base parameters by key; a shared tensor appears once.
 
     Args:
         model: An adapted model.
         packed: Whether adapters leave out what only further training needs.
-        only: Name of the adapters to return, and nothing else.
+        only: Methods of the adapters to return, and nothing else.
     """
     state: dict[str, Tensor] = {}
     for name, _, key, adapter in adapters(model):
-        if only is None or key == key_of(only, adapter):
+        if _is_meant(key, adapter, only):
             own = adapter.pack() if packed else adapter.state_dict(keep_vars=True)
             for entry, value in own.items():
                 state[_place(name, key) + entry] = value
@@ -57,6 +59,10 @@ def adapter_state(model: nn.Module, packed: bool = False, only: str | None = Non
         state |= _trained_state(model)
     seen = set[int]()
     return {k: v for k, v in state.items() if not (id(v) in seen or seen.add(id(v)))}  # type: ignore[func-returns-value]
+
+
+def _is_meant(key: str, adapter: Adapter, only: Sequence[Method] | None) -> bool:
+    return only is None or any(key == key_of(method.name, adapter) for method in only)
 
 
 def _trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -88,11 +94,11 @@ def local_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def unpacked(model: nn.Module, state: Mapping[str, Tensor], only: str | None = None) -> dict[str, Tensor]:
+def unpacked(model: nn.Module, state: Mapping[str, Tensor], only: Sequence[Method] | None = None) -> dict[str, Tensor]:
     """Return the state that ``adapter_state(model, packed=True, only=only)`` gave this for."""
     rest = dict(state)
     for name, _, key, adapter in adapters(model):
-        if only is not None and key != key_of(only, adapter):
+        if not _is_meant(key, adapter, only):
             continue
         prefix = clean(_place(name, key))
         own = {k.removeprefix(prefix): rest.pop(k) for k in list(rest) if k.startswith(prefix)}
@@ -100,8 +106,10 @@ def unpacked(model: nn.Module, state: Mapping[str, Tensor], only: str | None = N
     return rest
 
 
-def check_state(model: nn.Module, given: Mapping[str, Tensor], source: str, only: str | None = None) -> None:
-    """Compare a state with what this model's adapters need (those of one name), before anything of it is loaded.
+def check_state(
+    model: nn.Module, given: Mapping[str, Tensor], source: str, only: Sequence[Method] | None = None
+) -> None:
+    """Compare a state with what this model's adapters need (those of some methods), before anything of it is loaded.
 
     Raises:
         ValueError: Keys are missing, keys of adapters have no place, or shapes differ; names them.
@@ -152,8 +160,9 @@ def _place(host_name: str, key: str) -> str:
 
 def drop_base(module: nn.Module, state: dict[str, Any], prefix: str = "", metadata: Any = None) -> None:
     """Delete what ``keep_adapters_only`` leaves out of a module's state."""
-    record, names = injection(module), base_names(module)
+    record = injection(module)
     if record is not None and not record.shows_base and drop_base in module._state_dict_hooks.values():
+        names = base_names(module)
         for key in [k for k in state if k.startswith(prefix) and _within(clean(k[len(prefix) :]), names)]:
             del state[key]
 

@@ -66,7 +66,7 @@ def combine(
     require(len(names) == len(weights) > 0, "weights", weights, f"one number for each of {list(names)}")
     require(all(map(math.isfinite, weights)), "weights", weights, "finite")
     methods = [named(injected(model), one) for one in names]
-    found = [_of_low_rank(model, method) for method in methods]
+    found = [_of_low_rank(model, several) for several in methods]
     for other, updates in zip(names, found, strict=True):
         if odd := updates.keys() ^ found[0].keys():
             raise ValueError(f"{names[0]!r} and {other!r} must lie at the same places; only one is at {min(odd)}.")
@@ -74,10 +74,10 @@ def combine(
     require(
         of == "weights" or (len(ranks) == 1 and rank in (None, *ranks)), "rank", rank or ranks, "one for all factors"
     )
-    new: Any = methods[0]
+    new: Any = methods[0][0]
     rank = rank or ranks[-1]
     method = LoRA(name=name, targets=list(new.targets), exclude=list(new.exclude), rank=rank, alpha=float(rank))
-    inject_idle(model, method)
+    inject_idle(model, [method])
     generator = torch.Generator().manual_seed(seed)
     combined = _factors if of == "factors" else _weights
     for place, target in adapters_of(model, method).items():
@@ -86,12 +86,12 @@ def combine(
     return model
 
 
-def _of_low_rank(model: nn.Module, method: Method) -> dict[str, LowRankUpdate]:
-    found: dict[str, Any] = adapters_of(model, method)
+def _of_low_rank(model: nn.Module, methods: Sequence[Method]) -> dict[str, LowRankUpdate]:
+    found: dict[str, Any] = adapters_of(model, *methods)
     for place, adapter in found.items():
         if not isinstance(adapter, LowRankUpdate) or adapter.alone:
             raise TypeError(
-                f"{type(adapter).__name__} of {method.name!r} at {place} is no sum of B A; it has no factors."
+                f"{type(adapter).__name__} of {methods[0].name!r} at {place} is no sum of B A; it has no factors."
             )
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from .checkpoint import adapter_state, check_state, clean, unpacked
 from .describing import describe, restore
 from .folders import read_adapter, write_adapter
-from .inject import detach, injected, injection
+from .inject import detach, injected, injection, named
+from .method import Method
 from .shards import assign, whole, writes_files
 
 
@@ -30,10 +31,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | N
     Raises:
         ValueError: The name is unknown, or parameters of the base train, which belong to no name.
     """
-    description = describe(model, packed=True, only=name)
-    if name is not None and (trained := injected(model).trained):
+    only = None if name is None else named(injected(model), name)
+    description = describe(model, packed=True, only=only)
+    if only is not None and (trained := injected(model).trained):
         raise ValueError(f"{trained[0]} trains in the base itself and belongs to no name; save all, without a name.")
-    found = adapter_state(model, packed=True, only=name)
+    found = adapter_state(model, packed=True, only=only)
     state = {clean(k): whole(v).detach().contiguous().cpu() for k, v in found.items()}
     return write_adapter(folder, description, state) if writes_files() else Path(folder)
 
@@ -67,7 +69,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], strict: bool 
     return model
 
 
-def load_values(model: nn.Module, state: Mapping[str, Tensor], source: str, only: str | None = None) -> None:
+def load_values(
+    model: nn.Module, state: Mapping[str, Tensor], source: str, only: Sequence[Method] | None = None
+) -> None:
     """Load what ``adapter_state(model, True, only)`` gave; nothing of it if it does not fit, which is an error."""
     state = aligned(state, {clean(k): v for k, v in adapter_state(model, packed=True, only=only).items()})
     state = unpacked(model, state, only)

@@ -14,7 +14,7 @@ from .adapter import Adapter
 from .base import owners
 from .fingerprints import fingerprint
 from .hosts import adapters
-from .inject import Injection, Merged, detach, injected, injection, refuse_paused
+from .inject import Injection, Merged, beside_base, detach, injected, injection, refuse_paused
 from .overwritten import allow_loading, change, changed_hosts, refuse_loading, refuse_merged, undo
 from .quantization import dequantize as dequantize_layers
 from .quantized_layers import is_quantized
@@ -88,7 +88,7 @@ def unmerge(model: nn.Module) -> nn.Module:
                 f"{name}.{wrong} was {kept.slices[wrong].values.dtype} when it was merged and is {own[wrong].dtype} "
                 f"now, so that its bits cannot come back; give it that type again, or build the base again."
             )
-    if fingerprint(model, record.trained) != record.merged.now:
+    if fingerprint(model, record.merged.beside) != record.merged.now:
         raise RuntimeError(
             "The base's weights were written to since adapters were merged into them, and what was kept does not fit "
             "the new ones; build the base again and load the adapter."
@@ -129,7 +129,8 @@ def _merge_and_keep(model: nn.Module, dequantize: bool) -> nn.Module:
             f"{what} would be rounded again, so that unmerge had nothing to go back to; "
             f"merge(model, dequantize=True) merges for good."
         )
-    base = fingerprint(model, record.trained)
+    beside = beside_base(model, record.methods)
+    base = fingerprint(model, beside)
     if base is None:
         raise ValueError("This model has no values yet (meta device); load its weights before merging.")
     try:
@@ -139,7 +140,7 @@ def _merge_and_keep(model: nn.Module, dequantize: bool) -> nn.Module:
         _undo(model)
         raise
     refuse_loading(model)
-    record.merged = Merged(base, fingerprint(model, record.trained))
+    record.merged = Merged(base, fingerprint(model, beside), beside)
     return model
 
 
@@ -183,7 +184,7 @@ def mergeable(model: nn.Module, idle: bool = False) -> list[tuple[str, Any, str,
             raise TypeError(f"{key!r} at {name} cannot be merged: {adapter.unmergeable}.")
         if any(held[id(p)] > 1 for p in host._parameters.values() if p is not None):
             raise ValueError(f"{name} shares a parameter with another module; untie it before merging.")
-    return sorted(found, key=lambda one: one[1].peft_order.index(one[2]))
+    return sorted(found, key=lambda one: (not one[3].replaces, one[1].peft_order.index(one[2])))
 
 
 @torch.no_grad()

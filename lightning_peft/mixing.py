@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter, Call, WeightUpdate
 from .hosts import adapters, attach, key_of, remove
-from .inject import injected, named, refuse_paused
+from .inject import injected, named, refuse_paused, trained_by
 from .layers import is_called_linear
 from .switching import ROWS, passing, paused
 
@@ -135,8 +135,8 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     if isinstance(names, str) or not names:
         raise ValueError(f"row_adapters needs a list of names, one for each row of the batch, got {names!r}.")
     for name in used:
-        if list(named(record, name).parameters(model)):
-            raise TypeError(f"{name!r} trains parameters of the base itself, which all rows share.")
+        if trained := trained_by(model, named(record, name)):
+            raise TypeError(f"{name!r} trains {trained[0]} in the base itself, which all rows share.")
     plan = [(host, _by_part(found, names)) for host, found in _by_host(model, used).values()]
     with paused(model):
         try:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -14,22 +13,30 @@ from .describing import check_base, check_format
 from .files import load_values
 from .folders import read_adapter
 from .hosts import key_of
-from .inject import adapters_of, inject_idle
+from .inject import adapters_of, inject_idle, injected, named
 from .method import Method, from_dict
+from .methods.own_parameters import OWN
 from .switching import remove_adapter
 
 
 def add_adapter(
-    model: nn.Module, source: Method | str | os.PathLike[str], name: str | None = None, strict: bool = True
+    model: nn.Module,
+    source: Method | Sequence[Method] | str | os.PathLike[str],
+    name: str | None = None,
+    also_train: Sequence[str] = (),
+    strict: bool = True,
 ) -> nn.Module:
     """Add adapters under a name of their own; they take part in no call until ``activate`` names them.
 
-    Any number lie side by side, of one method or of different ones. The model is unchanged if anything is wrong.
+    Any number lie side by side, of one method or of different ones. What trained, or shall train, in the base itself (a
+    head, norms, biases) becomes the adapter's own: copies that take the place of the base's parameters in its calls.
+    The model is unchanged if anything is wrong.
 
     Args:
         model: The base model, adapted or not.
-        source: A method, or a folder that ``save_adapter`` wrote.
-        name: Their name in this model; the method's if not given.
+        source: A method or several that go under one name, or a folder that ``save_adapter`` wrote.
+        name: Their name in this model; the first method's if not given.
+        also_train: With methods, patterns or roles of base modules and parameters that the adapter has of its own.
         strict: Whether the base must be the one that a folder's adapter was trained on.
 
     Returns:
@@ -37,44 +44,64 @@ def add_adapter(
 
     Raises:
         FileNotFoundError: The folder is no adapter.
-        ValueError: The name is taken, the adapter does not fit this model, or it trains parameters of the base, of
-            which a model has but one copy.
+        ValueError: The name is taken, or the adapter does not fit this model.
         RuntimeError: No adapter takes part for now, within ``disabled`` or ``row_adapters``.
     """
-    if isinstance(source, Method):
-        return inject_idle(model, dataclasses.replace(source, name=name or source.name))
+    if not isinstance(source, (str, os.PathLike)):
+        given = [source] if isinstance(source, Method) else list(source)
+        return inject_idle(model, _under(name, given), also_train)
     config, state = read_adapter(source)
-    stored = _only_method(config, str(source))
-    method = dataclasses.replace(stored, name=name or stored.name)
-    inject_idle(model, method)
+    check_format(config, str(source))
+    if also_train:
+        raise ValueError(f"also_train={list(also_train)!r} goes with a method; what {source} trained is in its files.")
+    stored = [from_dict(data) for data in config["methods"]]
+    methods = _under(name, stored)
+    inject_idle(model, methods, config["also_train"])
     try:
+        added = named(injected(model), methods[0].name)
         if strict:
-            check_base(model, config, str(source))
-        load_values(model, _renamed(model, state, stored, method), str(source), method.name)
+            check_base(model, config, str(source), added)
+        names = dict(zip([method.name for method in stored], methods, strict=True))
+        load_values(model, _renamed(model, state, names, added[-1]), str(source), added)
     except Exception:
-        remove_adapter(model, method.name)
+        remove_adapter(model, methods[0].name)
         raise
     return model
 
 
-def _only_method(config: Mapping[str, Any], source: str) -> Method:
-    check_format(config, source)
-    if len(config["methods"]) != 1 or config["also_train"]:
-        names = ", ".join(str(data.get("method")) for data in config["methods"])
-        raise ValueError(
-            f"{source} holds {names} and also_train={config['also_train']}; side by side lie adapters of one method "
-            f"each, without parameters of the base. Load it into a model of its own with load_adapter."
-        )
-    return from_dict(config["methods"][0])
+def _under(name: str | None, methods: Sequence[Method]) -> list[Method]:
+    """Return methods under the names that they have in the model."""
+    if not methods:
+        raise ValueError("add_adapter needs a method, several, or a folder; got none.")
+    first = name or methods[0].name
+    names = [first, *(f"{first}_{number}" for number in range(2, len(methods) + 1))]
+    return [dataclasses.replace(method, name=new) for method, new in zip(methods, names, strict=True)]
 
 
-def _renamed(model: nn.Module, state: Mapping[str, Tensor], old: Method, new: Method) -> dict[str, Tensor]:
-    """Return a state of the adapters of ``old`` under the names that those of ``new`` have."""
-    found = adapters_of(model, new).values()
-    keys = {key_of(old.name, adapter): key_of(new.name, adapter) for adapter in found}
+def _renamed(
+    model: nn.Module, state: Mapping[str, Tensor], new: Mapping[str, Method], own: Method
+) -> dict[str, Tensor]:
+    """Return a state under the names that its adapters have here.
+
+    Args:
+        model: The model with the new adapters.
+        state: The state, with old names.
+        new: New methods by the names of the old ones.
+        own: Method of what trained in the base itself.
+    """
+    keys = {
+        key_of(old, adapter): key_of(method.name, adapter)
+        for old, method in new.items()
+        for adapter in adapters_of(model, method).values()
+    }
     renamed = {}
     for key, value in state.items():
-        host, slot, own = f".{key}".partition(f".{SLOT}.")
-        first, dot, entry = own.partition(".")
-        renamed[f"{host}{slot}{keys.get(first, first)}{dot}{entry}".lstrip(".")] = value
+        host, slot, rest = f".{key}".partition(f".{SLOT}.")
+        if slot:
+            first, dot, entry = rest.partition(".")
+            new_key = f"{host}{slot}{keys.get(first, first)}{dot}{entry}"
+        else:
+            host, _, entry = f".{key}".rpartition(".")
+            new_key = f"{host}.{SLOT}.{own.name}.{OWN}.{entry}"
+        renamed[new_key.lstrip(".")] = value
     return renamed

@@ -65,11 +65,14 @@ def refuse_host(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
 
 
 def refuse_company(found: Sequence[tuple[str, Adapter]]) -> None:
-    """Raise where an adapter that rewrites rows of a weight as a whole would share them."""
-    updates = defaultdict[str, list[Adapter]](list)
+    """Raise where an adapter that rewrites rows of a weight as a whole would share them, or two replace a parameter."""
+    updates, replaced = defaultdict[str, list[Adapter]](list), Counter[str]()
     for name, adapter in found:
-        if isinstance(adapter, WeightUpdate):
+        replaced.update(f"{name}.{key}" for key in adapter.replaces)
+        if isinstance(adapter, WeightUpdate) or "weight" in adapter.replaces:
             updates[name].append(adapter)
+    if twice := [key for key, count in replaced.items() if count > 1]:
+        raise ValueError(f"Two adapters have {twice[0]} of their own; only one of them can take part at a time.")
     for name, adapter in [(n, a) for n, a in found if a.alone]:
         company = [a for a in updates[name] if a is not adapter]
         others = [a for a in company if "" in (a.part, adapter.part) or a.part == adapter.part]

@@ -54,6 +54,11 @@ def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return [name for name in parameters if name in chosen]
 
 
+def literal(name: str) -> str:
+    """Return a glob that means a name, even where that is a role, too."""
+    return f"[{name[0]}]{name[1:]}" if name in ROLES else name
+
+
 def _all(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if f".{SLOT}." not in f".{name}":

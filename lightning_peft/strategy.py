@@ -19,8 +19,8 @@ from .adapter import Adapter
 from .caching import SHARDING, CachingCallback
 from .fingerprints import fingerprint
 from .following import settle_gradients
-from .hosts import adapters, call_children
-from .inject import adapters_of, injection
+from .hosts import adapters
+from .inject import adapters_of, injected, injection, taking_part
 from .method import Method
 from .modes import checkpoint_without_reentry, set_mode
 from .optimizers import add_gradient, require_gradients
@@ -29,7 +29,7 @@ from .precision import refuse_replacing, warn_of_narrow, widen_trained
 from .quantization import KINDS, quantize_once
 from .restoring import wire_checkpoints
 from .resuming import ResumingCallback
-from .sharding import prepare_strategy, start_strategy
+from .sharding import prepare_strategy, start_evaluation, start_strategy
 from .sharding.ddp import keep_base_at_home
 from .sharding.same_base import require_one_base
 from .showing import show
@@ -46,7 +46,8 @@ class PEFTStrategy(ResumingCallback, CachingCallback):
     ``configure_model`` or ``setup`` where it builds its network there. What the user injected before is kept.
 
     Args:
-        method: What to train: one method, or a list of which later ones are outer where two share a host.
+        method: What to train: one method, or a list of which later ones are outer where two share a host. If not given,
+            what the user injected before; of named adapters, those that are active.
         also_train: Globs or roles of base modules and parameters that train too, such as a new head.
         lr_factors: Factors of the learning rate, by method name or by glob of parameter names; they survive
             schedulers and the learning-rate finder. A factor of 0 freezes.
@@ -69,7 +70,7 @@ class PEFTStrategy(ResumingCallback, CachingCallback):
 
     def __init__(
         self,
-        method: Method | list[Method],
+        method: Method | list[Method] | None = None,
         also_train: list[str] | None = None,
         lr_factors: dict[str, float] | None = None,
         no_decay: list[str] | None = None,
@@ -82,8 +83,8 @@ class PEFTStrategy(ResumingCallback, CachingCallback):
         cache_folder: str | None = None,
     ) -> None:
         super().__init__(cache_frozen, cache_folder)
-        self.methods: Sequence[Method] = [method] if isinstance(method, Method) else list(method)
-        if not self.methods or not all(isinstance(m, Method) for m in self.methods):
+        self.methods: Sequence[Method] = [method] if isinstance(method, Method) else list(method or ())
+        if method is not None and not (self.methods and all(isinstance(m, Method) for m in self.methods)):
             raise TypeError(f"method must be a Method such as LoRA(rank=8), or a list of them, got {method!r}.")
         if frozen_mode not in ("eval", "train"):
             raise ValueError(f"frozen_mode must be 'eval' or 'train', got {frozen_mode!r}.")
@@ -142,24 +143,27 @@ class PEFTStrategy(ResumingCallback, CachingCallback):
         refuse_merged(pl_module)
         if isinstance(trainer.strategy, DDPStrategy):
             require_one_base(pl_module)
+        if not any(p.requires_grad for p in pl_module.parameters()):
+            raise ValueError(
+                "Nothing trains: no adapter takes part. Call lightning_peft.activate(model, name) for those that shall."
+            )
         warn_of_narrow(pl_module)
         if self.show_summary:
             show(summary(pl_module))
         checkpoint_without_reentry(pl_module)
-        start_strategy(trainer.strategy, pl_module, self.methods)
+        start_strategy(trainer.strategy, pl_module, taking_part(injected(pl_module)))
         self._base = fingerprint(pl_module)
         super().on_fit_start(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up the count of steps, which a checkpoint may have set."""
         set_mode(pl_module, self.frozen_mode)  # a run resumed inside an epoch never starts it
-        record = injection(pl_module)
-        if record is not None:
-            record.fresh = False
-        self._adapters = [(method, adapters_of(pl_module, method)) for method in self.methods]
+        record = injected(pl_module)
+        record.fresh = False
+        self._adapters = [(method, adapters_of(pl_module, method)) for method in taking_part(record)]
         self._step, total = trainer.global_step, trainer.estimated_stepping_batches
         self._total_steps = -1 if math.isinf(total) else int(total)
-        for method in self.methods:
+        for method, _ in self._adapters:
             method.check_run(self._total_steps)
         self._unchecked = {id(p) for p in pl_module.parameters() if p.requires_grad}
         self._split = [p for p in pl_module.parameters() if p.requires_grad and isinstance(p, DTensor)]
@@ -182,7 +186,7 @@ class PEFTStrategy(ResumingCallback, CachingCallback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn where adapters that nobody trained or loaded are evaluated."""
-        call_children(pl_module.modules())  # DeepSpeed removes all hooks before it evaluates
+        start_evaluation(trainer.strategy, pl_module)
         if trainer.state.fn != "fit" and isinstance(trainer.strategy, DDPStrategy):
             require_one_base(pl_module)
         record = injection(pl_module)

@@ -19,7 +19,7 @@ from .base import SLOT, base_parameters
 from .beginnings import beginnings
 from .describing import restore
 from .fingerprints import digest
-from .inject import detach, injection
+from .inject import beside_base, detach, injected, injection
 from .merging import mergeable
 from .quantized_layers import sample
 from .stored import read_stored
@@ -129,9 +129,9 @@ class _Weights:
 
     def fingerprint(self, model: nn.Module) -> str:
         """Return that of the base."""
-        found = []
+        found, beside = [], beside_base(model, injected(model).methods)
         for name, parameter in base_parameters(model).items():
-            if not parameter.requires_grad:
+            if name not in beside:
                 found.append((tuple(parameter.shape), sample(self.read(name)).clone()))  # a view would hold all of it
                 _give_back()
         return digest(found)

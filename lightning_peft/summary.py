@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .base import base_parameters
 from .checkpoint import adapter_state
-from .inject import adapters_of, injection
+from .inject import adapters_of, injection, taking_part
 from .shards import shape_of
 
 
@@ -17,7 +17,8 @@ class Summary:
     """Parameters of an adapted model.
 
     Args:
-        rows: (what, number of places with parameters, trained parameters) for each method and for what else trains.
+        rows: (what, number of places with parameters, trained parameters) for each method, idle ones with none, and for
+            what else trains.
         trainable: Number of parameters that train.
         total: Number of parameters, adapters included, a shared one once.
         saved_bytes: Size of what an adapter file holds.
@@ -49,12 +50,14 @@ class Summary:
 def summary(model: nn.Module) -> Summary:
     """Count what trains, by method; works on the meta device too."""
     record, rows = injection(model), []
+    active = taking_part(record) if record else []
     trained = {n: _count(p) for n, p in base_parameters(model).items() if p.requires_grad}
     for method in record.methods if record else ():
         found = [a for a in adapters_of(model, method).values() if next(a.parameters(), None) is not None]
         parameters = {id(p): _count(p) for adapter in found for p in adapter.parameters()}
         if parameters:
-            rows.append((f"{type(method).__name__} ({method.name})", len(found), sum(parameters.values())))
+            what, trains = f"{type(method).__name__} ({method.name})", method in active
+            rows.append((what if trains else f"{what}, idle", len(found), sum(parameters.values()) if trains else 0))
     if trained:
         rows.append(("base parameters", len(trained), sum(trained.values())))
     return Summary(

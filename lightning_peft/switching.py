@@ -10,7 +10,7 @@ from torch import nn
 
 from .base import base_parameters
 from .hosts import Adapted, adapters, call_as_before, call_children, key_of, remove
-from .inject import Injection, adapters_of, detach, injected, injection, named, refuse_paused
+from .inject import Injection, adapters_of, detach, injected, injection, named, refuse_paused, trained_by
 from .overwritten import refuse_merged
 from .refusals import refuse_company
 
@@ -47,10 +47,11 @@ def activate(model: nn.Module, *names: str) -> nn.Module:
     """
     record = injected(model)
     refuse_paused(record)
-    methods = [named(record, name) for name in names]
+    methods = [method for name in names for method in named(record, name)]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"activate needs one name or several different ones, got {list(names)}.")
-    if always := [m.name for m in record.methods if m.name not in names and not adapters_of(model, m)]:
+    idle = [method for method in record.methods if method not in methods and not adapters_of(model, method)]
+    if always := [method.name for method in idle if trained_by(model, [method])]:
         raise ValueError(f"{always[0]!r} trains the base itself and has no adapters that could lie idle; name it, too.")
     chosen = [(n, h, k, a) for m in methods for n, h, k, a in adapters(model) if k == key_of(m.name, a)]
     refuse_company([(name, adapter) for name, _, _, adapter in chosen])
@@ -63,7 +64,7 @@ def activate(model: nn.Module, *names: str) -> nn.Module:
         host.peft_order = orders.get(id(host), ()) + passing(host)
         adapter.rearranged()
         adapter.requires_grad_(id(adapter) in taking)
-    record.active = list(names)
+    record.active[:] = names
     return model
 
 
@@ -85,18 +86,19 @@ def remove_adapter(model: nn.Module, name: str) -> nn.Module:
     """
     record = injected(model)
     refuse_paused(record)
-    method = named(record, name)
-    if changed := sorted(method.parameters(model)):
+    methods = named(record, name)
+    if changed := trained_by(model, methods):
         raise ValueError(f"{name!r} trains {changed[0]} in the base itself, whose first values are not kept.")
-    if len(record.methods) == 1 and not record.trained:
+    if len(record.methods) == len(methods) and not record.trained:
         return detach(model)
     for _, host, key, adapter in list(adapters(model)):
-        if key == key_of(name, adapter):
+        if any(key == key_of(method.name, adapter) for method in methods):
             remove(host, key)
     for _, _, _, adapter in adapters(model):
         adapter.rearranged()
-    record.methods.remove(method)
-    record.active = [other for other in record.active if other != name]
+    record.methods[:] = [method for method in record.methods if method not in methods]
+    record.groups.pop(name, None)
+    record.active[:] = [other for other in record.active if other != name]
     return model
 
 

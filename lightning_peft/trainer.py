@@ -80,7 +80,7 @@ class PEFTTrainer(pl.Trainer):
         """Say what training takes on each GPU, without allocating it.
 
         Args:
-            model: Built on the meta device; pretrained weights are not read.
+            model: Built without values; pretrained weights are not read.
             datamodule: Says how long and how many rows are; gives the batch to modules without sample_batch.
             batch_size: Rows of each GPU in one step; by default the data's, or 1.
             tokens: Numbers of tokens in a row; by default a quarter, half and all of the data's max_length, or of 2048.
@@ -94,7 +94,7 @@ class PEFTTrainer(pl.Trainer):
         """
         if min([batch_size or 1, *processes]) < 1:
             raise ValueError(f"Got batch_size={batch_size} and processes={processes}, expected numbers from 1 on.")
-        with torch.device("meta"):
+        with without_values():
             model.configure_model()
         self.precision_plugin.convert_module(model)  # here, since shapes cannot change their type in place
         batches = _batch_of_data(model, datamodule)

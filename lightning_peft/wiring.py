@@ -68,12 +68,17 @@ def adopt(module: pl.LightningModule, methods: Sequence[Method], also_train: Seq
 
     Raises:
         TypeError: The module is sharded already.
-        ValueError: Something else was injected.
+        ValueError: Something else was injected, or no method is given and nothing was.
         RuntimeError: Adapters below are merged into the weights.
     """
     record = injection(module)
     below = [found for part in module.modules() if (found := injection(part)) is not None and found is not record]
     if record is None and not below:
+        if not methods:
+            raise ValueError(
+                "PEFTStrategy without a method trains what was injected before, and nothing was: give it a method, or "
+                "call lightning_peft.inject, or add_adapter and activate, first."
+            )
         if any(isinstance(part, (FSDPModule, FullyShardedDataParallel)) for part in module.modules()):
             raise TypeError(
                 "The model is sharded and has no adapters yet; each rank would train its own. Call "
@@ -83,15 +88,17 @@ def adopt(module: pl.LightningModule, methods: Sequence[Method], also_train: Seq
         return
     if record is None:
         refuse_merged(module)
+        only = below[0] if len(below) == 1 else None  # whose adapters may be switched or added by it later, too
         record = Injection(
-            methods=[method for found in below for method in found.methods],
-            active=[name for found in below for name in found.active],
+            methods=only.methods if only else [method for found in below for method in found.methods],
+            active=only.active if only else [name for found in below for name in found.active],
+            groups=only.groups if only else {k: v for found in below for k, v in found.groups.items()},
             also_train=[pattern for found in below for pattern in found.also_train],
             trained=[name for name, p in base_parameters(module).items() if p.requires_grad],
             required_grad=dict.fromkeys(base_parameters(module), True),
         )
         module.__dict__["_peft_injection"] = record
-    if record.methods not in (list(methods), [method.finalized() for method in methods]):
+    if methods and record.methods not in (list(methods), [method.finalized() for method in methods]):
         raise ValueError(
             f"The model holds {record.methods}, PEFTStrategy was given {list(methods)}. Pass the same methods, or call "
             f"lightning_peft.detach(model) first."

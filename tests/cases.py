@@ -51,6 +51,7 @@ def weight_methods(model: str) -> list[Case]:
         Case(model, (lp.BitFit(add_missing=model == "llama"),)),
         Case(model, (lp.FullFineTuning(),)),
         Case(model, (lp.OutputLayers(),)),
+        Case(model, (lp.LoRA(rank=2), lp.OwnParameters(targets=["norms"]))),
         Case(model, (lp.LastLayers(count=2),)),
     ]
 

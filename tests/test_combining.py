@@ -25,7 +25,7 @@ def model(rank=2, base="llama"):
 
 
 def deltas(net, *names, host=HOST):
-    return [adapters_of(net, named(injected(net), name))[host].delta().detach().double().numpy() for name in names]
+    return [adapters_of(net, *named(injected(net), name))[host].delta().detach().double().numpy() for name in names]
 
 
 def test_a_sum_is_exact_from_the_sum_of_ranks_on():
@@ -68,7 +68,7 @@ def test_ties_is_its_formula_of_weights_and_of_factors():
     lp.combine(net, list("abc"), WEIGHTS, "whole", rule="ties", rank=16, density=0.3)
     np.testing.assert_allclose(deltas(net, "whole")[0], ties(deltas(net, *"abc"), WEIGHTS, 0.3), atol=1e-6)
     lp.combine(net, list("abc"), WEIGHTS, "parts", rule="ties", of="factors", density=0.5)
-    found = [adapters_of(net, named(injected(net), name))[HOST] for name in (*"abc", "parts")]
+    found = [adapters_of(net, *named(injected(net), name))[HOST] for name in (*"abc", "parts")]
     scales = [w * (3 + n) / 2 for n, w in enumerate(WEIGHTS)]
     for factor, signs in (("a", np.sign(scales)), ("b", np.ones(3))):
         tensors = [getattr(one, factor).detach().double().numpy() for one in found]
@@ -106,7 +106,7 @@ def test_peft_makes_the_same_of_them():
             theirs = peft.get_peft_model(MODELS["llama"](), config, adapter_name=name)
         else:
             theirs.add_adapter(name, config)
-        for place, ours in adapters_of(net, named(injected(net), name)).items():
+        for place, ours in adapters_of(net, *named(injected(net), name)).items():
             layer = theirs.base_model.model.get_submodule(place)
             layer.lora_A[name].weight.data.copy_(ours.a)
             layer.lora_B[name].weight.data.copy_(ours.b)
@@ -150,7 +150,7 @@ def test_refusals():
 def test_parts_of_fused_layers_and_convolutions():
     net = model(base="gpt2")
     lp.combine(net, list("ab"), [1, 2], "sum", rank=4)
-    places = adapters_of(net, named(injected(net), "sum"))
+    places = adapters_of(net, *named(injected(net), "sum"))
     assert any(p.endswith(".query") for p in places)
     for place in places:
         a, b, found = deltas(net, "a", "b", "sum", host=place)

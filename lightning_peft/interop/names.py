@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..base import base_modules, matches
-from ..roles import ROLES
+from ..select import literal
 
 
 def network(model: nn.Module) -> tuple[str, nn.Module]:
@@ -52,15 +52,11 @@ def endings(wanted: Collection[str], known: Iterable[str]) -> list[str]:
 def globs(wanted: Collection[str], model: nn.Module) -> tuple[list[str], list[str]]:
     """Return the ``targets`` and ``exclude`` of a method that adapts exactly these modules."""
     known = list(base_modules(model))
-    targets = [_no_role(end) for end in endings(wanted, known)]
+    targets = [literal(end) for end in endings(wanted, known)]
     surplus = [name for name in known if name not in wanted and any(matches(name, target) for target in targets)]
-    return targets, [_no_role(name) for name in surplus]
+    return targets, [literal(name) for name in surplus]
 
 
 def by_length(pattern: dict[str, Any]) -> dict[str, Any]:
     """Return settings by name with longer names first: the first that fits the end of a name counts."""
     return dict(sorted(pattern.items(), key=lambda item: -len(item[0])))
-
-
-def _no_role(name: str) -> str:
-    return f"[{name[0]}]{name[1:]}" if name in ROLES else name

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ..inject import adapters_of, inject, injection
 from ..method import Method
+from ..select import literal
 from ..shards import assign
 from .checks import checked
 from .family import Base, State
@@ -25,7 +26,7 @@ def place(base: Base, plan: Plan, values: State, source: str) -> None:
     """
     states = [checked(base, method, given, source) for method, given in plan]
     parameters = [joined(base.name, key) for key in values if key in dict(base.network.named_parameters())]
-    inject(base.model, [method for method, _ in plan], [f"[{name[0]}]{name[1:]}" for name in parameters])  # no roles
+    inject(base.model, [method for method, _ in plan], list(map(literal, parameters)))
     for (method, _), by_host in zip(plan, states, strict=True):
         found = adapters_of(base.model, method)
         for name, state in by_host.items():

@@ -10,6 +10,7 @@ from .krona_block import KronABlock
 from .llama_adapter import LLaMAAdapter
 from .lora import LoRA
 from .multitask_prompt_tuning import MultitaskPromptTuning
+from .own_parameters import OwnParameters
 from .p_tuning import PTuning
 from .parallel_adapter import ParallelAdapter
 from .prefix_tuning import PrefixTuning, PTuningV2
@@ -30,6 +31,7 @@ __all__ = [
     "LoRA",
     "MultitaskPromptTuning",
     "OutputLayers",
+    "OwnParameters",
     "PTuning",
     "PTuningV2",
     "ParallelAdapter",

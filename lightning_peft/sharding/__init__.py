@@ -3,7 +3,15 @@
 from .base_weights import without_values
 from .fsdp1 import FSDP1Strategy
 from .fsdp2 import FSDP2Strategy
-from .stock import prepare_strategy, start_strategy
+from .stock import prepare_strategy, start_evaluation, start_strategy
 from .tensor_parallel import parallelize
 
-__all__ = ["FSDP1Strategy", "FSDP2Strategy", "parallelize", "prepare_strategy", "start_strategy", "without_values"]
+__all__ = [
+    "FSDP1Strategy",
+    "FSDP2Strategy",
+    "parallelize",
+    "prepare_strategy",
+    "start_evaluation",
+    "start_strategy",
+    "without_values",
+]

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from ..checkpoint import clean
-from ..shards import part_for, whole
+from ..shards import part_for, shape_of, whole
 
 _STATE = "state_dict."
 
@@ -34,18 +34,22 @@ def whole_optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def own_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Return of a whole state what this process' parameters need, by the order of parameters in their groups."""
+    """Return of a state what this process' parameters need, by the order of parameters in their groups; no views."""
     pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
     held = {n: p for old, new in pairs for n, p in zip(old["params"], new["params"], strict=True)}
-    return _with_tensors(
-        state, lambda number, value: part_for(held[number], value) if value.shape == held[number].shape else value
-    )
+
+    def own(number: int, value: Tensor) -> Tensor:
+        values, target = whole(value), held[number]
+        return (part_for(target, values) if values.shape == shape_of(target) else values).clone()
+
+    return _with_tensors(state, own)
 
 
-def own_state(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return of whole tensors what this process' parameters need."""
+def own_state(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return of a state what this process' parameters need."""
     held = {clean(name): parameter for name, parameter in module.named_parameters(remove_duplicate=False)}
-    return {k: part_for(held[clean(k)], v) if clean(k) in held else v for k, v in state.items()}
+    values = {k: whole(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+    return {k: part_for(held[clean(k)], v) if clean(k) in held else v for k, v in values.items()}
 
 
 def _with_tensors(state: dict[str, Any], change: Callable[[int, Tensor], Tensor]) -> dict[str, Any]:

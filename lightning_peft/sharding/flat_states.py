@@ -14,10 +14,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import Optimizer
 
-from ..checkpoint import base_names, check_state, clean, drop_base
+from ..checkpoint import base_names, check_state, drop_base
 from ..flat import part_of
 from ..inject import injection
 from ..shards import whole, writes_files
+from .checkpoints import own_state
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:
@@ -56,12 +57,7 @@ def check_saved(module: Any, found: Mapping[str, Any], path: Path) -> None:
 
 def load_module(module: nn.Module, state: dict[str, Any]) -> None:
     """Load values of the whole; each process takes its own part of what is sharded."""
-    targets = {clean(k): v for n, p in module.named_parameters() for k, v in [(n, p)]}
-    own = {}
-    for key, value in state.items():
-        value = whole(value) if isinstance(value, Tensor) else value
-        part = part_of(targets[key]) if key in targets else None
-        own[key] = value if part is None else part.cut(value)
+    own = own_state(module, state)
     for name, part_module, alone in _plain(module):
         mine = {k.removeprefix(name): v for k, v in own.items() if k.startswith(name)}
         if alone:
@@ -90,22 +86,6 @@ def optimizer_state(optimizer: Optimizer, sharded: bool) -> dict[str, Any]:
         entries[index] = result
     packed["state"] = {index: entries[index] for index in sorted(entries)}
     return packed
-
-
-def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load what ``optimizer_state`` returned, or a single process had."""
-    parameters = _parameters(optimizer)
-    entries: dict[int, dict[str, Any]] = {}
-    for index, entry in state["state"].items():
-        part = part_of(parameters[index])
-        own = entries[index] = {}
-        for name, value in entry.items():
-            value = whole(value) if isinstance(value, Tensor) else value
-            if isinstance(value, Tensor):
-                value = part.cut(value) if part is not None and value.shape == part.shape else value
-                value = value.clone()  # not a view of a file
-            own[name] = value
-    optimizer.load_state_dict({**state, "state": entries})
 
 
 def _plain(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, bool]]:

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from ..flat import mark_parts, part_of
 from . import flat_states
-from .checkpoints import saved_tensors
+from .checkpoints import own_optimizer_state, saved_tensors
 from .flat_precision import OwnTypes
 from .flat_units import check_flattens, flatten_inside
 from .folders import read_folder, write_folder
@@ -177,5 +177,5 @@ class FSDP1Strategy(FSDPStrategy):
         states = checkpoint.pop("optimizer_states", None)
         if fits and states is not None:
             for optimizer, state in zip(self.optimizers, states, strict=True):
-                flat_states.load_optimizer(optimizer, state)
+                optimizer.load_state_dict(own_optimizer_state(optimizer, state))
         return dict(checkpoint)

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ..base import SLOT
+from ..base import base_parameters
 from ..checkpoint import check_state
 from ..inject import injection
 from .base_weights import BaseWeights, read_into, start_adapters
@@ -167,7 +167,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         Raises:
             ValueError: Nowhere; the base would be random.
         """
-        empty = [name for name, p in module.named_parameters() if p.is_meta and f".{SLOT}." not in f".{name}"]
+        empty = [name for name, p in base_parameters(module).items() if p.is_meta]
         if not empty:
             return None
         path = getattr(module, "base_weights", None) if self.base_weights == "auto" else self.base_weights

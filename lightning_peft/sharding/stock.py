@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..hosts import adapters
+from ..hosts import adapters, call_children
 from ..inject import adapters_of
 from ..method import Method
 from .fsdp1 import FSDP1Strategy
@@ -71,6 +71,12 @@ def start_strategy(strategy: Strategy, module: nn.Module, methods: Sequence[Meth
             )
     if strategy.world_size > 1:
         share_first([buffer for *_, adapter in adapters(module) for buffer in adapter.buffers()], strategy.root_device)
+
+
+def start_evaluation(strategy: Strategy, module: nn.Module) -> None:
+    """Put back the hooks of torch's encoders, which DeepSpeed removes with all others before it evaluates."""
+    if isinstance(strategy, DeepSpeedStrategy):
+        call_children(module.modules())
 
 
 def _require_averaging(strategy: ModelParallelStrategy, module: nn.Module) -> None:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from ..base import base_modules, matches
@@ -93,7 +92,7 @@ def _lines(
 ) -> tuple[str, ...]:
     kinds = Counter((type(units[n]).__name__, _contents(parameters)) for n, parameters in own.items())
     lines = [f"{count} x {name}: {contents}" for (name, contents), count in kinds.items()]
-    part = sum(_bytes(p) for parameters in own.values() for p in parameters) // processes
+    part = sum(p.nbytes for parameters in own.values() for p in parameters) // processes
     lines += [f"whole on each process: {_contents(list(replicated.values()))}"] if replicated else []
     return "sharded units", *lines, f"each of {processes} processes holds {size(part)} of the units"
 
@@ -102,7 +101,3 @@ def _contents(parameters: Sequence[nn.Parameter]) -> str:
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     types = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
     return f"{sum(p.numel() for p in parameters):,} parameters ({types}), {trained:,} of them train"
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
