@@ -5,7 +5,9 @@ import math
 
 import pytest
 import torch
+from cases import CASES
 from models import MODELS, tokens
+from safetensors.torch import load_file
 from test_adapter_files import edit_json, edit_tensors
 from test_switching import stir
 from torch import nn
@@ -14,6 +16,7 @@ from trainer_models import Module, trainer
 
 import lightning_peft as lp
 from lightning_peft.cli import main
+from lightning_peft.inspecting.text import difference_text, report_text
 
 PAIRED = {
     "patterns": ("llama", lp.LoRA(rank=3, alpha=6, rank_pattern={"q_proj": 5}, alpha_pattern={"1.self_attn.*": 2})),
@@ -42,6 +45,38 @@ def live(net):
         f"{name}.{adapter.part}".strip("."): adapter.delta().detach().flatten(1).double()
         for name, _, _, adapter in lp.adapters(net)
     }
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_any_method_saves_can_be_read_and_equals_itself(case, tmp_path):
+    net = made(case.model, list(case.methods))
+    folder = lp.save_adapter(net, tmp_path / "one")
+    found, state = lp.inspect_adapter(folder), load_file(folder / "adapter_model.safetensors")
+    assert found["parameters"] == sum(value.numel() for value in state.values())
+    assert {row["key"] for row in found["tensors"]} == state.keys()
+    assert sum(row["parameters"] for row in found["table"]) == found["parameters"]
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert f"{found['parameters']:,} parameters" in report_text(found)
+    same = lp.compare_adapters(folder, folder)
+    assert same["equal"]
+    assert same["settings"] == same["only_in_one"] == same["only_in_other"] == same["shapes"] == []
+    assert {row["key"] for row in same["tensors"]} == state.keys()
+    assert json.loads(json.dumps(same, allow_nan=False)) == same
+    assert "to the bit" in difference_text(same)
+
+
+def test_a_place_without_any_rank_left_has_no_update(tmp_path):
+    net = made(*PAIRED["adalora"])
+    adapter = net.bert.encoder.layer[1].attention.self.query.peft["adalora"]
+    adapter.kept.zero_()
+    adapter.e.data.zero_()
+    found = lp.inspect_adapter(lp.save_adapter(net, tmp_path / "one"))
+    assert [(row["rank"], row["norm"] > 0) for row in found["places"]] == [(1, True), (0, False), (3, True)]
+    assert found["places"][1]["largest"] == 0
+    one = lp.save_adapter(made(*PAIRED["adalora"]), tmp_path / "other")
+    rows = lp.compare_adapters(tmp_path / "one", one)["updates"]
+    assert rows[1]["relative"] is None
+    assert rows[1]["difference"] == pytest.approx(rows[1]["other"])
 
 
 @pytest.mark.parametrize("case", PAIRED)
@@ -161,6 +196,34 @@ def test_numbers_that_are_none_are_named_and_json_stays_json(tmp_path, capsys):
     assert f"warning: {key} has 1 NaN" in capsys.readouterr().out
     main(["inspect", str(folder), str(other)])
     assert "nan" not in capsys.readouterr().out
+
+
+def test_settings_that_are_no_numbers_stay_out_of_json(tmp_path, capsys):
+    folder = lp.save_adapter(made("llama", lp.LoRA(rank=2)), tmp_path / "odd")
+    one = lp.save_adapter(made("llama", lp.LoRA(rank=2)), tmp_path / "one")
+    edit_json(folder, methods=[{"method": "LoRA", "name": "lora", "alpha": math.nan, "rank_pattern": {"q": math.inf}}])
+    for words in ([str(folder)], [str(folder), str(one)]):
+        main(["inspect", *words, "--json"])
+        json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert lp.inspect_adapter(folder)["methods"][0]["rank_pattern"] == {"q": None}
+
+
+THEIRS = [
+    lp.IA3(),
+    lp.FedPara(rank=2),
+    lp.KronA(scale=2, shape_a=[4, 4]),
+    lp.PromptTuning(length=3),
+    lp.PrefixTuning(length=3, hidden_size=8, shift_positions=True),
+]
+
+
+@pytest.mark.parametrize("method", THEIRS, ids=lambda method: method.name)
+def test_every_tensor_of_a_folder_of_peft_has_its_place(method, tmp_path):
+    lp.export_peft(made("llama", method), tmp_path)
+    found, state = lp.inspect_adapter(tmp_path), load_file(tmp_path / "adapter_model.safetensors")
+    assert {row["key"]: row["parameters"] for row in found["tensors"]} == {k: v.numel() for k, v in state.items()}
+    assert sum(row["parameters"] for row in found["table"]) == found["parameters"]
+    assert f"{found['parameters']:,} parameters" in report_text(found)
 
 
 def test_an_untrained_adapter_is_said_to_be_one(tmp_path):

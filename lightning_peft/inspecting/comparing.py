@@ -12,7 +12,7 @@ from torch import Tensor
 from ..base import SLOT
 from ..beginnings import beginnings
 from .contents import Contents, read_contents
-from .figures import Pair, between, between_pairs, together
+from .figures import Pair, between, between_pairs, plain, together
 
 Key = tuple[int, str, str, str]  # number of the method, host, part, tensor
 
@@ -63,7 +63,7 @@ def compare_adapters(one: str | os.PathLike[str], other: str | os.PathLike[str])
         "other": second.path,
         "equal": len(shared) == len(left.tensors) == len(right.tensors) and all(_same(a, b) for _, a, b in pairs),
         "base": {"one": first.base, "other": second.base},
-        "settings": _settings(first, second),
+        "settings": plain(_settings(first, second)),
         **dict(zip(("only_in_one", "only_in_other"), lone, strict=True)),
         "shapes": [
             {"key": name, "one": list(a.shape), "other": list(b.shape)} for name, a, b in pairs if a.shape != b.shape

@@ -117,9 +117,10 @@ def _of_peft(path: str | os.PathLike[str]) -> Contents:
     family = next((one for one in FAMILIES if one.kind == kind), None)
     hosts, rest = parted(family, tensors) if family else ({}, tensors)
     settings = {key: value for key, value in config.items() if value not in (None, {}, [])}
+    known = {key.removeprefix(family.prefix): key for key in tensors} if family else {}
     places = []
     for host, own in sorted(hosts.items(), key=lambda item: natural(item[0])):
-        keys = {name: f"{family.prefix if family else ''}{host}.{name}" for name in own}
+        keys = {name: known[f"{host}.{name}".lstrip(".")] for name in own}
         places.append(Place(host, 0, "", own, keys, _peft_pair(family, config, host, own)))
     return Contents(str(path), "peft", [{"method": kind, "name": kind.lower(), **settings}], [], None, places, rest)
 

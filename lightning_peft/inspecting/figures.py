@@ -64,6 +64,15 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def plain(data: Any) -> Any:
+    """Return settings with None for numbers that JSON has not."""
+    if isinstance(data, dict):
+        return {key: plain(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [plain(value) for value in data]
+    return finite(data) if isinstance(data, float) else data
+
+
 def kind_of(name: str) -> str:
     """Return a name with ``*`` in place of numbers: the same for the same layer of all blocks."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)

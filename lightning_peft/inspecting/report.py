@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .contents import Contents, Place, read_contents
-from .figures import extent, finite, kind_of, norm, singular_values
+from .figures import extent, finite, kind_of, norm, plain, singular_values
 
 
 def inspect_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def inspect_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {
         "path": held.path,
         "library": held.library,
-        "methods": held.methods,
+        "methods": plain(held.methods),
         "also_train": held.also_train,
         "base": held.base,
         "parameters": sum(row["parameters"] for row in tensors),
