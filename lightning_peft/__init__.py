@@ -11,6 +11,7 @@ from .files import load_adapter, save_adapter
 from .finalizing import finalize
 from .hosts import adapters
 from .inject import detach, inject
+from .inspecting import compare_adapters, inspect_adapter
 from .interop import export_peft, import_loralib, import_peft, import_t_few, push_adapter, vllm_problems
 from .merging import merge, merged, unmerge
 from .method import Method
@@ -81,6 +82,7 @@ __all__ = [
     "adapters",
     "add_adapter",
     "combine",
+    "compare_adapters",
     "dequantize",
     "detach",
     "disabled",
@@ -93,6 +95,7 @@ __all__ = [
     "import_peft",
     "import_t_few",
     "inject",
+    "inspect_adapter",
     "join_prompts",
     "load_adapter",
     "load_from_checkpoint",

@@ -9,7 +9,8 @@ from typing import Any
 from jsonargparse import ArgumentParser, auto_cli
 
 from .console import say
-from .files import inspect_adapter
+from .inspecting import compare_adapters, inspect_adapter
+from .inspecting.text import difference_text, report_text
 from .plots.files import adapter, curves, parameters
 from .recipes.features import features
 from .recipes.federated import federated
@@ -19,20 +20,21 @@ Command = Callable[[list[str]], Any]
 
 
 def inspect(arguments: list[str]) -> None:
-    """Print what an adapter folder holds."""
-    parser = ArgumentParser(prog="lightning-peft inspect", description="Show what an adapter folder holds.")
-    parser.add_argument("adapter", type=str, help="Folder that save_adapter wrote")
+    """Print what an adapter file holds, or in what two of them differ."""
+    parser = ArgumentParser(
+        prog="lightning-peft inspect", description="Show what an adapter holds, or in what it differs from another."
+    )
+    parser.add_argument("adapter", type=str, help="Folder of save_adapter or of HF PEFT, or a checkpoint of a run")
+    parser.add_argument("other", type=str, nargs="?", help="Another one, to compare with")
     parser.add_argument("--json", action="store_true", help="Print JSON")
     options = parser.parse_args(arguments)
-    report = inspect_adapter(options.adapter)
-    if options.json:
-        say(json.dumps(report, indent=2))
-        return
-    settings = [", ".join(f"{k}={v!r}" for k, v in m.items() if k != "method") for m in report["methods"]]
-    lines = [f"{m['method']}({text})" for m, text in zip(report["methods"], settings, strict=True)]
-    lines += [f"also trained: {', '.join(report['also_train']) or 'nothing'}", f"base fingerprint: {report['base']}"]
-    lines += [f"{t['key']:<70} {t['shape']!s:<16} norm {t['norm']:.4g}" for t in report["tensors"]]
-    say("\n".join([*lines, f"{report['parameters']:,} parameters"]))
+    if options.other is None:
+        report = inspect_adapter(options.adapter)
+        text = report_text(report)
+    else:
+        report = compare_adapters(options.adapter, options.other)
+        text = difference_text(report)
+    say(json.dumps(report, indent=2, allow_nan=False) if options.json else text)
 
 
 def plot(arguments: list[str]) -> None:

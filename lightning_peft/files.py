@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -86,16 +85,6 @@ def load_values(
     for key, value in state.items():
         assign(target[key], value)
     injected(model).fresh = False
-
-
-def inspect_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return an adapter's description with key, shape, type and norm of each tensor, as plain data."""
-    config, state = read_adapter(folder)
-    tensors = [
-        {"key": key, "shape": list(value.shape), "dtype": str(value.dtype), "norm": value.float().norm().item()}
-        for key, value in sorted(state.items())
-    ]
-    return {**config, "tensors": tensors, "parameters": sum(value.numel() for value in state.values())}
 
 
 def aligned(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:

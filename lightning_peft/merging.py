@@ -82,7 +82,7 @@ def unmerge(model: nn.Module) -> nn.Module:
             f"overwrites. After merging for good, build the base again and load the adapter."
         )
     for name, host, kept in changed_hosts(model):
-        own = kept.parameters(host)
+        own = kept.tensors(host)
         if wrong := next((key for key, old in kept.slices.items() if own[key].dtype != old.values.dtype), None):
             raise RuntimeError(
                 f"{name}.{wrong} was {kept.slices[wrong].values.dtype} when it was merged and is {own[wrong].dtype} "
@@ -145,11 +145,12 @@ def _merge_and_keep(model: nn.Module, dequantize: bool) -> nn.Module:
 
 
 def _change(name: str, host: Any, found: Sequence[tuple[str, Any, str, Adapter]]) -> None:
-    kept = change(host, functools.partial(_fold, found), tuple(key for _, _, key, _ in found))
+    order = tuple(key for key in host.peft_order if host.peft[key].lasting)
+    kept = change(host, functools.partial(_fold, found), order)
     host.peft_order = passing(host)
     for *_, adapter in found:
         adapter.rearranged()
-    if trained := [key for key, p in kept.parameters(host).items() if p.requires_grad]:
+    if trained := [key for key, p in kept.tensors(host).items() if p.requires_grad]:
         raise ValueError(
             f"{name}.{trained[0]} trains in the base itself and would be overwritten, so that unmerge had two values "
             f"to go back to; merge(model) merges for good."

@@ -45,6 +45,10 @@ class Method(ABC):
     def after_step(self, adapters: Sequence[Adapter], step: int, total_steps: int) -> None:
         """Do what follows optimizer step ``step`` (from 1) of ``total_steps`` (-1: unknown); gradients remain."""
 
+    def pair_of(self, host: str, packed: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Return A (rank, in) and B (out, rank), if the update of a host is B A, from what a file holds of it."""
+        return None
+
     def metrics(self, adapters: Mapping[str, Adapter]) -> Mapping[str, Tensor]:
         """Return scalars worth logging, of adapters by host name."""
         return {}

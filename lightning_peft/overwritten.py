@@ -1,4 +1,4 @@
-"""What merging overwrote in a host's parameters: kept there, so that it comes back to the bit."""
+"""What merging overwrote in a host's parameters and buffers: kept there, so that it comes back to the bit."""
 
 from __future__ import annotations
 
@@ -35,33 +35,34 @@ class Overwritten:
     Args:
         order: Names of the adapters that took part.
         names: All names of parameters that the host had.
-        replaced: Parameters that are others now, or None where there was none.
+        replaced: Parameters and buffers that are others now, or None where there was none.
         slices: Values of those that were written to, where they differ.
     """
 
     order: tuple[str, ...]
     names: list[str]
-    replaced: dict[str, nn.Parameter | None]
+    replaced: dict[str, Tensor | None]
     slices: dict[str, Slices]
 
-    def parameters(self, host: Any) -> dict[str, nn.Parameter]:
-        """Return the parameters that the host had before, as far as they were written to or replaced."""
-        own = host._parameters | self.replaced
-        return {name: own[name] for name in (*self.slices, *self.replaced) if own[name] is not None}
+    def tensors(self, host: Any) -> dict[str, Tensor]:
+        """Return the parameters and buffers that the host had before, as far as they were written to or replaced."""
+        own = _held(host) | self.replaced
+        return {name: tensor for name in (*self.slices, *self.replaced) if (tensor := own[name]) is not None}
 
 
 @torch.no_grad()
 def change(host: Any, by: Callable[[], None], order: tuple[str, ...]) -> Overwritten:
-    """Change a host's parameters and keep in it what that overwrites, also where the change fails on its way."""
-    before: dict[str, Any] = dict(host._parameters)
-    copies = {name: _local(p).clone() for name, p in before.items() if p is not None}
+    """Change a host's tensors and keep in it what that overwrites, also where the change fails on its way."""
+    names, before = list(host._parameters), _held(host)
+    copies = {name: _local(tensor).clone() for name, tensor in before.items() if tensor is not None}
     try:
         by()
     finally:
+        now = _held(host)
         differing = {name: _differing(copy, _local(before[name])) for name, copy in copies.items()}
-        replaced = {name: p for name, p in before.items() if host._parameters.get(name) is not p}
+        replaced = {name: tensor for name, tensor in before.items() if now.get(name) is not tensor}
         slices = {name: found for name, found in differing.items() if found is not None}
-        kept = vars(host)[_KEPT] = Overwritten(order, list(before), replaced, slices)
+        kept = vars(host)[_KEPT] = Overwritten(order, names, replaced, slices)
     for name, p in host._parameters.items():
         if p is not None and before.get(name) is not p:
             p.requires_grad_(False)
@@ -78,10 +79,16 @@ def undo(host: Any) -> Overwritten:
             del host._state_dict_hooks[number]
     for name in host._parameters.keys() - set(kept.names):
         del host._parameters[name]
-    host._parameters.update(kept.replaced)
+    for name, tensor in kept.replaced.items():
+        (host._parameters if name in kept.names else host._buffers)[name] = tensor
     for name, slices in kept.slices.items():
-        slices.copy_into(host._parameters[name])
+        slices.copy_into(_held(host)[name])
     return kept
+
+
+def _held(host: Any) -> dict[str, Any]:
+    """Return a host's own parameters and buffers."""
+    return {**host._parameters, **host._buffers}
 
 
 def changed_hosts(model: nn.Module) -> list[tuple[str, Any, Overwritten]]:
@@ -142,7 +149,7 @@ def _show_base(host: Any, state: dict[str, Any], prefix: str, metadata: Any) -> 
     kept: Overwritten = vars(host)[_KEPT]
     for name in host._parameters.keys() - set(kept.names) | kept.replaced.keys():
         state.pop(prefix + name, None)
-    state |= {prefix + name: p.detach() for name, p in kept.replaced.items() if p is not None}
+    state |= {prefix + name: tensor.detach() for name, tensor in kept.replaced.items() if tensor is not None}
     for name in kept.slices.keys() & {key.removeprefix(prefix) for key in state}:
         state[prefix + name] = state[prefix + name].detach().clone()
         kept.slices[name].copy_into(state[prefix + name])

@@ -28,24 +28,21 @@ class Rows:
         self.ids = None if kinds == 1 else ids.clamp(min=0)
         self.has_one = (ids >= 0).view(-1, 1, 1) if -1 in numbers else None
 
-    @functools.cached_property
-    def of_each(self) -> list[Tensor]:
-        """Return the places of each adapter's rows."""
-        found: dict[int, list[int]] = {}
-        for place, number in enumerate(self.numbers):
-            found.setdefault(number, []).append(place)
-        return [torch.tensor(found[number], device=self.device) for number in range(max(found) + 1)]
-
     def on(self, device: torch.device) -> Rows:
         """Return the same for another device, which a part of the model may be on."""
         return self if device == self.device else Rows(self.numbers, device)
 
-    def at(self, number: int, rows: int) -> Tensor:
-        """Return the places of one adapter's rows; a call with more rows has neighbours that share a name."""
-        places, times = self.of_each[number], rows // self.count
-        if times == 1:
-            return places
-        return (places[:, None] * times + torch.arange(times, device=places.device)).flatten()
+    def by_adapter(self, rows: int) -> tuple[Tensor, Tensor, list[int]]:
+        """Return the order of rows by adapter, those of none last, the order back, and how many each adapter has.
+
+        In a call with more rows than names, neighbours share one.
+        """
+        times = rows // self.count
+        kinds = [*range(max(self.numbers) + 1), -1]
+        order = sorted(range(rows), key=lambda row: kinds.index(self.numbers[row // times]))
+        back = sorted(range(rows), key=order.__getitem__)
+        sizes = [self.numbers.count(kind) * times for kind in kinds]
+        return torch.tensor(order, device=self.device), torch.tensor(back, device=self.device), sizes
 
     def stacked(self, values: Sequence[Any], like: Tensor) -> Any:
         """Return the values of all rows, see ``RowWise``, from those of each adapter; equal numbers are one."""
@@ -123,19 +120,20 @@ class Part:
 
     def _one_by_one(self, host: Any, inner: Callable[..., Any], rows: Rows, x: Tensor) -> Tensor:
         """Let one adapter after the other serve its own rows."""
-        given, found = x, []
-        for number, adapter in enumerate(self.adapters):
-            places = rows.at(number, len(x))
-            own = x.index_select(0, places)
-            found.append((adapter, places, own))
-            if (new := adapter.entering(host, own)) is not own:
-                given = given.index_copy(0, places, new.to(x.dtype))
-        y: Tensor = inner(given)
+        order, back, sizes = rows.by_adapter(x.shape[0])
+        own = torch.split(x.index_select(0, order), sizes)
+        given = [adapter.entering(host, part) for adapter, part in zip(self.adapters, own, strict=False)]
+        changed = any(new is not old for new, old in zip(given, own, strict=False))
+        y: Tensor = inner(_joined(given, own, back) if changed else x)
         _refuse(host, rows, x, y)
-        for adapter, places, own in found:
-            new = adapter.leaving(host, own, y.index_select(0, places))
-            y = y.index_copy(0, places, new.to(y.dtype))
-        return y
+        of_host = torch.split(y.index_select(0, order), sizes)
+        found = [adapter.leaving(host, *both) for adapter, *both in zip(self.adapters, own, of_host, strict=False)]
+        return _joined(found, of_host, back)
+
+
+def _joined(new: Sequence[Tensor], old: Sequence[Tensor], back: Tensor) -> Tensor:
+    """Return all rows in their order: what each adapter made of its own, and those of none, the last, as they were."""
+    return torch.cat([*[part.to(old[-1].dtype) for part in new], old[-1]]).index_select(0, back)
 
 
 def _refuse(host: Any, rows: Rows, x: Tensor, y: Any) -> None:

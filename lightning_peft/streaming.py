@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import ctypes
 import os
-import sys
 import tempfile
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base import SLOT, base_parameters
-from .beginnings import beginnings
+from .base import SLOT
 from .describing import restore
-from .fingerprints import digest
-from .inject import beside_base, detach, injected, injection
+from .inject import detach, injection
 from .merging import mergeable
-from .quantized_layers import sample
 from .stored import read_stored
 from .tensor_files import TensorFiles
+from .weight_files import WeightFiles, give_back
 
 
 @torch.no_grad()
@@ -66,7 +61,7 @@ def merge_files(
         raise ValueError(
             "merge_files needs a fresh network without values: build it in lightning_peft.without_values()."
         )
-    stored, weights = read_stored(adapter), _Weights(model, TensorFiles(base))
+    stored, weights = read_stored(adapter), WeightFiles(model, TensorFiles(base))
     try:
         restore(model, stored.description, stored.path, strict=False)
         state, found = stored.state_for(model), mergeable(model)
@@ -90,89 +85,46 @@ def merge_files(
     return target
 
 
-class _Weights:
-    """The base parameters of a model in files; a shared one may be there under any of its names, or all.
-
-    Args:
-        model: A model without adapters.
-        files: Where they are.
-
-    Raises:
-        ValueError: A parameter is not in the files, or has another shape there.
-    """
-
-    def __init__(self, model: nn.Module, files: TensorFiles) -> None:
-        self.files, shared = files, defaultdict[nn.Parameter, list[str]](list)
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            shared[parameter].append(name)
-        self._ours, self._theirs = beginnings((name for own in shared.values() for name in own), files.keys())
-        self._known = set(files.keys())
-        self._keys = {own[0]: [key for name in own for key in self._there(name)] for own in shared.values()}
-        for parameter, (name, *_) in shared.items():
-            self._check(name, tuple(parameter.shape))
-
-    def read(self, name: str) -> Tensor:
-        """Return the values of a parameter."""
-        return self.files.read(self._keys[name][0])
-
-    def write(self, state: Mapping[str, Tensor]) -> None:
-        """Replace the values of parameters and buffers, as far as the base has them."""
-        for name, values in state.items():
-            for key in self._keys.get(name) or self._there(name):
-                self.files.write(key, values)
-
-    def copied(self, folder: Path) -> _Weights:
-        """Copy the files; return the weights in the copy."""
-        other = copy.copy(self)
-        other.files = self.files.copied(folder)
-        return other
-
-    def fingerprint(self, model: nn.Module) -> str:
-        """Return that of the base."""
-        found, beside = [], beside_base(model, injected(model).methods)
-        for name, parameter in base_parameters(model).items():
-            if name not in beside:
-                found.append((tuple(parameter.shape), sample(self.read(name)).clone()))  # a view would hold all of it
-                _give_back()
-        return digest(found)
-
-    def _there(self, name: str) -> list[str]:
-        key = self._theirs + name.removeprefix(self._ours)
-        return [key] if name.startswith(self._ours) and key in self._known else []
-
-    def _check(self, name: str, shape: tuple[int, ...]) -> None:
-        if not self._keys[name]:
-            raise ValueError(
-                f"{self.files.path} lacks {name}; it has {', '.join(self.files.keys()[:3])}. Give the files of the "
-                f"very model; where a new head was trained, merge into the loaded model, which is then written whole."
-            )
-        for key in self._keys[name]:
-            if self.files.shape(key) != shape:
-                raise ValueError(f"{key} has shape {self.files.shape(key)} in {self.files.path}, the model {shape}.")
-
-
-def _merge_host(name: str, found: Any, state: Mapping[str, Tensor], weights: _Weights) -> None:
+def _merge_host(name: str, found: Any, state: Mapping[str, Tensor], weights: WeightFiles) -> None:
     """Merge the adapters of one host, which has values for that time alone."""
     own = [(host, key, adapter) for other, host, key, adapter in found if other == name]
-    host, empty = own[0][0], dict(own[0][0]._parameters)
-    names = {part: f"{name}.{part}".lstrip(".") for part, p in empty.items() if p is not None}
-    for part, whole in names.items():
-        host._parameters[part] = nn.Parameter(weights.read(whole), requires_grad=False)
-    for _, key, adapter in own:
-        prefix = f"{name}.{SLOT}.{key}.".lstrip(".")
-        adapter.to_empty(device="cpu")
-        adapter.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-        adapter.merge(host)
-        adapter.to("meta")
-    if new := next((part for part, p in host._parameters.items() if p is not None and part not in names), None):
-        raise ValueError(f"{name} gets a {new}, for which its files have no room; merge into the loaded model.")
-    weights.write({whole: host._parameters[part] for part, whole in names.items()})
-    host._parameters.update(empty)
-    _give_back()
+    host = own[0][0]
+    with _values(name, host, weights) as (names, others):
+        for _, key, adapter in own:
+            prefix = f"{name}.{SLOT}.{key}.".lstrip(".")
+            adapter.to_empty(device="cpu")
+            adapter.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+            adapter.merge(host)
+            adapter.to("meta")
+        held = {part: value for part, value in {**host._parameters, **host._buffers}.items() if value is not None}
+        for part, value in held.items():
+            if part not in names and not (part in others and torch.equal(value, others[part])):
+                raise ValueError(
+                    f"{name} gets a {part}, for which its files have no room; merge into the loaded model."
+                )
+        weights.write({whole: held[part] for part, whole in names.items()})
+    del held
+    give_back()
 
 
-def _give_back() -> None:
-    """Return freed memory to the system; glibc would keep it, in pieces that the next layer does not fit into."""
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if library is not None and hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
+@contextmanager
+def _values(name: str, host: Any, weights: WeightFiles) -> Iterator[tuple[dict[str, str], dict[str, Tensor]]]:
+    """Context in which a host has the values of the files; gives their whole names, and buffers that are in no file."""
+    parameters, buffers = dict(host._parameters), dict(host._buffers)
+    names = {part: f"{name}.{part}".lstrip(".") for part, held in (parameters | buffers).items() if held is not None}
+    others = {part: buffers[part] for part, whole in names.items() if part in buffers and not weights.has(whole)}
+    names = {part: whole for part, whole in names.items() if part not in others}
+    try:
+        host._buffers.update({part: held.clone() for part, held in others.items()})
+        for part, whole in names.items():
+            values = weights.read(whole)
+            if part in parameters:
+                host._parameters[part] = nn.Parameter(values, requires_grad=False)
+            else:
+                host._buffers[part] = values
+        yield names, others
+    finally:
+        for part in host._parameters.keys() - parameters.keys():
+            del host._parameters[part]
+        host._parameters.update(parameters)
+        host._buffers.update(buffers)

@@ -95,7 +95,8 @@ def test_inspect_shows_methods_and_tensors(tmp_path, capsys):
     main(["inspect", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "LoRA(name='lora', targets=['net.0']" in printed
-    assert "net.0.peft.lora.a" in printed
+    assert "net.0  36  lora" in printed
+    assert "(12, 2)" in printed
     assert f"{2 * (6 + 12)} parameters" in printed
     main(["inspect", str(tmp_path), "--json"])
     report = json.loads(capsys.readouterr().out)

@@ -13,9 +13,9 @@ ROOMS = """
     method bottlenecks kronecker feedforward outputs virtual_tokens words rows prompts prefixes prefix_starts
     positions encoders pseudo_tokens templates methods hosts overwritten following refusals inject switching mixing
     combining nf4 quantized_shapes quantization merging finalizing checkpoint summary describing files stored
-    tensor_files streaming named interop ensembles planning layouts plots optimizers modes random_state precision
-    wiring restoring resuming showing sharding frozen_trunk caching strategy tasks recipes commands reports
-    exchanging trainer cli __main__
+    tensor_files weight_files streaming named interop ensembles planning layouts inspecting plots optimizers modes
+    random_state precision wiring restoring resuming showing sharding frozen_trunk caching strategy tasks recipes
+    commands reports exchanging trainer cli __main__
 """
 ORDER = ROOMS.split()
 

@@ -351,7 +351,7 @@ def test_prompts_of_tasks_compute_the_same_there_and_here(name, tmp_path):
     require_equal(f"MultitaskPromptTuning on {name}, theirs here", own, their[:, length:])
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["bert", "tagger", "llama", "gpt2"])
 def test_prefixes_compute_the_same_there_and_here(name, tmp_path):
     import peft
 
@@ -359,7 +359,7 @@ def test_prefixes_compute_the_same_there_and_here(name, tmp_path):
         method = lp.PrefixTuning(length=3, hidden_size=8, reparameterize=kind, shift_positions=True)
         require_round_trip(name, method, tmp_path / str(kind), exact=not kind)
         config = peft.PrefixTuningConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=kind, encoder_hidden_size=8
+            task_type=TASKS[name], num_virtual_tokens=3, prefix_projection=kind, encoder_hidden_size=8
         )
         require_import(name, config, tmp_path / f"theirs {kind}")
 

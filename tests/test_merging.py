@@ -327,3 +327,54 @@ def test_a_narrow_bias_is_rounded_once():
     expected = (bias.double() * scales.detach().double()).float().bfloat16()
     assert not torch.equal(expected, bias * scales.detach().bfloat16())
     assert torch.equal(lp.merge(net)[0].bias, expected)
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3, bias=False)
+
+    def forward(self, x):
+        return self.head(self.norm(self.first(x)))
+
+
+def normed(scale=1.0):
+    """A model with a named adapter that has a norm, its statistics and a head of its own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Normed().eval()
+    lp.add_adapter(net, lp.LoRA(rank=2, targets=["first"]), "task", also_train=["norm", "head"])
+    lp.activate(net, "task")
+    stir(net, 0)
+    for *_, adapter in lp.adapters(net):
+        for buffer in adapter.buffers():
+            buffer.add_(scale) if buffer.is_floating_point() else buffer.add_(7)
+    return net
+
+
+def test_statistics_and_heads_of_an_adapter_are_taken_out_again():
+    net, x = normed(), torch.randn(5, 4)
+    before, state, y = now(net), bits(net.state_dict()), net(x)
+    lp.merge(net, keep=True)
+    assert net.norm.running_mean.tolist() == [1.0] * 6
+    assert net.norm.num_batches_tracked == 7
+    assert {name: set(what.slices) for name, _, what in changed_hosts(net)} == {
+        "first": {"weight"}, "head": {"weight"},
+        "norm": {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"},
+    }  # fmt: skip
+    torch.testing.assert_close(net(x), y)
+    assert same(bits(net.state_dict()), state)
+    twin = copy.deepcopy(net)
+    for one in (net, twin):
+        assert same(now(lp.unmerge(one)), before)
+        assert torch.equal(one(x), y)
+
+
+def test_adapters_take_part_in_their_order_again():
+    net = MODELS["bert"]()
+    lp.add_adapter(net, lp.LoRA(rank=2), "task", also_train=["query"])
+    lp.activate(net, "task")
+    orders = [getattr(m, "peft_order", None) for m in net.modules()]
+    assert ("task", "task_own") in orders
+    lp.unmerge(lp.merge(net, keep=True))
+    assert [getattr(m, "peft_order", None) for m in net.modules()] == orders

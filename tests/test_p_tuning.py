@@ -268,7 +268,7 @@ def test_the_final_form_and_its_file_hold_the_vectors_alone(name, encoder, tmp_p
     model = adapted(name, encoder=encoder, hidden_size=8)
     y = run(model, name)
     lp.save_adapter(model, tmp_path)
-    keys = {tensor["key"]: tensor["shape"] for tensor in lp.files.inspect_adapter(tmp_path)["tensors"]}
+    keys = {tensor["key"]: tensor["shape"] for tensor in lp.inspect_adapter(tmp_path)["tensors"]}
     assert list(keys.values()) == [[COUNT, WIDTH]]
     assert next(iter(keys)).endswith("peft.p_tuning.prompt")
     fresh = lp.load_adapter(MODELS[name](), tmp_path)

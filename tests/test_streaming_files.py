@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import MODELS, tokens
 from safetensors.torch import load_file, save_file
+from test_merging import Normed, normed
 from test_switching import stir
 from torch import nn
 from torch.utils.data import DataLoader
@@ -171,6 +172,27 @@ def test_checkpoints_that_hold_no_adapter_are_refused(base, tmp_path):
             lp.merge_files(empty(Module), base, tmp_path / f"{name}.ckpt", tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="is no adapter folder"):
         lp.merge_files(empty(Module), base, tmp_path / "nothing.ckpt", tmp_path / "out")
+
+
+def test_statistics_of_an_adapter_are_written_and_the_model_is_left_as_it_was(tmp_path):
+    net = normed()
+    lp.save_adapter(net, tmp_path / "adapter")
+    save_file(plain().state_dict(), tmp_path / "base.safetensors")
+    bare = empty(Normed)
+    buffers = {name: buffer.clone() for name, buffer in bare.named_buffers()}
+    out = lp.merge_files(bare, tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out")
+    found, expected = load_file(out / "base.safetensors"), lp.merge(net).state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in found.items())
+    assert found["norm.running_mean"].tolist() == [1.0] * 6
+    assert all(torch.equal(v, buffers[k]) for k, v in bare.named_buffers())
+    save_file({k: v for k, v in plain().state_dict().items() if "running" not in k}, tmp_path / "less.safetensors")
+    with pytest.raises(ValueError, match="norm gets a running_mean, for which its files have no room"):
+        lp.merge_files(bare, tmp_path / "less.safetensors", tmp_path / "adapter", tmp_path / "other")
+    assert all(torch.equal(v, buffers[k]) for k, v in bare.named_buffers())
+
+
+def plain():
+    return lp.detach(normed())
 
 
 def test_the_command_merges_files(tmp_path, monkeypatch):

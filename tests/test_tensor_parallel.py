@@ -1,5 +1,6 @@
 """Tensor parallelism over two processes: every method gives the single process's numbers, or is refused by name."""
 
+import copy
 import types
 
 import pytest
@@ -111,6 +112,12 @@ def trained(model, case, steps=2):
     return record | {f"trained {n}": v for n, v in values(model).items()} | {"outputs": run(model.eval(), case)}
 
 
+def held(model):
+    """The values that this process holds."""
+    own = {name: p.detach() for name, p in model.named_parameters()}
+    return {name: (p.to_local() if isinstance(p, DTensor) else p).clone() for name, p in own.items()}
+
+
 def compare(case, way):
     """Return the largest difference of anything, and of what; or the message of a refusal, which changed nothing."""
     split = adapted(case, way)
@@ -118,6 +125,13 @@ def compare(case, way):
         return split
     whole_one = single(case, split)
     found, expected = trained(split, case), trained(whole_one, case)
+    if case.mergeable and all(".peft." in name for name, p in split.named_parameters() if p.requires_grad):
+        before, outputs = held(split), run(split, case)
+        found["merged for a while"] = run(lp.merge(split, keep=True), case)
+        after = held(lp.unmerge(split))
+        assert all(torch.equal(own, after[name]) for name, own in before.items())
+        assert torch.equal(run(split, case), outputs)
+        expected["merged for a while"] = run(lp.merge(copy.deepcopy(whole_one)), case)
     if case.mergeable:
         found["merged"] = run(lp.merge(split), case)
         expected["merged"] = run(lp.merge(whole_one), case)

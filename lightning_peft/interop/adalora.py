@@ -60,6 +60,12 @@ class AdaLoRAFamily(Family):
         settings = targets.written(base, hosts) | {"rank_pattern": patterns or None, "fan_in_fan_out": any(transposed)}
         return settings | _settings(method, next(iter(hosts.values()))[0].scale, rank), state
 
+    def pair_of(self, config: Mapping[str, Any], host: str, own: State) -> tuple[Tensor, Tensor]:
+        state = _read(own)
+        live = state["e"] != 0
+        scale = config["lora_alpha"] / (config["init_r"] + 1e-5)
+        return state["a"][live], state["b"][:, live] * state["e"][live] * scale
+
     def expected(self, base: Base, file: File) -> Iterator[str]:
         return targets.named(base, file.config)
 

@@ -85,6 +85,10 @@ class Family(ABC):
         """Yield the names of hosts that the settings ask for."""
         return iter(())
 
+    def pair_of(self, config: Mapping[str, Any], host: str, own: State) -> tuple[Tensor, Tensor] | None:
+        """Return A (rank, in) and B (out, rank), if the update of a host is B A, from what a file holds of it."""
+        return None
+
     def unknown(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return settings in use that this package knows nothing of."""
         known = {*_COMMON, *self.settings, *self.harmless}

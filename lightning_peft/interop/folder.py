@@ -30,6 +30,15 @@ def write_folder(folder: str | os.PathLike[str], config: Mapping[str, Any], stat
     return folder
 
 
+def is_peft(folder: str | os.PathLike[str]) -> bool:
+    """Whether HF PEFT wrote a folder, or something like it."""
+    try:
+        config = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "peft_type" in config
+
+
 def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the config and the tensors of a folder that HF PEFT wrote.
 

@@ -39,7 +39,7 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], name: str | No
     if unknown := family.unknown(config):
         raise ValueError(f"{folder} sets {unknown}, which may change what it computes and is not known here.")
     base = Base(model, *network(model))
-    hosts, rest = _parted(family, tensors)
+    hosts, rest = parted(family, tensors)
     require_hosts(base, family, File(config, hosts))
     values = saved.read(base, config, rest)
     plan = list(family.read(base, File(config, hosts), name or family.name))
@@ -47,7 +47,7 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], name: str | No
     return model
 
 
-def _parted(family: Family, tensors: State) -> tuple[dict[str, State], State]:
+def parted(family: Family, tensors: State) -> tuple[dict[str, State], State]:
     """Return the family's tensors by host, and the others."""
     hosts, rest = defaultdict[str, State](dict), State()
     for key, value in sorted(tensors.items()):

@@ -64,6 +64,11 @@ class LoRAFamily(Family):
         }
         return settings, state
 
+    def pair_of(self, config: Mapping[str, Any], host: str, own: State) -> tuple[Tensor, Tensor]:
+        state, alpha = _factors(own), targets.by_pattern(config.get("alpha_pattern") or {}, host, config["lora_alpha"])
+        rank = len(state["a"])
+        return state["a"].flatten(1), state["b"] * (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
     def expected(self, base: Base, file: File) -> Iterator[str]:
         return targets.named(base, file.config)
 

@@ -87,7 +87,15 @@ class AdaLoRA(Method):
                 not (self.dropout and layer.is_read), f"dropout at {name}", self.dropout, "0: its inputs are unseen"
             )
             for part in parts(name, host, self.targets):
-                yield name, Triplets(host, rank, self.alpha / (rank + 1e-5), self.dropout, part)
+                yield name, Triplets(host, rank, self._scale, self.dropout, part)
+
+    @property
+    def _scale(self) -> float:
+        return self.alpha / (self.initial_rank + 1e-5)
+
+    def pair_of(self, host: str, packed: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        live = (packed["e"] != 0) | (packed.get("kept", packed["e"]) != 0)
+        return packed["a"][live].flatten(1), packed["b"][:, live] * packed["e"][live] * self._scale
 
     def check_run(self, total_steps: int) -> None:
         if total_steps < 0:

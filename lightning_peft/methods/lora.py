@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -83,16 +83,25 @@ class LoRA(Method):
             )
         for name, host in hosts.items():
             rank = next((r for p, r in self.rank_pattern.items() if matches(name, p)), self.rank)
-            alpha = next((a for p, a in self.alpha_pattern.items() if matches(name, p)), self.alpha)
             layer = layer_of(host)
             out, *rest = layer.shape(host)
             require(rank <= min(out, math.prod(rest)), f"rank at {name}", rank, f"at most {min(out, math.prod(rest))}")
             require(
                 not (self.dropout and layer.is_read), f"dropout at {name}", self.dropout, "0: its inputs are unseen"
             )
-            scale = alpha / (rank if self.scaling == "standard" else math.sqrt(rank))
+            scale = self._scale(name, rank)
             for part in parts(name, host, self.targets):
                 yield name, LoRAAdapter(host, rank, scale, self.dropout, part, self.init, self.decompose)
+
+    def pair_of(self, host: str, packed: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        a, b, scale = packed["a"].flatten(1), packed["b"], self._scale(host, len(packed["a"]))
+        if self.init in FROM_WEIGHT:
+            a, b = torch.cat([a, packed["a0"].flatten(1)]), torch.cat([b, -packed["b0"]], 1)
+        return a, b * scale
+
+    def _scale(self, host: str, rank: int) -> float:
+        alpha = next((a for p, a in self.alpha_pattern.items() if matches(host, p)), self.alpha)
+        return alpha / (rank if self.scaling == "standard" else math.sqrt(rank))
 
 
 class LoRAAdapter(LowRankUpdate):

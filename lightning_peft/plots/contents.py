@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base import SLOT
-from ..folders import read_adapter
 from ..hosts import adapters
+from ..inspecting.contents import read_contents
 
 _STORED = {"ranks": ("e",), "gates": ("gate",), "tokens": ("prompt", "key")}  # names of tensors in adapter files
 
@@ -50,18 +48,11 @@ class Contents:
     @classmethod
     def stored(cls, folder: str | os.PathLike[str]) -> Contents:
         """Return what the folder of an adapter holds, without the model it belongs to."""
-        config, state = read_adapter(folder)
-        found, places = cls(), dict[tuple[str, str], dict[str, Tensor]]()
-        for entry, value in sorted(state.items(), key=lambda item: _natural(item[0])):  # files have an own order
-            if match := re.fullmatch(rf"(.*?)\.?\b{SLOT}\.([^.]+)\.(\w+)", entry):
-                places.setdefault((match[1], match[2]), {})[match[3]] = value
-        for (name, key), own in places.items():
-            method: dict[str, Any] = next(
-                (m for m in config["methods"] if f"{key}_".startswith(f"{m['name']}_")), {"name": key}
-            )
-            part = key.removeprefix(method["name"]).removeprefix("_")
+        held, found = read_contents(folder), cls()
+        for place in held.places:
+            method, own = held.methods[place.number], place.tensors
             shown = {kind: own[entry] for kind, entries in _STORED.items() for entry in entries if entry in own}
-            found.add(_named(name, part), key, shown, method.get("initial_rank"))
+            found.add(place.name, method["name"], shown, method.get("initial_rank"))
         return found
 
     def add(
@@ -92,11 +83,6 @@ class Contents:
 
 def _named(name: str, part: str) -> str:
     return f"{name}.{part}".strip(".")
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Return what sorts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _embeddings(host: Any) -> Tensor | None:

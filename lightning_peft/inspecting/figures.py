@@ -1,0 +1,84 @@
+"""Norms of tensors, and of updates B A in the space of their rank: the whole matrix is never built."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+
+
+def norm(tensor: Tensor) -> float:
+    """Return the Frobenius norm."""
+    return float(torch.linalg.vector_norm(tensor.double()))
+
+
+def singular_values(a: Tensor, b: Tensor) -> Tensor:
+    """Return those of B A, the largest first: of R_B R_A^T, where B = Q_B R_B and A^T = Q_A R_A."""
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return torch.tensor([math.nan])
+    r_b, r_a = (torch.linalg.qr(factor.double(), mode="r").R for factor in (b, a.T))
+    values: Tensor = torch.linalg.svdvals(r_b @ r_a.T)
+    return values
+
+
+def between(one: Tensor, other: Tensor) -> dict[str, float | None]:
+    """Return how far two tensors of one shape are apart."""
+    one, other = one.double(), other.double()
+    return distances(norm(one), norm(other), norm(one - other), float((one * other).sum()))
+
+
+def between_pairs(one: Pair, other: Pair) -> dict[str, float | None]:
+    """Return how far two updates B A are apart, which do not depend on how they are factored."""
+    (a1, b1), (a2, b2) = ((a.double(), b.double()) for a, b in (one, other))
+    apart = singular_values(torch.cat([a1, a2]), torch.cat([b1, -b2], 1))
+    inner = ((b1.T @ b2) * (a1 @ a2.T)).sum()
+    one_norm, other_norm = norm(singular_values(a1, b1)), norm(singular_values(a2, b2))
+    return distances(one_norm, other_norm, norm(apart), float(inner))
+
+
+def distances(one: float, other: float, apart: float, inner: float) -> dict[str, float | None]:
+    """Return norms, the norm of the difference, the same relative to the first, and the cosine; None for no number."""
+    relative, cosine = (part / of if of else math.nan for part, of in ((apart, one), (inner, one * other)))
+    found = {"one": one, "other": other, "difference": apart, "relative": relative, "cosine": cosine}
+    return {key: finite(value) for key, value in found.items()}
+
+
+def together(found: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Return the distances of all tensors as if they were one."""
+
+    def total(key: str) -> float:
+        return math.sqrt(sum((math.nan if row[key] is None else row[key]) ** 2 for row in found))
+
+    inner = sum((row["cosine"] or 0.0) * (row["one"] or 0.0) * (row["other"] or 0.0) for row in found)
+    return distances(total("one"), total("other"), total("difference"), inner)
+
+
+def finite(value: float) -> float | None:
+    """Return a number that JSON has; None for others."""
+    return value if math.isfinite(value) else None
+
+
+def plain(data: Any) -> Any:
+    """Return settings with None for numbers that JSON has not."""
+    if isinstance(data, dict):
+        return {key: plain(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [plain(value) for value in data]
+    return finite(data) if isinstance(data, float) else data
+
+
+def kind_of(name: str) -> str:
+    """Return a name with ``*`` in place of numbers: the same for the same layer of all blocks."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def extent(values: Iterable[float | None]) -> list[float]:
+    """Return the least and the largest number."""
+    known = [value for value in values if value is not None]
+    return [min(known), max(known)] if known else []
