@@ -80,17 +80,21 @@ class LinearKind(Layer):
         return F.linear(hidden, weight)
 
 
-class TransposedKind(LinearKind):
-    """``Conv1D`` of GPT-2: a linear layer that stores W^T."""
-
-    def multiplies(self, host: Any, call: object) -> bool:
-        return getattr(call, "__qualname__", "") == "Conv1D.forward" and type(host.weight) in _PLAIN
+class _StoredTransposed(LinearKind):
+    """A linear layer that stores W^T."""
 
     def read(self, host: Any) -> Tensor:
         return self.parameter(host).T
 
     def shape(self, host: Any) -> torch.Size:
         return shape_of(self.parameter(host))[::-1]
+
+
+class TransposedKind(_StoredTransposed):
+    """``Conv1D`` of GPT-2."""
+
+    def multiplies(self, host: Any, call: object) -> bool:
+        return getattr(call, "__qualname__", "") == "Conv1D.forward" and type(host.weight) in _PLAIN
 
 
 class ReadKind(LinearKind):
@@ -113,7 +117,7 @@ class ReadKind(LinearKind):
         return weight
 
 
-class EmbeddingKind(LinearKind):
+class EmbeddingKind(_StoredTransposed):
     """``nn.Embedding``: the linear map of one-hot vectors, stored as W^T."""
 
     looks_up, maps_features = True, False
@@ -123,12 +127,6 @@ class EmbeddingKind(LinearKind):
 
     def apply(self, host: Any, x: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(x, weight.T, host.padding_idx)
-
-    def read(self, host: Any) -> Tensor:
-        return self.parameter(host).T
-
-    def shape(self, host: Any) -> torch.Size:
-        return shape_of(self.parameter(host))[::-1]
 
 
 class ConvKind(Layer):

@@ -51,11 +51,7 @@ def read_metrics(path: Path) -> dict[str, float]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file; expected numbers by name in JSON, such as the {REPORT} of a run.")
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}).") from error
-    if not isinstance(report, dict) or not (found := _numbers(report)):
+    if not (found := _numbers(_read(path))):
         raise ValueError(f"{path} has no results; expected numbers by name in JSON.")
     return found
 
@@ -64,13 +60,26 @@ def metrics_of(adapter: Path) -> dict[str, float]:
     """Return the results of the run that wrote an adapter folder or a checkpoint; none where it left no report of it.
 
     A report is of the run's best checkpoint; of another checkpoint it says nothing.
+
+    Raises:
+        ValueError: The report is damaged.
     """
     path = (adapter.parent if adapter.is_dir() else adapter.parent.parent) / REPORT
     if not path.is_file():
         return {}
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = _read(path)
     written = {Path(str(report.get(key))).name for key in ("adapter", "checkpoint")}
     return _numbers(report) if adapter.name in written else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}).") from error
+    if not isinstance(report, dict):
+        raise ValueError(f"{path} is no JSON object, expected numbers by name.")
+    return report
 
 
 def _numbers(report: dict[str, Any]) -> dict[str, float]:

@@ -155,6 +155,7 @@ VLLM = {  # a name of MODELS, a method, what trains beside it; how each sentence
     "gpt2": ("gpt2", lp.LoRA(rank=4), [], [r"The base has transposed weights as GPT-2"]),
     "tables": ("bert", lp.LoRA(rank=4, targets=["word_embeddings"]), [], [r".*, wte alone, not word_embeddings"]),
     "ia3": ("llama", lp.IA3(), [], [r"vLLM loads LoRA alone, and this is IA3\."]),
+    "adalora": ("bert", lp.AdaLoRA(initial_rank=3, target_rank=2), [], [r"vLLM loads LoRA alone, .* ADALORA\."]),
     "prompts": ("llama", lp.PromptTuning(length=2), [], [r"vLLM loads LoRA alone, and this is PROMPT_TUNING\."]),
 }  # fmt: skip
 

@@ -586,3 +586,42 @@ def test_another_model_is_an_error_that_names_the_modules(tmp_path):
         ValueError, match="adapts .*bert.encoder.layer.0.attention.self.query.* which the model has not"
     ):
         lp.import_peft(BASES["distilbert"](), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_named_adapter_takes_the_head_of_its_own_along(dtype, tmp_path):
+    model = BASES["bert"]().to(dtype)
+    for number, name in enumerate("ab"):
+        lp.add_adapter(model, lp.LoRA(rank=2), name, also_train=["classifier"])
+        lp.activate(model, name)
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for name in "ab":
+        lp.export_peft(model, tmp_path / name, name)
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert config["modules_to_save"] == ["classifier"]
+        lp.activate(model, name)
+        back = lp.import_peft(BASES["bert"]().to(dtype), tmp_path / name).eval()
+        assert torch.equal(answer(back, "bert"), answer(model.eval(), "bert"))
+        card = (tmp_path / name / "README.md").read_text()
+        assert (
+            f"| LoRA ({name}) | 6 | 768 |\n| OwnParameters ({name}_own) | 1 | 99 |\n| all of these |  | 867 of " in card
+        )
+    after = model.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    theirs = through_peft("bert", tmp_path / "b")
+    lp.activate(model, "b")
+    if dtype == torch.float32:
+        require_equal("a head of its own on bert, ours in peft", answer(theirs, "bert"), answer(model, "bert"))
+
+
+def test_a_name_of_several_methods_is_no_folder(tmp_path):
+    model = lp.add_adapter(BASES["bert"](), [lp.LoRA(rank=2), lp.LLaMAAdapter(length=2)], "both")
+    with pytest.raises(ValueError, match=r"'both' stands for both \(LoRA\), both_2 \(LLaMAAdapter\)"):
+        lp.export_peft(model, tmp_path, "both")
+    lp.add_adapter(model, lp.LoRA(rank=2), "alone")
+    lp.export_peft(model, tmp_path, "alone")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..adapter import Adapter
 from ..checkpoint import clean
@@ -64,8 +65,7 @@ def export_peft(
     require_known_parts(model)
     if model_card:
         require_own(folder)
-    found = {method.name: method for method in record.methods if any(_updates(model, method))}
-    method = _one(found, name)
+    method = _one(model, name)
     base, family = Base(model, *network(model)), _family(method)
     trained: State = {_within(base, clean(key)): model.get_parameter(key) for key in record.trained}
     trained |= _own(base, _exported(model, method))
@@ -83,7 +83,8 @@ def export_peft(
 
 def _facts(base: Base, method: Method, metrics: Mapping[str, float]) -> Facts:
     """Return what a card says; of a sharded model, all processes have to ask."""
-    counts, kind = summary(base.model), type(base.network)
+    counts = summary(base.model)
+    kind = next(cls for cls in type(base.network).__mro__ if not issubclass(cls, FSDPModule))  # which renames classes
     methods = _exported(base.model, method)
     rows = [row(base.model, other) for other in methods] + [one for one in counts.rows if one[0] == BASE]
     return Facts(
@@ -155,13 +156,19 @@ def _described(base: Base, family: Family, method: Method, trained: State) -> tu
     return config, state | {family.prefix + key: value for key, value in modules.items()}
 
 
-def _one(found: Mapping[str, Method], name: str | None) -> Method:
+def _one(model: nn.Module, name: str | None) -> Method:
+    record = injected(model)
+    found = {method.name: method for method in record.methods if any(_updates(model, method))}
+    kinds = {key: f"{key} ({type(method).__name__})" for key, method in found.items()}
     if name is not None and name not in found:
         raise ValueError(f"No method with adapters is named {name!r}; there are: {', '.join(found) or 'none'}.")
     if name is None and len(found) != 1:
-        kinds = ", ".join(f"{key} ({type(method).__name__})" for key, method in found.items()) or "none with adapters"
-        raise ValueError(f"A folder of HF PEFT holds the adapters of one method; the model has {kinds}. Give its name.")
-    return found[name] if name is not None else next(iter(found.values()))
+        known = ", ".join(kinds.values()) or "none with adapters"
+        raise ValueError(f"A folder of HF PEFT holds the adapters of one method; the model has {known}. Give its name.")
+    several = [kinds[key] for key in record.groups.get(name or "", ()) if key in found]
+    if len(several) > 1:
+        raise ValueError(f"A folder of HF PEFT holds one method's adapters; {name!r} stands for {', '.join(several)}.")
+    return next(iter(found.values())) if name is None else found[name]
 
 
 def _within(base: Base, name: str) -> str:
