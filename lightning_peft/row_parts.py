@@ -107,16 +107,12 @@ class Part:
         return rows.where(first.leaving(host, of_rows, before, *values), before).view_as(y)
 
     def _by_itself(self, host: Any, inner: Callable[..., Any], rows: Rows, x: Tensor) -> Tensor:
-        """Call the host for the rows of one adapter after the other."""
-        places = [rows.at(number, len(x)) for number in range(len(self.adapters))]
+        """Call the host for the rows of one adapter after the other, and for those of none."""
+        order, back, sizes = rows.by_adapter(x.shape[0])
+        *own, rest = torch.split(x.index_select(0, order), sizes)
         adapters: Sequence[Any] = self.adapters
-        found = [a.forward(host, inner, x.index_select(0, own)) for a, own in zip(adapters, places, strict=True)]
-        if rows.has_one is None:
-            return torch.cat(found).index_select(0, torch.cat(places).argsort())
-        y: Tensor = inner(x)
-        for own, new in zip(places, found, strict=True):
-            y = y.index_copy(0, own, new)
-        return y
+        found = [adapter.forward(host, inner, part) for adapter, part in zip(adapters, own, strict=True)]
+        return torch.cat([*found, inner(rest)] if len(rest) else found).index_select(0, back)
 
     def _one_by_one(self, host: Any, inner: Callable[..., Any], rows: Rows, x: Tensor) -> Tensor:
         """Let one adapter after the other serve its own rows."""
