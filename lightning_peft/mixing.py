@@ -13,8 +13,8 @@ from .adapter import Adapter, Call
 from .hosts import Adapted, name_of, outside
 from .inject import injected, named, refuse_paused, trained_by
 from .layers import read_attribute
-from .row_parts import Part, Rows
-from .rowwise import RowWise
+from .row_parts import Part, Rows, Whole
+from .rowwise import RowWise, Stackable
 from .switching import ROWS, paused
 
 
@@ -27,7 +27,7 @@ class RowAdapters(Adapter):
 
     lasting = False
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[Part | Whole]) -> None:
         super().__init__()
         self.parts = parts
 
@@ -51,16 +51,19 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     not matter, but those that lie idle do not train: ``activate`` those that shall. A call with more rows than names
     takes each name for as many neighbours, as beams and returned sequences are. The batch is the first dimension.
 
+    Prompts can differ by row as well where all rows have one, and all are of one length.
+
     Args:
         model: A model with adapters that act on the input and output of one layer or feed-forward block: LoRA, AdaLoRA,
             FedPara, KronA, IA3, ``Bottleneck``, ``ParallelAdapter``, ``KronABlock``, and parameters of an adapter's
-            own, such as heads.
+            own, such as heads; or with prompts for one task each: ``PromptTuning``, ``PTuning`` without a template,
+            ``MultitaskPromptTuning``.
         names: The adapter's name for each row; None for the base alone.
 
     Raises:
-        ValueError: A name is unknown, or there is none, or a module takes (tokens, batch, features).
-        TypeError: An adapter acts on more than that, as prompts and prefixes do, or on a weight that is read and never
-            called.
+        ValueError: A name is unknown, or there is none, some rows alone have prompts, or a module takes (tokens, batch,
+            features).
+        TypeError: An adapter acts on more than that, as prefixes do, or on a weight that is read and never called.
         RuntimeError: Adapters are disabled, or each row has one already.
     """
     plan = _plan(model, names)
@@ -75,7 +78,7 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
                 host.peft.pop(ROWS)
 
 
-def _plan(model: nn.Module, names: Sequence[str | None]) -> list[tuple[Any, list[Part]]]:
+def _plan(model: nn.Module, names: Sequence[str | None]) -> list[tuple[Any, list[Part | Whole]]]:
     """Return hosts with what surrounds them, inner before outer."""
     record = injected(model)
     refuse_paused(record)
@@ -87,7 +90,8 @@ def _plan(model: nn.Module, names: Sequence[str | None]) -> list[tuple[Any, list
         used |= {method.name: name for method in methods}
         if record.trained and (trained := trained_by(model, methods)):
             raise TypeError(f"{name!r} trains {trained[0]} in the base itself, which all rows share.")
-    device, plan = next(model.parameters()).device, []
+    device = next(model.parameters()).device
+    plan: list[tuple[Any, list[Part | Whole]]] = []
     rows = functools.cache(lambda own: Rows(_numbers(own, names), device))  # the same for most hosts
     for module in outside(model):
         if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and not module.batch_first:
@@ -95,17 +99,25 @@ def _plan(model: nn.Module, names: Sequence[str | None]) -> list[tuple[Any, list
                 f"{_place(model, module)} takes (tokens, batch, features); row_adapters needs batch_first=True."
             )
         if isinstance(module, Adapted) and (parts := _parts(model, module, used)):
-            plan.append((module, [Part(list(own.values()), rows(tuple(own))) for own in parts]))
+            plan.append((module, [_part(list(own.values()), rows(tuple(own))) for own in parts]))
     return plan
 
 
-def _parts(model: nn.Module, host: Any, used: Mapping[str, str]) -> list[dict[str, RowWise]]:
+def _part(adapters: list[Any], rows: Rows) -> Part | Whole:
+    fall_apart = {isinstance(adapter, RowWise) for adapter in adapters}
+    if len(fall_apart) > 1:
+        kinds = " and ".join(sorted({type(adapter).__name__ for adapter in adapters}))
+        raise TypeError(f"Rows of one batch cannot have {kinds} around one module.")
+    return Part(adapters, rows) if fall_apart == {True} else Whole(adapters, rows)
+
+
+def _parts(model: nn.Module, host: Any, used: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return the adapters by name of each part of a host, those in place of its parameters before all others."""
-    parts: dict[str, dict[str, RowWise]] = {}
+    parts: dict[str, dict[str, Any]] = {}
     is_read = read_attribute(type(host)) is not None
     for key, adapter in host.peft.items():
         if name := used.get(name_of(key, adapter)):
-            if is_read or not isinstance(adapter, RowWise):
+            if is_read or not isinstance(adapter, Stackable):
                 raise TypeError(
                     f"{key!r} at {_place(model, host)} is a {type(adapter).__name__} on a {type(host).__name__}; rows "
                     f"can have adapters of their own where these act on what enters and leaves a called layer, by rows."

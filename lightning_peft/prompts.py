@@ -15,6 +15,7 @@ from .layers import is_called_linear, layer_of, read_attribute
 from .method import require
 from .outputs import without
 from .rows import TaskAdapter
+from .rowwise import Stackable, Surrounding
 from .select import select
 from .virtual_tokens import Insertion, backbones, enter, names_of, surround, surround_embedded
 
@@ -31,7 +32,7 @@ class Place:
     surround: Surround  # calls the host with virtual tokens inserted: (host, inner, arguments by name, virtual tokens)
 
 
-class Prompt(TaskAdapter):
+class Prompt(Surrounding, TaskAdapter):
     """Adapter that puts virtual tokens in front of what its host reads.
 
     Args:
@@ -51,15 +52,34 @@ class Prompt(TaskAdapter):
         """Return the virtual tokens (length, features), or (rows, length, features) where rows have own tasks."""
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
+        return self._surrounded(self.virtual, host, inner, *args, **kwargs)
+
+    def row_values(self) -> tuple[Any, ...]:
+        if self.tasks > 1:
+            return ()
+        virtual = self.virtual(1)
+        return (Prompt, len(virtual)), virtual
+
+    def for_rows(self, host: Any, inner: Call, values: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        prompts: Tensor = values[0]
+
+        def virtual(rows: int) -> Tensor:
+            if rows % len(prompts):
+                raise ValueError(f"row_adapters was given {len(prompts)} names; {rows} rows at hand are no multiple.")
+            return prompts.repeat_interleave(rows // len(prompts), 0)
+
+        return self._surrounded(virtual, host, inner, *args, **kwargs)
+
+    def _surrounded(self, virtual: Callable[[int], Tensor], host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
         call = dict(zip(self.names, args, strict=False)) | kwargs
         given = call.get("inputs_embeds")
         given = call.get(self.names[0]) if given is None else given
         if given is None:
             return inner(**call)  # which says itself what it misses
-        return self.surround(host, inner, call, self.virtual(len(given)))
+        return self.surround(host, inner, call, virtual(len(given)))
 
 
-class VisiblePrompt(Adapter):
+class VisiblePrompt(Stackable, Adapter):
     """Lets a decoder's cross-attention see the virtual tokens that its encoder kept; trains nothing."""
 
     axes = {}
@@ -78,8 +98,11 @@ class VisiblePrompt(Adapter):
             call["encoder_attention_mask"] = Insertion(self.length, mask).mask(mask)
         return inner(**call)
 
+    def row_values(self) -> tuple[Any, ...]:
+        return ((VisiblePrompt, self.length),)
 
-class Leave(Adapter):
+
+class Leave(Stackable, Adapter):
     """Takes the virtual tokens out of what the last of several blocks returns; trains nothing."""
 
     axes = {}
@@ -94,6 +117,9 @@ class Leave(Adapter):
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
         return without(inner(*args, **kwargs), Insertion(self.length, None).remove)
+
+    def row_values(self) -> tuple[Any, ...]:
+        return ((Leave, self.length),)
 
 
 def place_prompts(

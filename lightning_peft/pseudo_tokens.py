@@ -40,6 +40,9 @@ class EncodedPrompt(Prompt):
     def virtual(self, rows: int) -> Tensor:
         return self._vectors(self.training)
 
+    def row_values(self) -> tuple[Any, ...]:
+        return super().row_values() if self.placeholder is None else ()
+
     @torch.no_grad()  # in which the LSTM is computed as in evaluation, to the last bit
     def pack(self) -> dict[str, Tensor]:
         return {"prompt": self._vectors(train=False)}

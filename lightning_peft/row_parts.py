@@ -71,6 +71,37 @@ def _filled(value: Tensor, shape: Sequence[int]) -> Tensor:
     return F.pad(value, [side for more in reversed(missing) for side in (0, more)])
 
 
+class Whole:
+    """What surrounds a host's call for all of its rows at once.
+
+    Args:
+        adapters: Different adapters.
+        rows: Which of them each row has.
+
+    Raises:
+        ValueError: A row has none.
+    """
+
+    def __init__(self, adapters: Sequence[Any], rows: Rows) -> None:
+        self.adapters, self.rows = adapters, rows
+        if -1 in rows.numbers:
+            raise ValueError(
+                f"Row {rows.numbers.index(-1)} has no {type(adapters[0]).__name__}, and others have; all or none must."
+            )
+
+    def __call__(self, host: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        found = [adapter.row_values() for adapter in self.adapters]
+        if not found[0] or any(one[:1] != found[0][:1] for one in found):
+            raise ValueError(
+                f"Rows can have a {type(self.adapters[0]).__name__} each where all are of one length, for one task and "
+                f"without a template; here these differ or are none of that."
+            )
+        _, *columns = zip(*found, strict=True)
+        values = [self.rows.on(column[0].device).stacked(column, column[0]) for column in columns]
+        first = self.adapters[0]
+        return first.for_rows(host, inner, values, *args, **kwargs) if values else first(host, inner, *args, **kwargs)
+
+
 class Part:
     """What surrounds a host's call for one part of the host, or all of it.
 

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 
-class RowWise:
-    """Part of an adapter whose call falls apart in two: forward(x) = leaving(x, host(entering(x))), row by row.
-
-    Then a host runs once for rows that have different adapters. Adapters of one form need not even run one after the
-    other: any of them can stand for all, given stacked values, with ``x`` and ``y`` as (rows, tokens, features).
-    """
+class Stackable:
+    """Part of an adapter that can stand for others of its form, given the values of each row if it has some."""
 
     by_itself = False  # whether the host must run for an adapter's rows alone, inside of all others
 
     def row_values(self) -> tuple[Any, ...]:
         """Return what tells this form from others, then a row's matrices and vectors and, after them, numbers.
 
-        Those of other adapters may be larger: zeros behind the last entries must change nothing. Nothing is returned
-        where there is no form, so that each adapter runs by itself.
+        Nothing is returned where there is no form, so that no other adapter can stand for this one.
         """
         return ()
+
+
+class Surrounding(Stackable, ABC):
+    """Part of an adapter that surrounds calls which cannot be split by rows, with values for each row."""
+
+    @abstractmethod
+    def for_rows(self, host: Any, inner: Callable[..., Any], values: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        """Return what ``forward`` returns, with values (rows, ...); of more rows, neighbours have the same."""
+
+
+class RowWise(Stackable):
+    """Part of an adapter whose call falls apart in two: forward(x) = leaving(x, host(entering(x))), row by row.
+
+    Then a host runs once for rows that have different adapters. Adapters of one form need not even run one after the
+    other: any of them can stand for all, given stacked values, with ``x`` and ``y`` as (rows, tokens, features). Values
+    of other adapters of the form may be larger: zeros behind the last entries must change nothing.
+    """
 
     def entering(self, host: Any, x: Tensor, *values: Any) -> Tensor:
         """Return what the host is given.

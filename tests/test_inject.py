@@ -94,12 +94,6 @@ REFUSED = {
         TypeError,
         "kdim",
     ),
-    "not loaded": (
-        lambda: two(nn.Linear(4, 4, device="meta")),
-        lp.LoRA(targets=["0"], rank=2, init="pissa"),
-        TypeError,
-        "then inject",
-    ),
     "not alone": (
         chain,
         [lp.LoRA(targets=["0"], rank=2, decompose=True), lp.LoRA(name="second", targets=["0"], rank=2)],

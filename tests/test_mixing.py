@@ -233,13 +233,76 @@ def test_what_changes_within_the_context_is_seen():
     torch.testing.assert_close(found, alone(net, inputs, names), rtol=1e-6, atol=1e-8)
 
 
+def prompted(base):
+    net = MODELS[base]()
+    where = {"targets": ["trunk"], "embeddings": "embed"} if base == "plain" else {}
+    methods = [lp.PromptTuning(length=3, **where), lp.PTuning(length=3, **where)]
+    for name, method in zip("abc", [*methods, lp.MultitaskPromptTuning(length=3, **where)], strict=True):
+        lp.add_adapter(net, method, name)
+    return net
+
+
+@pytest.mark.parametrize("base", ["llama", "bert", "t5", "plain"])
+def test_rows_have_prompts_of_their_own(base):
+    net, inputs = prompted(base), MODELS[base].inputs(padding="left")
+    inputs = {k: torch.cat([v, v.flip(0)]) for k, v in inputs.items()}
+    names = ["b", "a", "c", "a"]
+    with lp.row_adapters(net, names), torch.no_grad():
+        found = logits(net(**inputs))
+    with torch.no_grad():
+        expected = alone(net, inputs, names)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (found[0] - found[-1]).abs().max() > 0  # the same text
+
+
+def test_prompts_of_rows_train_and_generate():
+    net, ids = prompted("llama"), tokens(rows=2)
+    for *_, adapter in lp.adapters(net):
+        adapter.requires_grad_(True)
+    with lp.row_adapters(net, ["a", "c"]):
+        logits(net(ids)).square().sum().backward()
+    found = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    for number, name in enumerate("ac"):
+        logits(lp.activate(net, name)(ids[number : number + 1])).square().sum().backward()
+    assert {n.split(".")[2] for n in found} == {"a", "c"}
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, net.get_parameter(name).grad, rtol=1e-4, atol=1e-4)
+    settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2, "pad_token_id": 0}
+    with lp.row_adapters(net, ["a", "c"]):
+        generated = net.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    for number, name in enumerate("ac"):
+        one = ids[number : number + 1]
+        expected = lp.activate(net, name).generate(one, attention_mask=torch.ones_like(one), **settings)
+        assert torch.equal(generated[number : number + 1], expected)
+
+
+def test_refusals_of_prompts():
+    net = prompted("llama")
+    lp.add_adapter(net, lp.PromptTuning(length=4), "long")
+    lp.add_adapter(net, lp.PromptTuning(length=3, tasks=2), "tasks")
+    lp.add_adapter(net, lp.LoRA(rank=2), "lora")
+    for name in (None, "lora"):
+        with pytest.raises(ValueError, match="Row 1 has no TrainedPrompt, and others have"):  # noqa: SIM117
+            with lp.row_adapters(net, ["a", name]):
+                pass
+    for names in (["a", "long"], ["tasks", "a"], ["a", "tasks"]):
+        with lp.row_adapters(net, names), pytest.raises(ValueError, match="all are of one length, for one task"):
+            net(tokens(rows=2))
+    with lp.row_adapters(net, ["a", "b", "a"]), pytest.raises(ValueError, match="3 names; 2 rows at hand"):
+        net(tokens(rows=2))
+
+
 def test_refusals():
-    methods = [lp.LoRA(rank=2), lp.PromptTuning(length=2), lp.PrefixTuning(length=2)]
+    methods = [lp.LoRA(rank=2), lp.LLaMAAdapter(length=2), lp.PrefixTuning(length=2)]
     net = model("llama", methods)
     with pytest.raises(ValueError, match="no adapter named 'x'; it has 'a', 'b', 'c'"), lp.row_adapters(net, ["x"]):
         pass
-    for name, kind in (("b", "'b' at model is a TrainedPrompt"), ("c", "'c_encoder' at model is a SharedEncoder")):
-        with pytest.raises(TypeError, match=f"{kind} on a LlamaModel; rows can have adapters of their own where"):  # noqa: SIM117
+    for name, kind in (
+        ("b", "'b' at .*self_attn is a LLaMAAdapterPrompt on a"),
+        ("c", "'c_encoder' at model is a SharedEncoder on"),
+    ):
+        with pytest.raises(TypeError, match=f"{kind} .*; rows can have adapters of their own where"):  # noqa: SIM117
             with lp.row_adapters(net, ["a", name]):
                 pass
     for names in ("a", []):
