@@ -66,8 +66,9 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         TypeError: An adapter acts on more than that, as prefixes do, or on a weight that is read and never called.
         RuntimeError: Adapters are disabled, or each row has one already.
     """
-    plan = _plan(model, names)
-    with paused(model):
+    modules = outside(model)
+    plan = _plan(model, modules, names)
+    with paused(model, modules):
         try:
             for host, parts in plan:
                 host.peft[ROWS] = RowAdapters(parts)
@@ -78,7 +79,9 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
                 host.peft.pop(ROWS)
 
 
-def _plan(model: nn.Module, names: Sequence[str | None]) -> list[tuple[Any, list[Part | Whole]]]:
+def _plan(
+    model: nn.Module, modules: Sequence[nn.Module], names: Sequence[str | None]
+) -> list[tuple[Any, list[Part | Whole]]]:
     """Return hosts with what surrounds them, inner before outer."""
     record = injected(model)
     refuse_paused(record)
@@ -93,7 +96,7 @@ def _plan(model: nn.Module, names: Sequence[str | None]) -> list[tuple[Any, list
     device = next(model.parameters()).device
     plan: list[tuple[Any, list[Part | Whole]]] = []
     rows = functools.cache(lambda own: Rows(_numbers(own, names), device))  # the same for most hosts
-    for module in outside(model):
+    for module in modules:
         if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and not module.batch_first:
             raise ValueError(
                 f"{_place(model, module)} takes (tokens, batch, features); row_adapters needs batch_first=True."

@@ -57,7 +57,7 @@ class Rows:
         elif torch.is_grad_enabled():  # so that each adapter gets one gradient, not one for each row
             found = torch.stack(tuple(values)).index_select(0, self.ids)
         else:
-            found = torch.stack([values[max(number, 0)] for number in self.numbers])
+            found = torch.stack([values[number] for number in self.numbers])  # -1 takes any
         return found[:, None] if found.dim() == 2 else found
 
     def where(self, new: Tensor, old: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -129,10 +129,15 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def paused(model: nn.Module) -> Iterator[None]:
-    """Context in which no adapter takes part but those that are there for a run alone."""
+def paused(model: nn.Module, modules: Sequence[Any] | None = None) -> Iterator[None]:
+    """Context in which no adapter takes part but those that are there for a run alone.
+
+    Args:
+        model: The model.
+        modules: What ``outside`` found in it, if it is known.
+    """
     record = injection(model) or Injection()
-    hosts = [module for module in outside(model) if isinstance(module, Adapted)]
+    hosts = [module for module in modules or outside(model) if isinstance(module, Adapted)]
     before, was = [host.peft_order for host in hosts], record.paused
     record.paused = True
     for host in hosts:
