@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .base import SLOT, base_modules
 from .hosts import adapters, key_of
-from .inject import injected, injection
 from .method import Method
+from .records import injected, injection
 from .shards import shape_of
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|_forward_module)\.")

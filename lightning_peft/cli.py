@@ -24,8 +24,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from . import tasks  # noqa: F401  # so that its classes are known by their short names
 from .commands import COMMANDS
 from .files import save_adapter
-from .inject import injection
 from .method import methods_by_name
+from .records import injection
 from .reports import write_report
 from .sharding import without_values
 from .strategy import PEFTStrategy

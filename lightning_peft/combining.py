@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import WeightUpdate
-from .inject import adapters_of, inject_idle, injected, named
+from .inject import inject_idle
 from .low_rank import LowRankUpdate
 from .method import Method, require
 from .methods import LoRA
+from .records import adapters_of, injected, named
 
 Rule = Literal["linear", "magnitude_prune", "ties", "dare_linear", "dare_ties"]
 

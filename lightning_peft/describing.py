@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from .fingerprints import fingerprint
-from .inject import beside_base, inject, inject_idle, injected, injection
+from .inject import inject, inject_idle
 from .method import Method, from_dict, to_dict
 from .overwritten import refuse_merged
+from .records import beside_base, injected, injection
 from .switching import activate
 
 FORMAT = 1

@@ -12,8 +12,9 @@ from .checkpoint import adapter_state, check_state, clean, unpacked
 from .describing import describe, restore
 from .flat import require_known_parts
 from .folders import read_adapter, write_adapter
-from .inject import detach, injected, injection, named
+from .inject import detach
 from .method import Method
+from .records import injected, injection, named
 from .shards import assign, whole, writes_files
 
 

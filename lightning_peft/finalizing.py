@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .inject import adapters_of, injected
+from .records import adapters_of, injected
 
 
 def finalize(model: nn.Module) -> nn.Module:

@@ -14,10 +14,11 @@ from .adapter import Adapter
 from .base import owners
 from .fingerprints import fingerprint
 from .hosts import adapters
-from .inject import Injection, Merged, beside_base, detach, injected, injection, refuse_paused
+from .inject import detach
 from .overwritten import allow_loading, change, changed_hosts, refuse_loading, refuse_merged, undo
 from .quantization import dequantize as dequantize_layers
 from .quantized_layers import is_quantized
+from .records import Injection, Merged, beside_base, injected, injection, refuse_paused
 from .switching import passing
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from .adapter import Adapter, Call
 from .hosts import Adapted, name_of, outside
-from .inject import injected, named, refuse_paused, trained_by
 from .layers import read_attribute
+from .records import injected, named, refuse_paused, trained_by
 from .row_parts import Part, Rows, Whole
 from .rowwise import RowWise, Stackable
 from .switching import ROWS, paused

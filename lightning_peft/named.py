@@ -13,9 +13,10 @@ from .describing import check_base, check_format
 from .files import load_values
 from .folders import read_adapter
 from .hosts import key_of
-from .inject import adapters_of, inject_idle, injected, named
+from .inject import inject_idle
 from .method import Method, from_dict
 from .methods.own_parameters import OWN
+from .records import adapters_of, injected, named
 from .switching import remove_adapter
 
 

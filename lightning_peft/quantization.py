@@ -18,7 +18,6 @@ from . import nf4
 from .adapter import WeightUpdate
 from .base import owners
 from .hosts import Adapted, adapted, adapters
-from .inject import injection
 from .layers import TransposedKind, is_called_linear, layer_of
 from .quantized_layers import (
     Int8Linear,
@@ -31,6 +30,7 @@ from .quantized_layers import (
     remember,
     sample,
 )
+from .records import injection
 from .select import select
 
 KINDS = ("nf4", "int8")

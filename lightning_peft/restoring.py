@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from .checkpoint import check_state, keep_adapters_only
 from .describing import describe, restore
-from .inject import injection
+from .records import injection
 from .stored import KEY
 from .wiring import surround_hook
 

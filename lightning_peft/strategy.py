@@ -20,13 +20,13 @@ from .caching import SHARDING, CachingCallback
 from .fingerprints import fingerprint
 from .following import settle_gradients
 from .hosts import adapters
-from .inject import adapters_of, injected, injection, taking_part
 from .method import Method
 from .modes import checkpoint_without_reentry, set_mode
 from .optimizers import add_gradient, require_gradients
 from .overwritten import refuse_merged
 from .precision import refuse_replacing, warn_of_narrow, widen_trained
 from .quantization import KINDS, quantize_once
+from .records import adapters_of, injected, injection, taking_part
 from .restoring import wire_checkpoints
 from .resuming import ResumingCallback
 from .sharding import prepare_strategy, start_evaluation, start_strategy

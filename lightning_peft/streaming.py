@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from .base import SLOT
 from .describing import restore
-from .inject import detach, injection
+from .inject import detach
 from .merging import mergeable
+from .records import injection
 from .stored import read_stored
 from .tensor_files import TensorFiles
 from .weight_files import WeightFiles, give_back

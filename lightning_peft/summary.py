@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from .base import base_parameters
 from .checkpoint import adapter_state
-from .inject import adapters_of, injection, taking_part
 from .method import Method
+from .records import adapters_of, injection, taking_part
 from .shards import shape_of
 
 BASE = "base parameters"  # that train

@@ -10,8 +10,9 @@ from torch import nn
 
 from .base import base_parameters
 from .hosts import Adapted, adapters, call_as_before, call_children, key_of, outside, remove
-from .inject import Injection, adapters_of, detach, injected, injection, named, refuse_paused, trained_by
+from .inject import detach
 from .overwritten import refuse_merged
+from .records import Injection, adapters_of, injected, injection, named, refuse_paused, trained_by
 from .refusals import refuse_company
 
 ROWS = "_rows"  # under which name lies in a host what gives each row its own adapter

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .base import base_parameters
 from .beginnings import beginnings
 from .fingerprints import digest
-from .inject import beside_base, injected
 from .quantized_layers import sample
+from .records import beside_base, injected
 from .tensor_files import TensorFiles
 
 

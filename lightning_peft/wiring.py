@@ -14,10 +14,11 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from .base import SLOT, base_parameters, matches
 from .checkpoint import clean
 from .hosts import adapters
-from .inject import Injection, inject, injection
+from .inject import inject
 from .method import Method
 from .optimizers import Rule, apply_factors, fuse, grouped, keep_trainable, optimizers_in
 from .overwritten import refuse_merged
+from .records import Injection, injection, note
 
 
 def surround_hook(module: pl.LightningModule, hook: str, around: Callable[..., Any]) -> None:
@@ -97,7 +98,7 @@ def adopt(module: pl.LightningModule, methods: Sequence[Method], also_train: Seq
             trained=[name for name, p in base_parameters(module).items() if p.requires_grad],
             required_grad=dict.fromkeys(base_parameters(module), True),
         )
-        module.__dict__["_peft_injection"] = record
+        note(module, record)
     if methods and record.methods not in (list(methods), [method.finalized() for method in methods]):
         raise ValueError(
             f"The model holds {record.methods}, PEFTStrategy was given {list(methods)}. Pass the same methods, or call "

@@ -14,7 +14,7 @@ from torch import nn
 from trainer_models import Module, Resumable, data, module, trainer
 
 import lightning_peft as lp
-from lightning_peft.inject import adapters_of
+from lightning_peft.records import adapters_of
 from lightning_peft.triplets import Triplets, alike, allocate, observe, score
 
 pytestmark = [

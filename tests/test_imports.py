@@ -10,8 +10,8 @@ ROOMS = """
     console extras beginnings losses flat shards layers quantized_layers base evaluation roles shapes activations select
     fingerprints folders multihead attention forms products built rowwise row_parts adapter low_rank scaling affine
     triplets hadamard
-    method bottlenecks kronecker feedforward outputs virtual_tokens words rows prompts prefixes prefix_starts
-    positions encoders pseudo_tokens templates methods hosts overwritten following refusals inject switching mixing
+    method bottlenecks kronecker feedforward outputs virtual_tokens words rows prompts prefixes prefix_starts positions
+    encoders pseudo_tokens templates methods hosts overwritten records following refusals inject switching mixing
     combining nf4 quantized_shapes quantization merging finalizing checkpoint summary describing files stored
     tensor_files weight_files streaming named interop ensembles planning layouts inspecting plots optimizers modes
     random_state precision wiring restoring resuming showing sharding frozen_trunk caching strategy tasks recipes

@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 import lightning_peft as lp
 from lightning_peft.following import settle_gradients
-from lightning_peft.inject import adapters_of
 from lightning_peft.optimizers import add_gradient
 from lightning_peft.quantization import quantize
+from lightning_peft.records import adapters_of
 from lightning_peft.sharding.tensor_parallel import parallelize
 
 CASES = [

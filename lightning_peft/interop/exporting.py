@@ -16,8 +16,8 @@ from ..checkpoint import clean
 from ..describing import describe
 from ..flat import require_known_parts
 from ..folders import WEIGHTS, replace_file
-from ..inject import adapters_of, company, injected
 from ..method import Method, to_dict
+from ..records import adapters_of, company, injected
 from ..shards import writes_files
 from ..summary import BASE, row, summary
 from . import saved

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..inject import adapters_of, inject, injection
+from ..inject import inject
 from ..method import Method
+from ..records import adapters_of, injection
 from ..select import literal
 from ..shards import assign
 from .checks import checked

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ..checkpoint import base_names, check_state, drop_base
 from ..flat import part_of
-from ..inject import injection
+from ..records import injection
 from ..shards import whole, writes_files
 from .checkpoints import own_state
 

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from ..base import base_parameters
 from ..checkpoint import check_state
-from ..inject import injection
+from ..records import injection
 from .base_weights import BaseWeights, read_into, start_adapters
 from .checkpoints import own_optimizer_state, own_state, saved_tensors, whole_optimizer_state
 from .replicas import average_gradients, share_trained

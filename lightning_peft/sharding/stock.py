@@ -9,8 +9,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..hosts import adapters, call_children
-from ..inject import adapters_of
 from ..method import Method
+from ..records import adapters_of
 from .fsdp1 import FSDP1Strategy
 from .fsdp2 import FSDP2Strategy
 from .replicas import share_first
