@@ -49,6 +49,7 @@ def test_the_card_says_what_was_trained_and_how_much(tmp_path):
     assert settings["rank_pattern"] == {"*2.*": 7}
     assert {key: lp.LoRA(**settings).__dict__[key] for key in settings} == settings
     assert rows(text, "Metrics") == {"accuracy": ["0.9125"], "loss": ["2"]}
+    assert 'BertForSequenceClassification.from_pretrained("path/to/base", num_labels=3)' in text
 
 
 def test_the_fingerprint_is_that_of_the_base(tmp_path):

@@ -30,6 +30,7 @@ class Facts:
     Args:
         method: Class name and settings.
         kind: Class of the base model, and whether transformers has it.
+        classes: Number of classes that its head tells apart, if it classifies.
         base: Fingerprint of the base.
         task: What HF PEFT calls the base model's task.
         rows: (what, number of places, parameters) of what trained.
@@ -39,6 +40,7 @@ class Facts:
 
     method: Mapping[str, Any]
     kind: tuple[str, bool]
+    classes: int | None
     base: str | None
     task: str | None
     rows: tuple[tuple[str, int, int], ...]
@@ -135,7 +137,12 @@ def _metrics(facts: Facts) -> list[tuple[str, str]]:
 
 def _loading(facts: Facts, name: str | None) -> str:
     kind, known = facts.kind
-    base = [f"from transformers import {kind}", "", f'model = {kind}.from_pretrained("{name or "path/to/base"}")']
+    classes = "" if facts.classes is None else f", num_labels={facts.classes}"
+    base = [
+        f"from transformers import {kind}",
+        "",
+        f'model = {kind}.from_pretrained("{name or "path/to/base"}"{classes})',
+    ]
     lines = base if known else [f"model = ...  # the {kind}"]
     code = "\n".join([*lines, 'folder = "path/to/this/folder"  # of the hub: huggingface_hub.snapshot_download(...)'])
     return (

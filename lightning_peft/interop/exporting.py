@@ -87,9 +87,11 @@ def _facts(base: Base, method: Method, metrics: Mapping[str, float]) -> Facts:
     kind = next(cls for cls in type(base.network).__mro__ if not issubclass(cls, FSDPModule))  # which renames classes
     methods = _exported(base.model, method)
     rows = [row(base.model, other) for other in methods] + [one for one in counts.rows if one[0] == BASE]
+    labels = getattr(getattr(base.network, "config", None), "num_labels", None)
     return Facts(
         method=to_dict(method),
         kind=(kind.__name__, kind.__module__.startswith("transformers.")),
+        classes=labels if _task_of(base) in ("SEQ_CLS", "TOKEN_CLS") else None,
         base=describe(base.model, only=methods)["base"],
         task=_task_of(base),
         rows=tuple(one for one in rows if one[2]),
