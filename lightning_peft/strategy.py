@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -12,34 +11,30 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
-from .adapter import Adapter
 from .caching import SHARDING, CachingCallback
 from .fingerprints import fingerprint
-from .following import settle_gradients
 from .hosts import adapters
 from .method import Method
 from .modes import checkpoint_without_reentry, set_mode
-from .optimizers import add_gradient, require_gradients
 from .overwritten import refuse_merged
 from .precision import refuse_replacing, warn_of_narrow, widen_trained
 from .quantization import KINDS, quantize_once
-from .records import adapters_of, injected, injection, taking_part
+from .records import injected, injection, taking_part
 from .restoring import wire_checkpoints
 from .resuming import ResumingCallback
 from .sharding import prepare_strategy, start_evaluation, start_strategy
 from .sharding.ddp import keep_base_at_home
 from .sharding.same_base import require_one_base
 from .showing import show
+from .stepping import SteppingCallback
 from .summary import summary
 from .wiring import adopt, after_build, wire_optimizers
 
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 
 
-class PEFTStrategy(ResumingCallback, CachingCallback):
+class PEFTStrategy(SteppingCallback, ResumingCallback, CachingCallback):
     """Fine-tunes with one method or several, in any stage of any Trainer; checkpoints hold adapter state only.
 
     The base is frozen and adapted as soon as the network exists: in ``setup``, or after the module's own
@@ -96,11 +91,7 @@ class PEFTStrategy(ResumingCallback, CachingCallback):
             raise ValueError(f"quantize must be one of {', '.join(KINDS)} or None, got {quantize!r}.")
         self.full_checkpoint, self.show_summary, self.quantize = full_checkpoint, show_summary, quantize
         self._backend: str | None = None
-        self._step, self._total_steps = 0, 0
         self._base: str | None = None
-        self._adapters: list[tuple[Method, dict[str, Adapter]]] = []  # looked up once, not at each step
-        self._unchecked = set[int]()
-        self._split = list[Any]()  # what trains and is no plain tensor
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Arrange for injection at the earliest moment the network exists."""
@@ -156,17 +147,9 @@ class PEFTStrategy(ResumingCallback, CachingCallback):
         super().on_fit_start(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take up the count of steps, which a checkpoint may have set."""
+        """Put frozen modules into their mode; from now on, adapters are trained ones."""
         set_mode(pl_module, self.frozen_mode)  # a run resumed inside an epoch never starts it
-        record = injected(pl_module)
-        record.fresh = False
-        self._adapters = [(method, adapters_of(pl_module, method)) for method in taking_part(record)]
-        self._step, total = trainer.global_step, trainer.estimated_stepping_batches
-        self._total_steps = -1 if math.isinf(total) else int(total)
-        for method, _ in self._adapters:
-            method.check_run(self._total_steps)
-        self._unchecked = {id(p) for p in pl_module.parameters() if p.requires_grad}
-        self._split = [p for p in pl_module.parameters() if p.requires_grad and isinstance(p, DTensor)]
+        injected(pl_module).fresh = False
         super().on_train_start(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -200,36 +183,6 @@ class PEFTStrategy(ResumingCallback, CachingCallback):
         super().on_train_epoch_start(trainer, pl_module)
         checkpoint_without_reentry(pl_module)  # which may have been turned on since
         set_mode(pl_module, self.frozen_mode)
-
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sum up what tensor parallelism left in parts."""
-        settle_gradients(self._split)
-
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Add the gradients of penalties; before the first step, find parameters without one."""
-        for method, found in self._adapters:
-            penalty = method.penalty(list(found.values()))
-            if penalty is not None:
-                add_gradient(penalty, optimizer)
-        if self._unchecked:
-            self._unchecked -= require_gradients(pl_module, optimizer, self._unchecked)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Let methods follow each optimizer step."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if trainer.global_step == self._step:
-            return  # gradients accumulate
-        steps = range(self._step + 1, trainer.global_step + 1)  # one, or several where a module steps by itself
-        self._step = trainer.global_step
-        for method, found in self._adapters:
-            for step in steps:
-                method.after_step(list(found.values()), step, self._total_steps)
-            if self._step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-                pl_module.log_dict(dict(method.metrics(found)), on_step=True, on_epoch=False)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make sure that the base is what it was."""
