@@ -182,7 +182,8 @@ def bases_read_by_unit(folder):
 
 
 def _reads_weights(method):
-    return isinstance(method, lp.LoRA) and (method.decompose or method.init in ("pissa", "olora"))
+    starts_there = isinstance(method, lp.LoRA) and (method.decompose or method.init in ("pissa", "olora"))
+    return starts_there or isinstance(method, lp.OwnParameters)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from trainer_models import Module, trainer
 
 import lightning_peft as lp
+from lightning_peft.sharding.base_weights import start_adapters
 
 TASKS = {
     "lora": (lp.LoRA(rank=2), ["classifier", "pooler"]),
@@ -201,6 +202,15 @@ def test_refusals(tasks):
     nn.init.normal_(other.bert.encoder.layer[0].output.dense.weight)
     with pytest.raises(ValueError, match="belongs to another base"):
         lp.add_adapter(other, tasks["lora"][0])
+
+
+def test_copies_of_what_has_no_values_do_not_start():
+    with lp.without_values():
+        net = MODELS["bert"].make()
+    lp.inject(net, lp.OwnParameters(targets=["classifier"]))
+    assert all(p.is_meta for p in net.parameters())
+    with pytest.raises(TypeError, match="start from those of the base: load the base model first"):
+        start_adapters(net, torch.device("cpu"))
 
 
 def test_another_head_in_the_base_is_no_other_base(tasks):
