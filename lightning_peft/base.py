@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -15,6 +17,11 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase("." + name, "*." + pattern)
 
 
+def kind_of(name: str) -> str:
+    """Return a name with ``*`` in place of numbers: the same for the same layer of all blocks."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of the base model by name, adapters and the root left out."""
     return {name: module for name, module in model.named_modules() if name and f".{SLOT}." not in f".{name}."}
@@ -23,6 +30,11 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of the base model by name, adapters left out; a shared one appears once."""
     return {name: parameter for name, parameter in model.named_parameters() if f".{SLOT}." not in f".{name}"}
+
+
+def held(module: nn.Module) -> dict[str, Any]:
+    """Return the parameters and buffers that a module has itself, as it has them; None where there is none."""
+    return {**module._parameters, **module._buffers}
 
 
 def owners(model: nn.Module) -> Counter[int]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .base import SLOT, base_modules
-from .hosts import adapters, key_of
+from .hosts import adapters, name_of
 from .method import Method
 from .records import injected, injection
 from .shards import shape_of
@@ -62,7 +62,7 @@ def adapter_state(model: nn.Module, packed: bool = False, only: Sequence[Method]
 
 
 def _is_meant(key: str, adapter: Adapter, only: Sequence[Method] | None) -> bool:
-    return only is None or any(key == key_of(method.name, adapter) for method in only)
+    return only is None or name_of(key, adapter) in {method.name for method in only}
 
 
 def _trained_state(model: nn.Module) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from .console import say
 from .files import load_adapter, save_adapter
+from .folders import is_taken
 from .interop import export_peft, import_loralib, import_peft, import_t_few, push_adapter, vllm_problems
 from .interop.hub import check_hub
 from .interop.vllm import VERSION
@@ -137,7 +138,7 @@ setattr(Exchanging, "import", Exchanging.import_adapter)
 
 def _new(output: str) -> Path:
     target = Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if is_taken(target):
         raise FileExistsError(f"{output} is not empty; choose a new folder.")
     return target
 

@@ -77,18 +77,30 @@ def load_values(
     model: nn.Module, state: Mapping[str, Tensor], source: str, only: Sequence[Method] | None = None
 ) -> None:
     """Load what ``adapter_state(model, True, only)`` gave; nothing of it if it does not fit, which is an error."""
-    state = aligned(state, {clean(k): v for k, v in adapter_state(model, packed=True, only=only).items()})
-    state = unpacked(model, state, only)
+    state = fitting(model, state, source, only)
     target = {clean(k): v for k, v in adapter_state(model, only=only).items()}
-    check_state(model, state, source, only)
-    if extra := state.keys() - target.keys():
-        raise ValueError(f"{source} has values of {sorted(extra)[:5]}, which this model has not or does not train.")
     for key, value in state.items():
         assign(target[key], value)
     injected(model).fresh = False
 
 
-def aligned(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fitting(
+    model: nn.Module, state: Mapping[str, Tensor], source: str, only: Sequence[Method] | None = None
+) -> dict[str, Tensor]:
+    """Return what ``adapter_state(model, True, only)`` gave as ``adapter_state(model, only=only)`` gives it.
+
+    Raises:
+        ValueError: It does not fit; says how.
+    """
+    state = _aligned(state, {clean(k): v for k, v in adapter_state(model, packed=True, only=only).items()})
+    state = unpacked(model, state, only)
+    check_state(model, state, source, only)
+    if extra := state.keys() - {clean(key) for key in adapter_state(model, only=only)}:
+        raise ValueError(f"{source} has values of {sorted(extra)[:5]}, which this model has not or does not train.")
+    return state
+
+
+def _aligned(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state under this model's names, if they differ by the name of an enclosing module alone."""
     if not state or not target or state.keys() == target.keys():
         return dict(state)

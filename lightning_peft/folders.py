@@ -72,3 +72,8 @@ def replace_file(path: Path, content: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def is_taken(path: Path) -> bool:
+    """Whether something is there that a new folder would replace; an empty folder is nothing."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))

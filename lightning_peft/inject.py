@@ -109,7 +109,7 @@ def _refuse(
         refuse_host(modules[host_name], host_name, key_of(m.name, adapter), adapter)
         if split:
             refuse_to_follow(modules[host_name], host_name, key_of(m.name, adapter), adapter)
-    for name in sorted(trained):
+    for name in sorted(trained | replaced((host_name, adapter) for _, host_name, adapter in plan)):
         refuse_training(model, name)
     there = list(surrounding(model)) if takes_part else []
     refuse_company(there + [(n, a) for _, n, a in plan])

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .base import held
+
 _KEPT = "_peft_overwritten"
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # to compare by: -0.0 equals 0.0, nan nothing
 
@@ -46,19 +48,19 @@ class Overwritten:
 
     def tensors(self, host: Any) -> dict[str, Tensor]:
         """Return the parameters and buffers that the host had before, as far as they were written to or replaced."""
-        own = _held(host) | self.replaced
+        own = held(host) | self.replaced
         return {name: tensor for name in (*self.slices, *self.replaced) if (tensor := own[name]) is not None}
 
 
 @torch.no_grad()
 def change(host: Any, by: Callable[[], None], order: tuple[str, ...]) -> Overwritten:
     """Change a host's tensors and keep in it what that overwrites, also where the change fails on its way."""
-    names, before = list(host._parameters), _held(host)
+    names, before = list(host._parameters), held(host)
     copies = {name: _local(tensor).clone() for name, tensor in before.items() if tensor is not None}
     try:
         by()
     finally:
-        now = _held(host)
+        now = held(host)
         differing = {name: _differing(copy, _local(before[name])) for name, copy in copies.items()}
         replaced = {name: tensor for name, tensor in before.items() if now.get(name) is not tensor}
         slices = {name: found for name, found in differing.items() if found is not None}
@@ -82,13 +84,8 @@ def undo(host: Any) -> Overwritten:
     for name, tensor in kept.replaced.items():
         (host._parameters if name in kept.names else host._buffers)[name] = tensor
     for name, slices in kept.slices.items():
-        slices.copy_into(_held(host)[name])
+        slices.copy_into(held(host)[name])
     return kept
-
-
-def _held(host: Any) -> dict[str, Any]:
-    """Return a host's own parameters and buffers."""
-    return {**host._parameters, **host._buffers}
 
 
 def changed_hosts(model: nn.Module) -> list[tuple[str, Any, Overwritten]]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from .adapter import Adapter
 from .base import base_parameters
-from .hosts import adapters, key_of
+from .hosts import adapters, name_of
 from .method import Method
 
 _RECORD = "_peft_injection"
@@ -80,7 +80,7 @@ def named(record: Injection, name: str) -> list[Method]:
 def replaced_by(model: nn.Module, methods: Sequence[Method]) -> set[str]:
     """Return the names of the base's parameters that adapters of these methods take the place of."""
     names = {method.name for method in methods}
-    return replaced((host, a) for host, _, key, a in adapters(model) if key in {key_of(name, a) for name in names})
+    return replaced((host, adapter) for host, _, key, adapter in adapters(model) if name_of(key, adapter) in names)
 
 
 def beside_base(model: nn.Module, methods: Sequence[Method]) -> set[str]:
@@ -107,10 +107,11 @@ def taking_part(record: Injection) -> list[Method]:
 
 def adapters_of(model: nn.Module, *methods: Method) -> dict[str, Adapter]:
     """Return the adapters of methods by host name, with the part of a fused host appended."""
+    names = {method.name for method in methods}
     return {
         f"{name}.{adapter.part}" if adapter.part else name: adapter
         for name, _, key, adapter in adapters(model)
-        if any(key == key_of(method.name, adapter) for method in methods)
+        if name_of(key, adapter) in names
     }
 
 

@@ -26,18 +26,28 @@ class Rows:
         self.count, kinds = len(numbers), max(numbers) + 1
         ids = torch.tensor(numbers, device=device)
         self.ids = None if kinds == 1 else ids.clamp(min=0)
+        self._elsewhere, self._orders = dict[torch.device, Rows](), dict[int, tuple[Tensor, Tensor, list[int]]]()
         self.has_one = (ids >= 0).view(-1, 1, 1) if -1 in numbers else None
 
     def on(self, device: torch.device) -> Rows:
         """Return the same for another device, which a part of the model may be on."""
-        return self if device == self.device else Rows(self.numbers, device)
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = Rows(self.numbers, device)
+        return self._elsewhere[device]
 
     def by_adapter(self, rows: int) -> tuple[Tensor, Tensor, list[int]]:
         """Return the order of rows by adapter, those of none last, the order back, and how many each adapter has.
 
         In a call with more rows than names, neighbours share one.
         """
-        times = rows // self.count
+        if rows not in self._orders:
+            self._orders[rows] = self._order(rows // self.count)
+        return self._orders[rows]
+
+    def _order(self, times: int) -> tuple[Tensor, Tensor, list[int]]:
+        rows = self.count * times
         kinds = [*range(max(self.numbers) + 1), -1]
         order = sorted(range(rows), key=lambda row: kinds.index(self.numbers[row // times]))
         back = sorted(range(rows), key=order.__getitem__)

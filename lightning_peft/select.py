@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
-from .base import SLOT, base_modules, base_parameters, matches
+from .base import SLOT, base_modules, base_parameters, kind_of, matches
 from .roles import ROLES
 
 
@@ -75,7 +74,7 @@ def _listed(patterns: Sequence[str], what: str, empty: bool = False) -> Sequence
 
 def _nothing(pattern: str, named: Iterable[str]) -> set[str]:
     """Raise: a pattern without a match is a typo more often than a wish."""
-    kinds = list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in named))
+    kinds = list(dict.fromkeys(map(kind_of, named)))
     ends = {kind.rpartition(".")[2] for kind in kinds} - {"*"}
     close = [] if pattern in ROLES else difflib.get_close_matches(pattern, [*ends, *kinds, *ROLES], n=5)
     known = f"Close names: {', '.join(close)}." if close else f"The model has: {', '.join(kinds[:40])}."

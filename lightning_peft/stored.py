@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .beginnings import beginnings
-from .checkpoint import adapter_state, check_state, clean, unpacked
+from .checkpoint import adapter_state, check_state, clean
 from .describing import check_format
+from .files import fitting
 from .folders import CONFIG, read_adapter
 
 KEY = "lightning_peft"  # of a Lightning checkpoint's entry
@@ -42,14 +43,12 @@ class Stored:
         Raises:
             ValueError: It does not fit; says how.
         """
-        wanted = {clean(key) for key in adapter_state(model, packed=self.packed)}
-        ours, theirs = beginnings(wanted, self.state)
-        renamed = {_begun(key, theirs, ours): value for key, value in self.state.items()}
-        state = unpacked(model, renamed) if self.packed else renamed
-        check_state(model, state, self.path)
+        if self.packed:
+            return fitting(model, self.state, self.path)
         names = {clean(key) for key in adapter_state(model)}
-        if self.packed and (extra := state.keys() - names):
-            raise ValueError(f"{self.path} has values of {sorted(extra)[:5]}, which this model has not or trains not.")
+        ours, theirs = beginnings(names, self.state)
+        state = {_begun(key, theirs, ours): value for key, value in self.state.items()}
+        check_state(model, state, self.path)
         return {name: state[name] for name in names}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .base import SLOT
 from .describing import restore
+from .folders import is_taken
 from .inject import detach
 from .merging import mergeable
 from .records import injection
@@ -56,7 +57,7 @@ def merge_files(
         TypeError: The adapter cannot be merged into a weight.
     """
     target = Path(folder)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if is_taken(target):
         raise FileExistsError(f"{target} exists; give a folder that does not.")
     if injection(model) is not None or not all(p.is_meta for p in model.parameters()):
         raise ValueError(

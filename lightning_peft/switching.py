@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .base import base_parameters
-from .hosts import Adapted, adapters, call_as_before, call_children, key_of, outside, remove
+from .hosts import Adapted, adapters, call_as_before, call_children, name_of, outside, remove
 from .inject import detach
 from .overwritten import refuse_merged
 from .records import Injection, adapters_of, injected, injection, named, refuse_paused, trained_by
@@ -54,13 +54,13 @@ def activate(model: nn.Module, *names: str) -> nn.Module:
     idle = [method for method in record.methods if method not in methods and not adapters_of(model, method)]
     if always := [method.name for method in idle if trained_by(model, [method])]:
         raise ValueError(f"{always[0]!r} trains the base itself and has no adapters that could lie idle; name it, too.")
-    chosen = [(n, h, k, a) for m in methods for n, h, k, a in adapters(model) if k == key_of(m.name, a)]
+    found: list[Any] = list(adapters(model))
+    chosen = [one for method in methods for one in found if name_of(*one[2:]) == method.name]
     refuse_company([(name, adapter) for name, _, _, adapter in chosen])
     orders: dict[int, tuple[str, ...]] = {}
     for _, host, key, _ in chosen:
         orders[id(host)] = (*orders.get(id(host), ()), key)
     taking = {id(adapter) for *_, adapter in chosen}
-    found: list[Any] = list(adapters(model))
     for _, host, _, adapter in found:
         host.peft_order = orders.get(id(host), ()) + passing(host)
         adapter.rearranged()
@@ -93,7 +93,7 @@ def remove_adapter(model: nn.Module, name: str) -> nn.Module:
     if len(record.methods) == len(methods) and not record.trained:
         return detach(model)
     for _, host, key, adapter in list(adapters(model)):
-        if any(key == key_of(method.name, adapter) for method in methods):
+        if name_of(key, adapter) in {method.name for method in methods}:
             remove(host, key)
     for _, _, _, adapter in adapters(model):
         adapter.rearranged()

@@ -14,6 +14,14 @@ def _seed():
 
 
 @pytest.fixture
+def ordinary_path():
+    """In eval mode torch's encoder runs kernels with other last bits, unless something inside is adapted."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.fixture
 def shared() -> Path:
     """Real models and data beside the checkout."""
     folder = Path(__file__).parents[2] / "shared"

@@ -61,14 +61,6 @@ def _base_modules(model):
     return [m for name, m in model.named_modules() if ".peft" not in f".{name}"]
 
 
-@pytest.fixture
-def ordinary_path():
-    """In eval mode torch's encoder runs kernels with other last bits, unless something inside is adapted."""
-    torch.backends.mha.set_fastpath_enabled(False)
-    yield
-    torch.backends.mha.set_fastpath_enabled(True)
-
-
 @pytest.mark.usefixtures("ordinary_path")
 def test_step_0_is_the_base_bit_for_bit(case):
     same = torch.equal(run(adapted(case), case), run(MODELS[case.model](), case))

@@ -54,14 +54,6 @@ def run(model, case):
     return logits(model(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs}))
 
 
-@pytest.fixture
-def ordinary_path():
-    """In eval mode torch's encoder runs kernels with other last bits, unless something inside is adapted."""
-    torch.backends.mha.set_fastpath_enabled(False)
-    yield
-    torch.backends.mha.set_fastpath_enabled(True)
-
-
 @pytest.mark.usefixtures("ordinary_path")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", MERGEABLE, ids=str)

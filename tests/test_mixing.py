@@ -121,16 +121,20 @@ def test_each_row_drops_as_its_adapter_does():
     assert abs(dropped - 2000) < 300
 
 
-def test_beams_are_neighbours_and_generate_works():
-    net = model("llama", KINDS["lora"])
-    ids = tokens(rows=2)
+def require_each_its_own_text(net, ids, names):
     settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2, "pad_token_id": 0}
-    with lp.row_adapters(net, ["a", "b"]):
+    with lp.row_adapters(net, list(names)):
         found = net.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-    for number, name in enumerate("ab"):
+    for number, name in enumerate(names):
         one = ids[number : number + 1]
         expected = lp.activate(net, name).generate(one, attention_mask=torch.ones_like(one), **settings)
         assert torch.equal(found[number : number + 1], expected)
+
+
+def test_beams_are_neighbours_and_generate_works():
+    net = model("llama", KINDS["lora"])
+    ids = tokens(rows=2)
+    require_each_its_own_text(net, ids, "ab")
 
 
 def test_rows_and_narrow_types_and_compilation():
@@ -268,13 +272,7 @@ def test_prompts_of_rows_train_and_generate():
     assert {n.split(".")[2] for n in found} == {"a", "c"}
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, net.get_parameter(name).grad, rtol=1e-4, atol=1e-4)
-    settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2, "pad_token_id": 0}
-    with lp.row_adapters(net, ["a", "c"]):
-        generated = net.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-    for number, name in enumerate("ac"):
-        one = ids[number : number + 1]
-        expected = lp.activate(net, name).generate(one, attention_mask=torch.ones_like(one), **settings)
-        assert torch.equal(generated[number : number + 1], expected)
+    require_each_its_own_text(net, ids, "ac")
 
 
 def test_refusals_of_prompts():

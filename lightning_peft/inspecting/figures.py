@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -71,11 +70,6 @@ def plain(data: Any) -> Any:
     if isinstance(data, list):
         return [plain(value) for value in data]
     return finite(data) if isinstance(data, float) else data
-
-
-def kind_of(name: str) -> str:
-    """Return a name with ``*`` in place of numbers: the same for the same layer of all blocks."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def extent(values: Iterable[float | None]) -> list[float]:

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..base import kind_of
 from .contents import Contents, Place, read_contents
-from .figures import extent, finite, kind_of, norm, plain, singular_values
+from .figures import extent, finite, norm, plain, singular_values
 
 
 def inspect_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:

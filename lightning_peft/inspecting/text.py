@@ -6,8 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..base import kind_of
 from ..summary import size
-from .figures import extent, kind_of
+from .figures import extent
 
 
 def report_text(report: Mapping[str, Any]) -> str:

@@ -26,8 +26,9 @@ def place(base: Base, plan: Plan, values: State, source: str) -> None:
         source: Where they come from, for messages.
     """
     states = [checked(base, method, given, source) for method, given in plan]
-    parameters = [joined(base.name, key) for key in values if key in dict(base.network.named_parameters())]
-    inject(base.model, [method for method, _ in plan], list(map(literal, parameters)))
+    known = dict(base.network.named_parameters())
+    trained = [literal(joined(base.name, key)) for key in values if key in known]
+    inject(base.model, [method for method, _ in plan], trained)
     for (method, _), by_host in zip(plan, states, strict=True):
         found = adapters_of(base.model, method)
         for name, state in by_host.items():

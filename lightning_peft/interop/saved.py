@@ -30,7 +30,7 @@ def written(base: Base, trained: State, hosts: Collection[str], biases: bool) ->
         biases: Whether the family can say that biases train.
     """
     settings, state = dict[str, Any](), dict[str, Tensor]()
-    every = {clean(n) for n, _ in base.network.named_parameters() if "bias" in n and f".{SLOT}." not in f".{n}"}
+    every = {clean(name) for name in base_parameters(base.network) if "bias" in name}
     choices = {"lora_only": {f"{host}.bias" for host in hosts} & every, "all": every}
     rest = set(trained)
     for choice, names in choices.items():

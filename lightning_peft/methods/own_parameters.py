@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Call, parameter_like
-from ..base import owners
+from ..base import held, owners
 from ..method import Method
-from ..quantized_layers import is_quantized
 from ..rowwise import RowWise
 from ..select import select_parameters
 
@@ -38,14 +37,11 @@ class OwnParameters(Method):
     targets: list[str]
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
-        by_host, held = defaultdict[str, list[str]](list), owners(model)
+        by_host, holders = defaultdict[str, list[str]](list), owners(model)
         for name in select_parameters(model, self.targets):
             owner, _, key = name.rpartition(".")
-            parameter = model.get_parameter(name)
-            if held[id(parameter)] > 1:
+            if holders[id(model.get_parameter(name))] > 1:
                 raise ValueError(f"{name} is shared with another module, which would go on without the copy; untie it.")
-            if (key == "weight" and is_quantized(model.get_submodule(owner))) or not parameter.is_floating_point():
-                raise TypeError(f"{name} is stored in few bits and cannot train; leave it out, or dequantize it.")
             by_host[owner].append(key)
         for owner, keys in by_host.items():
             yield owner, OwnTensors(model.get_submodule(owner), keys)
@@ -82,7 +78,7 @@ class OwnTensors(RowWise, Adapter):
                 "Parameters of an adapter's own start from those of the base: load the base model first, then inject."
             )
         for name, value in self._values():
-            value.copy_(_held(host)[name])
+            value.copy_(held(host)[name])
 
     def _values(self) -> Iterator[tuple[str, Tensor]]:
         return itertools.chain(self.own.named_parameters(), self.own.named_buffers())
@@ -94,8 +90,8 @@ class OwnTensors(RowWise, Adapter):
     @contextmanager
     def in_place(self, host: Any) -> Iterator[None]:
         """Context in which the host has these values, in its own type."""
-        parameters, buffers, held = dict(host._parameters), dict(host._buffers), _held(host)
-        cast = {name: value.to(held[name].dtype) for name, value in self._values()}
+        parameters, buffers, before = dict(host._parameters), dict(host._buffers), held(host)
+        cast = {name: value.to(before[name].dtype) for name, value in self._values()}
         host._parameters.update({name: cast[name] for name in self.own._parameters})
         host._buffers.update({name: cast[name] for name in self.own._buffers})
         try:
@@ -110,8 +106,4 @@ class OwnTensors(RowWise, Adapter):
     @torch.no_grad()
     def merge(self, host: Any) -> None:
         for name, value in self._values():
-            _held(host)[name].copy_(value)
-
-
-def _held(host: Any) -> dict[str, Tensor]:
-    return {**host._parameters, **host._buffers}
+            held(host)[name].copy_(value)
