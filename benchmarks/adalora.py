@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 import lightning_peft as lp
-from lightning_peft.records import adapters_of
+from lightning_peft.core.injection_record import adapters_of
 from lightning_peft.tasks import TextClassification, TextDataModule
 from lightning_peft.tasks.optimization import multiplier
 

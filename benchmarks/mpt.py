@@ -32,12 +32,12 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 import lightning_peft as lp
-from lightning_peft.recipes.mpt import mpt
+from lightning_peft.recipes.multitask_prompt_tuning import mpt
 from lightning_peft.recipes.stages import Training
 from lightning_peft.tasks import Cloze, ClozeDataModule
-from lightning_peft.tasks.models import locate, transformers
 from lightning_peft.tasks.module import mean_loss
 from lightning_peft.tasks.optimization import multiplier
+from lightning_peft.tasks.pretrained import locate, transformers
 
 Start = Callable[[ClozeDataModule], Cloze]
 

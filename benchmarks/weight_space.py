@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lightning_peft as lp
-from lightning_peft.records import adapters_of
+from lightning_peft.core.injection_record import adapters_of
 
 LINEARS = {
     "bert": ["query", "key", "value", "attention.output.dense", "intermediate.dense", "*[0-9].output.dense"],

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from lightning_peft.adapter import parameter_like
-from lightning_peft.select import select
+from lightning_peft.core.adapter import parameter_like
+from lightning_peft.structure.selection import select
 
 
 @dataclass(frozen=True, kw_only=True)

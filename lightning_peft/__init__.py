@@ -3,18 +3,22 @@
 from importlib.metadata import version
 
 from . import losses, plots
-from .adapter import Adapter, WeightUpdate
-from .checkpoint import full_state_dict, global_state, local_state
-from .combining import combine
-from .ensembles import ensemble, join_prompts, majority_vote
-from .files import load_adapter, save_adapter
-from .finalizing import finalize
-from .hosts import adapters
-from .inject import detach, inject
-from .inspecting import compare_adapters, inspect_adapter
+from .analysis.inspect import compare_adapters, inspect_adapter
+from .checkpoints.adapter_state import full_state_dict, global_state, local_state
+from .checkpoints.save_load import load_adapter, save_adapter
+from .composition.combine import combine
+from .composition.ensemble import ensemble, join_prompts, majority_vote
+from .composition.merge import merge, merged, unmerge
+from .composition.merge_files import merge_files
+from .composition.named_adapters import add_adapter
+from .composition.row_adapters import row_adapters
+from .core.active_adapters import activate, active, disabled, remove_adapter
+from .core.adapted_module import adapters
+from .core.adapter import Adapter, WeightUpdate
+from .core.finalize import finalize
+from .core.inject import detach, inject
+from .core.method import Method
 from .interop import export_peft, import_loralib, import_peft, import_t_few, push_adapter, vllm_problems
-from .merging import merge, merged, unmerge
-from .method import Method
 from .methods import (
     IA3,
     AdaLoRA,
@@ -36,17 +40,13 @@ from .methods import (
     PTuning,
     PTuningV2,
 )
-from .mixing import row_adapters
-from .named import add_adapter
-from .quantization import dequantize, quantize
-from .restoring import load_from_checkpoint
-from .rows import row_tasks
-from .sharding import FSDP1Strategy, FSDP2Strategy, without_values
-from .strategy import PEFTStrategy
-from .streaming import merge_files
+from .methods.prompting.row_tasks import row_tasks
+from .methods.prompting.template import Template
+from .quantization.quantize import dequantize, quantize
 from .summary import summary
-from .switching import activate, active, disabled, remove_adapter
-from .templates import Template
+from .training.callback import PEFTStrategy
+from .training.distributed import FSDP1Strategy, FSDP2Strategy, without_values
+from .training.lightning_checkpoint import load_from_checkpoint
 
 __version__ = version("lightning-peft")
 

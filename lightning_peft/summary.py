@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .base import base_parameters
-from .checkpoint import adapter_state
-from .method import Method
-from .records import adapters_of, injection, taking_part
-from .shards import shape_of
+from .checkpoints.adapter_state import adapter_state
+from .core.injection_record import adapters_of, injection, taking_part
+from .core.method import Method
+from .ops.sharded_tensors import shape_of
+from .structure.base_model import base_parameters
 
 BASE = "base parameters"  # that train
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from trainer_models import trainer
 
 import lightning_peft as lp
-from lightning_peft.records import adapters_of
+from lightning_peft.core.injection_record import adapters_of
 
 ROWS = 8  # of a data set; each process sees its share of every batch of four
 

@@ -13,8 +13,8 @@ from models import MODELS, Plain, logits, tokens
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.affine import BiasAndScale
-from lightning_peft.roles import ROLES, fused_parts, parts
+from lightning_peft.methods.families.bias_and_scale import BiasAndScale
+from lightning_peft.structure.roles import ROLES, fused_parts, parts
 
 
 def small(name):

@@ -14,8 +14,8 @@ from torch import nn
 from trainer_models import Module, Resumable, data, module, trainer
 
 import lightning_peft as lp
-from lightning_peft.records import adapters_of
-from lightning_peft.triplets import Triplets, alike, allocate, observe, score
+from lightning_peft.core.injection_record import adapters_of
+from lightning_peft.methods.families.svd_triplets import Triplets, alike, allocate, observe, score
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),

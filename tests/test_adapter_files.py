@@ -10,7 +10,7 @@ from torch import nn
 from trainer_models import Module
 
 import lightning_peft as lp
-from lightning_peft.fingerprints import fingerprint
+from lightning_peft.core.fingerprint import fingerprint
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KEY = "model.layers.1.self_attn.v_proj.peft.lora.b"

@@ -11,8 +11,8 @@ from models import MODELS, logits
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.attention import AttentionCalls
-from lightning_peft.roles import attention_modules
+from lightning_peft.structure.attention import AttentionCalls
+from lightning_peft.structure.roles import attention_modules
 
 
 def unchanged(attend, query, key, value, **settings):

@@ -8,7 +8,7 @@ from models import MODELS
 from trainer_models import Module, Resumable, data, module, trainer
 
 import lightning_peft as lp
-from lightning_peft.fingerprints import fingerprint
+from lightning_peft.core.fingerprint import fingerprint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),

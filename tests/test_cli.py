@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import lightning_peft as lp
-from lightning_peft.cli import PEFTCLI, main
+from lightning_peft.cli.main import PEFTCLI, main
 
 
 @pytest.fixture(autouse=True)

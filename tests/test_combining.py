@@ -9,8 +9,8 @@ from models import MODELS, logits, tokens
 from test_switching import stir
 
 import lightning_peft as lp
-from lightning_peft.combining import combined
-from lightning_peft.records import adapters_of, injected, named
+from lightning_peft.composition.combine import combined
+from lightning_peft.core.injection_record import adapters_of, injected, named
 
 WEIGHTS = [0.7, -0.4, 1.1]
 HOST = "model.layers.1.self_attn.v_proj"

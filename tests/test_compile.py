@@ -9,7 +9,7 @@ from processes import together
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.checkpoint import clean
+from lightning_peft.checkpoints.adapter_state import clean
 
 FEW = [
     Case("bert", (lp.LoRA(rank=4), lp.LLaMAAdapter(length=3), lp.PromptTuning(length=2), lp.OutputLayers())),

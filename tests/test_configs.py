@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_peft.cli import main
-from lightning_peft.tasks.models import locate
+from lightning_peft.cli.main import main
+from lightning_peft.tasks.pretrained import locate
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

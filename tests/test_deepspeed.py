@@ -16,7 +16,7 @@ from processes import together
 from trainer_models import data, module, trainer
 
 import lightning_peft as lp
-from lightning_peft.sharding import prepare_strategy, start_strategy
+from lightning_peft.training.distributed import prepare_strategy, start_strategy
 
 KINDS = ("LoRA-decompose", "IA3", "LastLayers", "PrefixTuning", "PromptTuning")
 absent = importlib.util.find_spec("deepspeed") is None

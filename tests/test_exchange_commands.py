@@ -11,7 +11,7 @@ from models import MODELS, logits
 from safetensors.torch import load_file
 
 import lightning_peft as lp
-from lightning_peft.cli import main
+from lightning_peft.cli.main import main
 
 LORA = {"class_path": "LoRA", "init_args": {"rank": 4, "alpha": 6.0}}
 

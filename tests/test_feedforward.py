@@ -9,8 +9,8 @@ from models import MODELS, logits, tokens
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.feedforward import Tap, feedforward_blocks
-from lightning_peft.kronecker import shape_of_a
+from lightning_peft.methods.families.kronecker import shape_of_a
+from lightning_peft.methods.families.parallel_branch import Tap, feedforward_blocks
 
 
 def small(name):

@@ -10,7 +10,7 @@ from torch import nn
 from trainer_models import data, module, trainer
 
 import lightning_peft as lp
-from lightning_peft.adapter import parameter_like
+from lightning_peft.core.adapter import parameter_like
 
 
 class Shift(lp.Adapter):

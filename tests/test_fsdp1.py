@@ -17,10 +17,10 @@ from torch import nn
 from trainer_models import data, module, trainer
 
 import lightning_peft as lp
-from lightning_peft.checkpoint import clean
-from lightning_peft.flat import part_of
-from lightning_peft.sharding.flat_units import check_flattens
-from lightning_peft.sharding.units import plan_units
+from lightning_peft.checkpoints.adapter_state import clean
+from lightning_peft.ops.fsdp1_parameters import part_of
+from lightning_peft.training.distributed.fsdp1_wrapping import check_flattens
+from lightning_peft.training.distributed.sharding_plan import plan_units
 
 KINDS = ("LoRA-decompose", "LastLayers", "BitFit", "FullFineTuning", "PrefixTuning", "PromptTuning")
 

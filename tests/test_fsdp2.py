@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, default_collate
 from trainer_models import Module, data, trainer
 
 import lightning_peft as lp
-from lightning_peft.base import base_parameters
-from lightning_peft.fingerprints import fingerprint
-from lightning_peft.sharding.base_weights import BaseWeights
-from lightning_peft.sharding.units import plan_units
+from lightning_peft.core.fingerprint import fingerprint
+from lightning_peft.structure.base_model import base_parameters
+from lightning_peft.training.distributed.base_weights import BaseWeights
+from lightning_peft.training.distributed.sharding_plan import plan_units
 
 FULL = lp.FSDP2Strategy
 SHARDED = functools.partial(lp.FSDP2Strategy, save_distributed_checkpoint=True)

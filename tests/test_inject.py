@@ -10,8 +10,8 @@ from models import MODELS, tokens
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.roles import ROLES
-from lightning_peft.select import select
+from lightning_peft.structure.roles import ROLES
+from lightning_peft.structure.selection import select
 
 
 def chain():

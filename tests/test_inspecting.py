@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from trainer_models import Module, trainer
 
 import lightning_peft as lp
-from lightning_peft.cli import main
-from lightning_peft.inspecting.text import difference_text, report_text
+from lightning_peft.analysis.inspect.format_text import difference_text, report_text
+from lightning_peft.cli.main import main
 
 PAIRED = {
     "patterns": ("llama", lp.LoRA(rank=3, alpha=6, rank_pattern={"q_proj": 5}, alpha_pattern={"1.self_attn.*": 2})),

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from trainer_models import Module, trainer
 
 import lightning_peft as lp
-from lightning_peft.fingerprints import fingerprint
-from lightning_peft.overwritten import changed_hosts
+from lightning_peft.core.fingerprint import fingerprint
+from lightning_peft.core.weight_backup import changed_hosts
 
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 PAIRS = [Case(model, (lp.LoRA(rank=2), lp.KronA(), lp.IA3())) for model in ("bert", "gpt2", "llama", "fused_vit")]

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from trainer_models import Module, trainer
 
 import lightning_peft as lp
-from lightning_peft.sharding.base_weights import start_adapters
+from lightning_peft.training.distributed.base_weights import start_adapters
 
 TASKS = {
     "lora": (lp.LoRA(rank=2), ["classifier", "pooler"]),

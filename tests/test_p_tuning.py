@@ -9,7 +9,7 @@ from models import MODELS, VOCABULARY, WIDTH, logits, tokens
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.encoders import MLP, BiLSTM, LSTMThenMLP
+from lightning_peft.methods.prompting.prompt_encoders import MLP, BiLSTM, LSTMThenMLP
 
 pytest.importorskip("transformers")
 

@@ -9,8 +9,8 @@ import yaml
 from cli_models import Net, Numbers
 from test_configs import CONFIGS, LLAMA, ROOT
 
-from lightning_peft.cli import main
-from lightning_peft.trainer import PEFTTrainer
+from lightning_peft.cli.main import main
+from lightning_peft.cli.trainer import PEFTTrainer
 
 SIZES = {
     "7B": "{model_type: llama}",

@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lightning_peft as lp
-from lightning_peft.activations import saved_bytes
-from lightning_peft.layouts import layouts, table
-from lightning_peft.planning import Plan, plan
-from lightning_peft.quantized_shapes import quantize_shapes
-from lightning_peft.shapes import shapes_only
+from lightning_peft.analysis.fake_model import shapes_only
+from lightning_peft.analysis.memory_plan import Plan, plan
+from lightning_peft.analysis.plan_table import layouts, table
+from lightning_peft.analysis.saved_activations import saved_bytes
+from lightning_peft.quantization.meta_quantize import quantize_shapes
 
 
 def bert(width=128):

@@ -13,10 +13,10 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft import plots
-from lightning_peft.cli import main
-from lightning_peft.plots.contents import Contents, shortened
-from lightning_peft.plots.maps import draw_gates
-from lightning_peft.plots.parameters import front
+from lightning_peft.cli.main import main
+from lightning_peft.plots.adapter_values import Contents, shortened
+from lightning_peft.plots.heatmaps import draw_gates
+from lightning_peft.plots.pareto import front
 
 
 def adapted(method, base="llama"):

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from trainer_models import data, module, trainer
 
 import lightning_peft as lp
-from lightning_peft.hosts import Adapted
+from lightning_peft.core.adapted_module import Adapted
 
 FAMILIES = [case for case in CASES if case.model in ("bert", "llama", "fused_vit")]
 WITHOUT_CACHE = [case for case in CASES if case.model not in ("t5", "bart")]  # whose attention takes one, as an object

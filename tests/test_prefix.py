@@ -329,7 +329,7 @@ def test_a_causal_call_stays_one_without_a_mask_unless_the_prefix_is_longer_than
 
 @pytest.mark.parametrize("queries", [4, 9])
 def test_a_causal_call_is_the_formula_with_more_keys_than_queries_and_grouped_heads(queries):
-    from lightning_peft.prefixes import attend_joined
+    from lightning_peft.methods.prompting.prefix import attend_joined
 
     q, k, v = (torch.randn(2, h, n, 8, dtype=torch.float64) for h, n in ((4, queries), (2, 11), (2, 11)))
     pk, pv = (torch.randn(2, 2, 5, 8, dtype=torch.float64) for _ in range(2))

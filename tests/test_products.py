@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lightning_peft as lp
-from lightning_peft import built
-from lightning_peft.forms import Decomposed, Hadamard, Kronecker, LowRank
-from lightning_peft.products import Update, dropped_low_rank, saves_work, updated_linear
+from lightning_peft.core import weight_cache as built
+from lightning_peft.ops.fused_linear import Update, dropped_low_rank, saves_work, updated_linear
+from lightning_peft.ops.parametrizations import Decomposed, Hadamard, Kronecker, LowRank
 
 OUT, IN = 12, 8
 

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from trainer_models import Module, trainer
 
 import lightning_peft as lp
-from lightning_peft.folders import read_adapter
+from lightning_peft.core.adapter_folder import read_adapter
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 TEXTS = [name for name, model in MODELS.items() if model.reads != "images"]

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 from trainer_models import Module, data, module, trainer
 
 import lightning_peft as lp
-from lightning_peft.fingerprints import fingerprint
-from lightning_peft.quantization import quantized_layers
+from lightning_peft.core.fingerprint import fingerprint
+from lightning_peft.quantization.quantize import quantized_layers
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("torchao")

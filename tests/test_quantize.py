@@ -14,12 +14,12 @@ from models import MODELS, logits, tokens
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft import nf4
-from lightning_peft.checkpoint import keep_adapters_only
-from lightning_peft.fingerprints import fingerprint
-from lightning_peft.layers import layer_of
-from lightning_peft.quantized_layers import Int8Linear, QuantizedKind
-from lightning_peft.select import select
+from lightning_peft.checkpoints.adapter_state import keep_adapters_only
+from lightning_peft.core.fingerprint import fingerprint
+from lightning_peft.quantization import nf4
+from lightning_peft.structure.layer_types import layer_of
+from lightning_peft.structure.quantized import Int8Linear, QuantizedKind
+from lightning_peft.structure.selection import select
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("torchao")

@@ -14,7 +14,7 @@ from test_switching import stir
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.tensor_files import TensorFiles
+from lightning_peft.composition.safetensors_files import TensorFiles
 
 METHODS = [
     lp.LoRA(rank=2, targets=["all-linear"]),

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from trainer_models import Module, trainer
 
 import lightning_peft as lp
-from lightning_peft.cli import main
-from lightning_peft.sharding.base_weights import start_adapters
-from lightning_peft.tensor_files import TensorFiles
+from lightning_peft.cli.main import main
+from lightning_peft.composition.safetensors_files import TensorFiles
+from lightning_peft.training.distributed.base_weights import start_adapters
 
 
 def empty(make):

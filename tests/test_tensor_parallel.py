@@ -14,11 +14,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import lightning_peft as lp
-from lightning_peft.following import settle_gradients
-from lightning_peft.optimizers import add_gradient
-from lightning_peft.quantization import quantize
-from lightning_peft.records import adapters_of
-from lightning_peft.sharding.tensor_parallel import parallelize
+from lightning_peft.core.injection_record import adapters_of
+from lightning_peft.core.tensor_parallel import settle_gradients
+from lightning_peft.quantization.quantize import quantize
+from lightning_peft.training.distributed.tensor_parallel import parallelize
+from lightning_peft.training.param_groups import add_gradient
 
 CASES = [
     *methods_for("llama"),

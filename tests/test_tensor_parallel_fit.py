@@ -11,8 +11,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from trainer_models import LateModule, Module, Resumable, data, trainer
 
 import lightning_peft as lp
-from lightning_peft.following import mesh_of
-from lightning_peft.shards import whole
+from lightning_peft.core.tensor_parallel import mesh_of
+from lightning_peft.ops.sharded_tensors import whole
 
 WAYS = [("roles", False), ("roles", True), ("by hand", True)]  # and whether each process writes its part
 

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 from trainer_models import trainer
 
 import lightning_peft as lp
-from lightning_peft.frozen_trunk.row_store import Form, RowStore, row_keys
-from lightning_peft.frozen_trunk.traces import Traced, trace
-from lightning_peft.frozen_trunk.trunk import Trunk
-from lightning_peft.hosts import Adapted, adapted
+from lightning_peft.core.adapted_module import Adapted, adapted
+from lightning_peft.training.frozen_cache.frozen_parts import Trunk
+from lightning_peft.training.frozen_cache.row_store import Form, RowStore, row_keys
+from lightning_peft.training.frozen_cache.use_tracing import Traced, trace
 
 ROWS = torch.randint(3, VOCABULARY, (16, 7), generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))

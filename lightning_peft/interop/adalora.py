@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers import LinearKind, TransposedKind, layer_of
 from ..methods import AdaLoRA
-from ..shards import whole
-from ..triplets import Triplets
+from ..methods.families.svd_triplets import Triplets
+from ..ops.sharded_tensors import whole
+from ..structure.layer_types import LinearKind, TransposedKind, layer_of
 from . import targets
-from .family import Base, Family, File, State, plain, refuse
-from .names import globs, joined
+from .module_names import globs, joined
+from .peft_format import Base, Family, File, State, plain, refuse
 
 _NAMES = {"lora_A": "a", "lora_B": "b", "lora_E": "e"}
 _FIELDS = {  # of peft's settings, and of ours

@@ -9,10 +9,10 @@ from torch import nn
 
 from ..methods import BitFit
 from ..methods.bitfit import AddedBias
-from ..shards import whole
+from ..ops.sharded_tensors import whole
 from . import targets
-from .family import Base, Family, File, State, refuse
-from .names import globs, joined
+from .module_names import globs, joined
+from .peft_format import Base, Family, File, State, refuse
 
 _BIAS = "beft_bias"
 

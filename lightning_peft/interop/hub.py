@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..extras import require_extra
-from ..folders import CONFIG, WEIGHTS
-from .card import CARD
+from ..core.adapter_folder import CONFIG, WEIGHTS
+from ..core.optional_imports import require_extra
+from .model_card import CARD
 
 
 def push_adapter(

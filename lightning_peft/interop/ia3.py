@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ..layers import TransposedKind, layer_of
 from ..methods import IA3
 from ..methods.ia3 import Scaling
-from ..shards import whole
+from ..ops.sharded_tensors import whole
+from ..structure.layer_types import TransposedKind, layer_of
 from . import targets
-from .family import Base, Family, File, State, plain
-from .names import globs, joined
+from .module_names import globs, joined
+from .peft_format import Base, Family, File, State, plain
 
 _SCALES = "ia3_l"
 

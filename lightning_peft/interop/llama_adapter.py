@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from ..attention import head_count
-from ..checkpoint import clean
+from ..checkpoints.adapter_state import clean
 from ..methods import LLaMAAdapter
 from ..methods.llama_adapter import LLaMAAdapterPrompt
-from ..shards import whole
-from .family import Base, Family, File, State, refuse
-from .names import globs, joined
+from ..ops.sharded_tensors import whole
+from ..structure.attention import head_count
+from .module_names import globs, joined
+from .peft_format import Base, Family, File, State, refuse
 
 _PROMPT, _GATE = "adaption_prompt", "adaption_gate"
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..hadamard import HadamardUpdate
 from ..methods import FedPara
-from ..shards import whole
+from ..methods.families.hadamard import HadamardUpdate
+from ..ops.sharded_tensors import whole
 from . import targets
-from .family import Base, Family, File, State, refuse
 from .lora import most_common
-from .names import by_length, globs, joined
+from .module_names import by_length, globs, joined
+from .peft_format import Base, Family, File, State, refuse
 
 _NAMES = {"hada_w1_a": "x1", "hada_w1_b": "y1", "hada_w2_a": "x2", "hada_w2_b": "y2", "hada_t1": "t1", "hada_t2": "t2"}
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)

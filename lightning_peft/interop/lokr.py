@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import layer_of
 from ..methods import KronA
 from ..methods.krona import KronAUpdate
-from ..shards import whole
+from ..ops.sharded_tensors import whole
+from ..structure.layer_types import layer_of
 from . import targets
-from .family import Base, Family, File, State, refuse
 from .loha import require_layer
 from .lora import alpha_of
-from .names import globs, joined
+from .module_names import globs, joined
+from .peft_format import Base, Family, File, State, refuse
 
 _NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 

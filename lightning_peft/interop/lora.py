@@ -10,14 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..layers import TransposedKind, layer_of
-from ..low_rank import FROM_WEIGHT
 from ..methods import LoRA
+from ..methods.families.low_rank import FROM_WEIGHT
 from ..methods.lora import LoRAAdapter
-from ..shards import whole
+from ..ops.sharded_tensors import whole
+from ..structure.layer_types import TransposedKind, layer_of
 from . import targets
-from .family import Base, Family, File, State, plain, refuse
-from .names import by_length, globs, joined
+from .module_names import by_length, globs, joined
+from .peft_format import Base, Family, File, State, plain, refuse
 
 _A, _B, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 _TABLE_A, _TABLE_B = "lora_embedding_A", "lora_embedding_B"  # of embeddings

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ..adapter import Adapter
+from ..core.adapter import Adapter
 from ..methods import PrefixTuning
-from ..prefixes import Prefix
-from ..select import select
-from ..shards import whole
-from .family import Base, Family, File, State, refuse
+from ..methods.prompting.prefix import Prefix
+from ..ops.sharded_tensors import whole
+from ..structure.selection import select
+from .peft_format import Base, Family, File, State, refuse
 from .prompts import VIRTUAL
 
 _PREFIXES = "prompt_embeddings"

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from ..adapter import Adapter
-from ..method import Method
+from ..core.adapter import Adapter
+from ..core.method import Method
 from ..methods import MultitaskPromptTuning, PromptTuning, PTuning
-from ..shards import whole
-from .family import Base, Family, File, State, refuse
+from ..ops.sharded_tensors import whole
+from .peft_format import Base, Family, File, State, refuse
 
 _PROMPT, _COLUMNS, _ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
 VIRTUAL = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")

@@ -6,10 +6,10 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from ..base import base_modules
-from ..checkpoint import clean
-from .family import Base, refuse
-from .names import endings
+from ..checkpoints.adapter_state import clean
+from ..structure.base_model import base_modules
+from .module_names import endings
+from .peft_format import Base, refuse
 
 SETTINGS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out")
 

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .family import State
-from .folder import read_folder
+from .peft_folder import read_folder
+from .peft_format import State
 
 VERSION = "0.33.0"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank may have (vllm/config/lora.py)

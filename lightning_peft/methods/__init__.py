@@ -1,5 +1,6 @@
 """The methods, one file each."""
 
+from ..core.own_parameters import OwnParameters
 from .adalora import AdaLoRA
 from .bitfit import BitFit
 from .bottleneck import Bottleneck
@@ -10,7 +11,6 @@ from .krona_block import KronABlock
 from .llama_adapter import LLaMAAdapter
 from .lora import LoRA
 from .multitask_prompt_tuning import MultitaskPromptTuning
-from .own_parameters import OwnParameters
 from .p_tuning import PTuning
 from .parallel_adapter import ParallelAdapter
 from .prefix_tuning import PrefixTuning, PTuningV2

@@ -12,12 +12,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
-from ..layers import layer_of
-from ..method import Method, require
-from ..roles import parts
-from ..select import select
-from ..triplets import Triplets, allocate, observe
+from ..core.adapter import Adapter
+from ..core.method import Method, require
+from ..structure.layer_types import layer_of
+from ..structure.roles import parts
+from ..structure.selection import select
+from .families.svd_triplets import Triplets, allocate, observe
 
 
 @dataclass(frozen=True, kw_only=True)

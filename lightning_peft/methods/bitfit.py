@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Call, parameter_like
-from ..base import base_parameters
-from ..layers import is_called_linear, layer_of
-from ..method import Method
-from ..select import select, select_parameters
+from ..core.adapter import Adapter, Call, parameter_like
+from ..core.method import Method
+from ..structure.base_model import base_parameters
+from ..structure.layer_types import is_called_linear, layer_of
+from ..structure.selection import select, select_parameters
 
 
 @dataclass(frozen=True, kw_only=True)

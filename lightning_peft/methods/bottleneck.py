@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Call, parameter_like
-from ..bottlenecks import bottleneck, check_bottleneck, output_of
-from ..layers import has_values, read_attribute
-from ..method import Method, require
-from ..roles import ROLES
-from ..rowwise import RowWise
-from ..select import select, select_parameters
+from ..core.adapter import Adapter, Call, parameter_like
+from ..core.method import Method, require
+from ..core.per_row import RowWise
+from ..structure.layer_types import has_values, read_attribute
+from ..structure.roles import ROLES
+from ..structure.selection import select, select_parameters
+from .families.bottleneck_mlp import bottleneck, check_bottleneck, output_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
-from ..hadamard import HadamardUpdate
-from ..layers import layer_of
-from ..method import Method, require
-from ..roles import parts
-from ..select import select
+from ..core.adapter import Adapter
+from ..core.method import Method, require
+from ..structure.layer_types import layer_of
+from ..structure.roles import parts
+from ..structure.selection import select
+from .families.hadamard import HadamardUpdate
 
 
 @dataclass(frozen=True, kw_only=True)

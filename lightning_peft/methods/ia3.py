@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Call, parameter_like
-from ..base import matches
-from ..layers import layer_of
-from ..method import Method, require
-from ..roles import linear_branch, parts
-from ..rowwise import RowWise
-from ..scaling import scaled_input, scaled_output
-from ..select import select
+from ..core.adapter import Adapter, Call, parameter_like
+from ..core.method import Method, require
+from ..core.per_row import RowWise
+from ..structure.base_model import matches
+from ..structure.layer_types import layer_of
+from ..structure.roles import linear_branch, parts
+from ..structure.selection import select
+from .families.fused_scaling import scaled_input, scaled_output
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import WeightUpdate, parameter_like
-from ..forms import Kronecker
-from ..kronecker import check_kronecker, shape_of_a, start_factors, times_kronecker
-from ..layers import LinearKind, layer_of
-from ..method import Method
-from ..products import Update
-from ..roles import parts
-from ..select import select
+from ..core.adapter import WeightUpdate, parameter_like
+from ..core.method import Method
+from ..ops.fused_linear import Update
+from ..ops.parametrizations import Kronecker
+from ..structure.layer_types import LinearKind, layer_of
+from ..structure.roles import parts
+from ..structure.selection import select
+from .families.kronecker import check_kronecker, shape_of_a, start_factors, times_kronecker
 
 
 @dataclass(frozen=True, kw_only=True)

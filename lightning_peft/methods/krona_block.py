@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..adapter import Adapter, parameter_like
-from ..feedforward import FEEDFORWARD, Beside, Block, feedforward_blocks
-from ..kronecker import check_kronecker, shape_of_a, start_factors, times_kronecker
-from ..method import Method
+from ..core.adapter import Adapter, parameter_like
+from ..core.method import Method
+from .families.kronecker import check_kronecker, shape_of_a, start_factors, times_kronecker
+from .families.parallel_branch import FEEDFORWARD, Beside, Block, feedforward_blocks
 
 
 @dataclass(frozen=True, kw_only=True)

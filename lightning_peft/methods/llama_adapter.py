@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Call, parameter_like
-from ..affine import BiasAndScale
-from ..attention import KeyValue, call_changed, head_count, key_value, require_interceptable
-from ..method import Method, require
-from ..select import select, select_parameters
+from ..core.adapter import Adapter, Call, parameter_like
+from ..core.method import Method, require
+from ..structure.attention import KeyValue, call_changed, head_count, key_value, require_interceptable
+from ..structure.selection import select, select_parameters
+from .families.bias_and_scale import BiasAndScale
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,16 +11,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..adapter import parameter_like
-from ..base import matches
-from ..forms import Decomposed, LowRank, row_factor
-from ..layers import layer_of
-from ..low_rank import FROM_WEIGHT, RANDOM, LowRankUpdate
-from ..method import Method, require
-from ..products import Update
-from ..roles import parts
-from ..select import select
-from ..shards import whole
+from ..core.adapter import parameter_like
+from ..core.method import Method, require
+from ..ops.fused_linear import Update
+from ..ops.parametrizations import Decomposed, LowRank, row_factor
+from ..ops.sharded_tensors import whole
+from ..structure.base_model import matches
+from ..structure.layer_types import layer_of
+from ..structure.roles import parts
+from ..structure.selection import select
+from .families.low_rank import FROM_WEIGHT, RANDOM, LowRankUpdate
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 

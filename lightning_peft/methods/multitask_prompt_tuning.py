@@ -10,14 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, parameter_like
-from ..base import SLOT
-from ..fingerprints import fingerprint
-from ..folders import read_adapter
-from ..method import Method, require
-from ..prompts import Place, Prompt, place_prompts, require_places
-from ..select import select_parameters
-from ..words import PromptStart
+from ..core.adapter import Adapter, parameter_like
+from ..core.adapter_folder import read_adapter
+from ..core.fingerprint import fingerprint
+from ..core.method import Method, require
+from ..structure.base_model import SLOT
+from ..structure.selection import select_parameters
+from .prompting.prompt import Place, Prompt, place_prompts, require_places
+from .prompting.text_init import PromptStart
 
 
 @dataclass(frozen=True, kw_only=True)

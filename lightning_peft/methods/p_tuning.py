@@ -10,12 +10,12 @@ from typing import Literal
 
 from torch import nn
 
-from ..adapter import Adapter, parameter_like
-from ..encoders import MLP, Encoder, LSTMThenMLP
-from ..method import Method, require
-from ..prompts import Place, place_prompts, require_places
-from ..pseudo_tokens import EncodedPrompt, fill_template
-from ..templates import PLACEHOLDER, Template
+from ..core.adapter import Adapter, parameter_like
+from ..core.method import Method, require
+from .prompting.encoded_prompt import EncodedPrompt, fill_template
+from .prompting.prompt import Place, place_prompts, require_places
+from .prompting.prompt_encoders import MLP, Encoder, LSTMThenMLP
+from .prompting.template import PLACEHOLDER, Template
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..adapter import Adapter, parameter_like
-from ..bottlenecks import bottleneck, check_bottleneck
-from ..feedforward import FEEDFORWARD, Beside, Block, feedforward_blocks
-from ..method import Method, require
+from ..core.adapter import Adapter, parameter_like
+from ..core.method import Method, require
+from .families.bottleneck_mlp import bottleneck, check_bottleneck
+from .families.parallel_branch import FEEDFORWARD, Beside, Block, feedforward_blocks
 
 
 @dataclass(frozen=True, kw_only=True)

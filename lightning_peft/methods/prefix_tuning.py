@@ -9,14 +9,14 @@ from typing import Literal
 
 from torch import nn
 
-from ..adapter import Adapter
-from ..method import Method, require
-from ..positions import shifted_positions
-from ..prefix_starts import start_as_words
-from ..prefixes import prefixes
-from ..roles import head_layers
-from ..select import select, select_parameters
-from ..words import token_ids
+from ..core.adapter import Adapter
+from ..core.method import Method, require
+from ..structure.roles import head_layers
+from ..structure.selection import select, select_parameters
+from .prompting.position_shift import shifted_positions
+from .prompting.prefix import prefixes
+from .prompting.prefix_init import start_as_words
+from .prompting.text_init import token_ids
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from ..adapter import Adapter, parameter_like
-from ..method import Method, require
-from ..prompts import Place, Prompt, place_prompts, require_places
-from ..words import PromptStart
+from ..core.adapter import Adapter, parameter_like
+from ..core.method import Method, require
+from .prompting.prompt import Place, Prompt, place_prompts, require_places
+from .prompting.text_init import PromptStart
 
 
 @dataclass(frozen=True, kw_only=True)

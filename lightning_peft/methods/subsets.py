@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..base import base_parameters
-from ..method import Method, require
-from ..roles import blocks, output_layers
-from ..select import select_parameters
+from ..core.method import Method, require
+from ..structure.base_model import base_parameters
+from ..structure.roles import blocks, output_layers
+from ..structure.selection import select_parameters
 
 
 @dataclass(frozen=True, kw_only=True)

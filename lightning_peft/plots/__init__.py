@@ -1,9 +1,9 @@
 """Pictures of adapters and of runs, as figures of matplotlib: pip install "lightning-peft[plots]"."""
 
 from .curves import learning_curves, validated
-from .files import pictures, save
-from .maps import gate_map, rank_map
-from .parameters import accuracy_over_parameters
+from .heatmaps import gate_map, rank_map
+from .pareto import accuracy_over_parameters
+from .save import pictures, save
 from .similarity import prompt_similarity
 
 __all__ = [

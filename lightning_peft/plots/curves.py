@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .canvas import COLORS, INK, SMALL, blank, head, matplotlib, percent, quiet
 from .runs import METRICS, Folder, chosen, find_runs, read_metrics
+from .style import COLORS, INK, SMALL, blank, head, matplotlib, percent, quiet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .contents import shortened
-from .labels import Point
+from .adapter_values import shortened
+from .label_placement import Point
 
 METRICS, REPORT = "metrics.csv", "report.json"
 Folder = str | os.PathLike[str]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .canvas import INK, MIDDLE, SMALL, blank, color_bar, quiet, writable
-from .contents import Contents, shortened
+from .adapter_values import Contents, shortened
+from .style import INK, MIDDLE, SMALL, blank, color_bar, quiet, writable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,9 +13,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from ..method import require
+from ..core.method import require
+from ..methods.prompting.virtual_tokens import Insertion, backbones, names_of
 from ..tasks.module import TaskModule, mean_loss
-from ..virtual_tokens import Insertion, backbones, names_of
 
 _Module = TypeVar("_Module", bound=nn.Module)
 States = list[tuple[Tensor, Tensor]]  # hidden states (rows, tokens, features) and mask (rows, tokens) of each stack

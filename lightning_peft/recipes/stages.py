@@ -14,12 +14,12 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from ..files import save_adapter
-from ..folders import CONFIG, write_json
-from ..strategy import PEFTStrategy
+from ..checkpoints.save_load import save_adapter
+from ..core.adapter_folder import CONFIG, write_json
 from ..tasks.mixed_data import MixedDataModule
 from ..tasks.module import TaskModule
-from .changes import changes
+from ..training.callback import PEFTStrategy
+from .settings_diff import changes
 
 Plain = dict[str, Any]
 _LAST, _SETTINGS, _REPORT, _ADAPTER = "last.ckpt", "settings.json", "report.json", "adapter"

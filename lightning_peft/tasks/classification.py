@@ -10,11 +10,11 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from lightning_peft.tasks.mixed_batches import TASK_IDS
-from lightning_peft.tasks.models import build_model
+from lightning_peft.tasks.messages import quoted
+from lightning_peft.tasks.mixed_loader import TASK_IDS
 from lightning_peft.tasks.module import TaskModule
-from lightning_peft.tasks.names import quoted
 from lightning_peft.tasks.optimization import check_optimization
+from lightning_peft.tasks.pretrained import build_model
 
 
 class TextClassification(TaskModule):

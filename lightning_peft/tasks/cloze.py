@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, MetricCollection
 
-from lightning_peft.tasks.mixed_batches import TASK_IDS
-from lightning_peft.tasks.models import build_model, build_tokenizer
+from lightning_peft.tasks.mixed_loader import TASK_IDS
 from lightning_peft.tasks.module import TaskModule
 from lightning_peft.tasks.optimization import check_optimization
+from lightning_peft.tasks.pretrained import build_model, build_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

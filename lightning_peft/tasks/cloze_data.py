@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import Literal
 
-from lightning_peft.tasks.batches import Example, TableDataModule
-from lightning_peft.tasks.files import Table
-from lightning_peft.tasks.names import quoted, where
+from lightning_peft.methods.prompting.template import PLACEHOLDER, Template
+from lightning_peft.tasks.messages import quoted, where
 from lightning_peft.tasks.splits import Split, Splits
-from lightning_peft.templates import PLACEHOLDER, Template
+from lightning_peft.tasks.table_data import Example, TableDataModule
+from lightning_peft.tasks.tables import Table
 
 
 class ClozeDataModule(TableDataModule):

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MetricCollection
 
-from lightning_peft.pseudo_tokens import EncodedPrompt
-from lightning_peft.restoring import inject_from_checkpoint
-from lightning_peft.rows import TaskAdapter, row_tasks
-from lightning_peft.stored import KEY
-from lightning_peft.tasks.mixed_batches import TASK_IDS
+from lightning_peft.checkpoints.reader import KEY
+from lightning_peft.methods.prompting.encoded_prompt import EncodedPrompt
+from lightning_peft.methods.prompting.row_tasks import TaskAdapter, row_tasks
 from lightning_peft.tasks.mixed_data import MixedDataModule
-from lightning_peft.tasks.models import weights_folder
+from lightning_peft.tasks.mixed_loader import TASK_IDS
 from lightning_peft.tasks.optimization import adamw
+from lightning_peft.tasks.pretrained import weights_folder
+from lightning_peft.training.lightning_checkpoint import inject_from_checkpoint
 
 
 class TaskModule(LightningModule):

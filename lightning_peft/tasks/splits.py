@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from lightning_peft.tasks.files import Table, read_table
+from lightning_peft.tasks.tables import Table, read_table
 
 Split = Literal["train", "validation", "test", "predict"]
 

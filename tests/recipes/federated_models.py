@@ -14,8 +14,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_peft as lp
 from lightning_peft.recipes.federated import Federation, Files, Server, client_app
-from lightning_peft.tasks.batches import TableDataModule
 from lightning_peft.tasks.splits import Splits
+from lightning_peft.tasks.table_data import TableDataModule
 
 FEATURES, CLASSES = 6, 3
 

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.utils.data import DataLoader
 
 import lightning_peft as lp
-from lightning_peft.cli import main
+from lightning_peft.cli.main import main
 from lightning_peft.recipes.features import features
 from lightning_peft.recipes.features.estimators import build_estimator
 

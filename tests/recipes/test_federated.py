@@ -18,12 +18,12 @@ from federated_models import Points, points, run
 from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM
 
-from lightning_peft.recipes.changes import changes
 from lightning_peft.recipes.federated import Dirichlet, Server
 from lightning_peft.recipes.federated.engine import flower
 from lightning_peft.recipes.federated.history import means, restore_strategy, strategy_state
+from lightning_peft.recipes.federated.local_model import Site
 from lightning_peft.recipes.federated.settings import plain
-from lightning_peft.recipes.federated.site import Site
+from lightning_peft.recipes.settings_diff import changes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),

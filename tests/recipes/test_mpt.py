@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 import lightning_peft as lp
-from lightning_peft.cli import main
+from lightning_peft.cli.main import main
 from lightning_peft.recipes.distillation import Distillation, hidden_states, twin
-from lightning_peft.recipes.mpt import Distilling, mpt
+from lightning_peft.recipes.multitask_prompt_tuning import Distilling, mpt
 from lightning_peft.recipes.stages import Training
 from lightning_peft.tasks import Cloze, ClozeDataModule
 

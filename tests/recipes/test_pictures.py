@@ -9,7 +9,7 @@ from trainer_models import data, module, trainer
 
 import lightning_peft as lp
 from lightning_peft import plots
-from lightning_peft.recipes.pictures import Pictures
+from lightning_peft.recipes.plot_callback import Pictures
 
 
 def names(folder):
@@ -71,7 +71,7 @@ def test_without_a_logger_the_adapters_are_drawn_all_the_same(tmp_path):
 
 
 def test_where_parameters_are_sharded_curves_are_drawn_alone(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("lightning_peft.recipes.pictures.SHARDING", (SingleDeviceStrategy,))
+    monkeypatch.setattr("lightning_peft.recipes.plot_callback.SHARDING", (SingleDeviceStrategy,))
     with caplog.at_level("INFO"):
         _, folder = run(tmp_path, lp.LLaMAAdapter(length=3), Pictures())
     assert names(folder) == ["curves_val_loss.png"]

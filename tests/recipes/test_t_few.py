@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_peft.cli import main
+from lightning_peft.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [

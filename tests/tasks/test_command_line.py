@@ -8,7 +8,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_peft.tasks import CausalLM, InstructionDataModule, TextClassification, TextDataModule
-from lightning_peft.tasks.models import build_tokenizer
+from lightning_peft.tasks.pretrained import build_tokenizer
 
 
 class LinkedCLI(LightningCLI):

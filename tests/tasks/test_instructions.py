@@ -9,7 +9,7 @@ import pytest
 
 from lightning_peft.tasks import InstructionDataModule
 from lightning_peft.tasks.instructions import prompt
-from lightning_peft.tasks.models import build_tokenizer
+from lightning_peft.tasks.pretrained import build_tokenizer
 
 Write = Callable[..., str]
 

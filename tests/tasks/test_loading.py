@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import lightning_peft as lp
-from lightning_peft.tasks.loading import ResumableLoader
+from lightning_peft.tasks.resumable_loader import ResumableLoader
 
 ROWS = torch.arange(20.0).view(10, 2)  # four batches of three or fewer
 

@@ -10,7 +10,7 @@ import torch
 from lightning import seed_everything
 from transformers import AutoModelForCausalLM
 
-from lightning_peft.tasks.models import (
+from lightning_peft.tasks.pretrained import (
     build_config,
     build_model,
     build_tokenizer,

@@ -1,6 +1,6 @@
 """Feature-based training: what a frozen model returns, computed once and kept, and a classifier on it."""
 
-from .datasets import Rows, rows_of
+from .dataset_rows import Rows, rows_of
 from .extraction import Features, extract
 from .fitting import features
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...base import SLOT, base_modules
+from ...structure.base_model import SLOT, base_modules
 
 _NO_SETTINGS = {"name_or_path", *vars(nn.Module())}  # the mode is not: features are computed in evaluation mode
 

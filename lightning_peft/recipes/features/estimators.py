@@ -7,8 +7,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from ...extras import require_extra
-from ...tasks.names import close_names
+from ...core.optional_imports import require_extra
+from ...tasks.messages import close_names
 
 _KEYS = {"class_path", "init_args"}
 

@@ -12,12 +12,12 @@ import torch
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor, nn
 
-from ...evaluation import evaluating
-from .captures import captured, layer_name, run_before
-from .datasets import Label, Rows
+from ...core.eval_mode import evaluating
+from .dataset_rows import Label, Rows
 from .digests import model_digest, row_digest
+from .feature_cache import FeatureCache
+from .layer_outputs import captured, layer_name, run_before
 from .pooling import Pooling, pool
-from .shards import FeatureCache
 
 FORMAT = 1
 SHARD_ROWS, SHARD_BYTES = 1024, 64 * 2**20

@@ -15,10 +15,10 @@ from lightning.fabric import Fabric
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
 
-from ...files import load_adapter
-from ...folders import replace_file, write_json
-from ...tasks.models import build_model
-from .datasets import Rows, Split, rows_of
+from ...checkpoints.save_load import load_adapter
+from ...core.adapter_folder import replace_file, write_json
+from ...tasks.pretrained import build_model
+from .dataset_rows import Rows, Split, rows_of
 from .estimators import build_estimator
 from .extraction import Features, extract
 from .pooling import Pooling

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
 
-from lightning_peft.console import say
-from lightning_peft.files import save_adapter
+from lightning_peft.checkpoints.save_load import save_adapter
+from lightning_peft.core.console import say
 from lightning_peft.recipes.federated.client import client_app
 from lightning_peft.recipes.federated.engine import flower, simulate
 from lightning_peft.recipes.federated.history import REPORT
@@ -17,9 +17,9 @@ from lightning_peft.recipes.federated.messages import record, tensors_of
 from lightning_peft.recipes.federated.partition import Dirichlet, Files, IndexLists, Partition
 from lightning_peft.recipes.federated.server import Server, server_app
 from lightning_peft.recipes.federated.settings import Federation
-from lightning_peft.strategy import PEFTStrategy
 from lightning_peft.summary import size
-from lightning_peft.tasks.batches import TableDataModule
+from lightning_peft.tasks.table_data import TableDataModule
+from lightning_peft.training.callback import PEFTStrategy
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy

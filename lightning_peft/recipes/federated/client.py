@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load, save
 
-from lightning_peft.files import save_adapter
-from lightning_peft.folders import replace_file
-from lightning_peft.recipes.changes import changes
+from lightning_peft.checkpoints.save_load import save_adapter
+from lightning_peft.core.adapter_folder import replace_file
 from lightning_peft.recipes.federated.engine import flower
+from lightning_peft.recipes.federated.local_model import Site, State, site
 from lightning_peft.recipes.federated.messages import ARRAYS, CONFIG, METRICS, WEIGHT, record, tensors_of
 from lightning_peft.recipes.federated.settings import Federation
-from lightning_peft.recipes.federated.site import Site, State, site
+from lightning_peft.recipes.settings_diff import changes
 
 if TYPE_CHECKING:
     from flwr.app import Context, Message

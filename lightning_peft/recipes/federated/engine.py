@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from lightning_peft.extras import require_extra
+from lightning_peft.core.optional_imports import require_extra
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp

@@ -15,10 +15,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from lightning_peft.folders import replace_file, write_json
-from lightning_peft.recipes.changes import changes
+from lightning_peft.core.adapter_folder import replace_file, write_json
 from lightning_peft.recipes.federated.engine import flower
 from lightning_peft.recipes.federated.messages import WEIGHT, Arrays, arrays_of, record
+from lightning_peft.recipes.settings_diff import changes
 
 STATE, REPORT, ROUNDS = "state.safetensors", "report.json", "rounds.csv"
 COLUMNS = ["round", "used", "refused", "down_bytes", "up_bytes", "evaluation_bytes", "full_bytes", "ratio"]

@@ -13,9 +13,9 @@ from lightning.pytorch import seed_everything
 
 from lightning_peft.recipes.federated.engine import flower
 from lightning_peft.recipes.federated.history import History, means, read, restore_strategy, strategy_state
+from lightning_peft.recipes.federated.local_model import Site
 from lightning_peft.recipes.federated.messages import METRICS, arrays_of, greet, payload, record, sift
 from lightning_peft.recipes.federated.settings import Federation, plain
-from lightning_peft.recipes.federated.site import Site
 
 if TYPE_CHECKING:
     from flwr.app import ConfigRecord, Context, Message

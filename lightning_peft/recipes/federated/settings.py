@@ -13,11 +13,11 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
-from lightning_peft.method import Method, to_dict
+from lightning_peft.core.method import Method, to_dict
 from lightning_peft.recipes.federated.partition import Partition, Shard
-from lightning_peft.strategy import PEFTStrategy
-from lightning_peft.tasks.batches import TableDataModule
-from lightning_peft.tasks.files import Table
+from lightning_peft.tasks.table_data import TableDataModule
+from lightning_peft.tasks.tables import Table
+from lightning_peft.training.callback import PEFTStrategy
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,0 +1,1 @@
+"""What an adapter holds, and what memory a training step takes."""

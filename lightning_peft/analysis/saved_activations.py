@@ -1,0 +1,116 @@
+"""What a forward pass saves for the backward pass, found on shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..structure.roles import blocks
+from .fake_model import shape_of, shapes_only
+
+
+def saved_bytes(model: nn.Module, step: Callable[[Any, Any], Tensor], batch: Any, checkpointed: bool = False) -> int:
+    """Return the bytes that a forward pass saves for the backward pass, each storage once, without allocating them.
+
+    Parameters, buffers and the batch are left out; what custom autograd functions keep is counted. With gradient
+    checkpointing, it is what is held when the backward pass has run the hungriest block again: what is saved outside of
+    the blocks + the inputs of all blocks + what that block saves beside its input.
+
+    Args:
+        model: Any module, on any device; a copy of its shapes runs.
+        step: Computes the loss of a model and a batch.
+        batch: Tensors on any device; of floating ones the shapes count.
+        checkpointed: Whether blocks keep their inputs only, as they do where the model has that switched on.
+    """
+    with shapes_only(model) as copied:
+        rows = tree_map_only(Tensor, shape_of, batch)
+        saved = _Saved(list(blocks(copied).values()))
+        with _run_once(copied) as switched, saved:
+            loss = step(copied, rows)
+        for x in _attributes(loss):
+            saved.keep(x)
+        saved.leave_out([*copied.parameters(), *copied.buffers(), *filter(torch.is_tensor, tree_leaves(rows))])
+    return saved.checkpointed() if checkpointed or switched else saved.total()
+
+
+@contextmanager
+def _run_once(model: nn.Module) -> Iterator[bool]:
+    """Context without the checkpointing of transformers' models, which hides what blocks save; says if it was on."""
+    switched = [part for part in model.modules() if vars(part).get("gradient_checkpointing")]
+    try:
+        for part in switched:
+            part.gradient_checkpointing = False  # type: ignore[assignment]
+        yield bool(switched)
+    finally:
+        for part in switched:
+            part.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+class _Saved(ExitStack):
+    """Context that counts what is saved, and which block saves it.
+
+    Args:
+        modules: The blocks.
+    """
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        super().__init__()
+        self.sizes: dict[int, tuple[int, int]] = {}  # bytes of a storage and the block that saved it, -1 outside
+        self.held = list[Any]()  # storages, so that no later one gets the address of one that is gone
+        self.block, self.modules, self.inputs = -1, modules, [0] * len(modules)
+
+    def __enter__(self) -> _Saved:
+        self.enter_context(torch.autograd.graph.saved_tensors_hooks(self.keep, lambda x: x))
+        for number, module in enumerate(self.modules):
+            enter = module.register_forward_pre_hook(partial(self._enter, number))
+            leave = module.register_forward_hook(self._leave)
+            self.callback(enter.remove)
+            self.callback(leave.remove)
+        return self
+
+    def keep(self, x: Tensor) -> Tensor:
+        """Count the storage of a tensor that is saved."""
+        storage = x.untyped_storage()
+        self.held.append(storage)
+        self.sizes.setdefault(storage._cdata, (storage.nbytes(), self.block))
+        return x.detach()  # an output that its own node holds would never be freed
+
+    def leave_out(self, tensors: list[Tensor]) -> None:
+        """Count some tensors no more."""
+        for x in tensors:
+            self.sizes.pop(x.untyped_storage()._cdata, None)
+
+    def total(self) -> int:
+        """Return all bytes."""
+        return sum(size for size, _ in self.sizes.values())
+
+    def checkpointed(self) -> int:
+        """Return the bytes where blocks keep their inputs alone, and one of them has run again."""
+        own = [sum(size for size, block in self.sizes.values() if block == i) for i in range(len(self.inputs))]
+        inputs = [given if size else 0 for given, size in zip(self.inputs, own, strict=True)]  # none if nothing trains
+        most = max((size - given for size, given in zip(own, inputs, strict=True)), default=0)
+        return self.total() - sum(own) + sum(inputs) + most
+
+    def _enter(self, number: int, module: nn.Module, args: Any) -> None:
+        self.block = number
+        self.inputs[number] += sum(x.nbytes for x in args if isinstance(x, Tensor) and x.is_floating_point())
+
+    def _leave(self, *call: Any) -> None:
+        self.block = -1
+
+
+def _attributes(loss: Tensor) -> Iterator[Tensor]:
+    """Yield tensors that custom functions keep as attributes, which hooks on saved tensors do not see."""
+    seen, waiting = set[Any](), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+            yield from filter(torch.is_tensor, tree_leaves(getattr(node, "__dict__", {})))

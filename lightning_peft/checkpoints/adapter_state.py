@@ -1,0 +1,181 @@
+"""What training can change, and nothing else: which keys a checkpoint keeps, and which base they belong to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..core.adapted_module import adapters, name_of
+from ..core.adapter import Adapter
+from ..core.injection_record import injected, injection
+from ..core.method import Method
+from ..ops.sharded_tensors import shape_of
+from ..structure.base_model import SLOT, base_modules
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|_forward_module)\.")
+
+
+def keep_adapters_only(model: nn.Module) -> None:
+    """From now on ``model.state_dict()`` leaves out the frozen base, and loading does not ask for it.
+
+    Heads, metrics and whatever is unfrozen later stay in. ``full_state_dict`` shows everything for a while.
+    """
+    if drop_base not in model._state_dict_hooks.values():
+        model.register_state_dict_post_hook(drop_base)  # type: ignore[no-untyped-call]
+        model.register_load_state_dict_post_hook(_forgive)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def full_state_dict(model: nn.Module) -> Iterator[None]:
+    """Context in which ``model.state_dict()`` holds the frozen base as well."""
+    record = injected(model)
+    before, record.shows_base = record.shows_base, True
+    try:
+        yield
+    finally:
+        record.shows_base = before
+
+
+def adapter_state(model: nn.Module, packed: bool = False, only: Sequence[Method] | None = None) -> dict[str, Tensor]:
+    """Return the state of adapters and trained base parameters by key; a shared tensor appears once.
+
+    Args:
+        model: An adapted model.
+        packed: Whether adapters leave out what only further training needs.
+        only: Methods of the adapters to return, and nothing else.
+    """
+    state: dict[str, Tensor] = {}
+    for name, _, key, adapter in adapters(model):
+        if _is_meant(key, adapter, only):
+            own = adapter.pack() if packed else adapter.state_dict(keep_vars=True)
+            for entry, value in own.items():
+                state[_place(name, key) + entry] = value
+    if only is None:
+        state |= _trained_state(model)
+    seen = set[int]()
+    return {k: v for k, v in state.items() if not (id(v) in seen or seen.add(id(v)))}  # type: ignore[func-returns-value]
+
+
+def _is_meant(key: str, adapter: Adapter, only: Sequence[Method] | None) -> bool:
+    return only is None or name_of(key, adapter) in {method.name for method in only}
+
+
+def _trained_state(model: nn.Module) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for name, module in [("", model), *base_modules(model).items()]:
+        own = {k: p for k, p in module.named_parameters(recurse=False) if p.requires_grad}
+        buffers = dict(module.named_buffers(recurse=False)) if own else {}  # statistics of a trained norm move too
+        kept = {k: b for k, b in buffers.items() if k not in module._non_persistent_buffers_set}
+        state |= {f"{name}.{k}".lstrip("."): value for k, value in (own | kept).items()}
+    return state
+
+
+def global_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return what the clients of a federation share: all of ``adapter_state`` but ``local_state``.
+
+    ``model.load_state_dict(state, strict=False)`` takes it back.
+    """
+    local = local_state(model)
+    return {key: value.detach() for key, value in adapter_state(model).items() if key not in local}
+
+
+def local_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return what stays with a client: of pFedPara, the factors of the second matrix; of other methods, nothing."""
+    return {
+        _place(name, key) + entry: value.detach()
+        for name, _, key, adapter in adapters(model)
+        for entry, value in adapter.state_dict(keep_vars=True).items()
+        if entry in adapter.personal
+    }
+
+
+def unpacked(model: nn.Module, state: Mapping[str, Tensor], only: Sequence[Method] | None = None) -> dict[str, Tensor]:
+    """Return the state that ``adapter_state(model, packed=True, only=only)`` gave this for."""
+    rest = dict(state)
+    for name, _, key, adapter in adapters(model):
+        if not _is_meant(key, adapter, only):
+            continue
+        prefix = clean(_place(name, key))
+        own = {k.removeprefix(prefix): rest.pop(k) for k in list(rest) if k.startswith(prefix)}
+        rest |= {prefix + entry: value for entry, value in adapter.unpack(own).items()}
+    return rest
+
+
+def check_state(
+    model: nn.Module, given: Mapping[str, Tensor], source: str, only: Sequence[Method] | None = None
+) -> None:
+    """Compare a state with what this model's adapters need (those of some methods), before anything of it is loaded.
+
+    Raises:
+        ValueError: Keys are missing, keys of adapters have no place, or shapes differ; names them.
+    """
+    expected = {clean(k): v for k, v in adapter_state(model, only=only).items()}
+    state = {clean(k): v for k, v in given.items()}
+    wrong = {
+        "lacks": sorted(expected.keys() - state.keys()),
+        "has no place for": sorted(k for k in state.keys() - expected.keys() if f".{SLOT}." in f".{k}"),
+        "has another shape of": [
+            f"{k} {tuple(state[k].shape)} instead of {tuple(shape_of(v))}"
+            for k, v in expected.items()
+            if k in state and state[k].shape != shape_of(v)
+        ],
+    }
+    parts = [f"{what} {', '.join(keys[:5])} ({len(keys)} in all)" for what, keys in wrong.items() if keys]
+    if parts:
+        raise ValueError(
+            f"{source} does not fit the adapters of this model: it {' and '.join(parts)}. Use the method and settings "
+            f"that it was written with."
+        )
+
+
+def clean(key: str) -> str:
+    """Return a key without what wrappers put into it."""
+    return _WRAPPERS.sub("", key)
+
+
+def base_names(model: nn.Module) -> set[str]:
+    """Return the state-dict keys of the base that training cannot change now."""
+    return {clean(name) for name in frozen_names(model)}
+
+
+def frozen_names(model: nn.Module) -> set[str]:
+    """Return the names of the base's parameters and buffers that training cannot change now, as the model has them."""
+    trained = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    names = {n for n, _ in model.named_parameters(remove_duplicate=False)} - trained
+    for name, module in base_modules(model).items():
+        if not any(p.requires_grad for p in module.parameters(recurse=False)):
+            names |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False)}
+    return {n for n in names if f".{SLOT}." not in f".{n}"}
+
+
+def _place(host_name: str, key: str) -> str:
+    """Return what stands in front of the entries of an adapter."""
+    return f"{host_name}.{SLOT}.{key}.".lstrip(".")
+
+
+def drop_base(module: nn.Module, state: dict[str, Any], prefix: str = "", metadata: Any = None) -> None:
+    """Delete what ``keep_adapters_only`` leaves out of a module's state."""
+    record = injection(module)
+    if record is not None and not record.shows_base and drop_base in module._state_dict_hooks.values():
+        names = base_names(module)
+        for key in [k for k in state if k.startswith(prefix) and _within(clean(k[len(prefix) :]), names)]:
+            del state[key]
+
+
+def _within(key: str, names: set[str]) -> bool:
+    """Whether a key is one of these names or below one: bitsandbytes writes statistics as ``weight.absmax``."""
+    return any(part in names for part in accumulate(key.split("."), "{}.{}".format))
+
+
+def _forgive(module: nn.Module, incompatible: Any) -> None:
+    record = injection(module)
+    if record is not None:
+        record.fresh = False
+        names = base_names(module)
+        missing = incompatible.missing_keys
+        missing[:] = [k for k in missing if clean(k).removeprefix("module.") not in names]

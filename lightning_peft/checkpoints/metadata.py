@@ -1,0 +1,101 @@
+"""What was injected into which base, as plain data, and back again."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..core.active_adapters import activate
+from ..core.fingerprint import fingerprint
+from ..core.inject import inject, inject_idle
+from ..core.injection_record import beside_base, injected, injection
+from ..core.method import Method, from_dict, to_dict
+from ..core.weight_backup import refuse_merged
+
+FORMAT = 1
+
+
+def describe(model: nn.Module, packed: bool = False, only: Sequence[Method] | None = None) -> dict[str, Any]:
+    """Return what was injected into a model and into which base, as plain data; arguments as in ``adapter_state``."""
+    record = injected(model)
+    methods = record.methods if only is None else only
+    description = {
+        "format": FORMAT,
+        "methods": [to_dict(method.finalized() if packed else method) for method in methods],
+        "also_train": list(record.also_train) if only is None else [],
+        "base": _base_of(model, methods),
+    }
+    if only is None and record.switched:
+        description |= {"active": list(record.active), "groups": {k: list(v) for k, v in record.groups.items()}}
+    return description
+
+
+def restore(model: nn.Module, description: Mapping[str, Any], source: str, strict: bool = True) -> None:
+    """Inject what ``describe`` wrote, unless the same is injected already, and check the base.
+
+    Raises:
+        ValueError: The description is of another format or method, or (if strict) of another base.
+        RuntimeError: Adapters are merged into the weights, which what is loaded would not reach.
+    """
+    refuse_merged(model)
+    check_format(description, source)
+    record = injection(model)
+    if record is None:
+        _inject(model, description)
+    elif [to_dict(method) for method in record.methods] != description["methods"]:
+        names = ", ".join(str(data.get("method")) for data in description["methods"])
+        final = [to_dict(method.finalized()) for method in record.methods] == description["methods"]
+        raise ValueError(
+            f"{source} was written with {names} in other settings than this model's: {record.methods}."
+            + " It holds no encoders for training; call lightning_peft.finalize(model) first." * final
+        )
+    if strict:
+        check_base(model, description, source, injected(model).methods)
+
+
+def _inject(model: nn.Module, description: Mapping[str, Any]) -> None:
+    """Inject methods; those that lay idle lie idle again, in the order of before."""
+    methods = [from_dict(data) for data in description["methods"]]
+    groups = {name: list(names) for name, names in description.get("groups", {}).items()}
+    active = description.get("active", [method.name for method in methods])
+    first = {other: name for name, names in groups.items() for other in names}
+    by_name = defaultdict[str, list[Method]](list)
+    for method in methods:
+        by_name[first.get(method.name, method.name)].append(method)
+    if active or description["also_train"]:
+        inject(model, [method for name in active for method in by_name[name]], description["also_train"])
+    for name in by_name.keys() - active:
+        inject_idle(model, by_name[name])
+    record = injected(model)
+    record.methods, record.groups = methods, groups
+    if active and (groups or set(active) != set(by_name)):
+        activate(model, *active)
+
+
+def check_format(description: Mapping[str, Any], source: str) -> None:
+    """Raise a ``ValueError`` for what another version wrote."""
+    if description.get("format") != FORMAT:
+        raise ValueError(f"{source} has format {description.get('format')!r}; this version reads {FORMAT}.")
+
+
+def check_base(model: nn.Module, description: Mapping[str, Any], source: str, methods: Sequence[Method]) -> None:
+    """Raise a ``ValueError`` for what belongs to another base than these methods are on."""
+    found = _base_of(model, methods)
+    if None not in (found, description["base"]) and found != description["base"]:
+        raise ValueError(
+            f"{source} belongs to another base model: fingerprint {description['base']}, here {found}. Load "
+            f"the weights that it was trained on, or pass strict=False (PEFTStrategy: check_base=False) to try anyway."
+        )
+
+
+def _base_of(model: nn.Module, methods: Sequence[Method]) -> str | None:
+    """Return the fingerprint of the base of these methods as it is without adapters."""
+    record, beside = injection(model), beside_base(model, methods)
+    if record is None or record.merged is None:
+        return fingerprint(model, beside)
+    if beside != record.merged.beside:
+        refuse_merged(model)
+    return record.merged.base

@@ -1,0 +1,118 @@
+"""Adapter files: what is written into the folder of an adapter, and how it comes back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..core.adapter_folder import read_adapter, write_adapter
+from ..core.inject import detach
+from ..core.injection_record import injected, injection, named
+from ..core.method import Method
+from ..ops.fsdp1_parameters import require_known_parts
+from ..ops.sharded_tensors import assign, whole, writes_files
+from .adapter_state import adapter_state, check_state, clean, unpacked
+from .metadata import describe, restore
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
+    """Write the adapters and trained base parameters of a model, and what is needed to inject them again.
+
+    Args:
+        model: The very module that was given to ``inject`` (with a Trainer: the LightningModule).
+        folder: Where to write; an adapter that is there is replaced only once the new one is complete. Of several
+            processes the first writes; where the model is sharded, all have to call.
+        name: Name of the adapters to write where the model has several; all if not given.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: The name is unknown, or parameters of the base train, which belong to no name.
+        TypeError: The model was sharded by FSDP1 without ``FSDP1Strategy``.
+    """
+    require_known_parts(model)
+    only = None if name is None else named(injected(model), name)
+    description = describe(model, packed=True, only=only)
+    if only is not None and (trained := injected(model).trained):
+        raise ValueError(f"{trained[0]} trains in the base itself and belongs to no name; save all, without a name.")
+    found = adapter_state(model, packed=True, only=only)
+    state = {clean(k): whole(v).detach().contiguous().cpu() for k, v in found.items()}
+    return write_adapter(folder, description, state) if writes_files() else Path(folder)
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str], strict: bool = True) -> nn.Module:
+    """Inject what an adapter folder says and load its values; the model is unchanged if anything is wrong.
+
+    The adapter may come from a LightningModule and go to the bare network inside it, or the other way round.
+
+    Args:
+        model: The base model, fresh or adapted by the same methods; in the latter case it may be sharded.
+        folder: What ``save_adapter`` wrote.
+        strict: Whether the base must be the one that the adapter was trained on.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: The folder is no adapter.
+        ValueError: A file is damaged, or does not fit this model; says what and why.
+    """
+    config, state = read_adapter(folder)
+    fresh = injection(model) is None
+    try:
+        restore(model, config, str(folder), strict)
+        load_values(model, state, str(folder))
+    except Exception:
+        if fresh:
+            detach(model)
+        raise
+    return model
+
+
+def load_values(
+    model: nn.Module, state: Mapping[str, Tensor], source: str, only: Sequence[Method] | None = None
+) -> None:
+    """Load what ``adapter_state(model, True, only)`` gave; nothing of it if it does not fit, which is an error."""
+    state = fitting(model, state, source, only)
+    target = {clean(k): v for k, v in adapter_state(model, only=only).items()}
+    for key, value in state.items():
+        assign(target[key], value)
+    injected(model).fresh = False
+
+
+def fitting(
+    model: nn.Module, state: Mapping[str, Tensor], source: str, only: Sequence[Method] | None = None
+) -> dict[str, Tensor]:
+    """Return what ``adapter_state(model, True, only)`` gave as ``adapter_state(model, only=only)`` gives it.
+
+    Raises:
+        ValueError: It does not fit; says how.
+    """
+    state = _aligned(state, {clean(k): v for k, v in adapter_state(model, packed=True, only=only).items()})
+    state = unpacked(model, state, only)
+    check_state(model, state, source, only)
+    if extra := state.keys() - {clean(key) for key in adapter_state(model, only=only)}:
+        raise ValueError(f"{source} has values of {sorted(extra)[:5]}, which this model has not or does not train.")
+    return state
+
+
+def _aligned(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state under this model's names, if they differ by the name of an enclosing module alone."""
+    if not state or not target or state.keys() == target.keys():
+        return dict(state)
+    one = next(iter(state))
+    for other in target:
+        if other.endswith(f".{one}"):
+            renamed = {other.removesuffix(one) + k: v for k, v in state.items()}
+        elif one.endswith(f".{other}"):
+            prefix = one.removesuffix(other)
+            renamed = {k.removeprefix(prefix) if k.startswith(prefix) else f"?{k}": v for k, v in state.items()}
+        else:
+            continue
+        if renamed.keys() == target.keys():
+            return renamed
+    return dict(state)

@@ -1,0 +1,89 @@
+"""The commands of ``lightning-peft`` beside those of a Trainer, by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from jsonargparse import ArgumentParser, auto_cli
+
+from ..analysis.inspect import compare_adapters, inspect_adapter
+from ..analysis.inspect.format_text import difference_text, report_text
+from ..core.console import say
+from ..plots.save import adapter, curves, parameters
+from ..recipes.features import features
+from ..recipes.federated import federated
+from ..recipes.multitask_prompt_tuning import mpt
+
+Command = Callable[[list[str]], Any]
+
+
+def inspect(arguments: list[str]) -> None:
+    """Print what an adapter file holds, or in what two of them differ."""
+    parser = ArgumentParser(
+        prog="lightning-peft inspect", description="Show what an adapter holds, or in what it differs from another."
+    )
+    parser.add_argument("adapter", type=str, help="Folder of save_adapter or of HF PEFT, or a checkpoint of a run")
+    parser.add_argument("other", type=str, nargs="?", help="Another one, to compare with")
+    parser.add_argument("--json", action="store_true", help="Print JSON")
+    options = parser.parse_args(arguments)
+    if options.other is None:
+        report = inspect_adapter(options.adapter)
+        text = report_text(report)
+    else:
+        report = compare_adapters(options.adapter, options.other)
+        text = difference_text(report)
+    say(json.dumps(report, indent=2, allow_nan=False) if options.json else text)
+
+
+def plot(arguments: list[str]) -> None:
+    """Draw runs or an adapter, and print which files were written."""
+    parser = ArgumentParser(prog="lightning-peft plot", description="Draw runs, or what an adapter holds.")
+    kinds, drawn = parser.add_subcommands(dest="picture"), {}
+    for function, first, count, what in (
+        (curves, "folders", "+", "Folders of runs with CSVLogger"),
+        (parameters, "folders", "+", "Folders of runs of `lightning-peft fit`"),
+        (adapter, "folder", None, "Folder that save_adapter wrote"),
+    ):
+        kind = ArgumentParser()
+        kind.add_argument(first, type=str, nargs=count, help=what)
+        kind.add_function_arguments(function, skip={first}, as_group=False)
+        kinds.add_subcommand(function.__name__, kind, help=(function.__doc__ or "").partition("\n")[0])
+        drawn[function.__name__] = function
+    options = parser.parse_args(arguments)
+    for path in drawn[options.picture](**options[options.picture].as_dict()):
+        say(str(path))
+
+
+def recipe(function: Callable[..., Any]) -> Command:
+    """Return the command of a recipe, with the function's arguments and ``--config``; prints a dict that it returns."""
+
+    def run(arguments: list[str]) -> None:
+        report = auto_cli(function, args=arguments, as_positional=False, prog=f"lightning-peft {function.__name__}")
+        if isinstance(report, dict):
+            say(_lines(report))
+
+    return run
+
+
+def _lines(report: dict[str, Any], prefix: str = "") -> str:
+    """Return a report as lines of names and values."""
+    lines = []
+    for name, value in report.items():
+        nested = isinstance(value, dict)
+        lines.append(_lines(value, f"{prefix}{name} ") if nested else f"{prefix + name:<24}{_short(value)}")
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else f"{value}"
+
+
+COMMANDS: dict[str, Command] = {
+    "features": recipe(features),
+    "federated": recipe(federated),
+    "inspect": inspect,
+    "mpt": recipe(mpt),
+    "plot": plot,
+}

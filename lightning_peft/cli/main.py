@@ -1,0 +1,190 @@
+"""``lightning-peft``: LightningCLI with a method, optimizers that see it, and tools for adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+from argparse import SUPPRESS
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    LRSchedulerTypeTuple,
+    instantiate_class,
+)
+from lightning.pytorch.utilities import rank_zero_only
+
+from .. import tasks  # noqa: F401  # so that its classes are known by their short names
+from ..checkpoints.save_load import save_adapter
+from ..core.injection_record import injection
+from ..core.method import methods_by_name
+from ..training.callback import PEFTStrategy
+from ..training.distributed import without_values
+from .commands import COMMANDS
+from .run_report import write_report
+from .trainer import PEFTTrainer
+
+# torch's own come first: bitsandbytes has others of the same names, which would make short names ambiguous.
+_OPTIMIZERS = sorted(
+    (cls for cls in vars(torch.optim).values() if isinstance(cls, type)), key=lambda cls: cls is torch.optim.Optimizer
+)
+# Where plans are made, there may be neither the GPUs nor the packages that a strategy needs, and nothing is logged.
+_LAPTOP = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "num_nodes": 1,
+    "strategy": "auto",
+    "sync_batchnorm": False,
+    "logger": False,
+    "plugins": {"class_path": "lightning.pytorch.plugins.environments.LightningEnvironment"},
+}
+
+_TOOLS, _OF_FIT = ("merge", "export", "import", "plan"), ("ckpt_path", "weights_only")
+
+
+class PEFTParser(LightningArgumentParser):
+    """A parser whose complaints about a method name the methods and their fields."""
+
+    def add_method_arguments(self, theclass: Any, themethod: str, *args: Any, **kwargs: Any) -> Any:
+        """Add what a method takes, and to a tool what ``fit`` alone has in the config file that it writes."""
+        added = super().add_method_arguments(theclass, themethod, *args, **kwargs)
+        for key in _OF_FIT if themethod in _TOOLS else ():
+            self.add_argument(f"--{key}", type=Any, help=SUPPRESS)
+        return added
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with a message."""
+        if "method" in message:
+            known = methods_by_name()
+            named = next((cls for name, cls in known.items() if f"{name}'" in message or f"={name}" in message), None)
+            message += f"\nMethods: {', '.join(known)}."
+            if named is not None:
+                message += f"\nFields of {named.__name__}: {', '.join(f.name for f in dataclasses.fields(named))}."
+        super().error(message, ex)
+
+
+class PEFTCLI(LightningCLI):
+    """LightningCLI whose ``peft`` section is a ``PEFTStrategy``.
+
+    Optimizers named on the command line are built in ``configure_optimizers``, after injection; LightningCLI itself
+    builds them before the Trainer exists, where they would hold frozen parameters and no adapters. After ``fit`` the
+    adapter of the best checkpoint is saved, and tested if the data has a test set.
+
+    Args:
+        args: Of ``LightningCLI``.
+        kwargs: Of ``LightningCLI``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("trainer_class", PEFTTrainer)
+        kwargs.setdefault("parser_class", PEFTParser)
+        kwargs.setdefault("save_config_kwargs", {"overwrite": True})
+        kwargs["auto_configure_optimizers"] = False
+        super().__init__(*args, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the method, the optimizer, and what follows a fit."""
+        parser.add_lightning_class_args(PEFTStrategy, "peft")
+        parser.add_optimizer_args(tuple(_OPTIMIZERS))
+        parser.add_lr_scheduler_args(LRSchedulerTypeTuple)
+        parser.add_argument("--adapter_dir", type=str | None, default=None, help="Where fit saves the adapter")
+        parser.add_argument("--test_after_fit", type=bool, default=False, help="Whether fit ends with a test")
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Add the tools that need a model to what a Trainer does."""
+        return {**LightningCLI.subcommands(), **dict.fromkeys(_TOOLS, {"model", "datamodule"})}
+
+    def before_instantiate_classes(self) -> None:
+        """Build the model without memory if its weights come later; to plan, ask for no GPU."""
+        if self.subcommand == "plan":
+            trainer = self.config["plan"]["trainer"]
+            for key, value in _LAPTOP.items():
+                trainer[key] = value
+            if str(trainer["precision"]) in ("16", "16-mixed"):  # which CPUs have not; the sizes are the same
+                trainer["precision"] = "bf16-mixed"
+        streams = self.subcommand == "merge" and self.config["merge"]["base"] is not None
+        if self.subcommand == "plan" or streams or self._reads_by_unit():
+            self.parser.add_instantiator(_without_values, pl.LightningModule, subclasses=True, prepend=True)
+
+    def _reads_by_unit(self) -> bool:
+        """Whether the strategy gives the model its weights later."""
+        strategy: Any = self._get(self.config, "trainer.strategy")
+        return getattr(getattr(strategy, "init_args", None), "base_weights", None) is not None
+
+    def instantiate_classes(self) -> None:
+        """Build everything but the optimizer, which comes with ``configure_optimizers``."""
+        super().instantiate_classes()
+        optimizer, scheduler = (self._get(self.config_init, key) for key in ("optimizer", "lr_scheduler"))
+        if optimizer:
+            self.model.__dict__["configure_optimizers"] = types.MethodType(
+                self._configured(optimizer, scheduler), self.model
+            )
+
+    def _configured(self, optimizer: Any, scheduler: Any) -> Any:
+        def configure_optimizers(module: pl.LightningModule) -> Any:
+            parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            built = instantiate_class((parameters,), optimizer)
+            return self.configure_optimizers(module, built, instantiate_class(built, scheduler) if scheduler else None)
+
+        return configure_optimizers
+
+    def after_fit(self) -> None:
+        """Save the adapter of the best checkpoint, test it if asked, and report."""
+        if getattr(self.trainer, "fast_dev_run", False) or self.trainer.interrupted:
+            return
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        if best:
+            state = self.trainer.strategy.load_checkpoint(best, weights_only=True)
+            self.trainer.strategy.load_model_state_dict(state)
+        results: Any = {}
+        if self._get(self.config, "test_after_fit"):
+            results = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0]
+        logs = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # which processes agree on
+        adapter = None
+        if injection(self.model) is not None:  # of a sharded model, each process has a part
+            adapter = save_adapter(self.model, self._get(self.config, "adapter_dir") or logs / "adapter")
+        rank_zero_only(write_report)(self.model, logs, best, results, adapter)
+
+
+def _without_values(module_class: type[pl.LightningModule], *args: Any, **kwargs: Any) -> pl.LightningModule:
+    with without_values():
+        return module_class(*args, **kwargs)
+
+
+def main(args: ArgsType = None) -> None:
+    """Run ``lightning-peft``."""
+    arguments = sys.argv[1:] if args is None else args
+    try:
+        if isinstance(arguments, list) and arguments and arguments[0] in COMMANDS:
+            COMMANDS[arguments[0]](arguments[1:])
+        else:
+            PEFTCLI(args=args)
+    except Exception as error:
+        own = next((e for e in _chain(error) if _is_own(e)), None)
+        if own is None:
+            raise
+        raise SystemExit(f"lightning-peft: {type(own).__name__}: {own}") from None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_own(error: BaseException) -> bool:
+    """Whether this package refused something: then its message says what to do, and a traceback says no more."""
+    if not isinstance(error, (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError, RuntimeError)):
+        return False
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).startswith("lightning_peft")

@@ -1,0 +1,91 @@
+"""The results of a run, in the ``report.json`` that ``lightning-peft fit`` leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..core.console import say
+from ..summary import size, summary
+
+REPORT = "report.json"
+_SIZES = ("trainable_parameters", "total_parameters", "checkpoint_bytes", "adapter_bytes")
+
+
+def write_report(model: nn.Module, logs: Path, best: str, results: dict[str, float], adapter: Path | None) -> None:
+    """Write and print what a fit came to.
+
+    Args:
+        model: The trained module.
+        logs: Folder of the run.
+        best: Path of the best checkpoint, or nothing.
+        results: Of the test, if there was one.
+        adapter: Folder of the adapter, if it has one.
+    """
+    counts = summary(model)
+    report: dict[str, Any] = dict(results)
+    report |= {"trainable_parameters": counts.trainable, "total_parameters": counts.total}
+    lines = [(name.replace("_", " "), f"{value:.4f}") for name, value in results.items()]
+    lines += [("trainable parameters", f"{counts.trainable:,} of {counts.total:,}")]
+    if best:
+        report |= {"checkpoint": best, "checkpoint_bytes": _bytes_of(Path(best))}
+        said = f"{best} ({size(report['checkpoint_bytes'])}, the full model has {size(counts.base_bytes)})"
+        lines += [("checkpoint", said)]
+    if adapter is not None:
+        report |= {"adapter": str(adapter), "adapter_bytes": _bytes_of(adapter)}
+        lines += [("adapter", f"{adapter} ({size(report['adapter_bytes'])})")]
+    logs.mkdir(parents=True, exist_ok=True)
+    (logs / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    say("\n".join(f"{name:<22}{value}" for name, value in lines))
+
+
+def read_metrics(path: Path) -> dict[str, float]:
+    """Return the results in a file: numbers by name, those of sizes left out.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no JSON object, or has no result.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file; expected numbers by name in JSON, such as the {REPORT} of a run.")
+    if not (found := _numbers(_read(path))):
+        raise ValueError(f"{path} has no results; expected numbers by name in JSON.")
+    return found
+
+
+def metrics_of(adapter: Path) -> dict[str, float]:
+    """Return the results of the run that wrote an adapter folder or a checkpoint; none where it left no report of it.
+
+    A report is of the run's best checkpoint; of another checkpoint it says nothing.
+
+    Raises:
+        ValueError: The report is damaged.
+    """
+    path = (adapter.parent if adapter.is_dir() else adapter.parent.parent) / REPORT
+    if not path.is_file():
+        return {}
+    report = _read(path)
+    written = {Path(str(report.get(key))).name for key in ("adapter", "checkpoint")}
+    return _numbers(report) if adapter.name in written else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}).") from error
+    if not isinstance(report, dict):
+        raise ValueError(f"{path} is no JSON object, expected numbers by name.")
+    return report
+
+
+def _numbers(report: dict[str, Any]) -> dict[str, float]:
+    sizes = {key: value for key, value in report.items() if key not in _SIZES}
+    return {key: value for key, value in sizes.items() if type(value) in (int, float)}
+
+
+def _bytes_of(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))

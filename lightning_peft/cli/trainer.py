@@ -1,0 +1,119 @@
+"""A Trainer with the tools that need a model and its configuration."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+
+from ..analysis.fake_model import shapes_only
+from ..analysis.memory_plan import Plan, plan
+from ..analysis.plan_table import layouts, table
+from ..core.console import say
+from ..quantization.meta_quantize import quantize_shapes
+from ..training.callback import PEFTStrategy
+from ..training.distributed import without_values
+from ..training.train_mode import set_mode
+from .adapter_tools import Exchanging
+
+_LONGEST = 2048  # tokens, where neither data nor model say
+
+
+class PEFTTrainer(Exchanging, pl.Trainer):
+    """A Trainer that also merges, exports, imports and plans."""
+
+    def plan(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None = None,
+        batch_size: int | None = None,
+        tokens: list[int] | None = None,
+        processes: list[int] = [1, 2, 4, 8],  # noqa: B006  # jsonargparse shows it
+        optimizer_bytes: float = 8.0,
+        gradient_checkpointing: bool = False,
+        as_json: bool = False,
+    ) -> None:
+        """Say what training takes on each GPU, without allocating it.
+
+        Args:
+            model: Built without values; pretrained weights are not read.
+            datamodule: Says how long and how many rows are; gives the batch to modules without sample_batch.
+            batch_size: Rows of each GPU in one step; by default the data's, or 1.
+            tokens: Numbers of tokens in a row; by default a quarter, half and all of the data's max_length, or of 2048.
+            processes: Numbers of GPUs.
+            optimizer_bytes: Optimizer state for each number that trains; 8 for Adam, 2 for Adam in 8 bits.
+            gradient_checkpointing: Whether blocks run again in the backward pass.
+            as_json: Whether to print JSON.
+
+        Raises:
+            ValueError: A number is not positive, rows are longer than the model's positions, or no batch is known.
+        """
+        if min([batch_size or 1, *processes]) < 1:
+            raise ValueError(f"Got batch_size={batch_size} and processes={processes}, expected numbers from 1 on.")
+        with without_values():
+            model.configure_model()
+        self.precision_plugin.convert_module(model)  # here, since shapes cannot change their type in place
+        batches = _batch_of_data(model, datamodule)
+        lengths = [] if batches else _lengths(model, datamodule, tokens)
+        rows: int = batch_size or getattr(datamodule, "batch_size", None) or 1
+        with shapes_only(model) as copied, warnings.catch_warnings(), self.precision_plugin.forward_context():
+            warnings.filterwarnings("ignore", "You are trying to `self.log")
+            self._adapt(copied)
+            sample: Any = getattr(copied, "sample_batch", None)
+            batches |= {number: sample(rows, number) for number in lengths}
+            found = plan(copied, _step, batches, optimizer_bytes, gradient_checkpointing)
+        say(_json(found, processes) if as_json else table(found, processes))
+
+    def _adapt(self, model: pl.LightningModule) -> None:
+        """Do what comes before training; within ``shapes_only``, methods may read weights, too."""
+        callback = next((c for c in self.callbacks if isinstance(c, PEFTStrategy)), None)  # type: ignore[attr-defined]
+        if callback is None:
+            raise ValueError("There is no method to plan: give the Trainer a PEFTStrategy among its callbacks.")
+        if callback.quantize is not None:
+            quantize_shapes(model, callback.quantize)
+        callback.apply(model)
+        set_mode(model, callback.frozen_mode)
+
+
+def _step(module: pl.LightningModule, batch: Any) -> Tensor:
+    result: Any = module.training_step(batch, 0)
+    loss: Tensor = result["loss"] if isinstance(result, dict) else result
+    return loss
+
+
+def _lengths(model: nn.Module, data: Any, tokens: list[int] | None) -> list[int]:
+    """Return the numbers of tokens to plan for.
+
+    Raises:
+        ValueError: The model has fewer positions.
+    """
+    known = [getattr(getattr(part, "config", None), "max_position_embeddings", None) for part in model.modules()]
+    most = min((number for number in known if isinstance(number, int) and number > 0), default=None)
+    longest = getattr(data, "max_length", None) or min(_LONGEST, most or _LONGEST)
+    lengths = sorted(set(tokens or [max(1, longest // part) for part in (4, 2, 1)]))
+    if lengths[0] < 1:
+        raise ValueError(f"Got tokens={lengths}, expected numbers from 1 on.")
+    if most is not None and lengths[-1] > most:
+        raise ValueError(
+            f"Got tokens={lengths}, but the model has {most} positions. Give fewer tokens, or a model with a larger "
+            f"max_position_embeddings."
+        )
+    return lengths
+
+
+def _batch_of_data(model: pl.LightningModule, data: pl.LightningDataModule | None) -> dict[int, Any]:
+    """Return the first batch of the data as that of 0 tokens, unless the module knows what batches look like."""
+    if callable(getattr(model, "sample_batch", None)):
+        return {}
+    if data is None:
+        raise ValueError(f"{type(model).__name__} has no sample_batch(rows, tokens); give data, whose batch is taken.")
+    data.prepare_data()
+    data.setup("fit")
+    return {0: next(iter(data.train_dataloader()))}
+
+
+def _json(found: Plan, processes: list[int]) -> str:
+    return json.dumps({**vars(found), "layouts": layouts(found, processes)}, indent=2)

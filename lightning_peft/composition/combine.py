@@ -1,0 +1,162 @@
+"""Several updates of the same weights made into one LoRA: sums, TIES and DARE, of weights or of factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter import WeightUpdate
+from ..core.inject import inject_idle
+from ..core.injection_record import adapters_of, injected, named
+from ..core.method import Method, require
+from ..methods import LoRA
+from ..methods.families.low_rank import LowRankUpdate
+
+Rule = Literal["linear", "magnitude_prune", "ties", "dare_linear", "dare_ties"]
+
+
+def combine(
+    model: nn.Module,
+    names: Sequence[str],
+    weights: Sequence[float],
+    name: str,
+    rule: Rule = "linear",
+    of: Literal["weights", "factors"] = "weights",
+    rank: int | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+) -> nn.Module:
+    """Add a LoRA that combines others, idle like what ``add_adapter`` adds; those and the base stay as they are.
+
+    With updates D_i (of LoRA: s_i B_i A_i) and the given weights w_i, entry by entry:
+
+    * ``linear``: sum_i w_i D_i (task arithmetic, https://arxiv.org/abs/2212.04089).
+    * ``magnitude_prune``: keep of each D_i the share ``density`` of largest magnitude, then sum.
+    * ``ties``: keep of each D_i the share ``density`` of largest magnitude, elect the sign of their sum, and average
+      the w_i D_i that have this sign over those that have it (https://arxiv.org/abs/2306.01708).
+    * ``dare_linear``: keep entries of D_i at random with probability ``density`` and divide them by it, then sum
+      (https://arxiv.org/abs/2311.03099); ``dare_ties``: the same before the election of signs.
+
+    The result is written as B A of the given rank, the best there is (truncated SVD); a sum is exact from rank sum_i
+    r_i on. Of factors, the rule applies to A_i with sign(w_i) sqrt(s_i |w_i|) and to B_i with sqrt(s_i |w_i|) in place
+    of D_i and w_i: cheap, and the product of two sums has cross terms, so that it approximates at best.
+
+    Args:
+        model: A model with the adapters, active or not.
+        names: Names of adapters that add to weights, at the same places: LoRA without ``decompose``, AdaLoRA, FedPara,
+            KronA. Factors have those of low rank alone, LoRA and AdaLoRA.
+        weights: A number w_i for each, of either sign.
+        name: Name of the new adapters.
+        rule: How they are combined.
+        of: Whether weights or factors are.
+        rank: Rank of the new adapters; the largest of the others if not given and all have one. Factors keep theirs.
+        density: Share of entries that is kept, of all rules but ``linear``.
+        seed: Of what DARE keeps.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: A name is unknown or taken, numbers do not fit, or the adapters lie at different places.
+        TypeError: Adapters add nothing to a weight, or have no factors.
+    """
+    require(rule in get_args(Rule), "rule", rule, f"one of {', '.join(get_args(Rule))}")
+    require(of in ("weights", "factors"), "of", of, "weights or factors")
+    require(0 < density <= 1, "density", density, "a share in (0, 1]")
+    require(len(names) == len(weights) > 0, "weights", weights, f"one number for each of {list(names)}")
+    require(all(map(math.isfinite, weights)), "weights", weights, "finite")
+    methods = [named(injected(model), one) for one in names]
+    found = [_updates(model, several, of) for several in methods]
+    for other, updates in zip(names, found, strict=True):
+        if odd := updates.keys() ^ found[0].keys():
+            raise ValueError(f"{names[0]!r} and {other!r} must lie at the same places; only one is at {min(odd)}.")
+    rank = _rank([update for updates in found for update in updates.values()], of, rank)
+    new: Any = methods[0][0]
+    method = LoRA(name=name, targets=list(new.targets), exclude=list(new.exclude), rank=rank, alpha=float(rank))
+    inject_idle(model, [method])
+    generator = torch.Generator().manual_seed(seed)
+    combined = _factors if of == "factors" else _weights
+    for place, target in adapters_of(model, method).items():
+        a, b = combined([updates[place] for updates in found], weights, rule, density, rank, generator)
+        target.load_state_dict({"a": a.view(target.get_parameter("a").shape), "b": b})
+    return model
+
+
+def _updates(model: nn.Module, methods: Sequence[Method], of: str) -> dict[str, Any]:
+    found = adapters_of(model, *methods)
+    for place, adapter in found.items():
+        what = f"{type(adapter).__name__} of {methods[0].name!r} at {place}"
+        if not isinstance(adapter, WeightUpdate) or adapter.alone:
+            raise TypeError(
+                f"{what} is no update W + D of a weight; LoRA without decompose and its kin can be combined."
+            )
+        if of == "factors" and not isinstance(adapter, LowRankUpdate):
+            raise TypeError(f"{what} has no factors B and A; combine weights.")
+    return dict(found)
+
+
+def _rank(updates: Sequence[WeightUpdate], of: str, rank: int | None) -> int:
+    """Return the rank of the result."""
+    own = {len(update.pair()[0]) if isinstance(update, LowRankUpdate) else None for update in updates}
+    if of == "factors":
+        require(len(own) == 1 and rank in (None, *own), "rank", rank or sorted(map(str, own)), "one for all factors")
+    require(rank is not None or None not in own, "rank", rank, "given, since not all updates have one")
+    return rank or max(one for one in own if one is not None)
+
+
+def _weights(
+    updates: Sequence[Any], weights: Sequence[float], rule: Rule, density: float, rank: int, generator: Any
+) -> tuple[Tensor, Tensor]:
+    """Return A and B of the best approximation to the combined updates."""
+    if rule == "linear" and all(isinstance(update, LowRankUpdate) for update in updates):  # of factors, which is small
+        pairs = [(update.pair(), weight * update.scale) for update, weight in zip(updates, weights, strict=True)]
+        q_b, r_b = torch.linalg.qr(torch.cat([b * scale for (_, b), scale in pairs], 1).detach().double())
+        q_a, r_a = torch.linalg.qr(torch.cat([a.flatten(1) for (a, _), _ in pairs]).detach().double().T)
+        u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+        u, v = q_b @ u, v @ q_a.T
+    else:
+        deltas = [update.delta().detach().flatten(1).double() for update in updates]
+        whole = combined(deltas, weights, rule, density, generator)
+        u, s, v = torch.linalg.svd(whole, full_matrices=False)
+    root = s[:rank].sqrt()
+    a, b = root[:, None] * v[:rank], u[:, :rank] * root
+    missing = rank - len(root)
+    return nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
+
+
+def _factors(
+    updates: Sequence[Any], weights: Sequence[float], rule: Rule, density: float, rank: int, generator: Any
+) -> tuple[Tensor, Tensor]:
+    """Return A and B that are combined each by itself."""
+    pairs = [[factor.detach().flatten(1).double() for factor in update.pair()] for update in updates]
+    scales = [weight * update.scale for update, weight in zip(updates, weights, strict=True)]
+    signed = [math.copysign(math.sqrt(abs(scale)), scale) for scale in scales]
+    a = combined([pair[0] for pair in pairs], signed, rule, density, generator)
+    return a, combined([pair[1] for pair in pairs], [abs(one) for one in signed], rule, density, generator)
+
+
+def combined(
+    tensors: Sequence[Tensor], weights: Sequence[float], rule: Rule, density: float, generator: torch.Generator
+) -> Tensor:
+    """Return what a rule of ``combine`` makes of tensors of one shape."""
+    if rule in ("ties", "magnitude_prune"):
+        tensors = [_largest(x, density) for x in tensors]
+    elif rule != "linear":
+        tensors = [x * (torch.rand(x.shape, generator=generator).to(x.device) < density) / density for x in tensors]
+    stack = torch.stack(list(tensors))
+    weighted = stack * torch.tensor(weights, dtype=stack.dtype, device=stack.device).view(-1, *[1] * (stack.dim() - 1))
+    if rule in ("linear", "magnitude_prune", "dare_linear"):
+        return weighted.sum(0)
+    agrees = stack.sign() == torch.where(stack.sum(0) >= 0, 1, -1)
+    return (weighted * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+
+
+def _largest(x: Tensor, density: float) -> Tensor:
+    """Return the share of a tensor's entries that are largest in magnitude, zero elsewhere."""
+    kept = torch.zeros_like(x).flatten()
+    kept[x.abs().flatten().topk(int(density * x.numel())).indices] = 1
+    return x * kept.view(x.shape)

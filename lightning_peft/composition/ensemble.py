@@ -1,0 +1,107 @@
+"""Several prompts of one task on one model: put together, run in one forward, and voting."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.adapter_folder import read_adapter, write_adapter
+from ..core.method import from_dict, to_dict
+from ..methods import PromptTuning
+from ..methods.prompting.row_tasks import TaskAdapter, row_tasks
+
+
+def join_prompts(folders: Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str]) -> Path:
+    """Write one adapter of several tasks from the adapters of ``PromptTuning`` that separate runs trained.
+
+    Task k is the prompt of the k-th folder. ``load_adapter`` reads the result; ``ensemble`` runs all tasks at once.
+
+    Args:
+        folders: What ``save_adapter`` wrote, at least two times, for prompts of one length on one base.
+        folder: Where to write.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: The adapters are no single prompts, train more than prompts, or do not belong together.
+    """
+    if len(folders) < 2:
+        raise ValueError(f"At least two adapters make an ensemble, got {len(folders)}.")
+    found = [read_adapter(one) for one in folders]
+    methods = [_single_prompt(config, one) for (config, _), one in zip(found, folders, strict=True)]
+    (first, state), method = found[0], methods[0]
+    for (config, other), theirs, one in zip(found, methods, folders, strict=True):
+        places = {name: (getattr(method, name), getattr(theirs, name)) for name in ("length", "targets", "embeddings")}
+        differ = {name: pair for name, pair in places.items() if pair[0] != pair[1]}
+        if other.keys() != state.keys() or config["base"] != first["base"]:
+            differ["base"] = (first["base"], config["base"])
+        if differ:
+            raise ValueError(f"{one} does not belong to {folders[0]}; (there, here): {differ}.")
+    tasks = to_dict(
+        PromptTuning(
+            name=method.name,
+            length=method.length,
+            tasks=len(found),
+            targets=method.targets,
+            embeddings=method.embeddings,
+        )
+    )
+    stacked = {key: torch.stack([other[key] for _, other in found]) for key in state}
+    return write_adapter(folder, {**first, "methods": [tasks]}, stacked)
+
+
+def ensemble(model: nn.Module, **batch: Any) -> Tensor:
+    """Run each row of a batch under each of the model's N tasks, in one forward; return logits (N, rows, ...).
+
+    Args:
+        model: A model whose adapters hold N tasks, and which returns logits, alone or by that name.
+        batch: Arguments of the model; what has one entry for each row is repeated.
+
+    Raises:
+        ValueError: The model has not one number of several tasks, or the arguments not one number of rows.
+    """
+    counts = {module.tasks for module in model.modules() if isinstance(module, TaskAdapter)} - {1}
+    if len(counts) != 1:
+        raise ValueError(f"An ensemble needs adapters of one number of tasks, got {sorted(counts)}.")
+    tasks = counts.pop()
+    tensors = {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.dim() > 0}
+    rows = max((len(x) for x in tensors.values()), default=0)
+    if odd := {name: len(x) for name, x in tensors.items() if len(x) not in (1, rows)} or not rows:
+        raise ValueError(f"Each tensor must have {rows} rows as the longest, or one, got {odd}.")
+    repeated = {name: x.repeat(tasks, *[1] * (x.dim() - 1)) for name, x in tensors.items() if len(x) == rows}
+    with row_tasks(model, torch.arange(tasks).repeat_interleave(rows)):
+        output = model(**{**batch, **repeated})
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if logits is None:
+        raise TypeError(
+            f"{type(model).__name__} returns {type(output).__name__} without logits; pass a model with a head."
+        )
+    return logits.view(tasks, rows, *logits.shape[1:])
+
+
+def majority_vote(logits: Tensor) -> Tensor:
+    """Return the class that most of N models choose, for logits (N, rows, ..., classes): (rows, ...).
+
+    Of classes with the same number of votes, the one with the largest sum of probabilities wins.
+    """
+    votes = F.one_hot(logits.argmax(-1), logits.shape[-1]).sum(0)
+    shares = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).sum(0)
+    return shares.where(votes == votes.amax(-1, keepdim=True), -1).argmax(-1)
+
+
+def _single_prompt(config: dict[str, Any], folder: str | os.PathLike[str]) -> PromptTuning:
+    methods = [from_dict(data) for data in config["methods"]]
+    one = methods[0]
+    if len(methods) > 1 or not isinstance(one, PromptTuning) or one.tasks > 1 or config["also_train"]:
+        raise ValueError(
+            f"{folder} holds {methods}, also_train={config['also_train']}; only adapters of PromptTuning with one "
+            f"task, which train nothing else, can be joined."
+        )
+    return one

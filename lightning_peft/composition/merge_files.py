@@ -1,0 +1,132 @@
+"""Merging an adapter folder into the files of a base, one layer at a time, without the model in memory."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints.metadata import restore
+from ..checkpoints.reader import read_stored
+from ..core.adapter_folder import is_taken
+from ..core.inject import detach
+from ..core.injection_record import injection
+from ..structure.base_model import SLOT
+from .base_weight_files import WeightFiles, give_back
+from .merge import mergeable
+from .safetensors_files import TensorFiles
+
+
+@torch.no_grad()
+def merge_files(
+    model: nn.Module,
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    strict: bool = True,
+) -> Path:
+    """Write the files of a base with an adapter merged in: W' = W + update, layer by layer.
+
+    The result is what ``merge`` makes of the loaded model, rounded to the type of the files. Memory holds the adapter
+    and one adapted layer at a time; all else is copied from file to file. Of a folder, other files (index,
+    configuration, tokenizer) are copied as well, but no weights in other formats, which would be those without the
+    adapter.
+
+    Args:
+        model: The base's network without values (built in ``without_values()``), to know its layers; left as it was.
+            The keys in the files are the names of its parameters, but for one difference at the beginning of all.
+        base: A safetensors file, or a folder of shards.
+        adapter: What ``save_adapter`` wrote, or a checkpoint of a run with PEFTStrategy.
+        folder: Where to write; must not exist yet, or be empty.
+        strict: Whether the base must be the one that the adapter was trained on.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: There is no base or no adapter.
+        FileExistsError: The folder is there and not empty.
+        ValueError: The adapter does not fit the model or belongs to another base, the model has values, or a weight is
+            not in the files.
+        TypeError: The adapter cannot be merged into a weight.
+    """
+    target = Path(folder)
+    if is_taken(target):
+        raise FileExistsError(f"{target} exists; give a folder that does not.")
+    if injection(model) is not None or not all(p.is_meta for p in model.parameters()):
+        raise ValueError(
+            "merge_files needs a fresh network without values: build it in lightning_peft.without_values()."
+        )
+    stored, weights = read_stored(adapter), WeightFiles(model, TensorFiles(base))
+    try:
+        restore(model, stored.description, stored.path, strict=False)
+        state, found = stored.state_for(model), mergeable(model)
+        expected = stored.description["base"]
+        if strict and expected is not None and (other := weights.fingerprint(model)) != expected:
+            raise ValueError(f"{adapter} belongs to another base: fingerprint {expected}, {base} has {other}.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
+            whole = Path(temporary, target.name)
+            whole.mkdir()
+            written = weights.copied(whole)
+            written.write(state)  # of the base itself, trained
+            for name in dict.fromkeys(name for name, *_ in found):
+                _merge_host(name, found, state, written)
+            if target.exists():
+                target.rmdir()
+            whole.replace(target)
+    finally:
+        if injection(model) is not None:
+            detach(model)
+    return target
+
+
+def _merge_host(name: str, found: Any, state: Mapping[str, Tensor], weights: WeightFiles) -> None:
+    """Merge the adapters of one host, which has values for that time alone."""
+    own = [(host, key, adapter) for other, host, key, adapter in found if other == name]
+    host = own[0][0]
+    with _values(name, host, weights) as (names, others):
+        for _, key, adapter in own:
+            prefix = f"{name}.{SLOT}.{key}.".lstrip(".")
+            adapter.to_empty(device="cpu")
+            adapter.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+            adapter.merge(host)
+            adapter.to("meta")
+        held = {part: value for part, value in {**host._parameters, **host._buffers}.items() if value is not None}
+        for part, value in held.items():
+            if part not in names and not (part in others and torch.equal(value, others[part])):
+                raise ValueError(
+                    f"{name} gets a {part}, for which its files have no room; merge into the loaded model."
+                )
+        weights.write({whole: held[part] for part, whole in names.items()})
+    del held
+    give_back()
+
+
+@contextmanager
+def _values(name: str, host: Any, weights: WeightFiles) -> Iterator[tuple[dict[str, str], dict[str, Tensor]]]:
+    """Context in which a host has the values of the files; gives their whole names, and buffers that are in no file."""
+    parameters, buffers = dict(host._parameters), dict(host._buffers)
+    names = {part: f"{name}.{part}".lstrip(".") for part, held in (parameters | buffers).items() if held is not None}
+    others = {part: buffers[part] for part, whole in names.items() if part in buffers and not weights.has(whole)}
+    names = {part: whole for part, whole in names.items() if part not in others}
+    try:
+        host._buffers.update({part: held.clone() for part, held in others.items()})
+        for part, whole in names.items():
+            values = weights.read(whole)
+            if part in parameters:
+                host._parameters[part] = nn.Parameter(values, requires_grad=False)
+            else:
+                host._buffers[part] = values
+        yield names, others
+    finally:
+        for part in host._parameters.keys() - parameters.keys():
+            del host._parameters[part]
+        host._parameters.update(parameters)
+        host._buffers.update(buffers)

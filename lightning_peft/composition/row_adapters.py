@@ -1,0 +1,139 @@
+"""Rows of one batch that use different adapters, while the base runs once for all of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..core.active_adapters import ROWS, paused
+from ..core.adapted_module import Adapted, name_of, outside
+from ..core.adapter import Adapter, Call
+from ..core.injection_record import injected, named, refuse_paused, trained_by
+from ..core.per_row import RowWise, Stackable
+from ..structure.layer_types import read_attribute
+from .row_dispatch import Part, Rows, Whole
+
+
+class RowAdapters(Adapter):
+    """Gives each row of a host's call the adapter of its own: y_r = leaving_n(r)(x_r, host(entering_n(r)(x_r))).
+
+    Args:
+        parts: Adapters of one part of the host each, inner before outer.
+    """
+
+    lasting = False
+
+    def __init__(self, parts: Sequence[Part | Whole]) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def reset_parameters(self) -> None:
+        """There are none of its own."""
+
+    def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
+        for part in self.parts:
+            inner = functools.partial(part, host, inner)
+        return inner(*args, **kwargs)
+
+
+@contextmanager
+def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Context in which each row of a batch uses the adapter of its own name, in training, inference and generation.
+
+    Equal to running each row with its adapter alone. The base runs once for all rows. On linear layers, LoRA, AdaLoRA,
+    IA3 and bottlenecks are stacked by rows, anew in each call, so that the cost grows with rows and not with adapters;
+    others, and LoRA while it drops inputs, run one after the other on rows of their own; so do layers of which adapters
+    have parameters of their own. Which adapters are active does
+    not matter, but those that lie idle do not train: ``activate`` those that shall. A call with more rows than names
+    takes each name for as many neighbours, as beams and returned sequences are. The batch is the first dimension.
+
+    Prompts can differ by row as well where all rows have one, and all are of one length.
+
+    Args:
+        model: A model with adapters that act on the input and output of one layer or feed-forward block: LoRA, AdaLoRA,
+            FedPara, KronA, IA3, ``Bottleneck``, ``ParallelAdapter``, ``KronABlock``, and parameters of an adapter's
+            own, such as heads; or with prompts for one task each: ``PromptTuning``, ``PTuning`` without a template,
+            ``MultitaskPromptTuning``.
+        names: The adapter's name for each row; None for the base alone.
+
+    Raises:
+        ValueError: A name is unknown, or there is none, some rows alone have prompts, or a module takes (tokens, batch,
+            features).
+        TypeError: An adapter acts on more than that, as prefixes do, or on a weight that is read and never called.
+        RuntimeError: Adapters are disabled, or each row has one already.
+    """
+    modules = outside(model)
+    plan = _plan(model, modules, names)
+    with paused(model, modules):
+        try:
+            for host, parts in plan:
+                host.peft[ROWS] = RowAdapters(parts)
+                host.peft_order = (ROWS, *host.peft_order)
+            yield
+        finally:
+            for host, _ in plan:
+                host.peft.pop(ROWS)
+
+
+def _plan(
+    model: nn.Module, modules: Sequence[nn.Module], names: Sequence[str | None]
+) -> list[tuple[Any, list[Part | Whole]]]:
+    """Return hosts with what surrounds them, inner before outer."""
+    record = injected(model)
+    refuse_paused(record)
+    if isinstance(names, str) or not names:
+        raise ValueError(f"row_adapters needs a list of names, one for each row of the batch, got {names!r}.")
+    used = dict[str, str]()  # names of methods, and under which name they go
+    for name in dict.fromkeys(name for name in names if name is not None):
+        methods = named(record, name)
+        used |= {method.name: name for method in methods}
+        if record.trained and (trained := trained_by(model, methods)):
+            raise TypeError(f"{name!r} trains {trained[0]} in the base itself, which all rows share.")
+    device = next(model.parameters()).device
+    plan: list[tuple[Any, list[Part | Whole]]] = []
+    rows = functools.cache(lambda own: Rows(_numbers(own, names), device))  # the same for most hosts
+    for module in modules:
+        if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and not module.batch_first:
+            raise ValueError(
+                f"{_place(model, module)} takes (tokens, batch, features); row_adapters needs batch_first=True."
+            )
+        if isinstance(module, Adapted) and (parts := _parts(model, module, used)):
+            plan.append((module, [_part(list(own.values()), rows(tuple(own))) for own in parts]))
+    return plan
+
+
+def _part(adapters: list[Any], rows: Rows) -> Part | Whole:
+    fall_apart = {isinstance(adapter, RowWise) for adapter in adapters}
+    if len(fall_apart) > 1:
+        kinds = " and ".join(sorted({type(adapter).__name__ for adapter in adapters}))
+        raise TypeError(f"Rows of one batch cannot have {kinds} around one module.")
+    return Part(adapters, rows) if fall_apart == {True} else Whole(adapters, rows)
+
+
+def _parts(model: nn.Module, host: Any, used: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the adapters by name of each part of a host, those in place of its parameters before all others."""
+    parts: dict[str, dict[str, Any]] = {}
+    is_read = read_attribute(type(host)) is not None
+    for key, adapter in host.peft.items():
+        if name := used.get(name_of(key, adapter)):
+            if is_read or not isinstance(adapter, Stackable):
+                raise TypeError(
+                    f"{key!r} at {_place(model, host)} is a {type(adapter).__name__} on a {type(host).__name__}; rows "
+                    f"can have adapters of their own where these act on what enters and leaves a called layer, by rows."
+                )
+            parts.setdefault(key[len(name) :], {})[name] = adapter
+    return sorted(parts.values(), key=lambda own: not any(adapter.by_itself for adapter in own.values()))
+
+
+def _place(model: nn.Module, wanted: nn.Module) -> str:
+    return next((name for name, module in model.named_modules() if module is wanted), "")
+
+
+def _numbers(own: Iterable[str], names: Sequence[str | None]) -> tuple[int, ...]:
+    """Return the number of each row's adapter among those of a host, -1 where it has none."""
+    place: dict[str | None, int] = {name: number for number, name in enumerate(own)}
+    return tuple(place.get(name, -1) for name in names)

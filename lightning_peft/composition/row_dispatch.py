@@ -1,0 +1,184 @@
+"""A call whose rows have different adapters: the host runs once, what is around it for each row."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..core.per_row import RowWise
+
+
+class Rows:
+    """Which of several adapters each row has.
+
+    Args:
+        numbers: Number of its adapter for each row, -1 for none.
+        device: Where the rows are.
+    """
+
+    def __init__(self, numbers: tuple[int, ...], device: torch.device) -> None:
+        self.numbers, self.device = numbers, device
+        self.count, kinds = len(numbers), max(numbers) + 1
+        ids = torch.tensor(numbers, device=device)
+        self.ids = None if kinds == 1 else ids.clamp(min=0)
+        self._elsewhere, self._orders = dict[torch.device, Rows](), dict[int, tuple[Tensor, Tensor, list[int]]]()
+        self.has_one = (ids >= 0).view(-1, 1, 1) if -1 in numbers else None
+
+    def on(self, device: torch.device) -> Rows:
+        """Return the same for another device, which a part of the model may be on."""
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = Rows(self.numbers, device)
+        return self._elsewhere[device]
+
+    def by_adapter(self, rows: int) -> tuple[Tensor, Tensor, list[int]]:
+        """Return the order of rows by adapter, those of none last, the order back, and how many each adapter has.
+
+        In a call with more rows than names, neighbours share one.
+        """
+        if rows not in self._orders:
+            self._orders[rows] = self._order(rows // self.count)
+        return self._orders[rows]
+
+    def _order(self, times: int) -> tuple[Tensor, Tensor, list[int]]:
+        rows = self.count * times
+        kinds = [*range(max(self.numbers) + 1), -1]
+        order = sorted(range(rows), key=lambda row: kinds.index(self.numbers[row // times]))
+        back = sorted(range(rows), key=order.__getitem__)
+        sizes = [self.numbers.count(kind) * times for kind in kinds]
+        return torch.tensor(order, device=self.device), torch.tensor(back, device=self.device), sizes
+
+    def stacked(self, values: Sequence[Any], like: Tensor) -> Any:
+        """Return the values of all rows, see ``RowWise``, from those of each adapter; equal numbers are one."""
+        if not isinstance(values[0], Tensor):
+            if len(set(values)) == 1:
+                return values[0]
+            values = [like.new_tensor([value]) for value in values]
+        if len(shapes := {value.shape for value in values}) > 1:
+            values = [_filled(value, [max(sides) for sides in zip(*shapes, strict=True)]) for value in values]
+        if self.ids is None:
+            found = values[0].expand(self.count, *values[0].shape)
+        elif torch.is_grad_enabled():  # so that each adapter gets one gradient, not one for each row
+            found = torch.stack(tuple(values)).index_select(0, self.ids)
+        else:
+            found = torch.stack([values[number] for number in self.numbers])  # -1 takes any
+        return found[:, None] if found.dim() == 2 else found
+
+    def where(self, new: Tensor, old: Tensor) -> Tensor:
+        """Return ``new`` (rows, tokens, features) where rows have an adapter."""
+        return new if self.has_one is None or new is old else torch.where(self.has_one, new, old)
+
+
+def _filled(value: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a matrix or vector of that shape, with zeros behind its own entries."""
+    missing = [most - own for most, own in zip(shape, value.shape, strict=True)]
+    return F.pad(value, [side for more in reversed(missing) for side in (0, more)])
+
+
+class Whole:
+    """What surrounds a host's call for all of its rows at once.
+
+    Args:
+        adapters: Different adapters.
+        rows: Which of them each row has.
+
+    Raises:
+        ValueError: A row has none.
+    """
+
+    def __init__(self, adapters: Sequence[Any], rows: Rows) -> None:
+        self.adapters, self.rows = adapters, rows
+        if -1 in rows.numbers:
+            raise ValueError(
+                f"Row {rows.numbers.index(-1)} has no {type(adapters[0]).__name__}, and others have; all or none must."
+            )
+
+    def __call__(self, host: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        found = [adapter.row_values() for adapter in self.adapters]
+        if not found[0] or any(one[:1] != found[0][:1] for one in found):
+            raise ValueError(
+                f"Rows can have a {type(self.adapters[0]).__name__} each where all are of one length, for one task and "
+                f"without a template; here these differ or are none of that."
+            )
+        _, *columns = zip(*found, strict=True)
+        values = [self.rows.on(column[0].device).stacked(column, column[0]) for column in columns]
+        first = self.adapters[0]
+        return first.for_rows(host, inner, values, *args, **kwargs) if values else first(host, inner, *args, **kwargs)
+
+
+class Part:
+    """What surrounds a host's call for one part of the host, or all of it.
+
+    Args:
+        adapters: Different adapters.
+        rows: Which of them each row has.
+    """
+
+    def __init__(self, adapters: Sequence[RowWise], rows: Rows) -> None:
+        self.adapters, self.rows = adapters, rows
+
+    def __call__(self, host: Any, inner: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows = self.rows.on(x.device)
+        _refuse(host, rows, x, x)
+        if args or kwargs:
+            inner = functools.partial(inner, *args, **kwargs)
+        if any(adapter.by_itself for adapter in self.adapters):
+            return self._by_itself(host, inner, rows, x)
+        found = [adapter.row_values() for adapter in self.adapters]
+        if not found[0] or any(one[:1] != found[0][:1] for one in found):
+            return self._one_by_one(host, inner, rows, x)
+        _, *columns = zip(*found, strict=True)
+        values = [rows.stacked(column, columns[0][0]) for column in columns]
+        return self._at_once(host, inner, rows, x, values)
+
+    def _at_once(self, host: Any, inner: Callable[..., Any], rows: Rows, x: Tensor, values: Sequence[Any]) -> Tensor:
+        """Let the first adapter serve all rows, with values of their own."""
+        first = self.adapters[0]
+        of_rows = x.reshape(rows.count, -1, x.shape[-1])
+        given = rows.where(first.entering(host, of_rows, *values), of_rows)
+        y = inner(x if given is of_rows else given.view_as(x))
+        _refuse(host, rows, x, y)
+        before = y.reshape(rows.count, -1, y.shape[-1])
+        return rows.where(first.leaving(host, of_rows, before, *values), before).view_as(y)
+
+    def _by_itself(self, host: Any, inner: Callable[..., Any], rows: Rows, x: Tensor) -> Tensor:
+        """Call the host for the rows of one adapter after the other, and for those of none."""
+        order, back, sizes = rows.by_adapter(x.shape[0])
+        *own, rest = torch.split(x.index_select(0, order), sizes)
+        adapters: Sequence[Any] = self.adapters
+        found = [adapter.forward(host, inner, part) for adapter, part in zip(adapters, own, strict=True)]
+        return torch.cat([*found, inner(rest)] if len(rest) else found).index_select(0, back)
+
+    def _one_by_one(self, host: Any, inner: Callable[..., Any], rows: Rows, x: Tensor) -> Tensor:
+        """Let one adapter after the other serve its own rows."""
+        order, back, sizes = rows.by_adapter(x.shape[0])
+        own = torch.split(x.index_select(0, order), sizes)
+        given = [adapter.entering(host, part) for adapter, part in zip(self.adapters, own, strict=False)]
+        changed = any(new is not old for new, old in zip(given, own, strict=False))
+        y: Tensor = inner(_joined(given, own, back) if changed else x)
+        _refuse(host, rows, x, y)
+        of_host = torch.split(y.index_select(0, order), sizes)
+        found = [adapter.leaving(host, *both) for adapter, *both in zip(self.adapters, own, of_host, strict=False)]
+        return _joined(found, of_host, back)
+
+
+def _joined(new: Sequence[Tensor], old: Sequence[Tensor], back: Tensor) -> Tensor:
+    """Return all rows in their order: what each adapter made of its own, and those of none, the last, as they were."""
+    return torch.cat([*[part.to(old[-1].dtype) for part in new], old[-1]]).index_select(0, back)
+
+
+def _refuse(host: Any, rows: Rows, x: Tensor, y: Any) -> None:
+    """Raise where the first dimension cannot be that of the batch."""
+    if not isinstance(y, Tensor):
+        raise TypeError(f"{type(host).__name__} returns a {type(y).__name__}; row_adapters needs a tensor of rows.")
+    if y.shape[0] % rows.count or y.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"row_adapters was given {rows.count} names, and a layer has {len(y)} rows at hand, which is no "
+            f"multiple; the first dimension must be that of the batch."
+        )

@@ -1,0 +1,163 @@
+"""Which of the adapters in a model take part in its calls: by name, in order, or none for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..structure.base_model import base_parameters
+from .adapted_module import Adapted, adapters, call_as_before, call_children, name_of, outside, remove
+from .checks import refuse_company
+from .inject import detach
+from .injection_record import Injection, adapters_of, injected, injection, named, refuse_paused, trained_by
+from .weight_backup import refuse_merged
+
+ROWS = "_rows"  # under which name lies in a host what gives each row its own adapter
+
+
+def active(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the adapters that take part in calls, inner before outer.
+
+    Args:
+        model: The very module that was given to ``inject`` or ``add_adapter``.
+
+    Raises:
+        ValueError: Nothing was injected into this module.
+    """
+    return tuple(injected(model).active)
+
+
+def activate(model: nn.Module, *names: str) -> nn.Module:
+    """Let the adapters of these names, and no others, take part in calls: y = outer(... inner(host(x))).
+
+    They train, the others do not. Idle adapters stay in the model and in its checkpoints, and cost no call anything.
+
+    Args:
+        model: The very module that was given to ``inject`` or ``add_adapter``.
+        names: Names of methods; of two on one host, the later is the outer.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: A name is unknown, is given twice, or its adapters cannot share a weight with others.
+        RuntimeError: No adapter takes part for now, within ``disabled`` or ``row_adapters``.
+    """
+    record = injected(model)
+    refuse_paused(record)
+    methods = [method for name in names for method in named(record, name)]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"activate needs one name or several different ones, got {list(names)}.")
+    idle = [method for method in record.methods if method not in methods and not adapters_of(model, method)]
+    if always := [method.name for method in idle if trained_by(model, [method])]:
+        raise ValueError(f"{always[0]!r} trains the base itself and has no adapters that could lie idle; name it, too.")
+    found: list[Any] = list(adapters(model))
+    chosen = [one for method in methods for one in found if name_of(*one[2:]) == method.name]
+    refuse_company([(name, adapter) for name, _, _, adapter in chosen])
+    orders: dict[int, tuple[str, ...]] = {}
+    for _, host, key, _ in chosen:
+        orders[id(host)] = (*orders.get(id(host), ()), key)
+    taking = {id(adapter) for *_, adapter in chosen}
+    for _, host, _, adapter in found:
+        host.peft_order = orders.get(id(host), ()) + passing(host)
+        adapter.rearranged()
+        adapter.requires_grad_(id(adapter) in taking)
+    record.active[:] = names
+    return model
+
+
+def remove_adapter(model: nn.Module, name: str) -> nn.Module:
+    """Take the adapters of one name out of a model; the base and the other adapters stay as they are.
+
+    Without the last of them, the model is a plain module again, as after ``detach``.
+
+    Args:
+        model: The very module that was given to ``inject`` or ``add_adapter``.
+        name: Name of the method.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: The name is unknown, or the method trained parameters of the base.
+        RuntimeError: No adapter takes part for now, within ``disabled`` or ``row_adapters``.
+    """
+    record = injected(model)
+    refuse_paused(record)
+    methods = named(record, name)
+    if changed := trained_by(model, methods):
+        raise ValueError(f"{name!r} trains {changed[0]} in the base itself, whose first values are not kept.")
+    if len(record.methods) == len(methods) and not record.trained:
+        return detach(model)
+    for _, host, key, adapter in list(adapters(model)):
+        if name_of(key, adapter) in {method.name for method in methods}:
+            remove(host, key)
+    for _, _, _, adapter in adapters(model):
+        adapter.rearranged()
+    record.methods[:] = [method for method in record.methods if method not in methods]
+    record.groups.pop(name, None)
+    record.active[:] = [other for other in record.active if other != name]
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Context in which no adapter takes part: the outputs are those of the base, to the bit. Contexts nest.
+
+    Args:
+        model: An adapted model, or a part of one.
+
+    Raises:
+        ValueError: The model has no adapters, or parameters of the base train, whose first values are not kept.
+        RuntimeError: Adapters are merged into the weights.
+    """
+    refuse_merged(model)
+    if not any(adapters(model)):
+        raise ValueError(f"This {type(model).__name__} has no adapters that could be disabled.")
+    if trained := [name for name, p in base_parameters(model).items() if p.requires_grad]:
+        raise ValueError(
+            f"{trained[0]} trains in the base itself, whose first values are not kept: none to go back to."
+        )
+    with paused(model):
+        hooked = [module for module in model.modules() if _set_back(module)]
+        try:
+            yield
+        finally:
+            call_children(hooked)
+
+
+@contextmanager
+def paused(model: nn.Module, modules: Sequence[Any] | None = None) -> Iterator[None]:
+    """Context in which no adapter takes part but those that are there for a run alone.
+
+    Args:
+        model: The model.
+        modules: What ``outside`` found in it, if it is known.
+    """
+    record = injection(model) or Injection()
+    hosts = [module for module in modules or outside(model) if isinstance(module, Adapted)]
+    before, was = [host.peft_order for host in hosts], record.paused
+    record.paused = True
+    for host in hosts:
+        host.peft_order = passing(host)
+    try:
+        yield
+    finally:
+        record.paused = was
+        for host, order in zip(hosts, before, strict=True):
+            if isinstance(host, Adapted):  # not detached meanwhile
+                host.peft_order = order
+
+
+def passing(host: Any) -> tuple[str, ...]:
+    """Return the names of what surrounds a host for the time of a run alone."""
+    return tuple(key for key in host.peft_order if not host.peft[key].lasting and key != ROWS)
+
+
+def _set_back(module: nn.Module) -> bool:
+    before = len(module._forward_pre_hooks)
+    call_as_before(module)
+    return len(module._forward_pre_hooks) < before

@@ -1,0 +1,41 @@
+"""The end of training: encoders that only training needs give way to the vectors that they compute."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .injection_record import adapters_of, injected
+
+
+def finalize(model: nn.Module) -> nn.Module:
+    """Replace encoders that only training needs (of prefix tuning, P-tuning) by what they compute, for good.
+
+    The model computes the same, faster and with fewer parameters. It can be trained on in this form, by a new
+    optimizer: one that was built before knows the encoders. ``save_adapter`` writes this form in any case.
+
+    Args:
+        model: The very module that was given to ``inject`` (with a Trainer: the LightningModule).
+
+    Returns:
+        The model; unchanged if no method has such an encoder.
+
+    Raises:
+        ValueError: Nothing was injected into this module.
+        RuntimeError: What an adapter holds now is not what its encoder computed.
+    """
+    record = injected(model)
+    for method in record.methods:
+        if method.finalized() == method:
+            continue
+        for name, adapter in adapters_of(model, method).items():
+            before = {key: value.detach() for key, value in adapter.pack().items()}
+            adapter.finalize()
+            after = adapter.state_dict()
+            same = before.keys() == after.keys() and all(
+                value.is_meta or torch.equal(value, after[key]) for key, value in before.items()
+            )
+            if not same:
+                raise RuntimeError(f"{type(adapter).__name__} at {name} does not hold what its encoder computed.")
+    record.methods = [method.finalized() for method in record.methods]
+    return model

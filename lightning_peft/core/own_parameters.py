@@ -1,0 +1,109 @@
+"""Parameters of the base that an adapter has of its own, such as the heads of tasks that share one base."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..structure.base_model import held, owners
+from ..structure.selection import select_parameters
+from .adapter import Adapter, Call, parameter_like
+from .method import Method
+from .per_row import RowWise
+
+OWN = "own"  # where, within an adapter, the copies lie
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnParameters(Method):
+    """Trains copies of parameters, which take the place of the base's while the host is called: y = host(x; own).
+
+    What ``also_train`` does to the base itself, but the base stays as it is: several tasks each have a head of their
+    own side by side, and ``disabled`` gives the base. Copies start from the base's values.
+
+    Args:
+        name: Name of the adapters.
+        targets: Globs of modules or parameters, or roles.
+    """
+
+    name: str = "own"
+    targets: list[str]
+
+    def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
+        by_host, holders = defaultdict[str, list[str]](list), owners(model)
+        for name in select_parameters(model, self.targets):
+            owner, _, key = name.rpartition(".")
+            if holders[id(model.get_parameter(name))] > 1:
+                raise ValueError(f"{name} is shared with another module, which would go on without the copy; untie it.")
+            by_host[owner].append(key)
+        for owner, keys in by_host.items():
+            yield owner, OwnTensors(model.get_submodule(owner), keys)
+
+
+class OwnTensors(RowWise, Adapter):
+    """Takes the place of parameters of its host, and of its buffers (statistics of a norm), for the time of a call.
+
+    Args:
+        host: Module that holds the parameters itself.
+        names: Of these parameters.
+    """
+
+    by_itself = True
+
+    def __init__(self, host: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.replaces, self.own = tuple(names), nn.Module()
+        for name in names:
+            base = host.get_parameter(name)
+            self.own.register_parameter(name, parameter_like(base, *base.shape))
+        for name, buffer in host.named_buffers(recurse=False):
+            if name not in host._non_persistent_buffers_set:
+                self.own.register_buffer(name, torch.empty_like(buffer))
+        self.reset_parameters(host)
+
+    @torch.no_grad()
+    def reset_parameters(self, host: Any = None) -> None:
+        """Start from the host's values."""
+        if any(value.is_meta for _, value in self._values()):
+            return  # loading brings values, or this is called again where there are some
+        if host is None:
+            raise TypeError(
+                "Parameters of an adapter's own start from those of the base: load the base model first, then inject."
+            )
+        for name, value in self._values():
+            value.copy_(held(host)[name])
+
+    def _values(self) -> Iterator[tuple[str, Tensor]]:
+        return itertools.chain(self.own.named_parameters(), self.own.named_buffers())
+
+    def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
+        with self.in_place(host):
+            return inner(*args, **kwargs)
+
+    @contextmanager
+    def in_place(self, host: Any) -> Iterator[None]:
+        """Context in which the host has these values, in its own type."""
+        parameters, buffers, before = dict(host._parameters), dict(host._buffers), held(host)
+        cast = {name: value.to(before[name].dtype) for name, value in self._values()}
+        host._parameters.update({name: cast[name] for name in self.own._parameters})
+        host._buffers.update({name: cast[name] for name in self.own._buffers})
+        try:
+            yield
+        finally:
+            host._parameters.update(parameters)
+            host._buffers.update(buffers)
+            for name, buffer in self.own.named_buffers():
+                if buffer is not cast[name]:
+                    buffer.copy_(cast[name])
+
+    @torch.no_grad()
+    def merge(self, host: Any) -> None:
+        for name, value in self._values():
+            held(host)[name].copy_(value)

@@ -1,0 +1,168 @@
+"""The model card beside an exported adapter: what it is, what it belongs to, and how to use it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import vllm
+from .peft_format import State
+
+CARD = "README.md"
+_MARK = "<!-- lightning_peft writes this file; digest "
+_PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card says beside the config and the tensors of the folder.
+
+    Args:
+        method: Class name and settings.
+        kind: Class of the base model, and whether transformers has it.
+        classes: Number of classes that its head tells apart, if it classifies.
+        base: Fingerprint of the base.
+        task: What HF PEFT calls the base model's task.
+        rows: (what, number of places, parameters) of what trained.
+        total: Parameters of the adapted model.
+        metrics: Results by name.
+    """
+
+    method: Mapping[str, Any]
+    kind: tuple[str, bool]
+    classes: int | None
+    base: str | None
+    task: str | None
+    rows: tuple[tuple[str, int, int], ...]
+    total: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def require_own(folder: Path) -> None:
+    """Raise where a card would replace one that somebody else wrote or edited.
+
+    Raises:
+        FileExistsError: There is one.
+    """
+    path = folder / CARD
+    if path.exists() and not _is_own(path.read_text(encoding="utf-8", errors="replace")):
+        raise FileExistsError(
+            f"{path} was written or edited by somebody else and would be lost. Move it, export into another folder, or "
+            f"pass model_card=False to keep it."
+        )
+
+
+def _is_own(text: str) -> bool:
+    body, _, mark = text.rpartition(_MARK)
+    return mark == f"{_digest(body)} -->\n"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def card(facts: Facts, config: Mapping[str, Any], tensors: State, size: int) -> str:
+    """Return the card of a folder, given its config, its tensors and the size of their file in bytes."""
+    method, name = facts.method["method"], base_name(config)
+    parts = [
+        _front_matter(facts, config),
+        f"# {method} for {name or facts.kind[0]}",
+        f"An adapter in the format of HF PEFT, written by lightning_peft. It belongs to {_base(facts, name)}, whose "
+        "weights it does not hold.",
+        "## Method",
+        table((method, ""), *((key, json.dumps(value)) for key, value in facts.method.items() if key != "method")),
+        "## Parameters",
+        _parameters(facts, size),
+        *(("## Metrics", table(("metric", "value"), *_metrics(facts))) if facts.metrics else ()),
+        "## Loading",
+        _loading(facts, name),
+        f"## vLLM {vllm.VERSION}",
+        _serving(config, tensors, name),
+    ]
+    body = "\n\n".join(parts) + "\n\n"
+    return f"{body}{_MARK}{_digest(body)} -->\n"
+
+
+def base_name(config: Mapping[str, Any]) -> str | None:
+    """Return the base model's name on the hub; None where it is a folder of somebody's machine, or not known."""
+    name = config.get("base_model_name_or_path") or ""
+    return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists() else None
+
+
+def table(head: tuple[str, ...], *rows: tuple[str, ...]) -> str:
+    """Return rows as Markdown."""
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _front_matter(facts: Facts, config: Mapping[str, Any]) -> str:
+    name, pipeline = base_name(config), _PIPELINES.get(facts.task or "")
+    tags = ["lightning-peft", config["peft_type"].lower().replace("_", "-")]
+    entries = {
+        **({"base_model": name} if name else {}),
+        "library_name": "peft",
+        **({"pipeline_tag": pipeline} if pipeline else {}),
+        "tags": [*tags, f"base_model:adapter:{name}"] if name else tags,
+    }
+    lines = [f"{key}: {json.dumps(value)}" for key, value in entries.items()]  # JSON is YAML, too
+    return "\n".join(["---", *lines, "---"])
+
+
+def _base(facts: Facts, name: str | None) -> str:
+    called = f"`{name}` ({facts.kind[0]})" if name else f"a {facts.kind[0]}"
+    return called + (f" of fingerprint `{facts.base}`" if facts.base else "")
+
+
+def _parameters(facts: Facts, size: int) -> str:
+    trained = sum(count for *_, count in facts.rows)
+    share = 100 * trained / max(1, facts.total)
+    rows = [(what, f"{places:,}", f"{count:,}") for what, places, count in facts.rows]
+    rows.append(("all of these", "", f"{trained:,} of {facts.total:,} ({share:.3g} %)"))
+    return table(("trained", "places", "parameters"), *rows) + f"\n\nThe file of tensors takes {size:,} bytes."
+
+
+def _metrics(facts: Facts) -> list[tuple[str, str]]:
+    return [(name, f"{value:.6g}") for name, value in facts.metrics.items()]
+
+
+def _loading(facts: Facts, name: str | None) -> str:
+    kind, known = facts.kind
+    classes = "" if facts.classes is None else f", num_labels={facts.classes}"
+    base = [
+        f"from transformers import {kind}",
+        "",
+        f'model = {kind}.from_pretrained("{name or "path/to/base"}"{classes})',
+    ]
+    lines = base if known else [f"model = ...  # the {kind}"]
+    code = "\n".join([*lines, 'folder = "path/to/this/folder"  # of the hub: huggingface_hub.snapshot_download(...)'])
+    return (
+        f"```python\n{code}\n```\n\nWith lightning_peft:\n\n"
+        f"```python\nimport lightning_peft as lp\n\nlp.import_peft(model, folder)\n```\n\nWith peft:\n\n"
+        f"```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, folder)\n```"
+    )
+
+
+def _serving(config: Mapping[str, Any], tensors: State, name: str | None) -> str:
+    said = "\n".join(f"- {sentence}" for sentence in vllm.problems(config, tensors))
+    if vllm.refusals(config, tensors):
+        return f"{said}\n- Merged into the base model, it is served like any model: `lightning-peft merge`."
+    words = [f"{key} {value}" for key, (value, _) in vllm.options(config, tensors).items()]
+    command = [
+        "vllm serve",
+        name or "path/to/base",
+        "--enable-lora",
+        *words,
+        "--lora-modules adapter=path/to/this/folder",
+    ]
+    shown = f"```\n{' '.join(command)}\n```\n\nThe base model's class in vLLM must take adapters."
+    return f"{said}\n\n{shown}" if said else shown

@@ -1,0 +1,117 @@
+"""Checkpoints of authors' own code, in: loralib's LoRA and T-Few's (IA)3. They hold tensors, and no settings."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..methods import IA3
+from ..structure.layer_types import layer_of
+from ..structure.roles import fused_parts, is_fused
+from .compatibility import require_known
+from .load_imported import place
+from .lora import alpha_of, lora_of
+from .module_names import globs, joined, network
+from .modules_to_save import read_declared
+from .peft_folder import read_tensors
+from .peft_format import Base, State
+
+
+def import_loralib(
+    model: nn.Module, path: str | os.PathLike[str], alpha: float, parts: Sequence[str] = ("query", "value")
+) -> nn.Module:
+    """Inject and load LoRA from a checkpoint of the authors' loralib (https://github.com/microsoft/LoRA).
+
+    That of LitGPT is read as well, for a model of its layers' names, where query, key and value have rows one below the
+    other (``qkv``); older ones, where the rows of heads alternate (``attn.attn``), are refused. Heads and biases in the
+    checkpoint are loaded, and train. The model is unchanged if anything is wrong.
+
+    Args:
+        model: The base model, or a module that holds it.
+        path: File of ``torch.save(lora_state_dict(model))``, or of tensors below ``model``.
+        alpha: The ``lora_alpha`` of training, which the file does not hold: 16 in the authors' scripts for RoBERTa, 32
+            for GPT-2.
+        parts: Of layers that compute query, key and value at once, those that were adapted (``enable_lora``).
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: The file is damaged, or does not fit this model.
+    """
+    base = Base(model, *network(model))
+    hosts, rest = _by_host(read_tensors(path), {"lora_A": "a", "lora_B": "b"})
+    require_known(base, hosts)
+    states, alphas = dict[str, State](), dict[str, float]()
+    for host, own in hosts.items():
+        if own.keys() != {"a", "b"}:
+            raise ValueError(f"{path} has only {sorted(own)} of the two factors of {host}.")
+        scale = alpha / own["b"].shape[1]
+        states[host] = _whole(base.network.get_submodule(host), host, own, parts)
+        alphas[host] = alpha_of(scale, len(states[host]["a"]))
+    place(base, [lora_of(base, "lora", states, alphas)], read_declared(base, rest), str(path))
+    return model
+
+
+def import_t_few(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Inject and load (IA)3 from a checkpoint of T-Few (https://github.com/r-three/t-few).
+
+    Its vectors scale outputs of keys, values and ``wi_1``. The model is unchanged if anything is wrong.
+
+    Args:
+        model: The base model, or a module that holds it.
+        path: The ``finish.pt`` of a run.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: The file is damaged, or does not fit this model.
+    """
+    base = Base(model, *network(model))
+    hosts, rest = _by_host(read_tensors(path), {"multi_lora_b": "scales"})
+    require_known(base, hosts)
+    states = {joined(base.name, host): {"scales": own["scales"].flatten()} for host, own in hosts.items()}
+    targets, exclude = globs(states, model)
+    method = IA3(targets=targets, feedforward_targets=[], exclude=exclude)
+    place(base, [(method, states)], read_declared(base, rest), str(path))
+    return model
+
+
+def _by_host(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> tuple[dict[str, State], State]:
+    hosts, rest = defaultdict[str, State](dict), State()
+    for key, value in tensors.items():
+        host, _, end = key.rpartition(".")
+        if end in names:
+            hosts[host][names[end]] = value
+        else:
+            rest[key] = value
+    if not hosts:
+        raise ValueError(f"No key ends in {' or '.join(names)}, as the tensors of such an adapter do.")
+    return dict(hosts), rest
+
+
+def _whole(host: nn.Module, name: str, own: State, wanted: Sequence[str]) -> State:
+    """Return factors for a whole layer; of a fused one, the parts' A lie below each other and B on the diagonal."""
+    a, b = own["a"], own["b"]
+    out = layer_of(host).shape(host)[0]
+    count, rank = len(a) // b.shape[1], b.shape[1]
+    if count == 1 and len(b) == out:
+        return own
+    if not is_fused(name):
+        raise ValueError(f"{name} has factors of {count} parts, whose order among its rows is not known.")
+    rows = {part: (first, stop) for part, first, stop in fused_parts(host, name)}
+    if count != len(wanted) or any(part not in rows for part in wanted):
+        raise ValueError(f"{name} has factors of {count} parts, but parts={list(wanted)!r}; name those adapted.")
+    whole, start = b.new_zeros(out, len(a)), 0
+    for number, part in enumerate(sorted(wanted, key=lambda part: rows[part])):
+        first, stop = rows[part]
+        whole[first:stop, number * rank : (number + 1) * rank] = b[start : start + stop - first]
+        start += stop - first
+    if start != len(b):
+        raise ValueError(f"{name} has {len(b)} rows of B, expected {start} for {list(wanted)!r}.")
+    return {"a": a, "b": torch.clone(whole)}

@@ -1,0 +1,1 @@
+"""Adapter modules that several methods share."""

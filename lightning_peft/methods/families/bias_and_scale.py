@@ -1,0 +1,64 @@
+"""A linear layer's output, shifted and scaled by learned vectors."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.adapter import Adapter, Call, parameter_like
+from ...structure.layer_types import bias_attribute, layer_of
+from .fused_scaling import scaled_output
+
+
+class BiasAndScale(Adapter):
+    """scale o (host(x) + bias), with ``scale`` (out,) from one and ``bias`` (out,) from zero."""
+
+    part = "affine"  # beside what else the method puts on a host
+
+    def __init__(self, host: Any) -> None:
+        super().__init__()
+        self.layer = layer_of(host)
+        weight, width = self.layer.parameter(host), self.layer.shape(host)[0]
+        self.scale, self.bias = parameter_like(weight, width), parameter_like(weight, width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.scale)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
+        if self.layer.is_read:
+            return inner(*args, **kwargs)  # the host reads its weight and bias, and finds the changed ones
+        return self._called(host, inner, *args, **kwargs)
+
+    def _called(self, host: Any, inner: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        call = functools.partial(inner, *args, **kwargs) if args or kwargs else inner
+        return scaled_output(self.layer, host, call, x, self.scale, self.bias)
+
+    def updated_whole(self, weight: Tensor) -> Tensor:
+        return (weight * self.scale[:, None]).to(weight.dtype)
+
+    def updated_bias(self, bias: Tensor | None) -> Tensor:
+        return self.scale * self.bias if bias is None else (self.scale * (bias + self.bias)).to(bias.dtype)
+
+    @torch.no_grad()
+    def merge(self, host: Any) -> None:
+        """Change weight and bias; a host without a bias gets one.
+
+        Raises:
+            TypeError: The host has no place for a bias.
+        """
+        name = bias_attribute(type(host))
+        if name not in host._parameters:
+            raise TypeError(f"{type(host).__name__} has no place for a bias; keep the adapter, or merge without it.")
+        weight, own = self.layer.read(host), self.layer.bias(host)
+        bias = self.updated_bias(own)
+        scale = self.scale.view(-1, *[1] * (weight.dim() - 1))
+        self.layer.write(host, weight.to(torch.promote_types(weight.dtype, torch.float32)) * scale)
+        if own is None:
+            setattr(host, name, nn.Parameter(bias.to(weight.dtype), requires_grad=False))
+        else:
+            own.copy_(bias)

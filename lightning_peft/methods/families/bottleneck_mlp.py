@@ -1,0 +1,52 @@
+"""Two thin layers with an activation between them, and how wide what comes out of a module is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...core.method import require
+from ...structure.base_model import base_modules
+from ...structure.layer_types import is_called_linear, layer_of, read_attribute
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
+Layer = tuple[Tensor, Tensor | None]  # a weight and a bias
+
+
+def check_bottleneck(size: int, activation: str) -> None:
+    """Raise if the settings of a bottleneck are not what they must be."""
+    require(isinstance(size, int) and size > 0, "size", size, "a positive whole number")
+    require(activation in ACTIVATIONS, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
+
+
+def bottleneck(x: Tensor, down: Layer, up: Layer, activation: str, dropout: float = 0.0) -> Tensor:
+    """Return up(dropout(activation(down(x)))), in the type of ``x``.
+
+    Each row of ``x`` (rows, tokens, features) may have layers of its own: (rows, out, in) and (rows, 1, out).
+    """
+    hidden = ACTIVATIONS[activation](_apply(x, *down))
+    return _apply(F.dropout(hidden, dropout) if dropout > 0 else hidden, *up)
+
+
+def _apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if bias is not None and weight.dim() == 3:
+        return torch.baddbmm(bias, x, weight.mT)
+    return F.linear(x, weight, bias)
+
+
+def output_of(host: nn.Module, name: str) -> tuple[int, Tensor]:
+    """Return how many features a module returns and the weight that computes them: of the last linear layer in it.
+
+    Raises:
+        ValueError: There is no linear layer in it.
+    """
+    modules = [host, *base_modules(host).values()]
+    linear = [m for m in modules if is_called_linear(m) or read_attribute(type(m)) == "weight"]
+    if not linear:
+        raise ValueError(f"{name} ({type(host).__name__}) holds no linear layer, which would tell its width.")
+    layer = layer_of(linear[-1])
+    return layer.shape(linear[-1])[0], layer.parameter(linear[-1])

@@ -1,0 +1,143 @@
+"""Learned scales of what goes into a linear layer or comes out of it, with little kept for backward.
+
+Of an output the scaled one is kept, as its consumer does as a rule. Where tokens are many, the scales go into the
+weight, which backward rebuilds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...core.adapter import Call
+from ...ops.fused_linear import own_types
+from ...ops.parametrizations import column_sums
+from ...structure.layer_types import Layer
+
+_LEAST = 1e-20  # scales nearer to zero act as this, since a result of zeros would not tell their gradient
+
+
+def scaled_output(
+    layer: Layer, host: Any, call: Call, x: Tensor, scales: Tensor, shift: Tensor | None = None
+) -> Tensor:
+    """Return scales o (call(x) + shift), where ``call`` is what runs inside an adapter of ``host``."""
+    if _joins(layer, host, call, x):
+        bias = host.bias if shift is None else shift if host.bias is None else host.bias + shift
+        return _apply(_ScaledLinear, x, layer.read(host), bias, scales)
+    shape = (-1, *[1] * (len(layer.shape(host)) - 2))  # features, and what follows them
+    y: Tensor = call(x)
+    y, scales = y if shift is None else y + shift.view(shape).to(y.dtype), scales.view(shape)
+    if y.dtype == torch.float16 or not torch.is_grad_enabled():  # too narrow to divide a small result again
+        return (y * scales).to(y.dtype)
+    return _apply(_Scaled, y, scales)
+
+
+def scaled_input(layer: Layer, host: Any, call: Call, x: Tensor, scales: Tensor) -> Tensor:
+    """Return call(scales o x), where ``call`` is what runs inside an adapter of ``host``."""
+    if _joins(layer, host, call, x):
+        return _apply(_LinearOfScaled, x, layer.read(host), host.bias, scales)
+    scales = scales.view(-1, *[1] * (len(layer.shape(host)) - 2))
+    result: Tensor = call((x * scales).to(x.dtype))
+    return result
+
+
+def _joins(layer: Layer, host: Any, call: Call, x: Tensor) -> bool:
+    """Whether the host multiplies with a frozen weight that can take the scales in, at less cost than tokens can."""
+    if not layer.multiplies(host, getattr(call, "func", None)):
+        return False
+    trains, wide = torch.is_grad_enabled(), host.weight.dtype in (torch.float32, torch.float64)
+    with own_types(x) as dtype:
+        exact = wide and not (trains and (host.weight.requires_grad or dtype == torch.float16))
+    return exact and x.numel() >= host.weight.numel()
+
+
+def _apply(function: Any, x: Tensor, *args: Any) -> Tensor:
+    with own_types(x) as dtype:
+        result: Tensor = function.apply(x, *args, dtype or x.dtype)
+    return result
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _not_zero(scales: Tensor) -> Tensor:
+    return torch.where(scales.abs() < _LEAST, _LEAST, scales)
+
+
+def _sums(g: Tensor, y: Tensor) -> Tensor:
+    """Return the sums over tokens of g y."""
+    return column_sums(g.flatten(0, -2), y.flatten(0, -2).to(g.dtype), None)
+
+
+class _Scaled(torch.autograd.Function):
+    """scales o y."""
+
+    @staticmethod
+    def forward(y: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        return (y * _not_zero(scales)).to(y.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1], output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (g,) = grads
+        scales, y = ctx.saved_tensors
+        sums = _sums(g, y) if scales.dim() == 1 else (g * y).float().sum_to_size(scales.shape)
+        factor = _not_zero(scales)
+        return (g * factor).to(g.dtype), (sums / factor).to(scales.dtype), None
+
+
+class _ScaledLinear(torch.autograd.Function):
+    """scales o (x W^T + bias)."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        scales = _not_zero(scales)
+        return _product(x, weight * scales[:, None], None if bias is None else bias * scales, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, scales, _ = inputs
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(weight, scales, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (g,) = grads
+        weight, scales, y = ctx.saved_tensors
+        with own_types(g):
+            factor = _not_zero(scales)
+            by_x = (g @ (weight * factor[:, None]).to(g.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+            by_bias = g.flatten(0, -2).sum(0) * factor if ctx.needs_input_grad[2] else None
+            by_scales = (_sums(g, y) / factor).to(scales.dtype)
+        return by_x, None, by_bias, by_scales, None
+
+
+class _LinearOfScaled(torch.autograd.Function):
+    """(scales o x) W^T + bias."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        return _product(x, weight * scales, bias, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, scales, _ = inputs
+        ctx.save_for_backward(x, weight, scales)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (g,) = grads
+        x, weight, scales = ctx.saved_tensors
+        with own_types(g):
+            by_scaled = g @ weight.to(g.dtype)
+            by_x = (by_scaled * scales).to(x.dtype) if ctx.needs_input_grad[0] else None
+            by_bias = g.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+            by_scales = _sums(by_scaled, x).to(scales.dtype)
+        return by_x, None, by_bias, by_scales, None

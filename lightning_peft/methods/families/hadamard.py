@@ -1,0 +1,121 @@
+"""Updates that are the elementwise product of two matrices of low rank, which may have full rank itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.adapter import WeightUpdate, parameter_like
+from ...ops.fused_linear import Update
+from ...ops.parametrizations import Hadamard, LowRank
+from ...structure.layer_types import LinearKind
+
+
+class HadamardUpdate(WeightUpdate):
+    """Adds f(W1) o (f(W2) + shift) with Wi = Xi Yi^T, Xi (out, rank) and Yi (in, rank); f is the identity or tanh.
+
+    With cores, Wi of a convolution is Ti x1 Xi x2 Yi with Ti (rank, rank, *kernel); without, Yi has in * kernel rows.
+
+    Args:
+        host: Layer to update.
+        rank: Rank of both matrices.
+        tanh: Whether f is tanh.
+        shift: What is added to the second matrix; 1 makes it a personal correction of the first.
+        cores: Whether the matrices of a convolution have cores.
+        observed: Whether to collect the gradient of the update in ``jacobian``, (out, in, *kernel), while training.
+        part: Rows of a fused layer to update.
+    """
+
+    axes = {"x1": ("out", None), "x2": ("out", None), "y1": ("in", None), "y2": ("in", None)}
+
+    def __init__(
+        self,
+        host: Any,
+        rank: int,
+        tanh: bool = False,
+        shift: float = 0.0,
+        cores: bool = True,
+        observed: bool = False,
+        part: tuple[str, int, int] | None = None,
+    ) -> None:
+        super().__init__(host, part)
+        out, features, *kernel = self.shape
+        self.form, self.observed, self.jacobian = Hadamard(tanh, shift), observed, None
+        self.personal = ("x2", "y2", "t2") if shift else ()
+        weight = self.layer.parameter(host)
+        columns = features if cores else features * math.prod(kernel)
+        self.x1, self.x2 = (parameter_like(weight, out, rank) for _ in range(2))
+        self.y1, self.y2 = (parameter_like(weight, columns, rank) for _ in range(2))
+        has_cores = bool(kernel) and cores
+        self.t1, self.t2 = (parameter_like(weight, rank, rank, *kernel) if has_cores else None for _ in range(2))
+        terms = rank * (rank + 1 if shift else rank)
+        cheap = 2 * terms * (out + features) < out * features
+        self.skinny = isinstance(self.layer, LinearKind) and not tanh and (cheap or self.layer.looks_up)
+        self.reset_parameters()
+
+    jacobian: Tensor | None
+
+    def reset_parameters(self) -> None:
+        """Start at no update: X1 zero, the others normal as He et al. have it, by the authors' fan-ins."""
+        for factor in self.factors():
+            fan_in = math.prod(factor.shape[1:]) if factor.dim() > 2 else len(factor)
+            nn.init.normal_(factor, std=math.sqrt(2 / fan_in))
+        nn.init.zeros_(self.x1)
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """Return X1, Y1, X2, Y2 and, if there are cores, T1 and T2."""
+        cores = (self.t1, self.t2) if self.t1 is not None and self.t2 is not None else ()
+        return self.x1, self.y1, self.x2, self.y2, *cores
+
+    def composed(self, *factors: Tensor) -> Tensor:
+        """Return the update that these factors make, of shape (out, in, *kernel)."""
+        x1, y1, x2, y2, *cores = factors
+        if not cores:
+            one, two = self.form.pair(x1, y1, x2, y2)
+        else:
+            t1, t2 = cores
+            one, two = (torch.einsum("ab...,oa,ib->oi...", t, x, y) for t, x, y in ((t1, x1, y1), (t2, x2, y2)))
+            one, two = self.form.bend(one, two)
+        return (one * two).view(self.shape)
+
+    def delta(self) -> Tensor:
+        return self.composed(*self.factors())
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Return A and B with B A = W1 o (W2 + shift): the products of each column of X1 and Y1 with each of X2, Y2."""
+        second: list[Tensor] = [self.x2, self.y2]
+        if self.form.shift:
+            second = [torch.cat([t, t.new_ones(len(t), 1)], 1) for t in second]
+        x, y = (
+            (one[:, :, None] * two[:, None]).flatten(1) for one, two in zip((self.x1, self.y1), second, strict=True)
+        )
+        return y.T, x
+
+    def update(self, host: Any, x: Tensor) -> Tensor:
+        dtype = x.dtype if x.is_floating_point() else self.x1.dtype
+        if self.skinny and not self._observes():
+            a, b = (factor.to(dtype) for factor in self.pair())
+            return self.layer.mix(host, self.layer.apply(host, x, a), b)
+        delta = self.delta()
+        if self._observes():
+            delta.register_hook(self._observe)  # type: ignore[no-untyped-call]
+        return self.layer.apply(host, x, delta.to(dtype))
+
+    def in_form(self) -> Update | None:
+        if self._observes() or not isinstance(self.layer, LinearKind):
+            return None
+        if self.skinny:
+            return Update(LowRank(1.0), self.rows, self.pair())
+        return Update(self.form, self.rows, self.factors())
+
+    def _observes(self) -> bool:
+        return self.observed and self.training and torch.is_grad_enabled()
+
+    def _observe(self, gradient: Tensor) -> None:
+        self.jacobian = gradient.detach() if self.jacobian is None else self.jacobian + gradient.detach()
+
+    def extra_repr(self) -> str:
+        return f"rank={self.x1.shape[1]}, tanh={self.form.tanh}, shift={self.form.shift:g}"

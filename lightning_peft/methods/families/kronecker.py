@@ -1,0 +1,90 @@
+"""Kronecker products A kron B: which shapes fit a layer, how the factors start, and the product with activations."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ...core.method import require
+
+
+def check_kronecker(shape_a: Sequence[int] | None, factor: int | None, scale: float) -> None:
+    """Raise a ``ValueError`` if settings are wrong for every layer."""
+    whole = shape_a is None or (len(shape_a) == 2 and all(type(side) is int and side > 0 for side in shape_a))
+    require(whole, "shape_a", shape_a, "two positive whole numbers or None")
+    require(factor is None or (type(factor) is int and factor > 0), "factor", factor, "a positive whole number or None")
+    require(shape_a is None or factor is None, "factor", factor, "None where shape_a is given")
+    require(math.isfinite(scale) and scale > 0, "scale", scale, "a positive number")
+
+
+def shape_of_a(
+    name: str, inputs: int, outputs: int, shape_a: Sequence[int] | None, factor: int | None, kernel: int = 1
+) -> tuple[int, int]:
+    """Return (a1, a2): as given, or the largest divisors up to ``factor``, or what needs the fewest parameters.
+
+    Args:
+        name: Layer, for the message.
+        inputs: What a1 divides.
+        outputs: What a2 divides.
+        shape_a: The shape as given.
+        factor: The largest side.
+        kernel: Number of places of a convolution's kernel, which B has and A has not.
+
+    Raises:
+        ValueError: The given shape does not divide.
+    """
+    if shape_a is not None:
+        a1, a2 = shape_a
+        fits = f"[a1, a2] with a1 dividing {inputs} (in; near: {_near(inputs, a1)})"
+        fits = f"{fits} and a2 dividing {outputs} (out; near: {_near(outputs, a2)})"
+        require(inputs % a1 == 0 and outputs % a2 == 0, f"shape_a at {name}", list(shape_a), fits)
+        return a1, a2
+    if factor is not None:
+        a1, a2 = (max(d for d in _divisors(side) if d <= factor) for side in (inputs, outputs))
+        return a1, a2
+    return _smallest(inputs, outputs, kernel)
+
+
+def start_factors(a: Tensor, b: Tensor) -> None:
+    """Fill A and B so that A kron B = 0: A is Kaiming uniform over its a1 inputs, B zero, as LyCORIS does.
+
+    peft's LoKr sets the other factor to zero.
+    """
+    nn.init.kaiming_uniform_(a.detach().T, a=math.sqrt(5))  # whose rows are outputs
+    nn.init.zeros_(b)
+
+
+def times_kronecker(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return x (A kron B) for x (..., a1 b1), as A^T X B with X (a1, b1): two small products, the cheaper one first."""
+    a, b = a.to(x.dtype), b.to(x.dtype)
+    (a1, a2), (b1, b2) = a.shape, b.shape
+    grid = x.reshape(*x.shape[:-1], a1, b1)
+    b_first = a1 * b2 * (b1 + a2) <= a2 * b1 * (a1 + b2)
+    y: Tensor = a.T @ (grid @ b) if b_first else (a.T @ grid) @ b
+    return y.flatten(-2)
+
+
+@functools.cache
+def _smallest(inputs: int, outputs: int, kernel: int) -> tuple[int, int]:
+    """Return (a1, a2) with the fewest numbers in A and B; among equals the highest rank, then the tallest A."""
+
+    def merit(shape: tuple[int, int]) -> tuple[int, int, int]:
+        (a1, a2), (b1, b2) = shape, (inputs // shape[0], outputs // shape[1])
+        return a1 * a2 + b1 * b2 * kernel, -min(a1, a2) * min(b1 * kernel, b2), -a1
+
+    return min(((a1, a2) for a1 in _divisors(inputs) for a2 in _divisors(outputs)), key=merit)
+
+
+@functools.cache
+def _divisors(number: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def _near(number: int, wish: int) -> str:
+    divisors = _divisors(number)
+    below = [d for d in divisors if d <= wish][-2:]
+    return ", ".join(map(str, [*below, *[d for d in divisors if d > wish][:2]]))

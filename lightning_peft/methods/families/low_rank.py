@@ -1,0 +1,121 @@
+"""Updates of low rank, whatever their factors are made of: scale B A."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...core.adapter import WeightUpdate
+from ...ops.fused_linear import Update, dropped_low_rank
+from ...ops.parametrizations import LowRank
+from ...structure.layer_types import LinearKind
+
+
+class LowRankUpdate(WeightUpdate):
+    """Adds scale B A to a weight, with A of shape (rank, in, *kernel) and B of shape (out, rank).
+
+    Args:
+        host: Layer to update.
+        scale: Factor of the update.
+        dropout: Probability with which inputs are dropped in training; not where inputs are indices.
+        part: Rows of a fused layer to update.
+    """
+
+    def __init__(self, host: Any, scale: float, dropout: float = 0.0, part: tuple[str, int, int] | None = None) -> None:
+        super().__init__(host, part)
+        self.scale, self.dropout = scale, 0.0 if self.layer.looks_up else dropout
+
+    @abstractmethod
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Return A and B."""
+
+    def delta(self) -> Tensor:
+        a, b = self.pair()
+        return self.scale * (b @ a.flatten(1)).view(self.shape)
+
+    def update(self, host: Any, x: Tensor) -> Tensor:
+        if not self.layer.factorizes(host):
+            return self.layer.apply(host, self.dropped(x), self.delta().to(x.dtype))
+        a, b = self.pair()
+        if self._drops() and isinstance(self.layer, LinearKind):
+            return dropped_low_rank(x, a, b, self.scale, self.dropout)
+        if x.is_floating_point():
+            a, b = a.to(x.dtype), b.to(x.dtype)
+        return self.layer.mix(host, self.layer.apply(host, self.dropped(x), a) * self.scale, b)
+
+    def in_form(self) -> Update | None:
+        a, b = self.pair()
+        if self._drops() or (torch.is_grad_enabled() and not a.requires_grad):  # B alone needs no more than A x
+            return None
+        return Update(LowRank(self.scale), self.rows, (a, b))
+
+    def row_values(self) -> tuple[Any, ...]:
+        if self.alone or (self.dropout and self.training) or not self.layer.maps_features:
+            return ()
+        return LowRankUpdate, *self.pair(), self.scale
+
+    def leaving(self, host: Any, x: Tensor, y: Tensor, *values: Any) -> Tensor:
+        if not values:
+            return super().leaving(host, x, y)
+        a, b, scale = values
+        first, stop = self.rows
+        if stop - first < y.shape[-1]:
+            b = F.pad(b, (0, 0, first, y.shape[-1] - stop))
+        hidden, b = torch.bmm(x, a.to(x.dtype).mT), b.to(x.dtype)
+        hidden = hidden if isinstance(scale, float) and scale == 1.0 else (hidden * scale).to(hidden.dtype)
+        if y.dtype == hidden.dtype == b.dtype:
+            return torch.baddbmm(y, hidden, b.mT)
+        return y + torch.bmm(hidden, b.mT).to(y.dtype)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Return inputs after dropout."""
+        return F.dropout(x, self.dropout) if self._drops() else x
+
+    def _drops(self) -> bool:
+        return self.training and self.dropout > 0
+
+
+def _kaiming(a: Tensor, b: Tensor, looks_up: bool) -> None:
+    if looks_up:  # the factor that an index selects from starts at zero, as in the authors' code
+        nn.init.zeros_(a)
+        nn.init.normal_(b)
+    else:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as the authors' code; the paper says Gaussian
+        nn.init.zeros_(b)
+
+
+def _gaussian(a: Tensor, b: Tensor, looks_up: bool) -> None:
+    random, zero = (b, a) if looks_up else (a, b)
+    nn.init.normal_(random, std=1 / len(a))
+    nn.init.zeros_(zero)
+
+
+@torch.no_grad()
+def _orthogonal(a: Tensor, b: Tensor, looks_up: bool) -> None:
+    rank = len(a)
+    basis = torch.linalg.qr(torch.randn(rank, rank, dtype=a.dtype, device=a.device)).Q
+    of_a, of_b = basis[: (rank + 1) // 2], basis[(rank + 1) // 2 :]
+    inputs = torch.randn(len(of_a), a[0].numel(), dtype=a.dtype, device=a.device)
+    outputs = torch.randn(len(b), len(of_b), dtype=b.dtype, device=b.device)
+    a.copy_((of_a.T @ inputs).view_as(a) / 10)
+    b.copy_(outputs @ of_b / 10)
+
+
+def _pissa(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    root = (s[:rank] / scale).sqrt()
+    return root[:, None] * v[:rank], u[:, :rank] * root
+
+
+def _olora(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    q, r = torch.linalg.qr(weight)
+    return r[:rank], q[:, :rank]
+
+
+RANDOM = {"kaiming": _kaiming, "gaussian": _gaussian, "orthogonal": _orthogonal}  # fill A and B, so that B A = 0
+FROM_WEIGHT = {"pissa": _pissa, "olora": _olora}  # A and B from a weight of shape (out, in), rank and scale

@@ -1,0 +1,198 @@
+"""Prefixes, once for all methods that have them: learned keys and values that every query of an attention call sees."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...core.adapter import Adapter, Call, parameter_like
+from ...structure.attention import call_changed, key_value, require_interceptable
+
+_UNMERGEABLE = "no weight gives keys and values that do not depend on the input"
+
+
+class PrefixEncoder(nn.Module):
+    """tanh(E W^T + b) of shape (length, hidden): the part of a reparameterization that all prefixes share.
+
+    Args:
+        like: Tensor whose device, and type if it is wider than float32, the parameters have.
+        length: Number of rows of E.
+        features: Width of E.
+        hidden: Width of the result.
+    """
+
+    def __init__(self, like: Tensor, length: int, features: int, hidden: int) -> None:
+        super().__init__()
+        self.embedding = parameter_like(like, length, features)
+        self.linear = _linear(like, features, hidden)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.embedding)
+        self.linear.reset_parameters()
+
+    def forward(self) -> Tensor:
+        return torch.tanh(self.linear(self.embedding))
+
+
+class SharedEncoder(Adapter):
+    """Holds what the prefixes share, around all of their hosts; changes nothing there.
+
+    In such a place sharding has the parameters whole during the calls of all hosts.
+    """
+
+    part, unmergeable = "encoder", _UNMERGEABLE
+
+    def __init__(self, encoder: PrefixEncoder) -> None:
+        super().__init__()
+        self.encoder: PrefixEncoder | None = encoder
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.encoder is not None:
+            self.encoder.reset_parameters()
+
+    def pack(self) -> dict[str, Tensor]:
+        return {}
+
+    def finalize(self) -> None:
+        self.encoder = None
+
+    def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
+        return inner(*args, **kwargs)
+
+
+class Prefix(Adapter):
+    """Keys and values in front of those that an attention module computes: K' = [P_k; K], V' = [P_v; V].
+
+    P_k is (length, heads * size) and so is P_v, with the heads that the module computes keys for. With an encoder,
+    [P_k, P_v] = H W^T + b for the H that all prefixes share, and W, b of this one. Heads are read from the call.
+
+    Args:
+        like: Tensor whose device, and type if it is wider than float32, the parameters have.
+        widths: Of keys and of values, all heads together.
+        length: Number of keys.
+        dropout: Probability with which numbers of the prefix are dropped in training, anew in each row of a batch.
+        encoder: What computes H.
+    """
+
+    unmergeable, shows = _UNMERGEABLE, {"tokens": "key"}
+
+    def __init__(
+        self, like: Tensor, widths: tuple[int, int], length: int, dropout: float, encoder: PrefixEncoder | None = None
+    ) -> None:
+        super().__init__()
+        self.widths, self.dropout = widths, dropout
+        self.shared = (encoder,)  # in a tuple, since it is registered where it is held
+        self.projection = None if encoder is None else _linear(like, encoder.linear.out_features, sum(widths))
+        if encoder is None:
+            self.key, self.value = (parameter_like(like, length, width) for width in widths)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.projection is not None:
+            self.projection.reset_parameters()
+            return
+        nn.init.normal_(self.key)
+        nn.init.normal_(self.value)
+
+    def key_value(self) -> tuple[Tensor, Tensor]:
+        """Return P_k and P_v."""
+        (encoder,) = self.shared
+        if encoder is None or self.projection is None:
+            return self.key, self.value
+        device = self.projection.weight.device.type
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):  # as the finalized form is
+            key, value = self.projection(encoder()).split(self.widths, -1)
+        return key, value
+
+    def pack(self) -> dict[str, Tensor]:
+        return dict(zip(("key", "value"), self.key_value(), strict=True))
+
+    def finalize(self) -> None:
+        if self.projection is not None:
+            self.key, self.value = (nn.Parameter(x.detach().clone()) for x in self.key_value())
+            self.shared, self.projection = (None,), None
+
+    def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
+        prefix = self.key_value()
+
+        def prefixed(attend: Call, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **settings: Any) -> Tensor:
+            key, value = (self._joined(p, x) for p, x in zip(prefix, (key, value), strict=True))
+            return attend_joined(attend, len(prefix[0]), query, key, value, *rest, **settings)
+
+        return call_changed(prefixed, host, inner, *args, **kwargs)
+
+    def _joined(self, prefix: Tensor, x: Tensor) -> Tensor:
+        """P (length, heads * size) and x (batch, heads, n, size) -> (batch, heads, length + n, size)."""
+        if x.dim() != 4 or prefix.shape[1] % x.shape[-1] or x.shape[1] % (prefix.shape[1] // x.shape[-1]):
+            raise ValueError(
+                f"The attention call has keys or values {tuple(x.shape)}, which the prefix {tuple(prefix.shape)} "
+                f"does not fit; expected (batch, heads, tokens, size)."
+            )
+        rows = prefix.to(x.dtype).view(len(prefix), -1, x.shape[-1]).transpose(0, 1).expand(len(x), -1, -1, -1)
+        if self.training and self.dropout:
+            rows = F.dropout(rows, self.dropout)
+        if rows.shape[1] != x.shape[1]:  # the caller repeated grouped heads
+            rows = rows.repeat_interleave(x.shape[1] // rows.shape[1], 1)
+        return torch.cat([rows, x], -2)
+
+
+def attend_joined(
+    attend: Call,
+    length: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **settings: Any,
+) -> Tensor:
+    """Attend to ``length`` more keys and values, at the front, than the call knew; every query sees them.
+
+    A causal call stays one without a mask, and so with the kernel that it had: as many empty queries come first as
+    there are new keys. Where the prefix is longer than the text, a mask is less work.
+    """
+    queries, keys, empty = query.shape[-2], key.shape[-2], 0
+    if is_causal and length <= queries:
+        query, empty = F.pad(query, (0, 0, length, 0)), length
+    elif is_causal:
+        attn_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(length)
+        is_causal = False
+    elif attn_mask is not None:
+        attn_mask = attn_mask.expand(*attn_mask.shape[:-1], keys - length)
+        attn_mask = F.pad(attn_mask, (length, 0), value=attn_mask.dtype == torch.bool)
+    output: Tensor = attend(query, key, value, attn_mask, dropout_p, is_causal, **settings)
+    return output[..., empty:, :]
+
+
+def prefixes(
+    model: nn.Module, hosts: Mapping[str, nn.Module], length: int, dropout: float, hidden: int | None
+) -> Iterator[tuple[str, Adapter]]:
+    """Yield (host's name, adapter) of a prefix for each attention module; with a hidden size, of the encoder first."""
+    encoder = None
+    for name, host in hosts.items():
+        require_interceptable(model, name)
+        project = key_value(model, name)
+        like = project.weight(host)
+        if hidden is not None and encoder is None:
+            encoder = PrefixEncoder(like, length, project.inputs(host)[0], hidden)
+            yield _around(model, list(hosts)), SharedEncoder(encoder)
+        yield name, Prefix(like, project.outputs(host), length, dropout, encoder)
+
+
+def _around(model: nn.Module, names: list[str]) -> str:
+    """Return the name of the innermost module that is called and holds all these."""
+    path = ".".join(os.path.commonprefix([name.split(".") for name in names]))
+    while path and type(model.get_submodule(path)).forward is nn.Module.forward:
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _linear(like: Tensor, features: int, out: int) -> nn.Linear:
+    return nn.Linear(features, out, device=like.device, dtype=parameter_like(like).dtype)

@@ -1,0 +1,103 @@
+"""Prefixes that start as what the model itself computes for some words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...core.adapter import Adapter, Call
+from ...core.eval_mode import evaluating
+from ...core.method import require
+from ...structure.attention import AttentionCalls
+from .prefix import Prefix
+from .virtual_tokens import backbones, names_of
+
+STEPS, LEARNING_RATE = 500, 1e-4  # of the fit, as in the authors' code
+
+
+def start_as_words(model: nn.Module, adapters: Sequence[tuple[str, Adapter]], words: Sequence[int]) -> None:
+    """Give prefixes the keys and values that attention modules compute for words, as the model is now.
+
+    A perceptron is fitted to them: mean squared error, Adam, ``STEPS`` steps, no randomness but that of its start.
+
+    Args:
+        model: Holds a transformers backbone, with its weights.
+        adapters: (host's name, adapter) of prefixes, and of what they share.
+        words: Ids of as many tokens as the prefixes are long.
+
+    Raises:
+        ValueError: The model has no values yet, reads no tokens, or does not call an attention module.
+    """
+    own = {name: adapter for name, adapter in adapters if isinstance(adapter, Prefix)}
+    require(
+        not any(p.is_meta for p in model.parameters()), "init", "text", "'random' while the model is on the meta device"
+    )
+    found = _computed(model, list(own), words)
+    wanted = {name: _flat(found[name], prefix) for name, prefix in own.items()}
+    trained = list({id(p): p for _, adapter in adapters for p in adapter.parameters()}.values())
+    if not any(prefix.projection for prefix in own.values()):
+        with torch.no_grad():
+            for name, prefix in own.items():
+                prefix.key.copy_(wanted[name][0])
+                prefix.value.copy_(wanted[name][1])
+        return
+    with torch.enable_grad():
+        optimizer = torch.optim.Adam(trained, lr=LEARNING_RATE)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            errors = [F.mse_loss(torch.cat(p.key_value(), 1), torch.cat(wanted[name], 1)) for name, p in own.items()]
+            torch.autograd.backward(torch.stack(errors).mean())
+            optimizer.step()
+        optimizer.zero_grad()
+
+
+def _computed(model: nn.Module, names: Sequence[str], words: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return keys and values (heads, tokens, size) of attention modules by name."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    entered: list[str] = []
+
+    def record(attend: Call, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **settings: Any) -> Any:
+        if entered:
+            found[entered[-1]] = key[0], value[0]
+        return attend(query, key, value, *rest, **settings)
+
+    calls = AttentionCalls(record)
+    with torch.no_grad(), evaluating(model), _noting(model, names, entered), calls:
+        for name, host in backbones(model):
+            require(
+                "input_ids" in names_of(host), "init", "text", f"'random', as {name or 'the model'} reads no tokens"
+            )
+            ids = torch.tensor([words], device=next(host.parameters()).device)
+            host(input_ids=ids, **({"decoder_input_ids": ids} if host.config.is_encoder_decoder else {}))
+    missing = [name for name in names if name not in found]
+    require(not missing, "init", "text", f"'random', since no transformers backbone calls {missing[:3]}")
+    return found
+
+
+def _flat(pair: tuple[Tensor, Tensor], prefix: Prefix) -> tuple[Tensor, Tensor]:
+    """(heads, tokens, size) -> (tokens, width), one head of each group where the caller repeated them."""
+    key, value = (
+        x[:: len(x) * x.shape[-1] // width].transpose(0, 1).flatten(1).to(torch.promote_types(x.dtype, torch.float32))
+        for x, width in zip(pair, prefix.widths, strict=True)
+    )
+    return key, value
+
+
+@contextmanager
+def _noting(model: nn.Module, names: Sequence[str], entered: list[str]) -> Iterator[None]:
+    """Context in which ``entered`` grows by the name of each of these modules that is called."""
+
+    def note(name: str) -> Any:
+        return lambda module, args: entered.append(name)
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

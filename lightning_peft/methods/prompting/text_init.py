@@ -1,0 +1,96 @@
+"""From words to what a model knows of them: their ids, and virtual tokens that start as their embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.method import Method, require
+
+COMMON = 5000  # how many tokens of a vocabulary count as its most common
+
+
+def token_ids(model: nn.Module, text: str, tokenizer: str = "", field: str = "init_text") -> list[int]:
+    """Return the ids of a text's tokens, without those that a tokenizer sets around a text.
+
+    Args:
+        model: Transformers model; it tells its tokenizer, unless it was built from a configuration.
+        text: What to encode.
+        tokenizer: Folder or name of the tokenizer, if it is not the model's own.
+        field: Which setting the text is, for the message of an error.
+
+    Raises:
+        ValueError: No tokenizer is known, or the text has no token.
+    """
+    from transformers import AutoTokenizer
+
+    named = [getattr(getattr(m, "config", None), "_name_or_path", "") for m in model.modules()]
+    source = tokenizer or next(filter(None, named), "")
+    require(bool(source), "tokenizer", tokenizer, "a folder or name, since the model does not tell its own")
+    ids: list[int] = AutoTokenizer.from_pretrained(source)(text, add_special_tokens=False)["input_ids"]
+    require(len(ids) > 0, field, text, "a text with at least one token")
+    return ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptStart:
+    """How virtual tokens start; see the arguments of ``PromptTuning``.
+
+    Raises:
+        ValueError: A setting is not what it must be.
+    """
+
+    length: int
+    init: str
+    init_text: str
+    labels: list[str]
+    tokenizer: str
+
+    def __post_init__(self) -> None:
+        kinds = ("random", "vocabulary", "text", "labels")
+        require(isinstance(self.length, int) and self.length > 0, "length", self.length, "a positive whole number")
+        require(self.init in kinds, "init", self.init, "'random', 'vocabulary', 'text' or 'labels'")
+        text, labels = self.init == "text", self.init == "labels"
+        require(bool(self.init_text) == text, "init_text", self.init_text, "given with init='text' alone")
+        require(bool(self.labels) == labels, "labels", self.labels, "given with init='labels' alone")
+        require(
+            len(self.labels) <= self.length, "labels", self.labels, f"at most {self.length}, one for each virtual token"
+        )
+
+    @classmethod
+    def of(cls, method: Method) -> PromptStart:
+        """Take the settings of a method that has fields of these names."""
+        return cls(**{field.name: getattr(method, field.name) for field in fields(cls)})
+
+    def fill(self, prompt: Tensor, table: nn.Module | None, model: nn.Module) -> None:
+        """Fill virtual tokens (..., length, features), in place.
+
+        Args:
+            prompt: What to fill; each of several prompts starts by itself.
+            table: Input embeddings of the model, which a random start does not need.
+            model: It tells its tokenizer.
+        """
+        if self.init == "random":
+            nn.init.uniform_(prompt, -0.5, 0.5)
+            return
+        require(table is not None, "init", self.init, "'random' where targets come without embeddings")
+        require(not prompt.is_meta, "init", self.init, "'random' while the model has no values yet (meta device)")
+        with torch.no_grad():
+            for one in prompt.view(-1, *prompt.shape[-2:]):
+                one.copy_(self._embeddings(table, model))
+
+    def _embeddings(self, table: Any, model: nn.Module) -> Tensor:
+        def embed(ids: Tensor | list[int]) -> Tensor:
+            found: Tensor = table(torch.as_tensor(ids, device=table.weight.device))
+            return found
+
+        if self.init == "text":
+            ids = token_ids(model, self.init_text, self.tokenizer)
+            return embed((ids * -(-self.length // len(ids)))[: self.length])
+        means = [embed(token_ids(model, label, self.tokenizer, "labels")).mean(0) for label in self.labels]
+        rest, common = self.length - len(means), min(COMMON, len(table.weight))
+        require(rest <= common, "length", self.length, f"at most {common + len(means)}, the size of the vocabulary")
+        return torch.cat([*(mean[None] for mean in means), embed(torch.randperm(common)[:rest])])

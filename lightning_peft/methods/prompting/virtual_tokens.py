@@ -1,0 +1,205 @@
+"""Virtual tokens, once for all prompt methods: they enter a backbone's call, and leave its output again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.adapter import Call
+from ...structure.base_model import base_modules
+from .strip_outputs import without
+
+
+class Insertion:
+    """Puts virtual tokens before the first token of each row that is no padding.
+
+    Args:
+        length: Number p of virtual tokens.
+        mask: Padding mask of shape (batch, n), zero or False at padding; without one the rows have no padding.
+    """
+
+    def __init__(self, length: int, mask: Tensor | None) -> None:
+        self.length, self.index = length, None
+        lead = None if mask is None else _lead(mask)
+        if mask is not None and lead is not None:
+            place = torch.arange(mask.shape[-1] + length, device=mask.device).expand(len(mask), -1)
+            inside = torch.where(place < lead + length, place - lead, place)
+            self.index = torch.where(place < lead, place + length, inside)  # into [virtual tokens; tokens]
+            place = place[:, : mask.shape[-1]]
+            self.kept = torch.where(place < lead, place, place + length)
+
+    def insert(self, virtual: Tensor, tokens: Tensor) -> Tensor:
+        """(batch, p, ...) into (batch, n, ...) -> (batch, p + n, ...)."""
+        joined = torch.cat([virtual, tokens], 1)
+        return joined if self.index is None else _take(joined, self.index)
+
+    def remove(self, x: Tensor) -> Tensor:
+        """(batch, p + n, ...) -> (batch, n, ...)."""
+        # In one piece: a head would multiply rows one by one otherwise.
+        return x[:, self.length :].contiguous() if self.index is None else _take(x, self.kept)
+
+    def mask(self, mask: Tensor) -> Tensor:
+        """Extend a mask by visible virtual tokens."""
+        return self.insert(mask.new_ones(len(mask), self.length), mask)
+
+    def positions(self, positions: Tensor) -> Tensor:
+        """Let virtual tokens take the first positions, and move the tokens on by p."""
+        if self.index is not None:
+            positions = positions.expand(len(self.index), -1)
+            first = positions.gather(1, self.index.argmin(1, keepdim=True).clamp(max=positions.shape[1] - 1))
+        else:
+            first = positions[:, :1]
+        moved = torch.where(positions >= first, positions + self.length, positions)
+        return self.insert(first + torch.arange(self.length, device=positions.device), moved)
+
+
+def surround(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, keep: bool = False) -> Any:
+    """Call a backbone with virtual tokens inserted; its output has the positions of its input.
+
+    Once a cache holds the virtual tokens, only masks and positions are still moved.
+
+    Args:
+        host: Module that takes ``input_ids`` or ``inputs_embeds``, and ``attention_mask``.
+        inner: The host's own call.
+        call: Arguments by name.
+        prompt: Shape (p, features), or (batch, p, features) with an own prompt for each row.
+        keep: Whether the output keeps the virtual tokens, as an encoder's does for cross-attention.
+    """
+    call = dict(call)
+    length, mask = prompt.shape[-2], call.get("attention_mask")
+    if mask is not None and mask.dim() != 2:
+        raise ValueError(f"attention_mask must be (batch, tokens) where virtual tokens enter, got {tuple(mask.shape)}.")
+    where = Insertion(length, mask)
+    if mask is not None:
+        call["attention_mask"] = where.mask(mask)
+    past = call.get("past_key_values")
+    if past is not None and past.get_seq_length() > 0:
+        for name in ("position_ids", "cache_position"):
+            if call.get(name) is not None:
+                call[name] = call[name] + length
+        return inner(**call)
+
+    tokens = embedded(host, call)
+    _refuse_length(host, length + tokens.shape[1])
+    call["inputs_embeds"] = where.insert(prompt.to(tokens.dtype).expand(len(tokens), -1, -1), tokens)
+    if call.get("position_ids") is not None:
+        call["position_ids"] = where.positions(call["position_ids"])
+    if call.get("token_type_ids") is not None:
+        types = call["token_type_ids"]
+        call["token_type_ids"] = where.insert(types.amin(1, keepdim=True).expand(-1, length), types)
+    if call.get("cache_position") is not None:
+        call["cache_position"] = torch.arange(length + tokens.shape[1], device=tokens.device)
+    output = inner(**call)
+    return output if keep else without(output, where.remove, getattr(host, "pooler", None))
+
+
+def surround_embedded(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, first: str) -> Any:
+    """Call a module that takes and returns (batch, tokens, features) with virtual tokens inserted.
+
+    Padding may be marked by ``attention_mask`` (zero at padding) or ``src_key_padding_mask`` (True at padding).
+
+    Args:
+        host: Such a module, as torch's encoder is one.
+        inner: The host's own call.
+        call: Arguments by name.
+        prompt: Shape (p, features), or (batch, p, features) with an own prompt for each row.
+        first: Name of the argument that is (batch, tokens, features).
+    """
+    call = dict(call)
+    x: Tensor = call.pop(first)
+    mask, padding = call.get("attention_mask"), call.get("src_key_padding_mask")
+    for name in ("mask", "src_mask", "attn_mask"):
+        if call.get(name) is not None:
+            raise ValueError(f"Virtual tokens cannot extend {name!r} of {type(host).__name__}; use a padding mask.")
+    if padding is not None and padding.dtype != torch.bool:
+        raise ValueError(f"src_key_padding_mask must be boolean where virtual tokens enter, got {padding.dtype}.")
+    where = Insertion(prompt.shape[-2], ~padding if padding is not None else mask)
+    if mask is not None:
+        call["attention_mask"] = where.mask(mask)
+    if padding is not None:
+        call["src_key_padding_mask"] = ~where.mask(~padding)
+    output = inner(where.insert(prompt.to(x.dtype).expand(len(x), -1, -1), x), **call)
+    return without(output, where.remove)
+
+
+def enter(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, first: str) -> Any:
+    """Call the first of several blocks with virtual tokens in front of what it takes; the rows stay so much longer.
+
+    Arguments are those of ``surround_embedded``.
+    """
+    call = dict(call)
+    x: Tensor = call.pop(first)
+    for name, value in call.items():
+        if value is not None and "mask" in name:
+            raise ValueError(f"Virtual tokens cannot extend {name!r} of a list of blocks; target a module around it.")
+    where = Insertion(prompt.shape[-2], None)
+    return inner(where.insert(prompt.to(x.dtype).expand(len(x), -1, -1), x), **call)
+
+
+def embedded(host: Any, call: dict[str, Any], hidden: Tensor | None = None) -> Tensor:
+    """Return the embeddings of a call, which holds no ids any more; of RoBERTa and its kin, positions instead.
+
+    Where ``hidden``, an id is none of the vocabulary's, and its embedding is any.
+    """
+    given: Tensor | None = call.get("inputs_embeds")
+    if given is not None:
+        return given
+    ids = call.pop("input_ids")
+    padding = getattr(getattr(getattr(host, "embeddings", None), "position_embeddings", None), "padding_idx", None)
+    if padding is not None and call.get("position_ids") is None:  # which it would read off its ids
+        real = ids.ne(padding)
+        call["position_ids"] = real.cumsum(1) * real + padding
+    tokens: Tensor = host.get_input_embeddings()(ids if hidden is None else ids.masked_fill(hidden, 0))
+    return tokens
+
+
+def names_of(host: nn.Module) -> list[str]:
+    """Return the names of the positional arguments of a module's forward."""
+    return list(inspect.signature(type(host).forward).parameters)[1:]
+
+
+def backbones(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield (name, module) of the outermost transformers backbones: no head, input embeddings known.
+
+    Where a decoder-only backbone is a mere shell around its decoder (OPT), heads call the decoder; so does this.
+    """
+    found: list[str] = []
+    for name, module in [("", model), *base_modules(model).items()]:
+        if _embeds(module) and getattr(module, "base_model", None) is module:
+            if any(name.startswith(f"{other}." if other else "") for other in found):
+                continue
+            found.append(name)
+            shell = not getattr(module.config, "is_encoder_decoder", False) and _embeds(
+                getattr(module, "decoder", None)
+            )
+            yield (f"{name}.decoder".lstrip("."), module.decoder) if shell else (name, module)
+
+
+def _embeds(module: Any) -> bool:
+    return callable(getattr(module, "get_input_embeddings", None))
+
+
+def _lead(mask: Tensor) -> Tensor | None:
+    """Return how much padding each row (batch, 1) begins with; None if it is known that none does."""
+    lead = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+    lead = lead.where(lead < mask.shape[-1], 0)  # rows of padding alone, as some samplers fill up with
+    looks = lead.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere a look would wait or branch
+    return None if looks and not lead.any() else lead
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Return x[row, index[row]]; unlike ``gather``, backward keeps the index alone."""
+    flat = index + x.shape[1] * torch.arange(len(x), device=x.device)[:, None]
+    return x.flatten(0, 1).index_select(0, flat.flatten()).view(*flat.shape, *x.shape[2:])
+
+
+def _refuse_length(host: Any, tokens: int) -> None:
+    most = getattr(getattr(host, "config", None), "max_position_embeddings", None)
+    if most is not None and tokens > most > 0:
+        raise ValueError(
+            f"{tokens} positions, virtual tokens included, are more than the model's {most}; shorten the text."
+        )

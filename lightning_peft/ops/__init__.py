@@ -1,0 +1,1 @@
+"""Tensor functions with their own autograd, and the full and local values of sharded tensors."""

@@ -1,0 +1,180 @@
+"""One product with an updated weight instead of a product and an update; saves the input, rebuilds the weight."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .parametrizations import Form
+
+Rows = tuple[int, int]  # the first row of a weight that a form updates, and the one after the last
+
+
+@dataclass(frozen=True)
+class Update:
+    """A form, the rows of the weight that it updates, and its factors."""
+
+    form: Form
+    rows: Rows
+    factors: tuple[Tensor, ...]
+
+
+def saves_work(updates: Sequence[Update], x: Tensor, weight: Tensor) -> bool:
+    """Whether one product with the updated weight beats adding the updates: with many tokens for the weight's size.
+
+    Rebuilding a weight moves out x in numbers, adding updates moves tokens x (out + in).
+    """
+    out, features = weight.shape
+    tokens = x.numel() // features
+    return tokens * (out + features) >= out * features or any(update.form.dense for update in updates)
+
+
+def updated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]) -> Tensor:
+    """Return x W'^T + bias, where W' is the (out, in) weight with its rows updated.
+
+    The same values and gradients as ``F.linear(x, form.updated(weight, *factors), bias)``, of which only ``x`` and,
+    where a form asks for it, the output are saved. Works in autocast's type where autocast is on; the weight is
+    updated in its own type and rounded once.
+    """
+    forms, factors = _flat(updates)
+    with own_types(x) as dtype:
+        return _apply(_UpdatedLinear, x, weight, bias, dtype, forms, *factors)
+
+
+def updated_weight(weight: Tensor, updates: Sequence[Update]) -> Tensor:
+    """Return the (out, in) weight with its rows updated."""
+    return _updated(weight, *_flat(updates))
+
+
+def dropped_low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
+    """Return scale dropout(x) A^T B^T, saving ``x`` and one bit per input; ``p`` counts in steps of 1 / 65536."""
+    step = round(p * 65536)
+    words = torch.empty(-(-x.numel() // 8) * 2, dtype=torch.int64, device=x.device)
+    draws = words.random_(torch.iinfo(torch.int64).min, None).view(torch.int16)  # a fourth of the time of floats
+    flags = draws >= step - 32768
+    kept, bits = flags[: x.numel()].view(x.shape), _pack(flags)
+    with own_types(x) as dtype:
+        return _apply(_DroppedLowRank, x, kept, bits, a, b, scale / (1 - step / 65536), dtype or x.dtype)
+
+
+def _pack(flags: Tensor) -> Tensor:
+    """Return booleans, a multiple of eight, as bits."""
+    gathered = (flags.view(torch.int64) * 0x0102040810204080) >> 56  # the highest byte collects the lowest bit of each
+    return gathered.to(torch.uint8)
+
+
+def _unpack(bits: Tensor, shape: torch.Size) -> Tensor:
+    """Return the first of packed bits as zeros and ones, in bytes."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[:, None] >> places) & 1).flatten()[: shape.numel()].view(shape)
+
+
+@contextlib.contextmanager
+def own_types(x: Tensor) -> Any:
+    """Context without autocast; gives the type that autocast would have worked in."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        yield None
+        return
+    dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        yield dtype
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    result: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
+    return result
+
+
+Forms = tuple[tuple[Form, Rows, int], ...]
+
+
+def _flat(updates: Sequence[Update]) -> tuple[Forms, list[Tensor]]:
+    """Return updates as autograd takes them, tensors apart from the rest; ``_by_form`` joins them again."""
+    forms = tuple((update.form, update.rows, len(update.factors)) for update in updates)
+    return forms, [factor for update in updates for factor in update.factors]
+
+
+def _by_form(forms: Forms, factors: Sequence[Tensor]) -> list[tuple[Form, slice, Sequence[Tensor]]]:
+    rest = iter(factors)
+    return [(form, slice(*rows), list(itertools.islice(rest, count))) for form, rows, count in forms]
+
+
+def _updated(weight: Tensor, forms: Forms, factors: Sequence[Tensor]) -> Tensor:
+    parts = _by_form(forms, factors)
+    if len(parts) == 1 and parts[0][1] == slice(0, len(weight)):
+        return parts[0][0].updated(weight, *factors)
+    new = weight.clone()
+    for form, rows, own in parts:
+        new[rows] = form.updated(new[rows], *own)
+    return new
+
+
+class _UpdatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None, forms: Forms, *factors: Tensor
+    ) -> Tensor:
+        new = _updated(weight, forms, factors)
+        if dtype is not None:
+            x, new, bias = x.to(dtype), new.to(dtype), None if bias is None else bias.to(dtype)
+        return F.linear(x, new, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, _, forms, *factors = inputs
+        ctx.forms = forms
+        keeps = any(form.keeps_output for form, *_ in forms)
+        ctx.save_for_backward(x, weight, *((bias, output) if keeps else (None, None)), *factors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (g,) = grads
+        x, weight, bias, y, *factors = ctx.saved_tensors
+        with own_types(g):
+            by_x = None
+            if ctx.needs_input_grad[0]:
+                by_x = (g @ _updated(weight, ctx.forms, factors).to(g.dtype)).to(x.dtype)
+            g, x = g.flatten(0, -2), x.flatten(0, -2).to(g.dtype)
+            by_bias = g.sum(0) if ctx.needs_input_grad[2] else None
+            found: list[Tensor] = []
+            for form, rows, own in _by_form(ctx.forms, factors):
+                more: tuple[Any, ...] = ()
+                if form.keeps_output:
+                    more = (weight[rows], y.flatten(0, -2)[:, rows], None if bias is None else bias[rows])
+                found += form.gradients(g[:, rows], x, *own, *more)
+            found = [gradient.to(factor.dtype) for gradient, factor in zip(found, factors, strict=True)]
+        return by_x, None, by_bias, None, None, *found
+
+
+class _DroppedLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, kept: Tensor, bits: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype
+    ) -> Tensor:
+        return F.linear(F.linear((x * kept).to(dtype), a.to(dtype)) * scale, b.to(dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, bits, a, b, ctx.scale, _ = inputs
+        ctx.save_for_backward(x, bits, a, b)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (g,) = grads
+        x, bits, a, b = ctx.saved_tensors
+        kept = _unpack(bits, x.shape)
+        with own_types(g):
+            narrow_a, by_inner = a.to(g.dtype), (g @ b.to(g.dtype)) * ctx.scale
+            by_x = ((by_inner @ narrow_a) * kept).to(x.dtype) if ctx.needs_input_grad[0] else None
+            dropped = (x * kept).to(g.dtype).flatten(0, -2)
+            by_a = by_inner.flatten(0, -2).T @ dropped
+            by_b = g.flatten(0, -2).T @ (dropped @ narrow_a.T) * ctx.scale
+        return by_x, None, None, by_a.to(a.dtype), by_b.to(b.dtype), None, None

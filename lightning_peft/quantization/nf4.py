@@ -1,0 +1,124 @@
+"""Which library stores a weight as NormalFloat of 4 bits, and how: blocks of 64 values, their scales in 8 bits."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..structure.layer_types import layer_of
+from ..structure.quantized import NF4Linear
+
+LIBRARIES = ("bitsandbytes", "torchao")
+BLOCK = 64
+
+
+def store(host: Any, weight: Tensor, library: str) -> None:
+    """Make a linear layer compute with a weight of shape (out, in), stored in 4 bits.
+
+    Args:
+        host: Layer with ``in_features`` and ``out_features``; changes its class.
+        weight: What to store.
+        library: One of ``LIBRARIES``.
+    """
+    if library == "bitsandbytes":
+        _bitsandbytes(host, weight)
+    else:
+        _torchao(host, weight)
+
+
+def library_for(hosts: Mapping[str, nn.Module], wanted: str | None = None) -> str:
+    """Return the first library, or the one that is wanted, that runs where these layers are and stores all of them.
+
+    Raises:
+        ImportError: None is installed that runs there; says how to install them.
+        ValueError: None can store all of these layers; names one.
+    """
+    weights: dict[str, Tensor] = {name: layer_of(host).read(host) for name, host in hosts.items()}
+    devices = sorted({"cpu" if weight.is_meta else weight.device.type for weight in weights.values()})
+    running = [n for n in ([wanted] if wanted else LIBRARIES) if all(_runs(n, device) for device in devices)]
+    if not running:
+        raise ImportError(
+            f"nf4 needs {wanted or ' or '.join(LIBRARIES)}, which is not installed or does not run on "
+            f"{', '.join(devices)}: pip install 'lightning-peft[quantize]'"
+        )
+    for library in running:
+        unfit = [name for name, weight in weights.items() if not _fits(library, weight)]
+        if not unfit:
+            return library
+    raise ValueError(
+        f"{unfit[0]} of shape {tuple(weights[unfit[0]].shape)} cannot be stored by {library}, which takes blocks of "
+        f"{BLOCK} values (bitsandbytes on CPU: within a row). Use another backend, int8 or other targets."
+    )
+
+
+def _fits(library: str, weight: Tensor) -> bool:
+    if library == "torchao":
+        return weight.numel() % BLOCK == 0
+    # Its kernels for CPU apply wrong scales where a block spans rows: two to four times the error, silently.
+    return weight.device.type != "cpu" or weight.shape[1] % BLOCK == 0
+
+
+@functools.cache
+def _runs(library: str, device: str) -> bool:
+    """Whether both passes through a small layer work."""
+    with _quiet(), torch.enable_grad():
+        try:
+            host: Any = nn.Linear(64, 64, bias=False, device="meta")  # there, it draws no random number
+            store(host, torch.eye(64, device=device), library)
+            x = torch.ones(1, 64, device=device, requires_grad=True)
+            host(x).sum().backward()
+        except Exception:  # whatever it is, another library may run
+            return False
+    return bool(x.grad is not None and x.grad.isfinite().all())
+
+
+def _bitsandbytes(host: Any, weight: Tensor) -> None:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    if weight.dtype == torch.float64:
+        weight = weight.float()
+    empty = Linear4bit(
+        host.in_features, host.out_features, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
+    )
+    vars(host).update({name: value for name, value in vars(empty).items() if name not in vars(host)})
+    host.__class__ = Linear4bit
+    # In eval mode some processors would store the weight anew, rounded, and without gradients for the input.
+    host.support_avx512bf16_for_cpu = False
+    host.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True).to(weight.device)
+    host.quant_state = host.weight.quant_state  # survives there when a move makes a new parameter
+
+
+def _torchao(host: Any, weight: Tensor) -> None:
+    blocks = weight.numel() // BLOCK
+    if not isinstance(host, NF4Linear):
+        host.__class__ = NF4Linear
+    host.encode(weight, _to_nf4()(weight.float(), BLOCK, math.gcd(blocks, 256)))
+
+
+def _to_nf4() -> Any:
+    try:
+        from torchao.quantization import to_nf4
+    except ImportError:
+        from torchao.dtypes.nf4tensor import to_nf4  # until torchao 0.17
+    return to_nf4
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Both libraries speak of kernels for other devices when they are imported or first called."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

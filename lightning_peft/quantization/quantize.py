@@ -1,0 +1,199 @@
+"""A frozen base in 4 or 8 bits: QLoRA, https://arxiv.org/abs/2305.14314.
+
+A layer stays the object that it was: it changes its class and its weight, and keeps name, bias, hooks and references.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..core.adapted_module import Adapted, adapted, adapters
+from ..core.adapter import WeightUpdate
+from ..core.injection_record import injection
+from ..structure.base_model import owners
+from ..structure.layer_types import TransposedKind, is_called_linear, layer_of
+from ..structure.quantized import (
+    Int8Linear,
+    NF4Linear,
+    Original,
+    QuantizedKind,
+    QuantizedLinear,
+    is_quantized,
+    original_of,
+    remember,
+    sample,
+)
+from ..structure.selection import select
+from . import nf4
+
+KINDS = ("nf4", "int8")
+
+
+@torch.no_grad()
+def quantize(
+    model: nn.Module, kind: str, targets: Sequence[str] = ("all-linear",), backend: str | None = None
+) -> nn.Module:
+    """Store linear layers in few bits, in place and one after the other; nothing is changed if anything is wrong.
+
+    Args:
+        model: Any module, on the device that it shall train on, before ``inject``. Layers without values (meta device)
+            are quantized when ``FSDP2Strategy`` reads them.
+        kind: "nf4", 4.127 bits for each value, doubly quantized; or "int8", with one scale for each row.
+        targets: Globs on the end of module names, or roles. The paper takes all linear layers of the blocks.
+        backend: Library for "nf4", "bitsandbytes" or "torchao"; None takes the first that runs on the model's
+            device and stores all shapes.
+
+    Returns:
+        The model. The weights that were quantized are frozen.
+
+    Raises:
+        ValueError: A setting is unknown, a pattern matches nothing, or a weight is shared, quantized or of a shape that
+            no library stores.
+        TypeError: A target is no linear layer that can be quantized; names the first.
+        RuntimeError: Adapters were injected already.
+        ImportError: No library for "nf4" is installed that runs on the model's device.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}.")
+    if backend is not None and (kind == "int8" or backend not in nf4.LIBRARIES):
+        raise ValueError(f"backend={backend!r} does not fit: nf4 has {', '.join(nf4.LIBRARIES)}; int8 needs none.")
+    if injection(model) is not None or any(adapters(model)):
+        raise RuntimeError("This model is adapted already; quantize before inject.")
+    hosts = select(model, list(targets))
+    held = owners(model)
+    readers = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    read = {id(module) for reader in readers for module in reader.modules()}
+    for name, host in hosts.items():
+        _refuse(name, host, read=id(host) in read, shared=held[id(getattr(host, "weight", None))] > 1)
+    if any(host.get_parameter("weight").is_meta for host in hosts.values()):
+        backend = "torchao" if kind == "nf4" else None
+    library = nf4.library_for(hosts, backend) if kind == "nf4" else None
+    for host in hosts.values():
+        _quantize(host, library)
+    return model
+
+
+def quantize_once(model: nn.Module, kind: str, backend: str | None = None) -> None:
+    """Quantize, unless this or its user did so before.
+
+    Raises:
+        RuntimeError: Adapters were injected into a base that is not quantized.
+    """
+    if not quantized_layers(model):
+        quantize(model, kind, backend=backend)
+
+
+def quantized_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers whose weights are stored in few bits."""
+    return [module for module in model.modules() if is_quantized(module)]
+
+
+@torch.no_grad()
+def dequantize(model: nn.Module) -> float:
+    """Give every quantized layer the class and type that it had, with the weight that it computes with, in place.
+
+    Adapters stay and work, and can be merged then. The weights stay frozen.
+
+    Args:
+        model: What ``quantize`` or another library quantized.
+
+    Returns:
+        Norm of the difference to the weights before quantization, relative to their norm; nan if they are not known.
+
+    Raises:
+        ValueError: Nothing in the model is quantized.
+    """
+    hosts = quantized_layers(model)
+    if not hosts:
+        raise ValueError("There is nothing to dequantize: no layer of this model is quantized.")
+    known = [original for original in map(original_of, hosts) if original is not None]
+    for host in hosts:
+        _dequantize(host)
+    if len(known) < len(hosts):
+        return math.nan
+    return math.sqrt(sum(o.squared_error for o in known) / max(sum(o.squared_norm for o in known), 1e-300))
+
+
+def _refuse(name: str, host: Any, read: bool, shared: bool) -> None:
+    """Raise if a layer cannot be quantized."""
+    kind = type(host).__name__
+    if not is_called_linear(host):
+        raise TypeError(f"{name} is a {kind}, no linear layer that is called; quantize all-linear or other targets.")
+    layer = layer_of(host)
+    if isinstance(layer, QuantizedKind):
+        raise ValueError(f"{name} is quantized already; dequantize it first, or choose other targets.")
+    plain = isinstance(layer, TransposedKind) or type(host).forward is nn.Linear.forward
+    if not plain or "forward" in vars(host) or "weight" not in host._parameters or isinstance(host.weight, DTensor):
+        raise TypeError(f"{name} ({kind}) is no plain linear layer: it computes, or its weight is stored, in another "
+                        f"way. Quantize before it is changed or sharded, or choose other targets.")  # fmt: skip
+    if read:
+        raise TypeError(f"{name} belongs to nn.TransformerEncoderLayer, which reads its weight; choose other targets.")
+    if not host.weight.is_floating_point():
+        raise TypeError(f"{name} stores {host.weight.dtype}; only floating weights can be quantized.")
+    if shared:
+        raise ValueError(f"{name} shares its weight with another module; untie it, or choose other targets.")
+
+
+def _quantize(host: Any, library: str | None) -> None:
+    stored = host.weight.detach()
+    kind = layer_of(host)
+    original = Original(type(host), stored.dtype, tuple(stored.shape), None, isinstance(kind, TransposedKind))
+    weight = kind.read(host).detach().contiguous()
+    host.out_features, host.in_features = weight.shape  # Conv1D calls them otherwise
+    if weight.is_meta:
+        host.__class__ = Int8Linear if library is None else NF4Linear
+        remember(host, original)
+    else:
+        remember(host, dataclasses.replace(original, values=sample(stored)))
+        _store(host, weight, library)
+
+
+def complete(host: nn.Module) -> None:
+    """Quantize the weight of a layer that had no values when the model was quantized, and has them now."""
+    original = original_of(host)
+    if original is not None and original.values is None:
+        stored = host.get_parameter("weight").detach()
+        remember(host, dataclasses.replace(original, values=sample(stored)))
+        weight = stored.T.contiguous() if original.transposed else stored
+        _store(host, weight, "torchao" if isinstance(host, NF4Linear) else None)
+
+
+def _store(host: Any, weight: Tensor, library: str | None) -> None:
+    if library is not None:
+        nf4.store(host, weight, library)
+    else:
+        if not isinstance(host, Int8Linear):
+            host.__class__ = Int8Linear
+        host.encode(weight)
+    error = (layer_of(host).read(host).float() - weight.float()).square().sum().item()
+    norm, known = weight.float().square().sum().item(), original_of(host)
+    remember(host, None if known is None else dataclasses.replace(known, squared_error=error, squared_norm=norm))
+
+
+def _dequantize(host: Any) -> None:
+    original = original_of(host)
+    weight = layer_of(host).read(host).detach()
+    cls = nn.Linear if original is None else original.cls
+    for name in ("quant_state", "state"):  # of bitsandbytes
+        vars(host).pop(name, None)
+    if isinstance(host, QuantizedLinear):
+        host._buffers.clear()
+    remember(host, None)
+    host.__class__ = adapted(cls) if isinstance(host, Adapted) else cls  # type: ignore[arg-type]
+    host.weight = nn.Parameter(weight if original is None else weight.to(original.dtype), requires_grad=False)
+    if host.bias is not None:
+        host.bias.data = host.bias.data.to(host.weight.dtype)  # bitsandbytes casts it when it is called
+    layer = layer_of(host)
+    if isinstance(layer, TransposedKind):
+        host.weight = nn.Parameter(host.weight.T.contiguous(), requires_grad=False)
+    if isinstance(host, Adapted):
+        for adapter in host.peft.values():
+            if isinstance(adapter, WeightUpdate):
+                adapter.layer = layer

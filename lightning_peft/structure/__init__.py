@@ -1,0 +1,1 @@
+"""What a base model is made of: layer types, quantized layers, attention calls, roles and their selection."""

@@ -1,0 +1,194 @@
+"""Attention, once for all methods: its calls, its heads, and its key and value projections."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..ops.multi_head_attention import multi_head_attention
+from .layer_types import layer_of
+from .roles import ROLES, fused_parts, is_fused
+
+
+class AttentionCalls(TorchFunctionMode):
+    """Context in which ``change(attend, query, key, value, ...)`` stands for ``scaled_dot_product_attention``.
+
+    So it does inside torch's ``nn.MultiheadAttention``, where masks are additive. Enter it as
+    ``calls = AttentionCalls(change)`` and ``with calls:``; the other form loses the object when compiled.
+
+    Args:
+        change: Function of the attention function and its arguments; heads and sizes are read from these.
+    """
+
+    def __init__(self, change: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.change, self.seen = change, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            self.seen = True
+            return self.change(func, *args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward:  # what it calls is not seen here
+            self.seen = True
+            attend = functools.partial(self.change, F.scaled_dot_product_attention)
+            return multi_head_attention(attend, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def call_changed(
+    change: Callable[..., Tensor], host: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Return ``inner(*args, **kwargs)``, the call of an attention module, as ``AttentionCalls(change)`` makes it.
+
+    Raises:
+        RuntimeError: The host made no such call, so that the change had no effect; says how to load the model.
+    """
+    calls = AttentionCalls(change)
+    with calls:
+        output = inner(*args, **kwargs)
+    if not calls.seen:
+        raise RuntimeError(
+            f"{type(host).__name__} did not call scaled_dot_product_attention, so its adapter has no effect; "
+            f"load the model with attn_implementation='sdpa' (in timm: with fused_attn) and do not ask for attention "
+            f"weights."
+        )
+    return output
+
+
+@dataclass(frozen=True)
+class KeyValue:
+    """Where an attention module computes keys and values.
+
+    Args:
+        key: Child whose output holds the keys; empty where torch's own attention holds the weights.
+        value: Child whose output holds the values.
+        rows: Where keys and values begin in the output of a fused child, and where they end.
+    """
+
+    key: str
+    value: str
+    rows: tuple[int, int, int] | None = None
+
+    def __call__(self, host: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Project x (tokens, features) to keys and values (tokens, heads * size), adapters included."""
+        child: Any = host.get_submodule(self.key)
+        if isinstance(child, nn.MultiheadAttention):
+            return _projected_by_torch(child, x)
+        if child.weight.is_floating_point():
+            x = x.to(child.weight.dtype)
+        if self.rows is None:
+            return child(x), host.get_submodule(self.value)(x)
+        start, middle, end = self.rows
+        fused = child(x)
+        return fused[..., start:middle], fused[..., middle:end]
+
+    def weight(self, host: nn.Module) -> Tensor:
+        """Return a weight of the projections, for device and type."""
+        child: Any = host.get_submodule(self.key)
+        return next(child.parameters()) if isinstance(child, nn.MultiheadAttention) else child.weight
+
+    def inputs(self, host: nn.Module) -> tuple[int, int]:
+        """Return the numbers of features of which keys and values are computed."""
+        child: Any = host.get_submodule(self.key)
+        if isinstance(child, nn.MultiheadAttention):
+            return child.kdim, child.vdim
+        value = host.get_submodule(self.value)
+        return layer_of(child).shape(child)[1], layer_of(value).shape(value)[1]
+
+    def outputs(self, host: nn.Module) -> tuple[int, int]:
+        """Return the widths of keys and values, all their heads together."""
+        child: Any = host.get_submodule(self.key)
+        if isinstance(child, nn.MultiheadAttention):
+            return child.embed_dim, child.embed_dim
+        if self.rows is not None:
+            start, middle, end = self.rows
+            return middle - start, end - middle
+        value = host.get_submodule(self.value)
+        return layer_of(child).shape(child)[0], layer_of(value).shape(value)[0]
+
+
+def _projected_by_torch(host: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    packed = host.in_proj_weight  # once: adapters may compute it
+    weights = (host.k_proj_weight, host.v_proj_weight) if packed is None else packed[host.embed_dim :].chunk(2)
+    biases = (None, None) if host.in_proj_bias is None else host.in_proj_bias[host.embed_dim :].chunk(2)
+    key, value = (F.linear(x.to(w.dtype), w, b) for w, b in zip(weights, biases, strict=True))
+    return key, value
+
+
+def key_value(model: nn.Module, name: str) -> KeyValue:
+    """Find the key and value projections of an attention module.
+
+    Raises:
+        TypeError: There are none; says what is looked for.
+    """
+    host = model.get_submodule(name)
+    if isinstance(host, nn.MultiheadAttention):
+        return KeyValue("", "")
+    for child, module in host.named_children():
+        if is_fused(f"{name}.{child}"):
+            *_, (_, start, middle), (_, _, end) = fused_parts(module, f"{name}.{child}")
+            return KeyValue(child, child, (start, middle, end))
+    keys, values = (_child(model, name, role) for role in ("attention.key", "attention.value"))
+    if keys is None or values is None:
+        raise TypeError(
+            f"{name} ({type(host).__name__}) has no children that are known as key and value projections (such as "
+            f"k_proj and v_proj, key and value, c_attn). Target the module that holds them."
+        )
+    return KeyValue(keys, values)
+
+
+def head_count(host: nn.Module, name: str) -> int:
+    """Read the number of query heads from an attention module or its configuration.
+
+    Raises:
+        TypeError: It says nothing about heads.
+    """
+    for holder in (host, getattr(host, "config", None)):
+        for attribute in ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead"):
+            if isinstance(count := getattr(holder, attribute, None), int):
+                return count
+    raise TypeError(f"{name} ({type(host).__name__}) does not say how many heads it has; give the method heads=....")
+
+
+def require_interceptable(model: nn.Module, name: str) -> None:
+    """Refuse attention that is known not to call ``scaled_dot_product_attention``.
+
+    Args:
+        model: Holds the attention module; the nearest configuration around it tells, where its own does not.
+        name: Dotted name of the attention module.
+
+    Raises:
+        TypeError: Says how to load the model instead.
+    """
+    host = model.get_submodule(name)
+    kind, around = _implementation(host), name
+    while kind is None and around:
+        around = around.rpartition(".")[0]
+        kind = _implementation(model.get_submodule(around))
+    if kind not in (None, "sdpa"):
+        raise TypeError(
+            f"{name} ({type(host).__name__}) uses attn_implementation={kind!r}, where added keys would be silently "
+            f"ignored; load the model with attn_implementation='sdpa'. For architectures without it (DeBERTa, or T5 "
+            f"before transformers 5) choose another method."
+        )
+    if getattr(host, "fused_attn", True) is False:
+        raise TypeError(
+            f"{name} ({type(host).__name__}) has fused_attn=False, where added keys would be silently ignored; call "
+            f"timm.layers.set_fused_attn(True) before the model is built."
+        )
+
+
+def _implementation(module: nn.Module) -> str | None:
+    kind: str | None = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return kind
+
+
+def _child(model: nn.Module, name: str, role: str) -> str | None:
+    children = [found.rpartition(".")[2] for found in ROLES[role](model) if found.rpartition(".")[0] == name]
+    return children[0] if children else None

@@ -1,0 +1,81 @@
+"""From names to modules and parameters: globs on the end of dotted names, and roles. No pattern matches nothing."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch import nn
+
+from .base_model import SLOT, base_modules, base_parameters, kind_of, matches
+from .roles import ROLES
+
+
+def select(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()) -> dict[str, nn.Module]:
+    """Return modules by name, in the model's order.
+
+    Args:
+        model: Where to look.
+        targets: Globs on the end of dotted names, or roles; see ``ROLES``.
+        exclude: Globs of modules to leave out.
+
+    Raises:
+        ValueError: A target or an exclusion matches nothing; names what the model has.
+    """
+    modules = base_modules(model)
+    chosen = set[str]()
+    for target in _listed(targets, "targets"):
+        found = set(ROLES[target](model)) if target in ROLES else {n for n in modules if matches(n, target)}
+        chosen |= found or _nothing(target, modules)
+    for pattern in _listed(exclude, "exclude", empty=True):
+        chosen -= {n for n in modules if matches(n, pattern)} or _nothing(pattern, modules)
+    if not chosen:
+        raise ValueError(f"exclude={list(exclude)!r} leaves nothing of targets={list(targets)!r}.")
+    return {name: module for name, module in modules.items() if name in chosen}
+
+
+def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Return names of base parameters: those below a module, or named themselves, by glob or role.
+
+    Raises:
+        ValueError: A pattern matches no parameter; names what the model has.
+    """
+    parameters, modules = base_parameters(model), base_modules(model)
+    shared = {name: next(n for n, p in parameters.items() if p is parameter) for name, parameter in _all(model)}
+    chosen = set[str]()
+    for pattern in _listed(patterns, "also_train", empty=True):
+        if pattern in ROLES:
+            owners = set(ROLES[pattern](model))
+        else:
+            owners = {name for name in modules if matches(name, pattern)}
+        found = {shared[n] for n in shared if matches(n, pattern) or any(n.startswith(f"{o}.") for o in owners)}
+        chosen |= found or _nothing(pattern, modules | parameters)
+    return [name for name in parameters if name in chosen]
+
+
+def literal(name: str) -> str:
+    """Return a glob that means a name, even where that is a role, too."""
+    return f"[{name[0]}]{name[1:]}" if name in ROLES else name
+
+
+def _all(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if f".{SLOT}." not in f".{name}":
+            yield name, parameter
+
+
+def _listed(patterns: Sequence[str], what: str, empty: bool = False) -> Sequence[str]:
+    if isinstance(patterns, str):
+        raise TypeError(f"{what} is a list of patterns; write [{patterns!r}].")
+    if not patterns and not empty:
+        raise ValueError(f"{what} is empty; give globs such as ['query'], or roles: {', '.join(ROLES)}.")
+    return patterns
+
+
+def _nothing(pattern: str, named: Iterable[str]) -> set[str]:
+    """Raise: a pattern without a match is a typo more often than a wish."""
+    kinds = list(dict.fromkeys(map(kind_of, named)))
+    ends = {kind.rpartition(".")[2] for kind in kinds} - {"*"}
+    close = [] if pattern in ROLES else difflib.get_close_matches(pattern, [*ends, *kinds, *ROLES], n=5)
+    known = f"Close names: {', '.join(close)}." if close else f"The model has: {', '.join(kinds[:40])}."
+    raise ValueError(f"{pattern!r} matches nothing in the model. {known} Roles: {', '.join(ROLES)}.")

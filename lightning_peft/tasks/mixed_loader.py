@@ -1,0 +1,108 @@
+"""Batches of several tasks: rows with the position of their task, and a loader that goes on where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lightning_peft.tasks.table_data import Example
+from lightning_peft.tasks.task_sampling import Mixture
+
+TASK_IDS = "task_ids"  # of a batch's entry
+
+
+class TaskExamples(Dataset[Example]):
+    """The examples of one task, each with its position.
+
+    Args:
+        examples: As the task encoded them.
+        position: Of the task.
+    """
+
+    def __init__(self, examples: Sequence[Example], position: int) -> None:
+        self.examples, self.position = examples, position
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return {**self.examples[index], TASK_IDS: self.position}
+
+
+class MixedLoader:
+    """Loads a mixture's batches pass by pass; its state is their number, up to which it draws again to go on.
+
+    Args:
+        rows: The rows of all tasks.
+        mixture: Arguments of the `Mixture`.
+        collate: Makes a batch.
+        num_workers: Processes that do so.
+        rank: Which of ``world`` processes this is; each takes one of so many batches.
+        world: Number of processes.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset[Example],
+        mixture: tuple[Any, ...],
+        collate: Callable[[list[Example]], dict[str, Tensor]],
+        num_workers: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.rows, self.mixture, self.collate, self.num_workers = rows, mixture, collate, num_workers
+        self.rank, self.world, self.given = rank, world, 0
+        self.stream = Mixture(*mixture)
+
+    def __len__(self) -> int:
+        return len(self.stream) // self.world
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        self._wind()
+        batches = islice(self.stream, self.rank, len(self) * self.world, self.world)
+        loader = DataLoader(
+            self.rows,
+            batch_sampler=cast(Sampler[list[int]], batches),
+            num_workers=self.num_workers,
+            collate_fn=self.collate,
+            generator=torch.Generator(),  # so that the global one is left where it was
+        )
+        for batch in loader:
+            self.given += 1
+            yield batch
+
+    def _wind(self) -> None:
+        """Go to the first batch that was not given; processes that build batches have drawn ahead of it."""
+        place = self.given * self.world
+        if self.stream.position > place:
+            self.stream = Mixture(*self.mixture)
+        for _ in range(place - self.stream.position):
+            next(self.stream)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of batches that were given, and of what."""
+        sizes, batch_size, sampling, seed = self.mixture
+        of = {"sizes": list(sizes), "batch_size": batch_size, "sampling": sampling, "world": self.world}
+        return {**of, "seed": seed, "given": self.given}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on after these batches.
+
+        Args:
+            state_dict: As `state_dict` returned it.
+
+        Raises:
+            ValueError: If it is of other data or settings.
+        """
+        own, seed = self.state_dict(), state_dict["seed"]
+        differ = [name for name in own if name not in ("seed", "given") and own[name] != state_dict[name]]
+        if differ:
+            pairs = ", ".join(f"{name}={state_dict[name]!r}, here {own[name]!r}" for name in differ)
+            raise ValueError(f"The checkpoint was trained with other batches: {pairs}. Go on with the same data.")
+        self.mixture, self.given = (*self.mixture[:3], seed), state_dict["given"]
+        self.stream = Mixture(*self.mixture)

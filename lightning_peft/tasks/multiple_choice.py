@@ -1,0 +1,200 @@
+"""A transformers text-to-text model that picks one of several answers, trained as T-Few (arXiv:2205.05638)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torchmetrics import MeanMetric, MetricCollection
+
+from lightning_peft.losses import PADDING, Likelihoods
+from lightning_peft.tasks.mixed_loader import TASK_IDS
+from lightning_peft.tasks.module import TaskModule
+from lightning_peft.tasks.optimization import adafactor, check_optimization
+from lightning_peft.tasks.pretrained import build_model, has_encoder, transformers
+
+
+class Choices(TaskModule):
+    """Picks the most likely answer to each prompt, by the mean log-probability of its tokens; logs ``val_accuracy``.
+
+    Trains by a weighted sum of three losses of `lightning_peft.losses`: L_LM makes the right answer likely, L_UL the
+    tokens of wrong ones unlikely, L_LN the right one the likeliest. Adafactor optimizes, with a scale for each
+    parameter's size. The model is one with an encoder (T5, T0, BART), which reads each prompt once whatever the number
+    of choices, or a decoder alone. Give exactly one of ``model`` and ``config``; the network is built in train mode.
+
+    Args:
+        model: Pretrained model: a folder, package:name/folder in an installed Python package, or a hub name.
+        config: Settings of a model with random weights, with its model_type.
+        lm_weight: Weight of L_LM; 0 switches a loss off.
+        unlikelihood_weight: Weight of L_UL.
+        length_normalized_weight: Weight of L_LN.
+        epsilon: Added inside the logarithm of L_UL: 0 in the paper, 0.01 in the authors' code.
+        learning_rate: Highest learning rate.
+        warmup_fraction: Share of all steps in which the learning rate grows.
+        schedule: What the learning rate does after the warm-up.
+        dtype: Data type of the weights; auto keeps that of the pretrained file.
+    """
+
+    accuracy = "accuracy"
+
+    def __init__(
+        self,
+        model: str | None = None,
+        config: dict[str, Any] | None = None,
+        lm_weight: float = 1.0,
+        unlikelihood_weight: float = 1.0,
+        length_normalized_weight: float = 1.0,
+        epsilon: float = 0.0,
+        learning_rate: float = 3e-3,
+        warmup_fraction: float = 0.06,
+        schedule: Literal["linear", "cosine", "constant"] = "linear",
+        dtype: Literal["auto", "bfloat16", "float16", "float32"] = "float32",
+    ) -> None:
+        super().__init__(MetricCollection({"accuracy": MeanMetric()}))
+        check_optimization(learning_rate, 0.0, warmup_fraction)
+        self.weights = (lm_weight, unlikelihood_weight, length_normalized_weight)
+        if not (all(weight >= 0 for weight in self.weights) and any(self.weights)):
+            raise ValueError(
+                f"Got lm_weight={lm_weight}, unlikelihood_weight={unlikelihood_weight} and length_normalized_weight="
+                f"{length_normalized_weight}, expected weights from 0 on, at least one of them above 0."
+            )
+        if not epsilon >= 0:
+            raise ValueError(f"Got epsilon={epsilon}, expected 0 (as in the paper) or above, such as 0.01.")
+        self.save_hyperparameters()
+        self.has_encoder = has_encoder(model, config)
+        kind = "AutoModelForSeq2SeqLM" if self.has_encoder else "AutoModelForCausalLM"
+        self.network = build_model(kind, model, config, dtype)
+        self.names: list[list[str] | None] = []  # of each task's choices
+
+    def setup(self, stage: str) -> None:
+        """Take the names of the choices, and check that the data fits the model."""
+        data = self.data_of_tasks()
+        self.names = [getattr(task, "labels", None) for task in data]
+        for task in data:
+            if getattr(task, "decoder_only", not self.has_encoder) == self.has_encoder:
+                raise ValueError(
+                    f"The data has decoder_only={task.decoder_only}, but {type(self.network).__name__} has "
+                    f"{'an' if self.has_encoder else 'no'} encoder. Set decoder_only={not self.has_encoder} there."
+                )
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        """Logits of the tokens of each choice, absent choices left out, as `lightning_peft.losses` takes them.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask``, ``choices`` (batch, choices, tokens) with -100 after the end of
+                each, and ``task_ids`` where adapters hold several tasks; anything else is ignored.
+
+        Shape:
+            (present choices, tokens, vocabulary)
+        """
+        batch = {**batch, **_padded_at_the_end(batch["input_ids"], batch["attention_mask"])}
+        rows, numbers = (batch["choices"] != PADDING).any(-1).nonzero(as_tuple=True)
+        answers = batch["choices"][rows, numbers]
+        return self._decoded(batch, rows, answers) if self.has_encoder else self._continued(batch, rows, answers)
+
+    def _decoded(self, batch: dict[str, Tensor], rows: Tensor, answers: Tensor) -> Tensor:
+        mask = batch["attention_mask"]
+        with self.own_tasks(batch):
+            hidden = self.network.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+        outputs = transformers().modeling_outputs.BaseModelOutput(last_hidden_state=hidden.index_select(0, rows))
+        start = torch.full_like(answers[:, :1], self._start())
+        before = torch.cat([start, answers[:, :-1].clamp(min=0)], 1)  # what stands at padding is not looked at
+        with self.own_tasks(_rows_tasks(batch, rows)):
+            logits: Tensor = self.network(
+                encoder_outputs=outputs, attention_mask=mask[rows], decoder_input_ids=before, use_cache=False
+            ).logits
+        return logits
+
+    def _continued(self, batch: dict[str, Tensor], rows: Tensor, answers: Tensor) -> Tensor:
+        mask = batch["attention_mask"][rows]
+        ids = torch.cat([batch["input_ids"][rows], answers.clamp(min=0)], 1)
+        mask = torch.cat([mask, (answers != PADDING).to(mask.dtype)], 1)
+        with self.own_tasks(_rows_tasks(batch, rows)):
+            logits: Tensor = self.network(**_padded_at_the_end(ids, mask), use_cache=False).logits
+        first = batch["attention_mask"][rows].sum(1) - 1  # the prompt's last token predicts the answer's first
+        places = first[:, None] + torch.arange(answers.shape[1], device=first.device)
+        return logits[torch.arange(len(rows), device=first.device)[:, None], places]
+
+    def _start(self) -> int:
+        """Return the token that stands before every answer; T5's padding token where the config names none."""
+        config = self.network.config
+        found = [getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id")]
+        return int(next(token for token in found if token is not None))
+
+    def sample_batch(self, rows: int, tokens: int) -> dict[str, Tensor]:
+        """A batch of this shape with two choices, each of an eighth as many tokens.
+
+        A decoder reads them after the prompt: both together have ``tokens``.
+        """
+        answer = max(1, tokens // 8)
+        batch = super().sample_batch(rows, tokens if self.has_encoder else max(1, tokens - answer))
+        return {**batch, "choices": torch.ones(rows, 2, answer, dtype=torch.long)}
+
+    def labelled(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The choices' scores, whose cross entropy is L_LN, and the right choices."""
+        return self._likelihoods(batch).scores, batch["labels"]
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        """The weighted sum of the losses, each of which is logged."""
+        if not any(self.weights[1:]):  # wrong choices do not matter
+            gold = batch["labels"]
+            right = batch["choices"][torch.arange(len(gold), device=gold.device), gold]
+            batch = {**batch, "choices": right[:, None], "labels": torch.zeros_like(gold)}
+        return self._loss("train", batch, self._likelihoods(batch))
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        """Log the losses and the accuracy."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        """Log the losses and the accuracy."""
+        self._evaluate("test", batch)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Any]:
+        """The label of each row's answer, and a softmax over the choices' scores: 0 where one is absent."""
+        scores = Likelihoods(self(**batch), batch["choices"]).scores
+        tasks = batch[TASK_IDS].tolist() if TASK_IDS in batch else [0] * len(scores)
+        best = scores.argmax(1).tolist()
+        names = [self.names[task] if task < len(self.names) else None for task in tasks]
+        labels = [number if own is None else own[number] for own, number in zip(names, best, strict=True)]
+        return {"labels": labels, "probabilities": scores.softmax(1)}
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Adafactor over what requires a gradient, with the schedule."""
+        return adafactor(self, **{n: self.hparams[n] for n in ("learning_rate", "warmup_fraction", "schedule")})
+
+    def _likelihoods(self, batch: dict[str, Tensor]) -> Likelihoods:
+        return Likelihoods(self(**batch), batch["choices"], batch["labels"])
+
+    def _evaluate(self, split: str, batch: dict[str, Tensor]) -> None:
+        likelihoods = self._likelihoods(batch)
+        self._loss(split, batch, likelihoods)
+        self.measure(split, batch, (likelihoods.scores.argmax(1) == batch["labels"]).float())
+
+    def _loss(self, split: str, batch: dict[str, Tensor], likelihoods: Likelihoods) -> Tensor:
+        """Return the weighted sum, and log it and its parts; what has no weight is not computed."""
+        parts = {
+            "lm": likelihoods.language_modeling,
+            "unlikelihood": lambda: likelihoods.unlikelihood(self.hparams["epsilon"]),
+            "length_normalized": likelihoods.length_normalized,
+        }
+        kept = {name: (w, parts[name]()) for name, w in zip(parts, self.weights, strict=True) if w > 0}
+        losses = {f"{split}_{name}_loss": loss.detach() for name, (_, loss) in kept.items()}
+        total = torch.stack([weight * loss for weight, loss in kept.values()]).sum()
+        shared: dict[str, Any] = {"batch_size": len(batch["labels"]), "sync_dist": split != "train"}
+        self.log_dict(losses, **shared)
+        self.log(f"{split}_loss", total, prog_bar=True, **shared)
+        return total
+
+
+def _padded_at_the_end(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Return rows that start at their first token, so that learned positions are right, too."""
+    order = mask.argsort(dim=1, descending=True, stable=True)
+    return {"input_ids": ids.gather(1, order), "attention_mask": mask.gather(1, order)}
+
+
+def _rows_tasks(batch: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """Return the task of each choice."""
+    return {TASK_IDS: batch[TASK_IDS][rows]} if TASK_IDS in batch else {}

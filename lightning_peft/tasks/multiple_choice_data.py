@@ -1,0 +1,183 @@
+"""Tables of questions with several answers to choose from, each asked in several wordings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, get_worker_info
+
+from lightning_peft.methods.prompting.template import Template
+from lightning_peft.tasks.messages import quoted, where
+from lightning_peft.tasks.prompt_wordings import check_wordings, plain, texts_by_label
+from lightning_peft.tasks.resumable_loader import ResumableLoader
+from lightning_peft.tasks.splits import Split, Splits
+from lightning_peft.tasks.table_data import IGNORED, Collator, Example, TableDataModule
+from lightning_peft.tasks.tables import Table
+from lightning_peft.tasks.text_data import read_labels
+
+
+class ChoicesDataModule(TableDataModule):
+    """Prompts with answers to choose from, from CSV, TSV, JSONL or JSON files, plain or gzipped (.gz).
+
+    Rows are tokenised once in each wording. At each visit of a train row, one of its wordings is drawn from torch's
+    global generator, which ``PEFTStrategy`` keeps in checkpoints: a run that goes on draws as one that never stopped.
+    Nothing is left to do for workers. Each answer ends with the tokenizer's end token.
+
+    Args:
+        templates: Wordings by name: plain text with {column} fields. The others than ``evaluate_with`` train only.
+        answers: The answer's text for each label, {column} fields included, in the order of the choices. A choice whose
+            fields are all empty in a row is absent there.
+        other_answers: Answers that some of the templates have instead, by the template's name.
+        train: File to train on.
+        validation: File to validate on. Without one, a share of the train file is held out.
+        test: File to test on.
+        predict: File to predict; it needs no labels.
+        label: Column of the label: strings or whole numbers.
+        evaluate_with: Name of the wording in validation, test and prediction; None for the first.
+        decoder_only: Whether answers continue the prompt, as a model without an encoder reads them.
+        model: The model whose tokenizer to use: a folder, package:name/folder, or a hub name; by default the one that
+            is trained.
+        tokenizer: Another tokenizer than the model's, in the same forms.
+        max_length: Longest prompt in tokens.
+        shorten: Field whose end is cut off in longer prompts; None refuses them.
+        batch_size: Rows per batch.
+        limit_train: Train on the first rows only, for a few shots.
+        limit_validation: Validate on the first rows only.
+        validation_fraction: Share of the train file to validate on when there is no validation file; 0 for none.
+    """
+
+    def __init__(
+        self,
+        templates: dict[str, str],
+        answers: dict[str, str],
+        other_answers: dict[str, dict[str, str]] | None = None,
+        train: str | None = None,
+        validation: str | None = None,
+        test: str | None = None,
+        predict: str | None = None,
+        label: str = "label",
+        evaluate_with: str | None = None,
+        decoder_only: bool = False,
+        model: str | None = None,
+        tokenizer: str | None = None,
+        max_length: int = 256,
+        shorten: str | None = None,
+        batch_size: int = 8,
+        limit_train: int | None = None,
+        limit_validation: int | None = None,
+        validation_fraction: float = 0.1,
+    ) -> None:
+        files: dict[Split, str | None] = {"train": train, "validation": validation, "test": test, "predict": predict}
+        limits: dict[Split, int | None] = {"train": limit_train, "validation": limit_validation}
+        splits = Splits(files, limits, validation_fraction)
+        super().__init__(splits, tokenizer or model, max_length, batch_size, num_workers=0)
+        self.save_hyperparameters(logger=False)
+        answers = texts_by_label(answers)  # YAML reads 0 and 1 as numbers
+        others = {name: texts_by_label(own) for name, own in (other_answers or {}).items()}
+        check_wordings(templates, answers, others, evaluate_with)
+        self.label, self.decoder_only, self.labels = label, decoder_only, list(answers)
+        self.templates = {name: plain(text, max_length, shorten) for name, text in templates.items()}
+        self.answers = {name: [plain(others.get(name, answers)[label]) for label in answers] for name in templates}
+        self.evaluated = evaluate_with or next(iter(templates))
+        self._answer_ids: dict[str, list[int]] = {}
+
+    def train_dataloader(self) -> DataLoader[Example]:
+        """Shuffled batches of the train rows, which go on where a checkpoint stopped."""
+        return ResumableLoader(
+            self.examples("train"),  # type: ignore[arg-type]
+            self.batch_size,
+            shuffle=True,
+            collate_fn=self.collate,
+        )
+
+    def encode(self, split: Split, table: Table) -> list[Example]:
+        """Each row's wordings, each with the prompt's and the choices' token ids, and the right choice's number."""
+        names = list(self.templates) if split == "train" else [self.evaluated]
+        rows: list[Example] = [
+            {"wordings": list(row)} for row in zip(*(self._worded(name, table) for name in names), strict=True)
+        ]
+        if split != "predict":
+            for row, gold in zip(rows, self._gold(table), strict=True):
+                row["labels"] = gold
+            blank = [number for number, row in zip(table.numbers, rows, strict=True) if not _has_gold(row)]
+            if blank:
+                raise ValueError(
+                    f"{str(table.path)!r} has no text for the right choice in {where(blank)}. Fill its columns, or "
+                    "correct the label."
+                )
+        return rows
+
+    def collate(self, examples: list[Example]) -> dict[str, Tensor]:
+        """The batch: ``input_ids`` and ``attention_mask`` of a drawn wording, ``choices``, and ``labels`` as gold."""
+        drawn = [_draw(example["wordings"]) for example in examples]
+        prompts = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids, _ in drawn]
+        batch = Collator(self.tokenizer)(prompts)
+        most = max(len(choices) for _, choices in drawn)
+        rows = [torch.tensor(ids) for _, choices in drawn for ids in choices + [[IGNORED]] * (most - len(choices))]
+        batch["choices"] = pad_sequence(rows, batch_first=True, padding_value=IGNORED).view(len(drawn), most, -1)
+        if "labels" in examples[0]:
+            batch["labels"] = torch.tensor([example["labels"] for example in examples])
+        return batch
+
+    def _worded(self, name: str, table: Table) -> Iterator[tuple[list[int], list[list[int]]]]:
+        """Yield each row's prompt and choices in one wording; an absent choice is padding alone."""
+        template, answers = self.templates[name], self.answers[name]
+        end = self._end()
+        questions = _columns(table, template.fields)
+        texts = [_columns(table, answer.fields, blank=True) for answer in answers]
+        for fields, *values in zip(questions, *texts, strict=True):
+            prompt = template(self.tokenizer, **fields)
+            if self.decoder_only and prompt[-1] == end:
+                prompt = prompt[:-1]
+            yield prompt, [self._ids(answer, own, end) for answer, own in zip(answers, values, strict=True)]
+
+    def _ids(self, answer: Template, fields: Mapping[str, str], end: int) -> list[int]:
+        if fields and not any(text.strip() for text in fields.values()):
+            return [IGNORED]
+        text = "".join(fields[piece.value] if piece.kind == "field" else piece.value for piece in answer.pieces).strip()
+        if text not in self._answer_ids:
+            place = Template("a {mask}" if self.decoder_only else "{mask}")
+            self._answer_ids[text] = [*place.answer(self.tokenizer, text), end]
+        return self._answer_ids[text]
+
+    def _end(self) -> int:
+        end = self.tokenizer.eos_token_id
+        end = self.tokenizer.sep_token_id if end is None else end
+        if end is None:
+            raise ValueError("The tokenizer has no end token. Set eos_token in its tokenizer_config.json.")
+        return int(end)
+
+    def _gold(self, table: Table) -> list[int]:
+        given = read_labels(table, self.label)
+        unknown = [(n, label) for n, label in zip(table.numbers, given, strict=True) if label not in self.labels]
+        if unknown:
+            raise ValueError(
+                f"{str(table.path)!r} has a label without an answer in {where([n for n, _ in unknown])}, such as "
+                f"{unknown[0][1]!r}. Labels with an answer: {quoted(self.labels)}. Add it to answers."
+            )
+        return [self.labels.index(label) for label in given]
+
+
+def _draw(wordings: list[Any]) -> Any:
+    if len(wordings) == 1:
+        return wordings[0]
+    if get_worker_info() is not None:
+        raise ValueError(
+            "Wordings are drawn from the generator that checkpoints keep, which worker processes do not share. Set "
+            "num_workers=0; rows are tokenised already."
+        )
+    return wordings[int(torch.randint(len(wordings), ()))]
+
+
+def _columns(table: Table, fields: list[str], blank: bool = False) -> list[dict[str, str]]:
+    """Return the fields of each row."""
+    columns = [table.texts(field, blank=blank) for field in fields]
+    return [dict(zip(fields, values, strict=True)) for values in zip(*columns, strict=True)] or [{}] * len(table.rows)
+
+
+def _has_gold(row: Example) -> bool:
+    return all(choices[row["labels"]] != [IGNORED] for _, choices in row["wordings"])

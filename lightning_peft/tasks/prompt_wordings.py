@@ -1,0 +1,66 @@
+"""Wordings of a task: prompts and answers as plain text with fields."""
+
+from __future__ import annotations
+
+from lightning_peft.methods.prompting.template import Template
+from lightning_peft.tasks.messages import did_you_mean, quoted
+
+
+def plain(text: str, max_length: int | None = None, shorten: str | None = None) -> Template:
+    """A template without pseudo tokens and masks.
+
+    Args:
+        text: With {column} fields.
+        max_length: Longest row in tokens.
+        shorten: The field whose end is cut off where a row is longer.
+
+    Raises:
+        ValueError: It has some, or no text.
+    """
+    template = Template(text, max_length, shorten)
+    if template.masks or template.pseudo_tokens:
+        raise ValueError(f"{text!r} has a mask or pseudo tokens, expected plain text with {{column}} fields.")
+    if not text.strip():
+        raise ValueError("Got an empty text among templates or answers. Give each some words.")
+    return template
+
+
+def texts_by_label(answers: dict[str, str]) -> dict[str, str]:
+    """The answers, each label as text.
+
+    Args:
+        answers: By label, which may be a whole number.
+    """
+    return {str(label): text for label, text in answers.items()}
+
+
+def check_wordings(
+    templates: dict[str, str], answers: dict[str, str], others: dict[str, dict[str, str]], evaluated: str | None
+) -> None:
+    """Refuse wordings that do not belong together.
+
+    Args:
+        templates: By name.
+        answers: By label.
+        others: Answers by label that some of the templates have instead, by name.
+        evaluated: Name of the one that evaluates; None for the first.
+
+    Raises:
+        ValueError: Says what is missing or unknown.
+    """
+    if not templates:
+        raise ValueError(
+            "Got no templates, expected one wording or more by name, such as asked: '{text} Good or bad?'."
+        )
+    if len(answers) < 2:
+        raise ValueError(f"Got answers for {quoted(answers)}, expected two labels or more to choose from.")
+    for name in [*others, *([] if evaluated is None else [evaluated])]:
+        if name not in templates:
+            known = f"templates: {quoted(templates)}.{did_you_mean(name, templates)}"
+            raise ValueError(f"{name!r} is the name of no template. Names of {known}")
+    for name, own in others.items():
+        if set(own) != set(answers):
+            raise ValueError(
+                f"other_answers of {name!r} are for the labels {quoted(own)}, expected those of answers: "
+                f"{quoted(answers)}."
+            )

@@ -1,0 +1,1 @@
+"""`PEFTStrategy` and what it does at each hook of a Lightning Trainer."""

@@ -1,0 +1,61 @@
+"""Checkpoints between whole and sharded tensors: one file that every strategy reads, and what a folder holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.optim import Optimizer
+
+from ...checkpoints.adapter_state import clean
+from ...ops.sharded_tensors import part_for, shape_of, whole
+
+_STATE = "state_dict."
+
+
+def saved_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a folder to which each process wrote its part, on the meta device, by key."""
+    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {
+        key.removeprefix(_STATE): torch.empty(entry.size, device="meta")
+        for key, entry in entries.items()
+        if key.startswith(_STATE) and isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def whole_optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
+    """Return an optimizer's state as one process would save it; all processes have to ask."""
+    return _with_tensors(optimizer.state_dict(), lambda number, value: whole(value.detach()).cpu())
+
+
+def own_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Return of a state what this process' parameters need, by the order of parameters in their groups; no views."""
+    pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    held = {n: p for old, new in pairs for n, p in zip(old["params"], new["params"], strict=True)}
+
+    def own(number: int, value: Tensor) -> Tensor:
+        values, target = whole(value), held[number]
+        return (part_for(target, values) if values.shape == shape_of(target) else values).clone()
+
+    return _with_tensors(state, own)
+
+
+def own_state(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return of a state what this process' parameters need."""
+    held = {clean(name): parameter for name, parameter in module.named_parameters(remove_duplicate=False)}
+    values = {k: whole(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+    return {k: part_for(held[clean(k)], v) if clean(k) in held else v for k, v in values.items()}
+
+
+def _with_tensors(state: dict[str, Any], change: Callable[[int, Tensor], Tensor]) -> dict[str, Any]:
+    """Return an optimizer's state with other tensors; a change gets the parameter's number as well."""
+    changed = {
+        number: {key: change(number, v) if isinstance(v, Tensor) else v for key, v in values.items()}
+        for number, values in state["state"].items()
+    }
+    return {**state, "state": changed}

@@ -1,0 +1,113 @@
+"""What a frozen trunk returns, kept by row: computed once, and put in place of later calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from .first_step import check_first_step
+from .frozen_parts import Trunk
+from .record_replay import CachedStep, Recording, Replay
+from .row_index import KeptRows
+from .row_store import row_keys
+
+
+class FrozenCache:
+    """Cuts the frozen trunk of a model out of steps whose rows are all known, and keeps the rows of others.
+
+    The first training step tells what the trunk is (what runs before anything that trains) and which of its outputs
+    are used further on; only these are kept. A row is known by a digest of all that the batch and the trunk's first
+    call hold of it, padding included. In the first step of an epoch that could do without the trunk, and wherever rows
+    meet a batch of another size for the first time, the trunk runs nevertheless: its bits must be those of the cache.
+
+    Args:
+        model: Model that is ready to train.
+        folder: Where the file goes; by default the system's folder for temporary files.
+    """
+
+    def __init__(self, model: nn.Module, folder: str | None = None) -> None:
+        self.trunk, self.kept = Trunk(model), KeptRows(folder)
+        self.step: CachedStep | None = None
+        self.sizes = set[tuple[bool, int, int]]()  # of batches that rows were kept in and read into, once compared
+        self.starts_epoch = self.is_full = False
+        self.hits = self.misses = 0
+        self.shapes = set[Any]()  # of batches, without their rows
+        self.trunk.attach()
+
+    def close(self) -> None:
+        """Leave the model as it was, and the disk."""
+        self.trunk.step = self.step = None
+        self.trunk.remove()
+        self.kept.store.close()
+
+    def start_epoch(self) -> None:
+        """Have the next batch of known rows compared, and count anew."""
+        self.trunk.check_frozen()
+        self.starts_epoch, self.hits, self.misses = True, 0, 0
+        self.shapes.clear()
+
+    def begin(self, batch: Any, trains: bool) -> None:
+        """Start a training or validation step; nothing is known before the first one that trains."""
+        self.step = CachedStep(batch, trains, self.choose) if trains or self.kept.calls else None
+        self.trunk.step = self.step
+
+    def end(self) -> None:
+        """End the step, and keep what it has computed."""
+        if self.step is not None and isinstance(self.step.act, Recording):
+            self.step.act.keep()
+        self.trunk.step = self.step = None
+
+    def check_first(self, batches: float) -> str | None:
+        """Look at what the first step has told, before anything changes; return what it costs.
+
+        Args:
+            batches: How many the cache will hold.
+        """
+        if self.step is None or self.step.checked or self.kept.calls:
+            return None
+        self.step.checked = True
+        recording = self.step.act if isinstance(self.step.act, Recording) else None
+        return check_first_step(self.step, recording, self.trunk, self.kept.store, batches)
+
+    def report(self) -> str | None:
+        """Return what is to be said of an epoch in which rows should have been known."""
+        if self.is_full:
+            return f"The disk of {self.kept.store.folder} is full: the frozen trunk runs for rows that are not cached."
+        if not self.misses:
+            return None
+        if len(self.shapes) > 1:
+            why = (
+                f"batches had {len(self.shapes)} shapes, and a row is known in the shape alone that it had. Pad all "
+                f"rows to one length (TextDataModule: padding='max_length')"
+            )
+        else:
+            why = "they are new, or their contents differ, as after augmentation, which caching cannot help"
+        share = self.misses / (self.hits + self.misses)
+        return f"{share:.0%} of the epoch's rows were not in the cache of the frozen trunk: {why}."
+
+    def choose(self, step: CachedStep, args: Any) -> Recording | Replay:
+        """Return what a step is to do, at its first call of the trunk."""
+        batch = dict(step.batch) if isinstance(step.batch, Mapping) else step.batch
+        leaves, spec = tree_flatten((batch, args))
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        kinds = {x.device.type for x in tensors}
+        casts = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)]
+        rows, keys = row_keys(tensors, [step.trains, casts, spec, [x for x in leaves if not isinstance(x, Tensor)]])
+        entries = [self.kept.index.get(key) for key in keys]
+        known = [entry for entry in entries if entry is not None]
+        if step.trains:
+            self.hits, self.misses = self.hits + len(known), self.misses + rows - len(known)
+            self.shapes.add(tuple(x.shape[1:] for x in tensors))
+        if not known or len(known) < rows or len({id(block.calls) for block, _ in known}) > 1:
+            self.is_full = self.kept.store.room() <= 0
+            new = {} if self.is_full else {i: keys[i] for i, entry in enumerate(entries) if entry is None}
+            return Recording(step, rows, self.trunk, self.kept, new)
+        replay, sizes = Replay(step, self.kept, known), {(step.trains, block.rows, rows) for block, _ in known}
+        if self.starts_epoch or sizes - self.sizes:
+            self.starts_epoch, self.sizes = False, self.sizes | sizes
+            return Recording(step, rows, self.trunk, self.kept, {}, expected=replay)
+        return replay

@@ -1,0 +1,194 @@
+"""The frozen trunk: what runs before anything that trains, found in a model and cut out of its steps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+from ...core.adapted_module import Adapted, attach, remove
+from ...core.adapter import Adapter, Call
+from ...structure.base_model import SLOT
+from .use_tracing import used
+
+KEY = "_frozen_trunk"  # of its adapters on their hosts
+
+
+class Step(Protocol):
+    """What happens in one training or validation step."""
+
+    over: bool  # whether something that trains has started
+
+    def call(self, name: str, inner: Call, args: Any, kwargs: Any) -> Any:
+        """Return what a part of the trunk returns."""
+
+    def end_trunk(self, name: str) -> None:
+        """Note that ``name``, which trains, is called."""
+
+    def run_late(self, name: str) -> None:
+        """Note that a frozen part was called after that."""
+
+
+class Part(Adapter):
+    """Surrounds a frozen part or one that trains; no part of the model, and inert in copies of it.
+
+    Args:
+        name: Name of the host.
+        trunk: What the host is cut out of.
+    """
+
+    lasting = False
+
+    def __init__(self, name: str, trunk: Trunk) -> None:
+        super().__init__()
+        self.name = name
+        self.trunk: Trunk | None = trunk
+
+    def reset_parameters(self) -> None:
+        """There are none."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "trunk": None}
+
+
+class FrozenPart(Part):
+    """Lets the step decide whether the host runs."""
+
+    def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
+        step = None if self.trunk is None else self.trunk.step
+        if step is not None and not step.over:
+            return step.call(self.name, inner, args, kwargs)
+        if step is not None:
+            step.run_late(self.name)
+            args, kwargs = used((args, kwargs))
+        return inner(*args, **kwargs)
+
+
+class TrainedPart(Part):
+    """Ends the trunk where the host begins."""
+
+    def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
+        if self.trunk is not None and self.trunk.step is not None:
+            self.trunk.step.end_trunk(self.name)
+            args, kwargs = used((args, kwargs))
+        return inner(*args, **kwargs)
+
+
+class Trunk:
+    """The largest frozen parts of a model, and the steps that they run in.
+
+    Args:
+        model: Model that is ready to train.
+
+    Raises:
+        ValueError: All of it trains.
+        TypeError: A part is compiled, scripted or sharded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.step: Step | None = None
+        self.frozen, self.trained = parts(model)
+        if not self.frozen:
+            raise ValueError("cache_frozen=True has nothing to cache: each module of the model trains.")
+        for name, module in model.named_modules():
+            _refuse_kind(name or "The model", module)
+        for name, module in (self.frozen | self.trained).items():
+            _refuse_part(name, module)
+
+    def attach(self) -> None:
+        """Surround the parts."""
+        for kind, found in ((FrozenPart, self.frozen), (TrainedPart, self.trained)):
+            for name, host in found.items():
+                attach(host, KEY, kind(name, self))
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        for host in (self.frozen | self.trained).values():
+            if isinstance(host, Adapted) and KEY in host.peft:
+                remove(host, KEY)
+
+    @contextlib.contextmanager
+    def buffers_stay(self, name: str) -> Iterator[None]:
+        """Context in which no buffer of the model may change."""
+        before = {key: (buffer, buffer._version) for key, buffer in self.model.named_buffers()}
+        yield
+        changed = [key for key, (buffer, version) in before.items() if buffer._version != version]
+        if changed:
+            raise ValueError(
+                f"cache_frozen=True needs a trunk that changes nothing, but {changed[0]} had changed when {name} "
+                f"returned. Put batch norm there into evaluation mode, or set cache_frozen=False."
+            )
+
+    def check_frozen(self) -> None:
+        """Raise if a part trains that did not in the beginning."""
+        for name, host in self.frozen.items():
+            if any(p.requires_grad for p in host.parameters()):
+                raise ValueError(f"{name} was frozen when fit started and trains now; set cache_frozen=False.")
+
+    def check_hooks(self, names: list[str]) -> None:
+        """Raise if hooks inside these parts would not be called, as those that collect hidden states."""
+        for name in names:
+            for inner, module in self.frozen[name].named_modules():
+                if inner and module._forward_hooks:
+                    raise ValueError(
+                        f"{name}.{inner} has a forward hook, which is not called where cache_frozen=True skips {name}. "
+                        f"Hook {name} itself, ask for no hidden states or attentions, or set cache_frozen=False."
+                    )
+
+    def only_looks_up(self, names: list[str]) -> bool:
+        """Return whether these parts hold embeddings and norms alone, which cost less than what is read back."""
+        modules = [module for name in names for module in self.frozen[name].modules()]
+        found = [m for m in modules if not isinstance(m, nn.Embedding)]
+        return not any(p.dim() > 1 for m in found for p in m._parameters.values() if p is not None)
+
+
+def parts(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """Return the largest called modules in which nothing trains, and those in which all, or an adapter, trains."""
+    frozen, trained, seen = dict[str, nn.Module](), dict[str, nn.Module](), set[int]()
+
+    def walk(module: nn.Module, prefix: str) -> None:
+        for key, child in module.named_children():
+            flags = [p.requires_grad for p in child.parameters()]
+            if not flags or key == SLOT or id(child) in seen:
+                continue
+            seen.add(id(child))
+            if not _is_called(child) or (any(flags) and not (all(flags) or _trains_itself(child))):
+                walk(child, f"{prefix}{key}.")
+            else:
+                (trained if any(flags) else frozen)[prefix + key] = child
+
+    walk(model, "")
+    return frozen, trained
+
+
+def _is_called(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    return not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and type(module).forward is not nn.Module.forward
+
+
+def _trains_itself(module: nn.Module) -> bool:
+    own: Mapping[str, Tensor | None] = module._parameters
+    below = module.peft.parameters() if isinstance(module, Adapted) else ()
+    return any(p is not None and p.requires_grad for p in (*own.values(), *below))
+
+
+def _refuse_kind(name: str, module: nn.Module) -> None:
+    """Raise if a module is of a kind that nothing can be cut out of."""
+    kinds = (FSDPModule, FullyShardedDataParallel)
+    if isinstance(module, kinds) or any(isinstance(p, DTensor) for p in module._parameters.values()):
+        raise TypeError(f"{name} is sharded, and cache_frozen=True works on whole models; set cache_frozen=False.")
+    if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+        raise TypeError(f"{name} is compiled, and cache_frozen=True cuts it out; compile nothing, or do not cache.")
+
+
+def _refuse_part(name: str, module: nn.Module) -> None:
+    """Raise if calls of a part cannot be surrounded."""
+    if isinstance(module, torch.jit.ScriptModule) or "forward" in vars(module):
+        raise TypeError(f"{name} is scripted, or its forward was replaced on the instance: its calls cannot be cached.")

@@ -1,0 +1,92 @@
+"""Lightning checkpoints that hold adapters only: what is written into them, and what is checked on the way back."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from ..checkpoints.adapter_state import check_state, keep_adapters_only
+from ..checkpoints.metadata import describe, restore
+from ..checkpoints.reader import KEY
+from ..core.injection_record import injection
+from .module_hooks import surround_hook
+
+_Module = TypeVar("_Module", bound=pl.LightningModule)
+
+
+def wire_checkpoints(module: pl.LightningModule, check_base: bool) -> None:
+    """Make checkpoints hold what training can change, and loading strict about it."""
+    keep_adapters_only(module)
+
+    def saved(self: pl.LightningModule, own: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+        own(checkpoint)
+        checkpoint[KEY] = describe(self)
+
+    def loaded(self: pl.LightningModule, own: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+        check_checkpoint(self, checkpoint, check_base)
+        own(checkpoint)
+
+    surround_hook(module, "on_save_checkpoint", saved)
+    surround_hook(module, "on_load_checkpoint", loaded)
+
+
+def check_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any], check_base: bool) -> None:
+    """Compare a Lightning checkpoint with an adapted module, before anything of it is loaded."""
+    if KEY not in checkpoint:
+        raise ValueError(
+            "The checkpoint was written without PEFTStrategy and holds no adapters. Load it into the base model before "
+            "training, not as ckpt_path."
+        )
+    restore(module, checkpoint[KEY], "The checkpoint", strict=check_base)
+    if "state_dict" in checkpoint:  # strategies that load in shards have taken it out
+        check_state(module, checkpoint["state_dict"], "The checkpoint")
+
+
+def load_from_checkpoint(
+    module_class: type[_Module], path: str | os.PathLike[str], check_base: bool = True, **kwargs: Any
+) -> _Module:
+    """Build a LightningModule and load an adapter-only checkpoint into it, without a Trainer.
+
+    Args:
+        module_class: Class of the module; it must bring the same base weights again.
+        path: Checkpoint that a Trainer with PEFTStrategy wrote.
+        check_base: Whether the base must be the one that was trained on.
+        kwargs: For the class's own ``load_from_checkpoint``: ``map_location``, or arguments that were not saved.
+
+    Raises:
+        ValueError: The checkpoint was written without PEFTStrategy, or for another base.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    shell = {key: value for key, value in checkpoint.items() if key != KEY} | {"state_dict": {}}
+    file = io.BytesIO()
+    torch.save(shell, file)
+    file.seek(0)
+    with warnings.catch_warnings():  # Lightning builds the module from its saved arguments; values follow below
+        warnings.filterwarnings("ignore", "(Found keys that are in the model state dict|The state dict in)")
+        module = module_class.load_from_checkpoint(file, strict=False, **kwargs)
+    inject_from_checkpoint(module, checkpoint, check_base)
+    module.load_state_dict(checkpoint["state_dict"])
+    return module
+
+
+def inject_from_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any], check_base: bool = True) -> None:
+    """Inject what an adapter-only checkpoint says into a module that has no adapters yet.
+
+    Called in a module's own ``on_load_checkpoint``, it makes the module's ``load_from_checkpoint`` read such files.
+
+    Raises:
+        ValueError: The checkpoint does not fit; says how.
+    """
+    if KEY in checkpoint and injection(module) is None:
+        if is_overridden("configure_model", module):
+            module.configure_model()
+        restore(module, checkpoint[KEY], "The checkpoint", strict=check_base)
+        wire_checkpoints(module, check_base)
+    check_checkpoint(module, checkpoint, check_base)

@@ -1,0 +1,187 @@
+"""Between a LightningModule's own hooks and the core: what runs before and after them, without subclassing."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+from ..checkpoints.adapter_state import clean
+from ..core.adapted_module import adapters
+from ..core.inject import inject
+from ..core.injection_record import Injection, injection, note
+from ..core.method import Method
+from ..core.weight_backup import refuse_merged
+from ..structure.base_model import SLOT, base_parameters, matches
+from .param_groups import Rule, apply_factors, fuse, grouped, keep_trainable, optimizers_in
+
+
+def surround_hook(module: pl.LightningModule, hook: str, around: Callable[..., Any]) -> None:
+    """Let ``around(module, own, *args)`` stand for a hook of this very module, where ``own`` is its own hook.
+
+    Copies of the module keep the surrounded hook and bind it to themselves. A second call replaces the first.
+    """
+    before: Any = module.__dict__.get(hook)
+    if isinstance(before, types.MethodType):
+        before = getattr(before.__func__, "_peft_own", before.__func__)
+    elif before is not None:  # a function that was put on the instance knows no self
+        before = functools.partial(_without_self, before)
+
+    def surrounded(self: pl.LightningModule, *args: Any, **kwargs: Any) -> Any:
+        own = getattr(type(self), hook) if before is None else before
+        return around(self, functools.partial(own, self), *args, **kwargs)
+
+    functools.update_wrapper(surrounded, before or getattr(type(module), hook))  # so that Lightning sees an override
+    surrounded.__name__ = hook  # pickling a bound method looks its function up by name
+    surrounded._peft_own = before  # type: ignore[attr-defined]
+    module.__dict__[hook] = types.MethodType(surrounded, module)
+
+
+def _without_self(function: Callable[..., Any], module: pl.LightningModule, *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+def after_build(module: pl.LightningModule, hook: str, then: Callable[[pl.LightningModule], None]) -> None:
+    """Call ``then(module)`` once, after the hook in which the module builds its network."""
+
+    def around(self: pl.LightningModule, own: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        release_hook(self, hook)
+        own(*args, **kwargs)
+        then(self)
+
+    surround_hook(module, hook, around)
+
+
+def release_hook(module: pl.LightningModule, hook: str) -> None:
+    """Undo ``surround_hook``."""
+    own = module.__dict__.pop(hook).__func__._peft_own
+    if own is not None:
+        module.__dict__[hook] = types.MethodType(own, module)
+
+
+def adopt(module: pl.LightningModule, methods: Sequence[Method], also_train: Sequence[str]) -> None:
+    """Inject, or take over what the user injected, below this module or into it.
+
+    Raises:
+        TypeError: The module is sharded already.
+        ValueError: Something else was injected, or no method is given and nothing was.
+        RuntimeError: Adapters below are merged into the weights.
+    """
+    record = injection(module)
+    below = [found for part in module.modules() if (found := injection(part)) is not None and found is not record]
+    if record is None and not below:
+        if not methods:
+            raise ValueError(
+                "PEFTStrategy without a method trains what was injected before, and nothing was: give it a method, or "
+                "call lightning_peft.inject, or add_adapter and activate, first."
+            )
+        if any(isinstance(part, (FSDPModule, FullyShardedDataParallel)) for part in module.modules()):
+            raise TypeError(
+                "The model is sharded and has no adapters yet; each rank would train its own. Call "
+                "lightning_peft.inject(self, method) in configure_model, before fully_shard."
+            )
+        inject(module, methods, also_train)
+        return
+    if record is None:
+        refuse_merged(module)
+        only = below[0] if len(below) == 1 else None  # whose adapters may be switched or added by it later, too
+        record = Injection(
+            methods=only.methods if only else [method for found in below for method in found.methods],
+            active=only.active if only else [name for found in below for name in found.active],
+            groups=only.groups if only else {k: v for found in below for k, v in found.groups.items()},
+            also_train=[pattern for found in below for pattern in found.also_train],
+            trained=[name for name, p in base_parameters(module).items() if p.requires_grad],
+            required_grad=dict.fromkeys(base_parameters(module), True),
+        )
+        note(module, record)
+    if methods and record.methods not in (list(methods), [method.finalized() for method in methods]):
+        raise ValueError(
+            f"The model holds {record.methods}, PEFTStrategy was given {list(methods)}. Pass the same methods, or call "
+            f"lightning_peft.detach(model) first."
+        )
+
+
+def wire_optimizers(module: pl.LightningModule, lr_factors: dict[str, float], no_decay: Sequence[str]) -> None:
+    """Make optimizers hold exactly what trains, in groups by factor and decay; a factor of 0 freezes."""
+    names, others = dict(module.named_parameters()), _by_method(module)
+    for pattern in [p for p, factor in lr_factors.items() if factor == 0]:
+        for parameter in _named_by(pattern, names, others):
+            parameter.requires_grad_(False)
+    lr_factors = {pattern: factor for pattern, factor in lr_factors.items() if factor != 0}
+
+    def configured(self: pl.LightningModule, own: Callable[..., Any]) -> Any:
+        rule = group_rule(self, lr_factors, no_decay)
+        if rule is None:
+            result = own()
+        else:
+            with grouped(rule):
+                result = own()
+        optimizers = optimizers_in(result)
+        keep_trainable(optimizers, self)
+        fuse(optimizers)
+        for optimizer in optimizers:
+            if rule is not None:
+                _require_groups(optimizer.param_groups, rule)
+                apply_factors(optimizer)
+        return result
+
+    surround_hook(module, "configure_optimizers", configured)
+
+
+def group_rule(module: pl.LightningModule, lr_factors: dict[str, float], no_decay: Sequence[str]) -> Rule | None:
+    """Return what is special about each trainable parameter, or None if nothing is.
+
+    Raises:
+        ValueError: A pattern matches no trainable parameter.
+    """
+    if not lr_factors and not no_decay:
+        return None
+    names = {clean(name): p for name, p in module.named_parameters() if p.requires_grad}
+    others = _by_method(module)
+    special: dict[int, dict[str, float]] = {}
+    settings = [(p, "lr_factor", f) for p, f in lr_factors.items()] + [(p, "weight_decay", 0.0) for p in no_decay]
+    for pattern, field, value in settings:
+        for parameter in _named_by(pattern, names, others):
+            special.setdefault(id(parameter), {})[field] = value
+
+    def rule(parameter: Tensor) -> dict[str, float]:
+        return special.get(id(parameter), {})
+
+    return rule
+
+
+def _by_method(module: pl.LightningModule) -> dict[str, str]:
+    """Return the names of adapters' parameters without the parts that they serve: lora for lora_query."""
+    return {
+        clean(f"{name}.{SLOT}.{key}.{own}".lstrip(".")): f"{name}.{SLOT}.{key.removesuffix(f'_{adapter.part}')}.{own}"
+        for name, _, key, adapter in adapters(module)
+        for own, _ in adapter.named_parameters()
+    }
+
+
+def _named_by(pattern: str, names: dict[str, nn.Parameter], others: dict[str, str]) -> list[nn.Parameter]:
+    """Return parameters by a glob of their names or the name of their method."""
+    both = {name: (name, others.get(name, name)) for name in names}
+    found = [
+        names[name]
+        for name, known in both.items()
+        if any(matches(one, pattern) or f".{SLOT}.{pattern}." in f".{one}" for one in known)
+    ]
+    if not found:
+        raise ValueError(f"{pattern!r} is no trainable parameter or method. Parameters: {', '.join(list(names)[:10])}.")
+    return found
+
+
+def _require_groups(groups: list[dict[str, Any]], rule: Rule) -> None:
+    for group in groups:
+        for parameter in group["params"]:
+            if any(group.get(field) != value for field, value in rule(parameter).items()):
+                raise ValueError(
+                    "The optimizer was built before lr_factors and no_decay could group its parameters; build it "
+                    "inside configure_optimizers (PEFTCLI does)."
+                )

@@ -1,0 +1,26 @@
+"""What trains, on the screen."""
+
+from __future__ import annotations
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning_utilities.core.imports import RequirementCache
+
+from ..summary import Summary
+
+
+@rank_zero_only
+def show(counts: Summary) -> None:
+    """Print what trains: as a rich table where rich is installed, as Lightning does, else as text."""
+    if not RequirementCache("rich"):
+        rank_zero_info(f"\n{counts}")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table, console = Table("trains"), Console()
+    for heading in ("places", "parameters"):
+        table.add_column(heading, justify="right")
+    for what, places, parameters in counts.rows:
+        table.add_row(what, f"{places:,}", f"{parameters:,}")
+    console.print(table)
+    console.print(counts.caption)
