@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .checkpoints.adapter_state import adapter_state
-from .core.injection_record import adapters_of, injection, taking_part
+from .core.injection_record import active_methods, adapters_of, get_record
 from .core.method import Method
-from .ops.sharded_tensors import shape_of
+from .ops.sharded_tensors import global_shape
 from .structure.base_model import base_parameters
 
 BASE = "base parameters"  # that train
@@ -52,8 +52,8 @@ class Summary:
 
 def summary(model: nn.Module) -> Summary:
     """Count what trains, by method; works on the meta device too."""
-    record, rows = injection(model), []
-    active = taking_part(record) if record else []
+    record, rows = get_record(model), []
+    active = active_methods(record) if record else []
     trained = {n: _count(p) for n, p in base_parameters(model).items() if p.requires_grad}
     for method in record.methods if record else ():
         what, places, count = row(model, method)
@@ -78,7 +78,7 @@ def row(model: nn.Module, method: Method) -> tuple[str, int, int]:
 
 
 def _count(tensor: Tensor) -> int:
-    return shape_of(tensor).numel()
+    return global_shape(tensor).numel()
 
 
 def size(count: float) -> str:

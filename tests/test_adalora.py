@@ -15,7 +15,7 @@ from trainer_models import Module, Resumable, data, module, trainer
 
 import lightning_peft as lp
 from lightning_peft.core.injection_record import adapters_of
-from lightning_peft.methods.families.svd_triplets import Triplets, alike, allocate, observe, score
+from lightning_peft.methods.families.svd_triplets import SVDTriplets, allocate, group_by_shape, observe, score
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),
@@ -165,7 +165,7 @@ class Slow:
 def test_averages_scores_and_choices_are_the_papers_entry_by_entry():
     beta1, beta2, generator = 0.7, 0.9, torch.Generator().manual_seed(0)
     hosts = [nn.Linear(3, 5).double(), nn.Linear(4, 2).double(), nn.Conv2d(2, 3, 2).double()]
-    triplets = [Triplets(host, rank, 1.0) for host, rank in zip(hosts, (2, 2, 3), strict=True)]
+    triplets = [SVDTriplets(host, rank, 1.0) for host, rank in zip(hosts, (2, 2, 3), strict=True)]
     slow = [Slow(one) for one in triplets]
     for budget in (7, 6, 5, 3, 4, 0, 2, 7):
         for parameter in (p for one in triplets for p in one.parameters()):
@@ -177,12 +177,12 @@ def test_averages_scores_and_choices_are_the_papers_entry_by_entry():
             one.observe(beta1, beta2)
             for name, (means, spreads) in one.averages.items():
                 found_means, found_spreads = (
-                    one.one.apart(row)["abe".index(name)] for row in (one.one.mean, one.one.spread)
+                    one.one.split_factors(row)["abe".index(name)] for row in (one.one.mean, one.one.spread)
                 )
                 assert found_means.flatten().tolist() == pytest.approx(means, abs=1e-13)
                 assert found_spreads.flatten().tolist() == pytest.approx(spreads, abs=1e-13)
         scores = [score for one in slow for score in one.scores()]
-        assert score(alike(triplets)).tolist() == pytest.approx(scores)
+        assert score(group_by_shape(triplets)).tolist() == pytest.approx(scores)
         best = sorted(range(7), key=lambda i, scores=scores: scores[i], reverse=True)[:budget]
         before = torch.cat([one.e.detach() for one in triplets]).tolist()
         with torch.no_grad():
@@ -203,7 +203,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_averages_alone(value):
     inside[6].e.grad = None  # nor does a tensor without gradient stop the others
     observe(inside, 0.85, 0.85)
     for where, part, moves in ((6, 2, False), (5, 0, True)):
-        old, new = (inside[where].apart(row)[part] for row in (before[where]["mean"], inside[where].mean))
+        old, new = (inside[where].split_factors(row)[part] for row in (before[where]["mean"], inside[where].mean))
         assert torch.allclose(0.85 * old, new, rtol=1e-5, atol=0) != moves  # without a gradient, an average fades
 
 

@@ -10,7 +10,7 @@ from test_switching import stir
 
 import lightning_peft as lp
 from lightning_peft.composition.combine import combined
-from lightning_peft.core.injection_record import adapters_of, injected, named
+from lightning_peft.core.injection_record import adapters_of, methods_named, require_record
 
 WEIGHTS = [0.7, -0.4, 1.1]
 HOST = "model.layers.1.self_attn.v_proj"
@@ -26,7 +26,10 @@ def model(rank=2, base="llama"):
 
 
 def deltas(net, *names, host=HOST):
-    return [adapters_of(net, *named(injected(net), name))[host].delta().detach().double().numpy() for name in names]
+    return [
+        adapters_of(net, *methods_named(require_record(net), name))[host].delta().detach().double().numpy()
+        for name in names
+    ]
 
 
 def test_a_sum_is_exact_from_the_sum_of_ranks_on():
@@ -69,7 +72,7 @@ def test_ties_is_its_formula_of_weights_and_of_factors():
     lp.combine(net, list("abc"), WEIGHTS, "whole", rule="ties", rank=16, density=0.3)
     np.testing.assert_allclose(deltas(net, "whole")[0], ties(deltas(net, *"abc"), WEIGHTS, 0.3), atol=1e-6)
     lp.combine(net, list("abc"), WEIGHTS, "parts", rule="ties", of="factors", density=0.5)
-    found = [adapters_of(net, *named(injected(net), name))[HOST] for name in (*"abc", "parts")]
+    found = [adapters_of(net, *methods_named(require_record(net), name))[HOST] for name in (*"abc", "parts")]
     scales = [w * (3 + n) / 2 for n, w in enumerate(WEIGHTS)]
     for factor, signs in (("a", np.sign(scales)), ("b", np.ones(3))):
         tensors = [getattr(one, factor).detach().double().numpy() for one in found]
@@ -116,7 +119,7 @@ def both():
             theirs = peft.get_peft_model(MODELS["llama"](), config, adapter_name=name)
         else:
             theirs.add_adapter(name, config)
-        for place, ours in adapters_of(net, *named(injected(net), name)).items():
+        for place, ours in adapters_of(net, *methods_named(require_record(net), name)).items():
             layer = theirs.base_model.model.get_submodule(place)
             layer.lora_A[name].weight.data.copy_(ours.a)
             layer.lora_B[name].weight.data.copy_(ours.b)
@@ -134,7 +137,7 @@ def test_peft_makes_the_same_of_them(kind, weights, both, monkeypatch):
     density = {"density": PEFT[kind]["density"]} if "density" in PEFT[kind] else {}
     theirs.base_model.add_weighted_adapter(list("abc"), weights, name, combination_type=kind, **density)
     lp.combine(net, list("abc"), weights, name, **PEFT[kind])
-    for place, found in adapters_of(net, *named(injected(net), name)).items():
+    for place, found in adapters_of(net, *methods_named(require_record(net), name)).items():
         expected = theirs.base_model.model.get_submodule(place).get_delta_weight(name)
         torch.testing.assert_close(found.delta(), expected, rtol=0, atol=1e-5)  # it works in float32
         assert expected.abs().max() > 1e-3
@@ -162,11 +165,11 @@ def test_updates_of_every_kind_and_rank_sum_up():
     stir(net, 8)
     names, weights = [f"k{number}" for number in range(6)], [1.0, -0.5, 2.0, 0.3, 0.1, -1.0]
     lp.combine(net, names, weights, "all", rank=32)
-    for place, found in adapters_of(net, *named(injected(net), "all")).items():
+    for place, found in adapters_of(net, *methods_named(require_record(net), "all")).items():
         expected = sum(w * d for w, d in zip(weights, deltas(net, *names, host=place), strict=True))
         np.testing.assert_allclose(found.delta().detach(), expected, atol=1e-5)
     lp.combine(net, ["k0", "k2", "k5"], [1, 1, 1], "low")  # the largest rank
-    assert {len(a.a) for a in adapters_of(net, *named(injected(net), "low")).values()} == {4}
+    assert {len(a.a) for a in adapters_of(net, *methods_named(require_record(net), "low")).values()} == {4}
     with pytest.raises(ValueError, match="rank must be given, since not all updates have one"):
         lp.combine(net, ["k0", "k4"], [1, 1], "new")
     with pytest.raises(TypeError, match="KronAUpdate of 'k4' at .* has no factors"):
@@ -205,7 +208,7 @@ def test_refusals():
 def test_parts_of_fused_layers():
     net = model(base="gpt2")
     lp.combine(net, list("ab"), [1, 2], "sum", rank=4)
-    places = adapters_of(net, *named(injected(net), "sum"))
+    places = adapters_of(net, *methods_named(require_record(net), "sum"))
     assert any(p.endswith(".query") for p in places)
     for place in places:
         a, b, found = deltas(net, "a", "b", "sum", host=place)

@@ -9,7 +9,7 @@ from processes import together
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.checkpoints.adapter_state import clean
+from lightning_peft.checkpoints.adapter_state import strip_wrapper_names
 
 FEW = [
     Case("bert", (lp.LoRA(rank=4), lp.LLaMAAdapter(length=3), lp.PromptTuning(length=2), lp.OutputLayers())),
@@ -23,7 +23,7 @@ def test_a_compiled_model_is_adapted_in_the_same_places(case):
     for wrap in (lambda net: net, torch.compile):  # which compiles nothing until it is called
         model = nn.ModuleDict({"net": wrap(MODELS[case.model]())})
         lp.inject(model, list(case.methods))
-        names.append([clean(name) for name, p in model.named_parameters() if p.requires_grad])
+        names.append([strip_wrapper_names(name) for name, p in model.named_parameters() if p.requires_grad])
     assert names[0] == names[1]
 
 
@@ -117,7 +117,10 @@ def largest(kinds, cases):
         expected = gradients_alone(case)
         for make in kinds:
             torch._dynamo.reset()
-            own = {clean(name): g for name, g in gradients(case, "ddp", make=make, precision="64-true").items()}
+            own = {
+                strip_wrapper_names(name): g
+                for name, g in gradients(case, "ddp", make=make, precision="64-true").items()
+            }
             found[make.__name__, str(case)] = difference(own, expected)
     return found
 

@@ -104,7 +104,7 @@ def test_update_is_the_map_of_delta(case):
             x = torch.randn(3, adapter.shape[1], dtype=torch.float64)
             weight = adapter.layer.read(host)[slice(*adapter.rows)]
             torch.testing.assert_close(adapter.update(host, x), F.linear(x, adapter.updated(weight) - weight))
-            if not adapter.alone:
+            if not adapter.exclusive:
                 torch.testing.assert_close(adapter.updated(weight), weight + adapter.delta())
 
 

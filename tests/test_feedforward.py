@@ -9,8 +9,9 @@ from models import MODELS, logits, tokens
 from torch import nn
 
 import lightning_peft as lp
+from lightning_peft.core.adapter_folder import read_adapter
 from lightning_peft.methods.families.kronecker import shape_of_a
-from lightning_peft.methods.families.parallel_branch import Tap, feedforward_blocks
+from lightning_peft.methods.families.parallel_branch import InputCapture, feedforward_blocks
 
 
 def small(name):
@@ -82,7 +83,7 @@ def filled(model, method):
 
 
 def taps(model):
-    return [adapter for *_, adapter in lp.adapters(model) if isinstance(adapter, Tap)]
+    return [adapter for *_, adapter in lp.adapters(model) if isinstance(adapter, InputCapture)]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -203,7 +204,7 @@ def test_taps_are_in_no_file_and_no_count(tmp_path):
     (row,) = lp.summary(model).rows
     assert row == ("KronABlock (krona_block)", 3, 3 * (2 * 32 + 1))
     lp.save_adapter(model, tmp_path)
-    keys = lp.files.read_adapter(tmp_path)[1]
+    keys = read_adapter(tmp_path)[1]
     assert len(keys) == 9
     assert all(".output.dense.peft.krona_block." in key for key in keys)
     assert torch.equal(logits(lp.load_adapter(MODELS["bert"](), tmp_path)(tokens())), logits(model(tokens())))

@@ -25,14 +25,14 @@ class Shift(lp.Adapter):
     def reset_parameters(self):
         nn.init.normal_(self.vector)
 
-    def pack(self):
+    def export_state(self):
         return {"vector": self.vector if self.encoder is None else self.encoder(self.vector)}
 
     def finalize(self):
-        self.vector, self.encoder = nn.Parameter(self.pack()["vector"].detach()), None
+        self.vector, self.encoder = nn.Parameter(self.export_state()["vector"].detach()), None
 
     def forward(self, host, inner, x):
-        return inner(x) + self.pack()["vector"]
+        return inner(x) + self.export_state()["vector"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ from torch import nn
 from trainer_models import data, module, trainer
 
 import lightning_peft as lp
-from lightning_peft.checkpoints.adapter_state import clean
-from lightning_peft.ops.fsdp1_parameters import part_of
+from lightning_peft.checkpoints.adapter_state import strip_wrapper_names
+from lightning_peft.ops.fsdp1_parameters import shard_of
 from lightning_peft.training.distributed.fsdp1_wrapping import check_flattens
 from lightning_peft.training.distributed.sharding_plan import plan_units
 
@@ -26,13 +26,13 @@ KINDS = ("LoRA-decompose", "LastLayers", "BitFit", "FullFineTuning", "PrefixTuni
 
 
 def whole(parameter, tensor):
-    part = part_of(parameter)
+    part = shard_of(parameter)
     return tensor.clone() if part is None else part.gather(torch.zeros_like(parameter) if tensor is None else tensor)
 
 
 class Keep(laws.Keep):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        trained = [(clean(n), p) for n, p in pl_module.named_parameters() if p.requires_grad]
+        trained = [(strip_wrapper_names(n), p) for n, p in pl_module.named_parameters() if p.requires_grad]
         self.gradients = {name: whole(p, p.grad) for name, p in trained}
 
 
@@ -111,7 +111,7 @@ def test_other_modes_are_right_as_well(tmp_path):
 
 class Types(pl.Callback):
     def on_train_start(self, trainer, pl_module):
-        self.found = {clean(n): p.dtype for n, p in pl_module.named_parameters()}
+        self.found = {strip_wrapper_names(n): p.dtype for n, p in pl_module.named_parameters()}
 
 
 def life(folder):
@@ -133,7 +133,11 @@ def life(folder):
     tested = again.test(other, data(), ckpt_path=folder / "last.ckpt", verbose=False)
     plain = lp.load_adapter(start, folder / "adapter")
     values = {n: p.detach() for n, p in plain.named_parameters() if ".peft." in n}
-    same = [clean(n) for n, p in model.named_parameters() if ".peft." in n and not torch.equal(p, values[clean(n)])]
+    same = [
+        strip_wrapper_names(n)
+        for n, p in model.named_parameters()
+        if ".peft." in n and not torch.equal(p, values[strip_wrapper_names(n)])
+    ]
     return names, tuned == tested, same, {t for n, t in types.found.items() if ".peft." not in n}, saves.best_model_path
 
 
@@ -181,7 +185,9 @@ class Start(pl.Callback):
     """Keeps what a run starts from."""
 
     def on_train_start(self, trainer, pl_module):
-        self.values = {clean(n): whole(p, p.detach()) for n, p in pl_module.named_parameters() if p.requires_grad}
+        self.values = {
+            strip_wrapper_names(n): whole(p, p.detach()) for n, p in pl_module.named_parameters() if p.requires_grad
+        }
         held = trainer.optimizers[0].state
         self.averages = [whole(p, held[p]["exp_avg"]) for g in trainer.optimizers[0].param_groups for p in g["params"]]
 

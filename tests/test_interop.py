@@ -260,7 +260,9 @@ def test_adalora_computes_the_same_there_and_here(name, tmp_path):
     if name != "gpt2":  # where parts become one
         for (*_, one), (*_, other) in zip(lp.adapters(model), lp.adapters(back), strict=True):
             assert all(
-                torch.equal(value, other.pack()[key]) for key, value in one.pack().items() if len(one.pack()["e"])
+                torch.equal(value, other.export_state()[key])
+                for key, value in one.export_state().items()
+                if len(one.export_state()["e"])
             )
     config = peft.AdaLoraConfig(
         task_type=TASKS[name], target_modules=TARGETS[name], init_r=5, target_r=3, lora_alpha=7, total_step=10

@@ -158,7 +158,7 @@ def test_whether_rows_are_stacked_makes_no_difference(monkeypatch):
         for stacked in (True, False):
             if not stacked:
                 for *_, adapter in lp.adapters(net):
-                    monkeypatch.setattr(type(adapter), "row_values", lambda self: ())
+                    monkeypatch.setattr(type(adapter), "per_example_tensors", lambda self: ())
             with lp.row_adapters(net, NAMES), torch.no_grad():
                 found.append(logits(net(**inputs)))
         monkeypatch.undo()

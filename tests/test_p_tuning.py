@@ -99,7 +99,7 @@ def test_dropout_is_between_the_layers_of_the_lstm_and_in_training_alone():
     y = run(model.eval(), "llama")
     assert torch.equal(run(model, "llama"), y)
     assert not torch.equal(run(model.train(), "llama"), run(model, "llama"))
-    assert torch.equal(adapter.pack()["prompt"], adapter.pack()["prompt"])
+    assert torch.equal(adapter.export_state()["prompt"], adapter.export_state()["prompt"])
     torch.testing.assert_close(run(lp.finalize(model), "llama"), y)
 
 
@@ -140,7 +140,7 @@ def test_it_computes_what_peft_computes(kind):
 @pytest.mark.parametrize("name", TEXT)
 def test_vectors_stand_at_placeholders_and_all_else_keeps_its_embeddings(name):
     model, base = adapted(name), MODELS[name]()
-    h = prompt_of(model).pack()["prompt"].detach()
+    h = prompt_of(model).export_state()["prompt"].detach()
     table = base.get_input_embeddings()
     rows = []
     for ids in ROWS:

@@ -63,7 +63,7 @@ def test_the_page_says_what_the_command_prints(size, report):
     for method in METHODS:
         found = report(*of_llama(size, method))
         one = found["layouts"][0]
-        sizes = [gigabytes(one[k]) for k in ("weights", "gradients", "optimizer", "activations", "passing", "memory")]
+        sizes = [gigabytes(one[k]) for k in ("weights", "gradients", "optimizer", "activations", "transient", "memory")]
         fewest = next((row["layout"] for row in found["layouts"] if (row["card"] or 999) <= 80), "none")
         rows.append([size, method, f"{found['trained']:,}", *sizes, str(one["card"] or "-"), *fewest.split()])
     print(*(" ".join(row) for row in rows), sep="\n")

@@ -140,7 +140,7 @@ def test_a_quantized_base_is_counted_as_it_is_stored(kind, dtype):
         rest + sum(x.nbytes for x in stored.values()), rel=0.01
     )
     assert found.frozen == sum(p.numel() for p in llama().parameters())
-    assert found.decoded == 128 * 344 * 4
+    assert found.dequantized == 128 * 344 * 4
 
 
 def state_of(layer):
@@ -211,7 +211,7 @@ def test_checkpointed_blocks_below_everything_that_trains_keep_nothing():
 
 
 PLAN = Plan(trained=10, frozen=500, adapted=True, frozen_weights=1000, trained_weights=40, buffers=7, gradients=40,
-            optimizer=80, checkpoint=44, gathered=300, decoded=5, activations={16: 2000})  # fmt: skip
+            optimizer=80, checkpoint=44, unsharded=300, dequantized=5, activations={16: 2000})  # fmt: skip
 
 
 def test_beside_adapters_the_frozen_base_alone_is_sharded():
@@ -246,7 +246,7 @@ def test_what_fsdp_gathers_is_what_it_shards(method):
     found = plan(model, loss, {16: batch_for(model, 1, 16)})
     block = (4 * 128**2 + 3 * 128 * 344 + 2 * 128) * 2
     rest = (2 * 500 * 128 + 128) * 2
-    assert found.gathered == 2 * block + rest
+    assert found.unsharded == 2 * block + rest
     assert found.adapted == isinstance(method, lp.LoRA)
     trained = 3 * 4 * 128 * 8 * 4 if found.adapted else block + (500 * 128 + 128) * 2
     assert (found.trained_weights, found.gradients) == (trained, trained)

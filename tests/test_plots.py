@@ -124,7 +124,7 @@ def cosines(x):
 )
 def test_similarities_are_cosines_of_each_prompt_or_layer(method, base, panels):
     model = adapted(method, base)
-    found = [adapter.pack() for *_, adapter in lp.adapters(model) if adapter.shows]
+    found = [adapter.export_state() for *_, adapter in lp.adapters(model) if adapter.plot_tensors]
     all_tokens = [own["key"] if "key" in own else own["prompt"] for own in found]
     tokens = [one for x in all_tokens for one in x.reshape(-1, 5, x.shape[-1])]
     figure = plots.prompt_similarity(model)
@@ -190,7 +190,7 @@ def test_pictures_are_those_that_the_adapters_have_something_for():
 def test_a_folder_shows_what_the_model_shows(method, base, tmp_path):
     model = adapted(method, base)
     for *_, adapter in lp.adapters(model):
-        if "ranks" in adapter.shows:
+        if "ranks" in adapter.plot_tensors:
             adapter.kept[1:] = 0
             adapter.e.data[1:] = 0
     live, stored = Contents.of(model), Contents.stored(lp.save_adapter(model, tmp_path))

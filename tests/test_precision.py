@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from trainer_models import data, module, trainer
 
 import lightning_peft as lp
-from lightning_peft.core.adapted_module import Adapted
+from lightning_peft.core.adapted_module import AdaptedModule
 
 FAMILIES = [case for case in CASES if case.model in ("bert", "llama", "fused_vit")]
 WITHOUT_CACHE = [case for case in CASES if case.model not in ("t5", "bart")]  # whose attention takes one, as an object
@@ -126,7 +126,7 @@ def test_wide_adapters_on_a_narrow_base_compute_what_float64_does(case):
         y, z = tensor_in(host(*args, **kwargs)), tensor_in(twin(*doubled(args), **doubled(kwargs)))
         assert y.dtype == torch.bfloat16
         assert (y - z).norm() < 0.03 * z.norm(), name
-        if any(isinstance(part, Adapted) for part in host.modules() if part is not host):
+        if any(isinstance(part, AdaptedModule) for part in host.modules() if part is not host):
             continue  # what a ReLU inside lets through by rounding is not this adapter's
         gradient = torch.randn_like(y)
         found, expected = (gradients(m, out, gradient) for m, out in ((host, y), (twin, z)))

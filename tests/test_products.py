@@ -11,8 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 import lightning_peft as lp
 from lightning_peft.core import weight_cache as built
-from lightning_peft.ops.fused_linear import Update, dropped_low_rank, saves_work, updated_linear
-from lightning_peft.ops.parametrizations import Decomposed, Hadamard, Kronecker, LowRank
+from lightning_peft.ops.fused_linear import WeightUpdateSpec, dropped_low_rank, rebuilding_is_cheaper, updated_linear
+from lightning_peft.ops.parametrizations import (
+    DoRAParametrization,
+    HadamardParametrization,
+    KroneckerParametrization,
+    LowRankParametrization,
+)
 
 OUT, IN = 12, 8
 
@@ -44,12 +49,12 @@ def plain_kronecker(w, a, b):
 
 PAIRS = [(OUT, 3), (IN, 3), (OUT, 3), (IN, 3)]
 FORMS = {
-    "low rank": (LowRank(0.7), plain_low_rank, [(3, IN), (OUT, 3)]),
-    "decomposed": (Decomposed(0.7), plain_decomposed, [(3, IN), (OUT, 3), (OUT,)]),
-    "hadamard": (Hadamard(tanh=False, shift=0.0), plain_hadamard, PAIRS),
-    "hadamard of tanh": (Hadamard(tanh=True, shift=0.0), plain_tanh, PAIRS),
-    "hadamard with a shift": (Hadamard(tanh=False, shift=1.0), plain_personal, PAIRS),
-    "kronecker": (Kronecker(0.7), plain_kronecker, [(2, 4), (4, 3)]),
+    "low rank": (LowRankParametrization(0.7), plain_low_rank, [(3, IN), (OUT, 3)]),
+    "decomposed": (DoRAParametrization(0.7), plain_decomposed, [(3, IN), (OUT, 3), (OUT,)]),
+    "hadamard": (HadamardParametrization(tanh=False, shift=0.0), plain_hadamard, PAIRS),
+    "hadamard of tanh": (HadamardParametrization(tanh=True, shift=0.0), plain_tanh, PAIRS),
+    "hadamard with a shift": (HadamardParametrization(tanh=False, shift=1.0), plain_personal, PAIRS),
+    "kronecker": (KroneckerParametrization(0.7), plain_kronecker, [(2, 4), (4, 3)]),
 }
 
 
@@ -67,7 +72,7 @@ def test_values_and_gradients_are_the_formulas(name, stored, bias):
     weight = torch.randn(OUT, IN, dtype=torch.float64)
     weight = weight.T.contiguous().T if stored == "transposed" else weight
     offset = offset if bias else None
-    y = updated_linear(x, weight, offset, [Update(form, (0, OUT), tuple(factors))])
+    y = updated_linear(x, weight, offset, [WeightUpdateSpec(form, (0, OUT), tuple(factors))])
     expected = F.linear(x, plain(weight, *factors), offset)
     torch.testing.assert_close(y, expected)
     inputs = [t for t in (x, offset, *factors) if t is not None]
@@ -79,7 +84,10 @@ def test_values_and_gradients_are_the_formulas(name, stored, bias):
 def test_parts_update_their_rows_only():
     x, a1, b1, a2, b2 = tensors([(7, IN), (2, IN), (4, 2), (3, IN), (5, 3)])
     weight = torch.randn(OUT, IN, dtype=torch.float64)
-    updates = [Update(LowRank(0.5), (0, 4), (a1, b1)), Update(LowRank(2.0), (7, 12), (a2, b2))]
+    updates = [
+        WeightUpdateSpec(LowRankParametrization(0.5), (0, 4), (a1, b1)),
+        WeightUpdateSpec(LowRankParametrization(2.0), (7, 12), (a2, b2)),
+    ]
     y = updated_linear(x, weight, None, updates)
     expected = F.linear(x, weight) + torch.cat([0.5 * x @ a1.T @ b1.T, x.new_zeros(7, 3), 2 * x @ a2.T @ b2.T], 1)
     torch.testing.assert_close(y, expected)
@@ -94,7 +102,7 @@ def test_works_in_autocasts_type(name):
     x, offset, *factors = tensors([(64, IN), (OUT,), *shapes], torch.float32)
     weight = torch.randn(OUT, IN)
     with torch.autocast("cpu", torch.bfloat16):
-        y = updated_linear(x, weight, offset, [Update(form, (0, OUT), tuple(factors))])
+        y = updated_linear(x, weight, offset, [WeightUpdateSpec(form, (0, OUT), tuple(factors))])
         assert y.dtype == torch.bfloat16
         gradients = torch.autograd.grad(y.square().mean(), [x, *factors])  # inside autocast, where casts could creep in
     expected = F.linear(x, plain(weight, *factors), offset)
@@ -132,11 +140,11 @@ def test_dropout_is_fair():
 
 def test_the_cost_rule_counts_tokens_against_width():
     weight = torch.empty(64, 64)
-    update = Update(LowRank(1.0), (0, 64), (torch.empty(2, 64), torch.empty(64, 2)))
-    assert not saves_work([update], torch.empty(31, 64), weight)
-    assert saves_work([update], torch.empty(4, 8, 64), weight)
-    dense = Update(Hadamard(tanh=False, shift=0.0), (0, 64), ())
-    assert saves_work([dense], torch.empty(1, 64), weight)
+    update = WeightUpdateSpec(LowRankParametrization(1.0), (0, 64), (torch.empty(2, 64), torch.empty(64, 2)))
+    assert not rebuilding_is_cheaper([update], torch.empty(31, 64), weight)
+    assert rebuilding_is_cheaper([update], torch.empty(4, 8, 64), weight)
+    dense = WeightUpdateSpec(HadamardParametrization(tanh=False, shift=0.0), (0, 64), ())
+    assert rebuilding_is_cheaper([dense], torch.empty(1, 64), weight)
 
 
 class Twice(nn.Module):
@@ -267,13 +275,13 @@ def test_a_kept_weight_is_given_up_when_anything_changes(method, change):
 
 
 def test_kept_weights_have_a_limit_and_copies_have_none(monkeypatch):
-    before = built.BuiltWeight.total
+    before = built.WeightCache.total
     model = disturbed(METHODS["lora"]).eval()
     ((_, host, _, adapter),) = lp.adapters(model)
     x = torch.randn(5, 16, dtype=torch.float64)
     with torch.no_grad():
         model(x)
-        assert built.BuiltWeight.total - before == host.weight.nbytes
+        assert built.WeightCache.total - before == host.weight.nbytes
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             ((*_, other),) = lp.adapters(twin)
             assert other.built.weight is None
@@ -282,7 +290,7 @@ def test_kept_weights_have_a_limit_and_copies_have_none(monkeypatch):
         torch.testing.assert_close(model(x), plain(model, x))
         assert adapter.built.weight is None
     del twin, other
-    assert built.BuiltWeight.total == before
+    assert built.WeightCache.total == before
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["wide factors", "narrow factors"])

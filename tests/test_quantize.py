@@ -18,7 +18,7 @@ from lightning_peft.checkpoints.adapter_state import keep_adapters_only
 from lightning_peft.core.fingerprint import fingerprint
 from lightning_peft.quantization import nf4
 from lightning_peft.structure.layer_types import layer_of
-from lightning_peft.structure.quantized import Int8Linear, QuantizedKind
+from lightning_peft.structure.quantized import Int8Linear, QuantizedType
 from lightning_peft.structure.selection import select
 
 pytest.importorskip("bitsandbytes")
@@ -287,7 +287,7 @@ def test_layers_of_the_libraries_are_known():
     for convert in (as_torchao, as_nf4, as_bnb(bnb.nn.Linear4bit), as_bnb(linear_8bit)):
         base = nn.Linear(256, 128)
         host = convert(copy.deepcopy(base))
-        assert isinstance(layer_of(host), QuantizedKind)
+        assert isinstance(layer_of(host), QuantizedType)
         assert layer_of(host).shape(host) == (128, 256)
         x = torch.randn(2, 256)
         weight = read(host)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 import lightning_peft as lp
 from lightning_peft.core.injection_record import adapters_of
-from lightning_peft.core.tensor_parallel import settle_gradients
+from lightning_peft.core.tensor_parallel import reduce_partial_gradients
 from lightning_peft.quantization.quantize import quantize
 from lightning_peft.training.distributed.tensor_parallel import parallelize
 from lightning_peft.training.param_groups import add_gradient
@@ -104,7 +104,7 @@ def trained(model, case, steps=2):
             penalty = method.penalty(list(adapters_of(model, method).values()))
             if penalty is not None:
                 add_gradient(penalty, optimizer)
-        settle_gradients(model.parameters())
+        reduce_partial_gradients(model.parameters())
         record[f"loss {step}"] = loss.detach()
         if step == 0:
             record |= {f"gradient of {n}": whole(p.grad) for n, p in model.named_parameters() if p.requires_grad}

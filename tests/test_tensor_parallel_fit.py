@@ -12,7 +12,7 @@ from trainer_models import LateModule, Module, Resumable, data, trainer
 
 import lightning_peft as lp
 from lightning_peft.core.tensor_parallel import mesh_of
-from lightning_peft.ops.sharded_tensors import whole
+from lightning_peft.ops.sharded_tensors import full_tensor
 
 WAYS = [("roles", False), ("roles", True), ("by hand", True)]  # and whether each process writes its part
 
@@ -60,7 +60,7 @@ def loader():
 
 
 def trained(module):
-    return {n: whole(p.detach()).clone() for n, p in module.named_parameters() if p.requires_grad}
+    return {n: full_tensor(p.detach()).clone() for n, p in module.named_parameters() if p.requires_grad}
 
 
 def predicted(run, module, path=None):

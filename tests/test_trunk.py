@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 from trainer_models import trainer
 
 import lightning_peft as lp
-from lightning_peft.core.adapted_module import Adapted, adapted
+from lightning_peft.core.adapted_module import AdaptedModule, adapted_class
 from lightning_peft.training.frozen_cache.frozen_parts import Trunk
 from lightning_peft.training.frozen_cache.row_store import Form, RowStore, row_keys
-from lightning_peft.training.frozen_cache.use_tracing import Traced, trace
+from lightning_peft.training.frozen_cache.use_tracing import UseTrackingTensor, trace
 
 ROWS = torch.randint(3, VOCABULARY, (16, 7), generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -92,7 +92,7 @@ def counting(kind, watch):
             watch.calls += 1
             return super().forward(*args, **kwargs)
 
-    return adapted(Counting) if issubclass(kind, Adapted) else Counting
+    return adapted_class(Counting) if issubclass(kind, AdaptedModule) else Counting
 
 
 class Watch(pl.Callback):
@@ -280,7 +280,7 @@ def test_the_model_is_left_as_it_was(tmp_path):
 
     class Look(pl.Callback):
         def on_train_epoch_end(self, tuner, net):
-            kinds.append(any(isinstance(m, Adapted) for m in net.modules()))
+            kinds.append(any(isinstance(m, AdaptedModule) for m in net.modules()))
             assert list(lp.adapters(net)) == []
             assert lp.summary(net).trainable > 0
             tuner.save_checkpoint(tmp_path / f"{tuner.current_epoch}.ckpt")
@@ -315,7 +315,7 @@ def test_the_model_is_left_as_it_was_after_an_error():
     net = Fails(MODELS["bert"]())
     with pytest.raises(RuntimeError, match="stop here"):
         fit(net, lp.OutputLayers(), True)
-    assert not any(isinstance(m, Adapted) for m in net.modules())
+    assert not any(isinstance(m, AdaptedModule) for m in net.modules())
 
 
 # What is refused, and why.
@@ -425,7 +425,7 @@ def test_what_cannot_be_cached_is_refused_before_anything_changes(case):
     with pytest.raises(error, match=message):
         fit(net, method, True, train=train)
     assert all(torch.equal(p, dict(net.named_parameters())[name]) for name, p in before.items())
-    assert not any(key == "_frozen_trunk" for m in net.modules() if isinstance(m, Adapted) for key in m.peft)
+    assert not any(key == "_frozen_trunk" for m in net.modules() if isinstance(m, AdaptedModule) for key in m.peft)
 
 
 def test_frozen_modules_in_training_mode_are_refused():
@@ -540,7 +540,7 @@ def test_a_call_that_the_first_step_did_not_make_is_an_error():
 
 class Notes:
     def __init__(self):
-        self.over, self.found = False, set()
+        self.past_trunk, self.found = False, set()
 
     def use(self, places):
         self.found |= set(places)
@@ -552,8 +552,8 @@ def test_traces_follow_values_and_tell_of_uses():
     both = F.relu(a * 2) + b[:, :1]
     assert both.places == {(0, 0), (1, 0)}
     assert (a.shape, a.dtype, a.size(0), len(a)) == ((2, 3), torch.float32, 2, 2)
-    assert not isinstance(a.new_zeros(2), Traced)
-    assert not isinstance(torch.zeros_like(a), Traced)
+    assert not isinstance(a.new_zeros(2), UseTrackingTensor)
+    assert not isinstance(torch.zeros_like(a), UseTrackingTensor)
     a.add_(1)
     assert not notes.found
     assert torch.equal(a * weight, torch.full((2, 3), 2.0))
@@ -569,7 +569,7 @@ def test_traces_follow_values_and_tell_of_uses():
         assert notes.found == {(1, 0)}
     notes.found.clear()
     notes.over = True
-    assert not isinstance(b + 1, Traced)
+    assert not isinstance(b + 1, UseTrackingTensor)
     assert notes.found == {(1, 0)}
 
 

@@ -49,7 +49,7 @@ def shapes_only(model: Model) -> Iterator[Model]:
     if known is None:
         plain = (x for part in model.modules() for x in vars(part).values() if isinstance(x, Tensor))
         with mode:
-            memo: dict[int, Any] = {id(x): shape_of(x) for x in (*model.parameters(), *model.buffers(), *plain)}
+            memo: dict[int, Any] = {id(x): fake_tensor_like(x) for x in (*model.parameters(), *model.buffers(), *plain)}
         copied = copy.deepcopy(model, memo)
     try:
         with _without_cpu_kernels(), mode, _WholeNumbers():  # type: ignore[no-untyped-call]
@@ -61,7 +61,7 @@ def shapes_only(model: Model) -> Iterator[Model]:
         ) from error
 
 
-def shape_of(x: Tensor) -> Tensor:
+def fake_tensor_like(x: Tensor) -> Tensor:
     """Return a tensor of the same shape and type within ``shapes_only``; whole numbers keep their values.
 
     Raises:

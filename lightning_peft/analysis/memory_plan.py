@@ -26,14 +26,14 @@ class Share:
         gradients: Its share of the gradients, and what DDP copies them into to send them.
         optimizer: Its share of the optimizer's state.
         activations: What is saved for the backward pass.
-        passing: Weights that it holds for a while: gathered from others, or decoded.
+        transient: Weights that it holds for a while: gathered from others, or decoded.
     """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    passing: int
+    transient: int
 
     @property
     def total(self) -> int:
@@ -58,9 +58,9 @@ class Plan:
         gradients: Bytes of the gradients.
         optimizer: Bytes of the optimizer's state.
         checkpoint: Bytes of an adapter file.
-        gathered: Bytes that FSDP holds whole: what it shards outside of the blocks, and the two largest blocks, of
+        unsharded: Bytes that FSDP holds whole: what it shards outside of the blocks, and the two largest blocks, of
             which one computes while the next arrives.
-        decoded: Bytes of the largest quantized weight, in 32 bits.
+        dequantized: Bytes of the largest quantized weight, in 32 bits.
         activations: Bytes saved for the backward pass, by the number of tokens in a row.
     """
 
@@ -73,8 +73,8 @@ class Plan:
     gradients: int
     optimizer: int
     checkpoint: int
-    gathered: int
-    decoded: int
+    unsharded: int
+    dequantized: int
     activations: Mapping[int, int]
 
     def share(self, tokens: int, processes: int = 1, sharded: bool = False) -> Share:
@@ -87,7 +87,7 @@ class Plan:
             gradients=_part(self.gradients, own) * copies,
             optimizer=_part(self.optimizer, own),
             activations=self.activations[tokens],
-            passing=self.decoded + (self.gathered if count > 1 else 0),
+            transient=self.dequantized + (self.unsharded if count > 1 else 0),
         )
 
     def memory(self, tokens: int, processes: int = 1, sharded: bool = False) -> int:
@@ -156,8 +156,8 @@ def plan(
         gradients=_bytes(trained),
         optimizer=int(numbers * optimizer_bytes),
         checkpoint=_bytes(adapter_state(model, packed=True).values()),
-        gathered=_gathered(model, adapted),
-        decoded=4 * max(packed.values(), default=0),
+        unsharded=_gathered(model, adapted),
+        dequantized=4 * max(packed.values(), default=0),
         activations={n: saved_bytes(model, step, batch, checkpointed) for n, batch in batches.items()},
     )
 

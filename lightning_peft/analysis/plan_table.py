@@ -9,7 +9,7 @@ from .memory_plan import Plan
 
 CARDS = (16, 24, 32, 40, 48, 80, 96, 140, 180)  # GiB that graphics cards have
 _OWN = 10**9  # bytes that CUDA's context and kernels take
-_COLUMNS = ("weights", "gradients", "optimizer", "activations", "passing", "memory", "sent")
+_COLUMNS = ("weights", "gradients", "optimizer", "activations", "transient", "memory", "sent")
 
 
 def layouts(plan: Plan, processes: list[int]) -> list[dict[str, Any]]:

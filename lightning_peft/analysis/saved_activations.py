@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..structure.roles import blocks
-from .fake_model import shape_of, shapes_only
+from .fake_model import fake_tensor_like, shapes_only
 
 
 def saved_bytes(model: nn.Module, step: Callable[[Any, Any], Tensor], batch: Any, checkpointed: bool = False) -> int:
@@ -29,7 +29,7 @@ def saved_bytes(model: nn.Module, step: Callable[[Any, Any], Tensor], batch: Any
         checkpointed: Whether blocks keep their inputs only, as they do where the model has that switched on.
     """
     with shapes_only(model) as copied:
-        rows = tree_map_only(Tensor, shape_of, batch)
+        rows = tree_map_only(Tensor, fake_tensor_like, batch)
         saved = _Saved(list(blocks(copied).values()))
         with _run_once(copied) as switched, saved:
             loss = step(copied, rows)

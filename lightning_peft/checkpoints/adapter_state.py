@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.adapted_module import adapters, name_of
+from ..core.adapted_module import adapters, method_name
 from ..core.adapter import Adapter
-from ..core.injection_record import injected, injection
+from ..core.injection_record import get_record, require_record
 from ..core.method import Method
-from ..ops.sharded_tensors import shape_of
-from ..structure.base_model import SLOT, base_modules
+from ..ops.sharded_tensors import global_shape
+from ..structure.base_model import ADAPTERS_ATTRIBUTE, base_modules
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|_forward_module)\.")
 
@@ -27,13 +27,13 @@ def keep_adapters_only(model: nn.Module) -> None:
     """
     if drop_base not in model._state_dict_hooks.values():
         model.register_state_dict_post_hook(drop_base)  # type: ignore[no-untyped-call]
-        model.register_load_state_dict_post_hook(_forgive)  # type: ignore[no-untyped-call]
+        model.register_load_state_dict_post_hook(_drop_missing_base_keys)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
 def full_state_dict(model: nn.Module) -> Iterator[None]:
     """Context in which ``model.state_dict()`` holds the frozen base as well."""
-    record = injected(model)
+    record = require_record(model)
     before, record.shows_base = record.shows_base, True
     try:
         yield
@@ -52,9 +52,9 @@ def adapter_state(model: nn.Module, packed: bool = False, only: Sequence[Method]
     state: dict[str, Tensor] = {}
     for name, _, key, adapter in adapters(model):
         if _is_meant(key, adapter, only):
-            own = adapter.pack() if packed else adapter.state_dict(keep_vars=True)
+            own = adapter.export_state() if packed else adapter.state_dict(keep_vars=True)
             for entry, value in own.items():
-                state[_place(name, key) + entry] = value
+                state[_adapter_prefix(name, key) + entry] = value
     if only is None:
         state |= _trained_state(model)
     seen = set[int]()
@@ -62,7 +62,7 @@ def adapter_state(model: nn.Module, packed: bool = False, only: Sequence[Method]
 
 
 def _is_meant(key: str, adapter: Adapter, only: Sequence[Method] | None) -> bool:
-    return only is None or name_of(key, adapter) in {method.name for method in only}
+    return only is None or method_name(key, adapter) in {method.name for method in only}
 
 
 def _trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -87,10 +87,10 @@ def global_state(model: nn.Module) -> dict[str, Tensor]:
 def local_state(model: nn.Module) -> dict[str, Tensor]:
     """Return what stays with a client: of pFedPara, the factors of the second matrix; of other methods, nothing."""
     return {
-        _place(name, key) + entry: value.detach()
+        _adapter_prefix(name, key) + entry: value.detach()
         for name, _, key, adapter in adapters(model)
         for entry, value in adapter.state_dict(keep_vars=True).items()
-        if entry in adapter.personal
+        if entry in adapter.local_tensors
     }
 
 
@@ -100,9 +100,9 @@ def unpacked(model: nn.Module, state: Mapping[str, Tensor], only: Sequence[Metho
     for name, _, key, adapter in adapters(model):
         if not _is_meant(key, adapter, only):
             continue
-        prefix = clean(_place(name, key))
+        prefix = strip_wrapper_names(_adapter_prefix(name, key))
         own = {k.removeprefix(prefix): rest.pop(k) for k in list(rest) if k.startswith(prefix)}
-        rest |= {prefix + entry: value for entry, value in adapter.unpack(own).items()}
+        rest |= {prefix + entry: value for entry, value in adapter.import_state(own).items()}
     return rest
 
 
@@ -114,15 +114,15 @@ def check_state(
     Raises:
         ValueError: Keys are missing, keys of adapters have no place, or shapes differ; names them.
     """
-    expected = {clean(k): v for k, v in adapter_state(model, only=only).items()}
-    state = {clean(k): v for k, v in given.items()}
+    expected = {strip_wrapper_names(k): v for k, v in adapter_state(model, only=only).items()}
+    state = {strip_wrapper_names(k): v for k, v in given.items()}
     wrong = {
         "lacks": sorted(expected.keys() - state.keys()),
-        "has no place for": sorted(k for k in state.keys() - expected.keys() if f".{SLOT}." in f".{k}"),
+        "has no place for": sorted(k for k in state.keys() - expected.keys() if f".{ADAPTERS_ATTRIBUTE}." in f".{k}"),
         "has another shape of": [
-            f"{k} {tuple(state[k].shape)} instead of {tuple(shape_of(v))}"
+            f"{k} {tuple(state[k].shape)} instead of {tuple(global_shape(v))}"
             for k, v in expected.items()
-            if k in state and state[k].shape != shape_of(v)
+            if k in state and state[k].shape != global_shape(v)
         ],
     }
     parts = [f"{what} {', '.join(keys[:5])} ({len(keys)} in all)" for what, keys in wrong.items() if keys]
@@ -133,14 +133,14 @@ def check_state(
         )
 
 
-def clean(key: str) -> str:
+def strip_wrapper_names(key: str) -> str:
     """Return a key without what wrappers put into it."""
     return _WRAPPERS.sub("", key)
 
 
 def base_names(model: nn.Module) -> set[str]:
     """Return the state-dict keys of the base that training cannot change now."""
-    return {clean(name) for name in frozen_names(model)}
+    return {strip_wrapper_names(name) for name in frozen_names(model)}
 
 
 def frozen_names(model: nn.Module) -> set[str]:
@@ -150,32 +150,34 @@ def frozen_names(model: nn.Module) -> set[str]:
     for name, module in base_modules(model).items():
         if not any(p.requires_grad for p in module.parameters(recurse=False)):
             names |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False)}
-    return {n for n in names if f".{SLOT}." not in f".{n}"}
+    return {n for n in names if f".{ADAPTERS_ATTRIBUTE}." not in f".{n}"}
 
 
-def _place(host_name: str, key: str) -> str:
+def _adapter_prefix(host_name: str, key: str) -> str:
     """Return what stands in front of the entries of an adapter."""
-    return f"{host_name}.{SLOT}.{key}.".lstrip(".")
+    return f"{host_name}.{ADAPTERS_ATTRIBUTE}.{key}.".lstrip(".")
 
 
 def drop_base(module: nn.Module, state: dict[str, Any], prefix: str = "", metadata: Any = None) -> None:
     """Delete what ``keep_adapters_only`` leaves out of a module's state."""
-    record = injection(module)
+    record = get_record(module)
     if record is not None and not record.shows_base and drop_base in module._state_dict_hooks.values():
         names = base_names(module)
-        for key in [k for k in state if k.startswith(prefix) and _within(clean(k[len(prefix) :]), names)]:
+        for key in [
+            k for k in state if k.startswith(prefix) and _is_under(strip_wrapper_names(k[len(prefix) :]), names)
+        ]:
             del state[key]
 
 
-def _within(key: str, names: set[str]) -> bool:
+def _is_under(key: str, names: set[str]) -> bool:
     """Whether a key is one of these names or below one: bitsandbytes writes statistics as ``weight.absmax``."""
     return any(part in names for part in accumulate(key.split("."), "{}.{}".format))
 
 
-def _forgive(module: nn.Module, incompatible: Any) -> None:
-    record = injection(module)
+def _drop_missing_base_keys(module: nn.Module, incompatible: Any) -> None:
+    record = get_record(module)
     if record is not None:
-        record.fresh = False
+        record.untrained = False
         names = base_names(module)
         missing = incompatible.missing_keys
-        missing[:] = [k for k in missing if clean(k).removeprefix("module.") not in names]
+        missing[:] = [k for k in missing if strip_wrapper_names(k).removeprefix("module.") not in names]

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 
-def beginnings(names: Iterable[str], others: Iterable[str]) -> tuple[str, str]:
+def differing_prefixes(names: Iterable[str], others: Iterable[str]) -> tuple[str, str]:
     """Return the beginnings in which most of the names and the others differ; both empty if nothing ends alike."""
     by_end = defaultdict[str, list[str]](list)
     for other in others:

@@ -10,17 +10,17 @@ from torch import nn
 
 from ..core.active_adapters import activate
 from ..core.fingerprint import fingerprint
-from ..core.inject import inject, inject_idle
-from ..core.injection_record import beside_base, injected, injection
+from ..core.inject import add_inactive, inject
+from ..core.injection_record import get_record, require_record, trained_or_replaced_names
 from ..core.method import Method, from_dict, to_dict
-from ..core.weight_backup import refuse_merged
+from ..core.weight_backup import check_not_merged
 
 FORMAT = 1
 
 
-def describe(model: nn.Module, packed: bool = False, only: Sequence[Method] | None = None) -> dict[str, Any]:
+def adapter_metadata(model: nn.Module, packed: bool = False, only: Sequence[Method] | None = None) -> dict[str, Any]:
     """Return what was injected into a model and into which base, as plain data; arguments as in ``adapter_state``."""
-    record = injected(model)
+    record = require_record(model)
     methods = record.methods if only is None else only
     description = {
         "format": FORMAT,
@@ -29,20 +29,20 @@ def describe(model: nn.Module, packed: bool = False, only: Sequence[Method] | No
         "base": _base_of(model, methods),
     }
     if only is None and record.switched:
-        description |= {"active": list(record.active), "groups": {k: list(v) for k, v in record.groups.items()}}
+        description |= {"active": list(record.active), "groups": {k: list(v) for k, v in record.method_groups.items()}}
     return description
 
 
-def restore(model: nn.Module, description: Mapping[str, Any], source: str, strict: bool = True) -> None:
-    """Inject what ``describe`` wrote, unless the same is injected already, and check the base.
+def inject_from_metadata(model: nn.Module, description: Mapping[str, Any], source: str, strict: bool = True) -> None:
+    """Inject what ``adapter_metadata`` wrote, unless the same is injected already, and check the base.
 
     Raises:
         ValueError: The description is of another format or method, or (if strict) of another base.
         RuntimeError: Adapters are merged into the weights, which what is loaded would not reach.
     """
-    refuse_merged(model)
+    check_not_merged(model)
     check_format(description, source)
-    record = injection(model)
+    record = get_record(model)
     if record is None:
         _inject(model, description)
     elif [to_dict(method) for method in record.methods] != description["methods"]:
@@ -53,7 +53,7 @@ def restore(model: nn.Module, description: Mapping[str, Any], source: str, stric
             + " It holds no encoders for training; call lightning_peft.finalize(model) first." * final
         )
     if strict:
-        check_base(model, description, source, injected(model).methods)
+        check_base(model, description, source, require_record(model).methods)
 
 
 def _inject(model: nn.Module, description: Mapping[str, Any]) -> None:
@@ -68,9 +68,9 @@ def _inject(model: nn.Module, description: Mapping[str, Any]) -> None:
     if active or description["also_train"]:
         inject(model, [method for name in active for method in by_name[name]], description["also_train"])
     for name in by_name.keys() - active:
-        inject_idle(model, by_name[name])
-    record = injected(model)
-    record.methods, record.groups = methods, groups
+        add_inactive(model, by_name[name])
+    record = require_record(model)
+    record.methods, record.method_groups = methods, groups
     if active and (groups or set(active) != set(by_name)):
         activate(model, *active)
 
@@ -93,9 +93,9 @@ def check_base(model: nn.Module, description: Mapping[str, Any], source: str, me
 
 def _base_of(model: nn.Module, methods: Sequence[Method]) -> str | None:
     """Return the fingerprint of the base of these methods as it is without adapters."""
-    record, beside = injection(model), beside_base(model, methods)
+    record, beside = get_record(model), trained_or_replaced_names(model, methods)
     if record is None or record.merged is None:
         return fingerprint(model, beside)
     if beside != record.merged.beside:
-        refuse_merged(model)
+        check_not_merged(model)
     return record.merged.base

@@ -13,23 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter_folder import CONFIG, read_adapter
-from .adapter_state import adapter_state, check_state, clean
-from .key_prefix import beginnings
+from .adapter_state import adapter_state, check_state, strip_wrapper_names
+from .key_prefix import differing_prefixes
 from .metadata import check_format
-from .save_load import fitting
+from .save_load import align_state
 
 KEY = "lightning_peft"  # of a Lightning checkpoint's entry
 
 
 @dataclass(frozen=True)
-class Stored:
+class AdapterFile:
     """What a file holds.
 
     Args:
         path: Of the file or folder.
-        description: What ``describe`` wrote.
+        description: What ``adapter_metadata`` wrote.
         state: Tensors by key; those of a checkpoint may be more than an adapter's.
-        packed: Whether ``Adapter.pack`` made them.
+        packed: Whether ``Adapter.export_state`` made them.
     """
 
     path: str
@@ -44,15 +44,15 @@ class Stored:
             ValueError: It does not fit; says how.
         """
         if self.packed:
-            return fitting(model, self.state, self.path)
-        names = {clean(key) for key in adapter_state(model)}
-        ours, theirs = beginnings(names, self.state)
-        state = {_begun(key, theirs, ours): value for key, value in self.state.items()}
+            return align_state(model, self.state, self.path)
+        names = {strip_wrapper_names(key) for key in adapter_state(model)}
+        ours, theirs = differing_prefixes(names, self.state)
+        state = {_replace_prefix(key, theirs, ours): value for key, value in self.state.items()}
         check_state(model, state, self.path)
         return {name: state[name] for name in names}
 
 
-def read_stored(path: str | os.PathLike[str]) -> Stored:
+def read_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
     """Return the adapter in a folder or in a checkpoint.
 
     Raises:
@@ -68,10 +68,10 @@ def read_stored(path: str | os.PathLike[str]) -> Stored:
         )
     description, state = read_adapter(place)
     check_format(description, str(path))
-    return Stored(str(path), description, state, packed=True)
+    return AdapterFile(str(path), description, state, packed=True)
 
 
-def _of_checkpoint(path: Path) -> Stored:
+def _of_checkpoint(path: Path) -> AdapterFile:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
@@ -84,9 +84,9 @@ def _of_checkpoint(path: Path) -> Stored:
             f"{path} holds no adapter of lightning_peft: it was written without PEFTStrategy, or with full_checkpoint."
         )
     check_format(checkpoint[KEY], str(path))
-    state = {clean(key): value for key, value in checkpoint["state_dict"].items()}
-    return Stored(str(path), dict(checkpoint[KEY]), state, packed=False)
+    state = {strip_wrapper_names(key): value for key, value in checkpoint["state_dict"].items()}
+    return AdapterFile(str(path), dict(checkpoint[KEY]), state, packed=False)
 
 
-def _begun(key: str, old: str, new: str) -> str:
+def _replace_prefix(key: str, old: str, new: str) -> str:
     return new + key.removeprefix(old) if key.startswith(old) else key

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ..core.adapter_folder import read_adapter, write_adapter
 from ..core.inject import detach
-from ..core.injection_record import injected, injection, named
+from ..core.injection_record import get_record, methods_named, require_record
 from ..core.method import Method
-from ..ops.fsdp1_parameters import require_known_parts
-from ..ops.sharded_tensors import assign, whole, writes_files
-from .adapter_state import adapter_state, check_state, clean, unpacked
-from .metadata import describe, restore
+from ..ops.fsdp1_parameters import check_known_shards
+from ..ops.sharded_tensors import assign, full_tensor, writes_files
+from .adapter_state import adapter_state, check_state, strip_wrapper_names, unpacked
+from .metadata import adapter_metadata, inject_from_metadata
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
@@ -34,13 +34,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | N
         ValueError: The name is unknown, or parameters of the base train, which belong to no name.
         TypeError: The model was sharded by FSDP1 without ``FSDP1Strategy``.
     """
-    require_known_parts(model)
-    only = None if name is None else named(injected(model), name)
-    description = describe(model, packed=True, only=only)
-    if only is not None and (trained := injected(model).trained):
+    check_known_shards(model)
+    only = None if name is None else methods_named(require_record(model), name)
+    description = adapter_metadata(model, packed=True, only=only)
+    if only is not None and (trained := require_record(model).trained):
         raise ValueError(f"{trained[0]} trains in the base itself and belongs to no name; save all, without a name.")
     found = adapter_state(model, packed=True, only=only)
-    state = {clean(k): whole(v).detach().contiguous().cpu() for k, v in found.items()}
+    state = {strip_wrapper_names(k): full_tensor(v).detach().contiguous().cpu() for k, v in found.items()}
     return write_adapter(folder, description, state) if writes_files() else Path(folder)
 
 
@@ -62,9 +62,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], strict: bool 
         ValueError: A file is damaged, or does not fit this model; says what and why.
     """
     config, state = read_adapter(folder)
-    fresh = injection(model) is None
+    fresh = get_record(model) is None
     try:
-        restore(model, config, str(folder), strict)
+        inject_from_metadata(model, config, str(folder), strict)
         load_values(model, state, str(folder))
     except Exception:
         if fresh:
@@ -77,14 +77,14 @@ def load_values(
     model: nn.Module, state: Mapping[str, Tensor], source: str, only: Sequence[Method] | None = None
 ) -> None:
     """Load what ``adapter_state(model, True, only)`` gave; nothing of it if it does not fit, which is an error."""
-    state = fitting(model, state, source, only)
-    target = {clean(k): v for k, v in adapter_state(model, only=only).items()}
+    state = align_state(model, state, source, only)
+    target = {strip_wrapper_names(k): v for k, v in adapter_state(model, only=only).items()}
     for key, value in state.items():
         assign(target[key], value)
-    injected(model).fresh = False
+    require_record(model).untrained = False
 
 
-def fitting(
+def align_state(
     model: nn.Module, state: Mapping[str, Tensor], source: str, only: Sequence[Method] | None = None
 ) -> dict[str, Tensor]:
     """Return what ``adapter_state(model, True, only)`` gave as ``adapter_state(model, only=only)`` gives it.
@@ -92,10 +92,12 @@ def fitting(
     Raises:
         ValueError: It does not fit; says how.
     """
-    state = _aligned(state, {clean(k): v for k, v in adapter_state(model, packed=True, only=only).items()})
+    state = _aligned(
+        state, {strip_wrapper_names(k): v for k, v in adapter_state(model, packed=True, only=only).items()}
+    )
     state = unpacked(model, state, only)
     check_state(model, state, source, only)
-    if extra := state.keys() - {clean(key) for key in adapter_state(model, only=only)}:
+    if extra := state.keys() - {strip_wrapper_names(key) for key in adapter_state(model, only=only)}:
         raise ValueError(f"{source} has values of {sorted(extra)[:5]}, which this model has not or does not train.")
     return state
 

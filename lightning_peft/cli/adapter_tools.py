@@ -14,7 +14,7 @@ from ..checkpoints.save_load import load_adapter, save_adapter
 from ..composition.merge import merge
 from ..composition.merge_files import merge_files
 from ..core.adapter_folder import is_taken
-from ..core.console import say
+from ..core.console import echo
 from ..interop import export_peft, import_loralib, import_peft, import_t_few, push_adapter, vllm_problems
 from ..interop.hub import check_hub
 from ..interop.vllm import VERSION
@@ -23,7 +23,7 @@ from ..training.lightning_checkpoint import inject_from_checkpoint
 from .run_report import metrics_of, read_metrics
 
 
-class Exchanging:
+class AdapterTools:
     """Merges, exports and imports adapters."""
 
     def merge(
@@ -46,13 +46,13 @@ class Exchanging:
         if base is not None:
             with without_values():
                 model.configure_model()
-            say(f"merged model: {merge_files(model, base, adapter, output)}")
+            echo(f"merged model: {merge_files(model, base, adapter, output)}")
             return
         target = _new(output)
         _adapt(model, Path(adapter))
         merge(model)
         _write_model(model, target)
-        say(f"merged model: {target}")
+        echo(f"merged model: {target}")
 
     def export(
         self,
@@ -91,9 +91,9 @@ class Exchanging:
         _adapt(model, source)
         folder = export_peft(model, target, name, results)
         said = vllm_problems(folder) or [f"vLLM {VERSION} takes it as it is, if it takes adapters of the base's class."]
-        say("\n".join([f"{format} adapter: {folder}", f"model card: {len(results)} metrics", *said]))
+        echo("\n".join([f"{format} adapter: {folder}", f"model card: {len(results)} metrics", *said]))
         if push_to is not None:
-            say(f"pushed: {push_adapter(folder, push_to, private)}")
+            echo(f"pushed: {push_adapter(folder, push_to, private)}")
 
     def import_adapter(
         self,
@@ -129,11 +129,11 @@ class Exchanging:
             import_t_few(model, adapter)
         else:
             _import_loralib(model, adapter, alpha, parts)
-        say(f"adapter: {save_adapter(model, target)}")
+        echo(f"adapter: {save_adapter(model, target)}")
 
 
 # What the command calls; a keyword of Python, which `def` takes for no name.
-setattr(Exchanging, "import", Exchanging.import_adapter)
+setattr(AdapterTools, "import", AdapterTools.import_adapter)
 
 
 def _new(output: str) -> Path:

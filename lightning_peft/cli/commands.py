@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, auto_cli
 
 from ..analysis.inspect import compare_adapters, inspect_adapter
 from ..analysis.inspect.format_text import difference_text, report_text
-from ..core.console import say
+from ..core.console import echo
 from ..plots.save import adapter, curves, parameters
 from ..recipes.features import features
 from ..recipes.federated import federated
@@ -34,7 +34,7 @@ def inspect(arguments: list[str]) -> None:
     else:
         report = compare_adapters(options.adapter, options.other)
         text = difference_text(report)
-    say(json.dumps(report, indent=2, allow_nan=False) if options.json else text)
+    echo(json.dumps(report, indent=2, allow_nan=False) if options.json else text)
 
 
 def plot(arguments: list[str]) -> None:
@@ -53,7 +53,7 @@ def plot(arguments: list[str]) -> None:
         drawn[function.__name__] = function
     options = parser.parse_args(arguments)
     for path in drawn[options.picture](**options[options.picture].as_dict()):
-        say(str(path))
+        echo(str(path))
 
 
 def recipe(function: Callable[..., Any]) -> Command:
@@ -62,7 +62,7 @@ def recipe(function: Callable[..., Any]) -> Command:
     def run(arguments: list[str]) -> None:
         report = auto_cli(function, args=arguments, as_positional=False, prog=f"lightning-peft {function.__name__}")
         if isinstance(report, dict):
-            say(_lines(report))
+            echo(_lines(report))
 
     return run
 

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from .. import tasks  # noqa: F401  # so that its classes are known by their short names
 from ..checkpoints.save_load import save_adapter
-from ..core.injection_record import injection
+from ..core.injection_record import get_record
 from ..core.method import methods_by_name
 from ..training.callback import PEFTStrategy
 from ..training.distributed import without_values
@@ -36,7 +36,7 @@ _OPTIMIZERS = sorted(
     (cls for cls in vars(torch.optim).values() if isinstance(cls, type)), key=lambda cls: cls is torch.optim.Optimizer
 )
 # Where plans are made, there may be neither the GPUs nor the packages that a strategy needs, and nothing is logged.
-_LAPTOP = {
+_PLAN_TRAINER_ARGS = {
     "accelerator": "cpu",
     "devices": 1,
     "num_nodes": 1,
@@ -106,7 +106,7 @@ class PEFTCLI(LightningCLI):
         """Build the model without memory if its weights come later; to plan, ask for no GPU."""
         if self.subcommand == "plan":
             trainer = self.config["plan"]["trainer"]
-            for key, value in _LAPTOP.items():
+            for key, value in _PLAN_TRAINER_ARGS.items():
                 trainer[key] = value
             if str(trainer["precision"]) in ("16", "16-mixed"):  # which CPUs have not; the sizes are the same
                 trainer["precision"] = "bf16-mixed"
@@ -149,7 +149,7 @@ class PEFTCLI(LightningCLI):
             results = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0]
         logs = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # which processes agree on
         adapter = None
-        if injection(self.model) is not None:  # of a sharded model, each process has a part
+        if get_record(self.model) is not None:  # of a sharded model, each process has a part
             adapter = save_adapter(self.model, self._get(self.config, "adapter_dir") or logs / "adapter")
         rank_zero_only(write_report)(self.model, logs, best, results, adapter)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.console import say
+from ..core.console import echo
 from ..summary import size, summary
 
 REPORT = "report.json"
@@ -39,7 +39,7 @@ def write_report(model: nn.Module, logs: Path, best: str, results: dict[str, flo
         lines += [("adapter", f"{adapter} ({size(report['adapter_bytes'])})")]
     logs.mkdir(parents=True, exist_ok=True)
     (logs / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    say("\n".join(f"{name:<22}{value}" for name, value in lines))
+    echo("\n".join(f"{name:<22}{value}" for name, value in lines))
 
 
 def read_metrics(path: Path) -> dict[str, float]:

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from ..analysis.fake_model import shapes_only
 from ..analysis.memory_plan import Plan, plan
 from ..analysis.plan_table import layouts, table
-from ..core.console import say
+from ..core.console import echo
 from ..quantization.meta_quantize import quantize_shapes
 from ..training.callback import PEFTStrategy
 from ..training.distributed import without_values
 from ..training.train_mode import set_mode
-from .adapter_tools import Exchanging
+from .adapter_tools import AdapterTools
 
 _LONGEST = 2048  # tokens, where neither data nor model say
 
 
-class PEFTTrainer(Exchanging, pl.Trainer):
+class PEFTTrainer(AdapterTools, pl.Trainer):
     """A Trainer that also merges, exports, imports and plans."""
 
     def plan(
@@ -65,7 +65,7 @@ class PEFTTrainer(Exchanging, pl.Trainer):
             sample: Any = getattr(copied, "sample_batch", None)
             batches |= {number: sample(rows, number) for number in lengths}
             found = plan(copied, _step, batches, optimizer_bytes, gradient_checkpointing)
-        say(_json(found, processes) if as_json else table(found, processes))
+        echo(_json(found, processes) if as_json else table(found, processes))
 
     def _adapt(self, model: pl.LightningModule) -> None:
         """Do what comes before training; within ``shapes_only``, methods may read weights, too."""

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..checkpoints.key_prefix import beginnings
+from ..checkpoints.key_prefix import differing_prefixes
 from ..core.fingerprint import digest
-from ..core.injection_record import beside_base, injected
+from ..core.injection_record import require_record, trained_or_replaced_names
 from ..structure.base_model import base_parameters
 from ..structure.quantized import sample
 from .safetensors_files import TensorFiles
@@ -34,7 +34,7 @@ class WeightFiles:
         self.files, shared = files, defaultdict[nn.Parameter, list[str]](list)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             shared[parameter].append(name)
-        self._ours, self._theirs = beginnings((name for own in shared.values() for name in own), files.keys())
+        self._ours, self._theirs = differing_prefixes((name for own in shared.values() for name in own), files.keys())
         self._known = set(files.keys())
         self._keys = {own[0]: [key for name in own for key in self._there(name)] for own in shared.values()}
         for parameter, (name, *_) in shared.items():
@@ -62,11 +62,11 @@ class WeightFiles:
 
     def fingerprint(self, model: nn.Module) -> str:
         """Return that of the base."""
-        found, beside = [], beside_base(model, injected(model).methods)
+        found, beside = [], trained_or_replaced_names(model, require_record(model).methods)
         for name, parameter in base_parameters(model).items():
             if name not in beside:
                 found.append((tuple(parameter.shape), sample(self.read(name)).clone()))  # a view would hold all of it
-                give_back()
+                trim_malloc()
         return digest(found)
 
     def _there(self, name: str) -> list[str]:
@@ -84,7 +84,7 @@ class WeightFiles:
                 raise ValueError(f"{key} has shape {self.files.shape(key)} in {self.files.path}, the model {shape}.")
 
 
-def give_back() -> None:
+def trim_malloc() -> None:
     """Return freed memory to the system; glibc would keep it, in pieces that the next layer does not fit into."""
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if library is not None and hasattr(library, "malloc_trim"):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import WeightUpdate
-from ..core.inject import inject_idle
-from ..core.injection_record import adapters_of, injected, named
-from ..core.method import Method, require
+from ..core.inject import add_inactive
+from ..core.injection_record import adapters_of, methods_named, require_record
+from ..core.method import Method, check_setting
 from ..methods import LoRA
 from ..methods.families.low_rank import LowRankUpdate
 
@@ -64,12 +64,12 @@ def combine(
         ValueError: A name is unknown or taken, numbers do not fit, or the adapters lie at different places.
         TypeError: Adapters add nothing to a weight, or have no factors.
     """
-    require(rule in get_args(Rule), "rule", rule, f"one of {', '.join(get_args(Rule))}")
-    require(of in ("weights", "factors"), "of", of, "weights or factors")
-    require(0 < density <= 1, "density", density, "a share in (0, 1]")
-    require(len(names) == len(weights) > 0, "weights", weights, f"one number for each of {list(names)}")
-    require(all(map(math.isfinite, weights)), "weights", weights, "finite")
-    methods = [named(injected(model), one) for one in names]
+    check_setting(rule in get_args(Rule), "rule", rule, f"one of {', '.join(get_args(Rule))}")
+    check_setting(of in ("weights", "factors"), "of", of, "weights or factors")
+    check_setting(0 < density <= 1, "density", density, "a share in (0, 1]")
+    check_setting(len(names) == len(weights) > 0, "weights", weights, f"one number for each of {list(names)}")
+    check_setting(all(map(math.isfinite, weights)), "weights", weights, "finite")
+    methods = [methods_named(require_record(model), one) for one in names]
     found = [_updates(model, several, of) for several in methods]
     for other, updates in zip(names, found, strict=True):
         if odd := updates.keys() ^ found[0].keys():
@@ -77,7 +77,7 @@ def combine(
     rank = _rank([update for updates in found for update in updates.values()], of, rank)
     new: Any = methods[0][0]
     method = LoRA(name=name, targets=list(new.targets), exclude=list(new.exclude), rank=rank, alpha=float(rank))
-    inject_idle(model, [method])
+    add_inactive(model, [method])
     generator = torch.Generator().manual_seed(seed)
     combined = _factors if of == "factors" else _weights
     for place, target in adapters_of(model, method).items():
@@ -90,7 +90,7 @@ def _updates(model: nn.Module, methods: Sequence[Method], of: str) -> dict[str, 
     found = adapters_of(model, *methods)
     for place, adapter in found.items():
         what = f"{type(adapter).__name__} of {methods[0].name!r} at {place}"
-        if not isinstance(adapter, WeightUpdate) or adapter.alone:
+        if not isinstance(adapter, WeightUpdate) or adapter.exclusive:
             raise TypeError(
                 f"{what} is no update W + D of a weight; LoRA without decompose and its kin can be combined."
             )
@@ -103,8 +103,10 @@ def _rank(updates: Sequence[WeightUpdate], of: str, rank: int | None) -> int:
     """Return the rank of the result."""
     own = {len(update.pair()[0]) if isinstance(update, LowRankUpdate) else None for update in updates}
     if of == "factors":
-        require(len(own) == 1 and rank in (None, *own), "rank", rank or sorted(map(str, own)), "one for all factors")
-    require(rank is not None or None not in own, "rank", rank, "given, since not all updates have one")
+        check_setting(
+            len(own) == 1 and rank in (None, *own), "rank", rank or sorted(map(str, own)), "one for all factors"
+        )
+    check_setting(rank is not None or None not in own, "rank", rank, "given, since not all updates have one")
     return rank or max(one for one in own if one is not None)
 
 

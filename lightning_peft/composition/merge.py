@@ -10,15 +10,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.active_adapters import passing
+from ..core.active_adapters import temporary_adapters
 from ..core.adapted_module import adapters
 from ..core.adapter import Adapter
 from ..core.fingerprint import fingerprint
 from ..core.inject import detach
-from ..core.injection_record import Injection, Merged, beside_base, injected, injection, refuse_paused
-from ..core.weight_backup import allow_loading, change, changed_hosts, refuse_loading, refuse_merged, undo
+from ..core.injection_record import (
+    InjectionRecord,
+    Merged,
+    check_not_paused,
+    get_record,
+    require_record,
+    trained_or_replaced_names,
+)
+from ..core.weight_backup import (
+    allow_loading,
+    changed_hosts,
+    check_not_merged,
+    forbid_loading,
+    restore,
+    run_with_backup,
+)
 from ..quantization.quantize import dequantize as dequantize_layers
-from ..structure.base_model import owners
+from ..structure.base_model import count_owners
 from ..structure.quantized import is_quantized
 
 
@@ -46,8 +60,8 @@ def merge(model: nn.Module, dequantize: bool = False, keep: bool = False) -> nn.
             ``keep``, a parameter that trains would be overwritten.
         RuntimeError: Adapters are disabled, merged, or each row has its own.
     """
-    refuse_paused(injection(model) or Injection())
-    refuse_merged(model)  # nor a part of it
+    check_not_paused(get_record(model) or InjectionRecord())
+    check_not_merged(model)  # nor a part of it
     if keep:
         return _merge_and_keep(model, dequantize)
     found = mergeable(model)
@@ -76,7 +90,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         ValueError: Nothing was merged so.
         RuntimeError: The weights were changed since, or have another type; says which.
     """
-    record = injection(model)
+    record = get_record(model)
     if record is None or record.merged is None:
         raise ValueError(
             f"There is nothing to unmerge in this {type(model).__name__}: only merge(model, keep=True) keeps what it "
@@ -123,14 +137,14 @@ def merged(model: nn.Module) -> Iterator[None]:
 
 
 def _merge_and_keep(model: nn.Module, dequantize: bool) -> nn.Module:
-    record, found = injected(model), mergeable(model, idle=True)
+    record, found = require_record(model), mergeable(model, idle=True)
     if dequantize or (name := _quantized(found)):
         what = "A weight that is dequantized" if dequantize else f"{name} is quantized and"
         raise TypeError(
             f"{what} would be rounded again, so that unmerge had nothing to go back to; "
             f"merge(model, dequantize=True) merges for good."
         )
-    beside = beside_base(model, record.methods)
+    beside = trained_or_replaced_names(model, record.methods)
     base = fingerprint(model, beside)
     if base is None:
         raise ValueError("This model has no values yet (meta device); load its weights before merging.")
@@ -140,17 +154,17 @@ def _merge_and_keep(model: nn.Module, dequantize: bool) -> nn.Module:
     except Exception:
         _undo(model)
         raise
-    refuse_loading(model)
+    forbid_loading(model)
     record.merged = Merged(base, fingerprint(model, beside), beside)
     return model
 
 
 def _change(name: str, host: Any, found: Sequence[tuple[str, Any, str, Adapter]]) -> None:
-    order = tuple(key for key in host.peft_order if host.peft[key].lasting)
-    kept = change(host, functools.partial(_fold, found), order)
-    host.peft_order = passing(host)
+    order = tuple(key for key in host.peft_order if host.peft[key].persistent)
+    kept = run_with_backup(host, functools.partial(_fold, found), order)
+    host.peft_order = temporary_adapters(host)
     for *_, adapter in found:
-        adapter.rearranged()
+        adapter.invalidate_cache()
     if trained := [key for key, p in kept.tensors(host).items() if p.requires_grad]:
         raise ValueError(
             f"{name}.{trained[0]} trains in the base itself and would be overwritten, so that unmerge had two values "
@@ -160,7 +174,7 @@ def _change(name: str, host: Any, found: Sequence[tuple[str, Any, str, Adapter]]
 
 def _undo(model: nn.Module) -> None:
     for _, host, _ in changed_hosts(model):
-        host.peft_order = undo(host).order + passing(host)
+        host.peft_order = restore(host).order + temporary_adapters(host)
 
 
 def _quantized(found: Sequence[tuple[str, Any, str, Adapter]]) -> str | None:
@@ -175,12 +189,12 @@ def mergeable(model: nn.Module, idle: bool = False) -> list[tuple[str, Any, str,
         idle: Whether others may lie idle, which merging for good would lose.
     """
     found: list[tuple[str, Any, str, Adapter]] = list(adapters(model))
-    if not found and injection(model) is None:
+    if not found and get_record(model) is None:
         raise ValueError("There is nothing to merge: no method was injected into this model.")
     if away := next((key for _, host, key, _ in found if key not in host.peft_order and not idle), None):
         raise ValueError(f"{away!r} takes no part and would be lost; activate it, or take it out with remove_adapter.")
     found = [one for one in found if one[2] in one[1].peft_order]
-    held = owners(model)
+    held = count_owners(model)
     for name, host, key, adapter in found:
         if type(adapter).merge is Adapter.merge:
             raise TypeError(f"{key!r} at {name} cannot be merged: {adapter.unmergeable}.")

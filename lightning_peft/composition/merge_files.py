@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.metadata import restore
-from ..checkpoints.reader import read_stored
+from ..checkpoints.metadata import inject_from_metadata
+from ..checkpoints.reader import read_adapter_file
 from ..core.adapter_folder import is_taken
 from ..core.inject import detach
-from ..core.injection_record import injection
-from ..structure.base_model import SLOT
-from .base_weight_files import WeightFiles, give_back
+from ..core.injection_record import get_record
+from ..structure.base_model import ADAPTERS_ATTRIBUTE
+from .base_weight_files import WeightFiles, trim_malloc
 from .merge import mergeable
 from .safetensors_files import TensorFiles
 
@@ -59,13 +59,13 @@ def merge_files(
     target = Path(folder)
     if is_taken(target):
         raise FileExistsError(f"{target} exists; give a folder that does not.")
-    if injection(model) is not None or not all(p.is_meta for p in model.parameters()):
+    if get_record(model) is not None or not all(p.is_meta for p in model.parameters()):
         raise ValueError(
             "merge_files needs a fresh network without values: build it in lightning_peft.without_values()."
         )
-    stored, weights = read_stored(adapter), WeightFiles(model, TensorFiles(base))
+    stored, weights = read_adapter_file(adapter), WeightFiles(model, TensorFiles(base))
     try:
-        restore(model, stored.description, stored.path, strict=False)
+        inject_from_metadata(model, stored.description, stored.path, strict=False)
         state, found = stored.state_for(model), mergeable(model)
         expected = stored.description["base"]
         if strict and expected is not None and (other := weights.fingerprint(model)) != expected:
@@ -82,7 +82,7 @@ def merge_files(
                 target.rmdir()
             whole.replace(target)
     finally:
-        if injection(model) is not None:
+        if get_record(model) is not None:
             detach(model)
     return target
 
@@ -93,7 +93,7 @@ def _merge_host(name: str, found: Any, state: Mapping[str, Tensor], weights: Wei
     host = own[0][0]
     with _values(name, host, weights) as (names, others):
         for _, key, adapter in own:
-            prefix = f"{name}.{SLOT}.{key}.".lstrip(".")
+            prefix = f"{name}.{ADAPTERS_ATTRIBUTE}.{key}.".lstrip(".")
             adapter.to_empty(device="cpu")
             adapter.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
             adapter.merge(host)
@@ -106,7 +106,7 @@ def _merge_host(name: str, found: Any, state: Mapping[str, Tensor], weights: Wei
                 )
         weights.write({whole: held[part] for part, whole in names.items()})
     del held
-    give_back()
+    trim_malloc()
 
 
 @contextmanager

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from ..checkpoints.metadata import check_base, check_format
 from ..checkpoints.save_load import load_values
 from ..core.active_adapters import remove_adapter
-from ..core.adapted_module import key_of
+from ..core.adapted_module import adapter_key
 from ..core.adapter_folder import read_adapter
-from ..core.inject import inject_idle
-from ..core.injection_record import adapters_of, injected, named
+from ..core.inject import add_inactive
+from ..core.injection_record import adapters_of, methods_named, require_record
 from ..core.method import Method, from_dict
-from ..core.own_parameters import OWN
-from ..structure.base_model import SLOT
+from ..core.own_parameters import COPIES_ATTRIBUTE
+from ..structure.base_model import ADAPTERS_ATTRIBUTE
 
 
 def add_adapter(
@@ -50,16 +50,16 @@ def add_adapter(
     """
     if not isinstance(source, (str, os.PathLike)):
         given = [source] if isinstance(source, Method) else list(source)
-        return inject_idle(model, _under(name, given), also_train)
+        return add_inactive(model, _under(name, given), also_train)
     config, state = read_adapter(source)
     check_format(config, str(source))
     if also_train:
         raise ValueError(f"also_train={list(also_train)!r} goes with a method; what {source} trained is in its files.")
     stored = [from_dict(data) for data in config["methods"]]
     methods = _under(name, stored)
-    inject_idle(model, methods, config["also_train"])
+    add_inactive(model, methods, config["also_train"])
     try:
-        added = named(injected(model), methods[0].name)
+        added = methods_named(require_record(model), methods[0].name)
         if strict:
             check_base(model, config, str(source), added)
         names = dict(zip([method.name for method in stored], methods, strict=True))
@@ -91,18 +91,18 @@ def _renamed(
         own: Method of what trained in the base itself.
     """
     keys = {
-        key_of(old, adapter): key_of(method.name, adapter)
+        adapter_key(old, adapter): adapter_key(method.name, adapter)
         for old, method in new.items()
         for adapter in adapters_of(model, method).values()
     }
     renamed = {}
     for key, value in state.items():
-        host, slot, rest = f".{key}".partition(f".{SLOT}.")
+        host, slot, rest = f".{key}".partition(f".{ADAPTERS_ATTRIBUTE}.")
         if slot:
             first, dot, entry = rest.partition(".")
             new_key = f"{host}{slot}{keys.get(first, first)}{dot}{entry}"
         else:
             host, _, entry = f".{key}".rpartition(".")
-            new_key = f"{host}.{SLOT}.{own.name}.{OWN}.{entry}"
+            new_key = f"{host}.{ADAPTERS_ATTRIBUTE}.{own.name}.{COPIES_ATTRIBUTE}.{entry}"
         renamed[new_key.lstrip(".")] = value
     return renamed

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from ..core.active_adapters import ROWS, paused
-from ..core.adapted_module import Adapted, name_of, outside
+from ..core.active_adapters import PER_ROW_KEY, paused
+from ..core.adapted_module import AdaptedModule, list_base_modules, method_name
 from ..core.adapter import Adapter, Call
-from ..core.injection_record import injected, named, refuse_paused, trained_by
-from ..core.per_row import RowWise, Stackable
-from ..structure.layer_types import read_attribute
-from .row_dispatch import Part, Rows, Whole
+from ..core.injection_record import check_not_paused, methods_named, require_record, trained_by
+from ..core.per_row import BatchableAdapter, BatchableLayerAdapter
+from ..structure.layer_types import read_weight_attribute
+from .row_dispatch import BatchedLayerCall, BatchedModuleCall, RowAssignment
 
 
 class RowAdapters(Adapter):
@@ -25,9 +25,9 @@ class RowAdapters(Adapter):
         parts: Adapters of one part of the host each, inner before outer.
     """
 
-    lasting = False
+    persistent = False
 
-    def __init__(self, parts: Sequence[Part | Whole]) -> None:
+    def __init__(self, parts: Sequence[BatchedLayerCall | BatchedModuleCall]) -> None:
         super().__init__()
         self.parts = parts
 
@@ -66,67 +66,67 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         TypeError: An adapter acts on more than that, as prefixes do, or on a weight that is read and never called.
         RuntimeError: Adapters are disabled, or each row has one already.
     """
-    modules = outside(model)
+    modules = list_base_modules(model)
     plan = _plan(model, modules, names)
     with paused(model, modules):
         try:
             for host, parts in plan:
-                host.peft[ROWS] = RowAdapters(parts)
-                host.peft_order = (ROWS, *host.peft_order)
+                host.peft[PER_ROW_KEY] = RowAdapters(parts)
+                host.peft_order = (PER_ROW_KEY, *host.peft_order)
             yield
         finally:
             for host, _ in plan:
-                host.peft.pop(ROWS)
+                host.peft.pop(PER_ROW_KEY)
 
 
 def _plan(
     model: nn.Module, modules: Sequence[nn.Module], names: Sequence[str | None]
-) -> list[tuple[Any, list[Part | Whole]]]:
+) -> list[tuple[Any, list[BatchedLayerCall | BatchedModuleCall]]]:
     """Return hosts with what surrounds them, inner before outer."""
-    record = injected(model)
-    refuse_paused(record)
+    record = require_record(model)
+    check_not_paused(record)
     if isinstance(names, str) or not names:
         raise ValueError(f"row_adapters needs a list of names, one for each row of the batch, got {names!r}.")
     used = dict[str, str]()  # names of methods, and under which name they go
     for name in dict.fromkeys(name for name in names if name is not None):
-        methods = named(record, name)
+        methods = methods_named(record, name)
         used |= {method.name: name for method in methods}
         if record.trained and (trained := trained_by(model, methods)):
             raise TypeError(f"{name!r} trains {trained[0]} in the base itself, which all rows share.")
     device = next(model.parameters()).device
-    plan: list[tuple[Any, list[Part | Whole]]] = []
-    rows = functools.cache(lambda own: Rows(_numbers(own, names), device))  # the same for most hosts
+    plan: list[tuple[Any, list[BatchedLayerCall | BatchedModuleCall]]] = []
+    rows = functools.cache(lambda own: RowAssignment(_numbers(own, names), device))  # the same for most hosts
     for module in modules:
         if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and not module.batch_first:
             raise ValueError(
                 f"{_place(model, module)} takes (tokens, batch, features); row_adapters needs batch_first=True."
             )
-        if isinstance(module, Adapted) and (parts := _parts(model, module, used)):
+        if isinstance(module, AdaptedModule) and (parts := _parts(model, module, used)):
             plan.append((module, [_part(list(own.values()), rows(tuple(own))) for own in parts]))
     return plan
 
 
-def _part(adapters: list[Any], rows: Rows) -> Part | Whole:
-    fall_apart = {isinstance(adapter, RowWise) for adapter in adapters}
+def _part(adapters: list[Any], rows: RowAssignment) -> BatchedLayerCall | BatchedModuleCall:
+    fall_apart = {isinstance(adapter, BatchableLayerAdapter) for adapter in adapters}
     if len(fall_apart) > 1:
         kinds = " and ".join(sorted({type(adapter).__name__ for adapter in adapters}))
         raise TypeError(f"Rows of one batch cannot have {kinds} around one module.")
-    return Part(adapters, rows) if fall_apart == {True} else Whole(adapters, rows)
+    return BatchedLayerCall(adapters, rows) if fall_apart == {True} else BatchedModuleCall(adapters, rows)
 
 
 def _parts(model: nn.Module, host: Any, used: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return the adapters by name of each part of a host, those in place of its parameters before all others."""
     parts: dict[str, dict[str, Any]] = {}
-    is_read = read_attribute(type(host)) is not None
+    is_read = read_weight_attribute(type(host)) is not None
     for key, adapter in host.peft.items():
-        if name := used.get(name_of(key, adapter)):
-            if is_read or not isinstance(adapter, Stackable):
+        if name := used.get(method_name(key, adapter)):
+            if is_read or not isinstance(adapter, BatchableAdapter):
                 raise TypeError(
                     f"{key!r} at {_place(model, host)} is a {type(adapter).__name__} on a {type(host).__name__}; rows "
                     f"can have adapters of their own where these act on what enters and leaves a called layer, by rows."
                 )
             parts.setdefault(key[len(name) :], {})[name] = adapter
-    return sorted(parts.values(), key=lambda own: not any(adapter.by_itself for adapter in own.values()))
+    return sorted(parts.values(), key=lambda own: not any(adapter.needs_separate_call for adapter in own.values()))
 
 
 def _place(model: nn.Module, wanted: nn.Module) -> str:

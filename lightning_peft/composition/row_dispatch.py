@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.per_row import RowWise
+from ..core.per_row import BatchableLayerAdapter
 
 
-class Rows:
+class RowAssignment:
     """Which of several adapters each row has.
 
     Args:
@@ -26,15 +26,18 @@ class Rows:
         self.count, kinds = len(numbers), max(numbers) + 1
         ids = torch.tensor(numbers, device=device)
         self.ids = None if kinds == 1 else ids.clamp(min=0)
-        self._elsewhere, self._orders = dict[torch.device, Rows](), dict[int, tuple[Tensor, Tensor, list[int]]]()
+        self._elsewhere, self._orders = (
+            dict[torch.device, RowAssignment](),
+            dict[int, tuple[Tensor, Tensor, list[int]]](),
+        )
         self.has_one = (ids >= 0).view(-1, 1, 1) if -1 in numbers else None
 
-    def on(self, device: torch.device) -> Rows:
+    def on(self, device: torch.device) -> RowAssignment:
         """Return the same for another device, which a part of the model may be on."""
         if device == self.device:
             return self
         if device not in self._elsewhere:
-            self._elsewhere[device] = Rows(self.numbers, device)
+            self._elsewhere[device] = RowAssignment(self.numbers, device)
         return self._elsewhere[device]
 
     def by_adapter(self, rows: int) -> tuple[Tensor, Tensor, list[int]]:
@@ -55,7 +58,7 @@ class Rows:
         return torch.tensor(order, device=self.device), torch.tensor(back, device=self.device), sizes
 
     def stacked(self, values: Sequence[Any], like: Tensor) -> Any:
-        """Return the values of all rows, see ``RowWise``, from those of each adapter; equal numbers are one."""
+        """Return the values of all rows (see ``BatchableLayerAdapter``) from those of each adapter."""
         if not isinstance(values[0], Tensor):
             if len(set(values)) == 1:
                 return values[0]
@@ -81,7 +84,7 @@ def _filled(value: Tensor, shape: Sequence[int]) -> Tensor:
     return F.pad(value, [side for more in reversed(missing) for side in (0, more)])
 
 
-class Whole:
+class BatchedModuleCall:
     """What surrounds a host's call for all of its rows at once.
 
     Args:
@@ -92,7 +95,7 @@ class Whole:
         ValueError: A row has none.
     """
 
-    def __init__(self, adapters: Sequence[Any], rows: Rows) -> None:
+    def __init__(self, adapters: Sequence[Any], rows: RowAssignment) -> None:
         self.adapters, self.rows = adapters, rows
         if -1 in rows.numbers:
             raise ValueError(
@@ -100,7 +103,7 @@ class Whole:
             )
 
     def __call__(self, host: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        found = [adapter.row_values() for adapter in self.adapters]
+        found = [adapter.per_example_tensors() for adapter in self.adapters]
         if not found[0] or any(one[:1] != found[0][:1] for one in found):
             raise ValueError(
                 f"Rows can have a {type(self.adapters[0]).__name__} each where all are of one length, for one task and "
@@ -112,7 +115,7 @@ class Whole:
         return first.for_rows(host, inner, values, *args, **kwargs) if values else first(host, inner, *args, **kwargs)
 
 
-class Part:
+class BatchedLayerCall:
     """What surrounds a host's call for one part of the host, or all of it.
 
     Args:
@@ -120,34 +123,36 @@ class Part:
         rows: Which of them each row has.
     """
 
-    def __init__(self, adapters: Sequence[RowWise], rows: Rows) -> None:
+    def __init__(self, adapters: Sequence[BatchableLayerAdapter], rows: RowAssignment) -> None:
         self.adapters, self.rows = adapters, rows
 
     def __call__(self, host: Any, inner: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rows = self.rows.on(x.device)
-        _refuse(host, rows, x, x)
+        _check_rows(host, rows, x, x)
         if args or kwargs:
             inner = functools.partial(inner, *args, **kwargs)
-        if any(adapter.by_itself for adapter in self.adapters):
+        if any(adapter.needs_separate_call for adapter in self.adapters):
             return self._by_itself(host, inner, rows, x)
-        found = [adapter.row_values() for adapter in self.adapters]
+        found = [adapter.per_example_tensors() for adapter in self.adapters]
         if not found[0] or any(one[:1] != found[0][:1] for one in found):
             return self._one_by_one(host, inner, rows, x)
         _, *columns = zip(*found, strict=True)
         values = [rows.stacked(column, columns[0][0]) for column in columns]
         return self._at_once(host, inner, rows, x, values)
 
-    def _at_once(self, host: Any, inner: Callable[..., Any], rows: Rows, x: Tensor, values: Sequence[Any]) -> Tensor:
+    def _at_once(
+        self, host: Any, inner: Callable[..., Any], rows: RowAssignment, x: Tensor, values: Sequence[Any]
+    ) -> Tensor:
         """Let the first adapter serve all rows, with values of their own."""
         first = self.adapters[0]
         of_rows = x.reshape(rows.count, -1, x.shape[-1])
-        given = rows.where(first.entering(host, of_rows, *values), of_rows)
+        given = rows.where(first.pre_forward(host, of_rows, *values), of_rows)
         y = inner(x if given is of_rows else given.view_as(x))
-        _refuse(host, rows, x, y)
+        _check_rows(host, rows, x, y)
         before = y.reshape(rows.count, -1, y.shape[-1])
-        return rows.where(first.leaving(host, of_rows, before, *values), before).view_as(y)
+        return rows.where(first.post_forward(host, of_rows, before, *values), before).view_as(y)
 
-    def _by_itself(self, host: Any, inner: Callable[..., Any], rows: Rows, x: Tensor) -> Tensor:
+    def _by_itself(self, host: Any, inner: Callable[..., Any], rows: RowAssignment, x: Tensor) -> Tensor:
         """Call the host for the rows of one adapter after the other, and for those of none."""
         order, back, sizes = rows.by_adapter(x.shape[0])
         *own, rest = torch.split(x.index_select(0, order), sizes)
@@ -155,16 +160,16 @@ class Part:
         found = [adapter.forward(host, inner, part) for adapter, part in zip(adapters, own, strict=True)]
         return torch.cat([*found, inner(rest)] if len(rest) else found).index_select(0, back)
 
-    def _one_by_one(self, host: Any, inner: Callable[..., Any], rows: Rows, x: Tensor) -> Tensor:
+    def _one_by_one(self, host: Any, inner: Callable[..., Any], rows: RowAssignment, x: Tensor) -> Tensor:
         """Let one adapter after the other serve its own rows."""
         order, back, sizes = rows.by_adapter(x.shape[0])
         own = torch.split(x.index_select(0, order), sizes)
-        given = [adapter.entering(host, part) for adapter, part in zip(self.adapters, own, strict=False)]
+        given = [adapter.pre_forward(host, part) for adapter, part in zip(self.adapters, own, strict=False)]
         changed = any(new is not old for new, old in zip(given, own, strict=False))
         y: Tensor = inner(_joined(given, own, back) if changed else x)
-        _refuse(host, rows, x, y)
+        _check_rows(host, rows, x, y)
         of_host = torch.split(y.index_select(0, order), sizes)
-        found = [adapter.leaving(host, *both) for adapter, *both in zip(self.adapters, own, of_host, strict=False)]
+        found = [adapter.post_forward(host, *both) for adapter, *both in zip(self.adapters, own, of_host, strict=False)]
         return _joined(found, of_host, back)
 
 
@@ -173,7 +178,7 @@ def _joined(new: Sequence[Tensor], old: Sequence[Tensor], back: Tensor) -> Tenso
     return torch.cat([*[part.to(old[-1].dtype) for part in new], old[-1]]).index_select(0, back)
 
 
-def _refuse(host: Any, rows: Rows, x: Tensor, y: Any) -> None:
+def _check_rows(host: Any, rows: RowAssignment, x: Tensor, y: Any) -> None:
     """Raise where the first dimension cannot be that of the batch."""
     if not isinstance(y, Tensor):
         raise TypeError(f"{type(host).__name__} returns a {type(y).__name__}; row_adapters needs a tensor of rows.")

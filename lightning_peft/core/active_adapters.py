@@ -9,13 +9,29 @@ from typing import Any
 from torch import nn
 
 from ..structure.base_model import base_parameters
-from .adapted_module import Adapted, adapters, call_as_before, call_children, name_of, outside, remove
-from .checks import refuse_company
+from .adapted_module import (
+    AdaptedModule,
+    adapters,
+    disable_fast_path,
+    list_base_modules,
+    method_name,
+    remove,
+    restore_fast_path,
+)
+from .checks import check_shared_host
 from .inject import detach
-from .injection_record import Injection, adapters_of, injected, injection, named, refuse_paused, trained_by
-from .weight_backup import refuse_merged
+from .injection_record import (
+    InjectionRecord,
+    adapters_of,
+    check_not_paused,
+    get_record,
+    methods_named,
+    require_record,
+    trained_by,
+)
+from .weight_backup import check_not_merged
 
-ROWS = "_rows"  # under which name lies in a host what gives each row its own adapter
+PER_ROW_KEY = "_rows"  # under which name lies in a host what gives each row its own adapter
 
 
 def active(model: nn.Module) -> tuple[str, ...]:
@@ -27,7 +43,7 @@ def active(model: nn.Module) -> tuple[str, ...]:
     Raises:
         ValueError: Nothing was injected into this module.
     """
-    return tuple(injected(model).active)
+    return tuple(require_record(model).active)
 
 
 def activate(model: nn.Module, *names: str) -> nn.Module:
@@ -46,24 +62,24 @@ def activate(model: nn.Module, *names: str) -> nn.Module:
         ValueError: A name is unknown, is given twice, or its adapters cannot share a weight with others.
         RuntimeError: No adapter takes part for now, within ``disabled`` or ``row_adapters``.
     """
-    record = injected(model)
-    refuse_paused(record)
-    methods = [method for name in names for method in named(record, name)]
+    record = require_record(model)
+    check_not_paused(record)
+    methods = [method for name in names for method in methods_named(record, name)]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"activate needs one name or several different ones, got {list(names)}.")
     idle = [method for method in record.methods if method not in methods and not adapters_of(model, method)]
     if always := [method.name for method in idle if trained_by(model, [method])]:
         raise ValueError(f"{always[0]!r} trains the base itself and has no adapters that could lie idle; name it, too.")
     found: list[Any] = list(adapters(model))
-    chosen = [one for method in methods for one in found if name_of(*one[2:]) == method.name]
-    refuse_company([(name, adapter) for name, _, _, adapter in chosen])
+    chosen = [one for method in methods for one in found if method_name(*one[2:]) == method.name]
+    check_shared_host([(name, adapter) for name, _, _, adapter in chosen])
     orders: dict[int, tuple[str, ...]] = {}
     for _, host, key, _ in chosen:
         orders[id(host)] = (*orders.get(id(host), ()), key)
     taking = {id(adapter) for *_, adapter in chosen}
     for _, host, _, adapter in found:
-        host.peft_order = orders.get(id(host), ()) + passing(host)
-        adapter.rearranged()
+        host.peft_order = orders.get(id(host), ()) + temporary_adapters(host)
+        adapter.invalidate_cache()
         adapter.requires_grad_(id(adapter) in taking)
     record.active[:] = names
     return model
@@ -85,20 +101,20 @@ def remove_adapter(model: nn.Module, name: str) -> nn.Module:
         ValueError: The name is unknown, or the method trained parameters of the base.
         RuntimeError: No adapter takes part for now, within ``disabled`` or ``row_adapters``.
     """
-    record = injected(model)
-    refuse_paused(record)
-    methods = named(record, name)
+    record = require_record(model)
+    check_not_paused(record)
+    methods = methods_named(record, name)
     if changed := trained_by(model, methods):
         raise ValueError(f"{name!r} trains {changed[0]} in the base itself, whose first values are not kept.")
     if len(record.methods) == len(methods) and not record.trained:
         return detach(model)
     for _, host, key, adapter in list(adapters(model)):
-        if name_of(key, adapter) in {method.name for method in methods}:
+        if method_name(key, adapter) in {method.name for method in methods}:
             remove(host, key)
     for _, _, _, adapter in adapters(model):
-        adapter.rearranged()
+        adapter.invalidate_cache()
     record.methods[:] = [method for method in record.methods if method not in methods]
-    record.groups.pop(name, None)
+    record.method_groups.pop(name, None)
     record.active[:] = [other for other in record.active if other != name]
     return model
 
@@ -114,7 +130,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         ValueError: The model has no adapters, or parameters of the base train, whose first values are not kept.
         RuntimeError: Adapters are merged into the weights.
     """
-    refuse_merged(model)
+    check_not_merged(model)
     if not any(adapters(model)):
         raise ValueError(f"This {type(model).__name__} has no adapters that could be disabled.")
     if trained := [name for name, p in base_parameters(model).items() if p.requires_grad]:
@@ -126,7 +142,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            call_children(hooked)
+            disable_fast_path(hooked)
 
 
 @contextmanager
@@ -135,29 +151,29 @@ def paused(model: nn.Module, modules: Sequence[Any] | None = None) -> Iterator[N
 
     Args:
         model: The model.
-        modules: What ``outside`` found in it, if it is known.
+        modules: What ``list_base_modules`` found in it, if it is known.
     """
-    record = injection(model) or Injection()
-    hosts = [module for module in modules or outside(model) if isinstance(module, Adapted)]
+    record = get_record(model) or InjectionRecord()
+    hosts = [module for module in modules or list_base_modules(model) if isinstance(module, AdaptedModule)]
     before, was = [host.peft_order for host in hosts], record.paused
     record.paused = True
     for host in hosts:
-        host.peft_order = passing(host)
+        host.peft_order = temporary_adapters(host)
     try:
         yield
     finally:
         record.paused = was
         for host, order in zip(hosts, before, strict=True):
-            if isinstance(host, Adapted):  # not detached meanwhile
+            if isinstance(host, AdaptedModule):  # not detached meanwhile
                 host.peft_order = order
 
 
-def passing(host: Any) -> tuple[str, ...]:
+def temporary_adapters(host: Any) -> tuple[str, ...]:
     """Return the names of what surrounds a host for the time of a run alone."""
-    return tuple(key for key in host.peft_order if not host.peft[key].lasting and key != ROWS)
+    return tuple(key for key in host.peft_order if not host.peft[key].persistent and key != PER_ROW_KEY)
 
 
 def _set_back(module: nn.Module) -> bool:
     before = len(module._forward_pre_hooks)
-    call_as_before(module)
+    restore_fast_path(module)
     return len(module._forward_pre_hooks) < before

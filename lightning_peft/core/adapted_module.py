@@ -9,22 +9,22 @@ from typing import Any
 
 from torch import nn
 
-from ..structure.base_model import SLOT
-from ..structure.layer_types import bias_attribute, read_attribute
+from ..structure.base_model import ADAPTERS_ATTRIBUTE
+from ..structure.layer_types import read_bias_attribute, read_weight_attribute
 from .adapter import Adapter
 
 # Of torch: what reads weights of its children, or packs its input, unless told otherwise.
 _READERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
-class Adapted:
+class AdaptedModule:
     """Stands in front of a host's own class."""
 
     _host_class: Any
     peft: nn.ModuleDict
     peft_order: tuple[str, ...]  # names of the adapters that take part, inner before outer
 
-    def surrounding(self) -> Iterator[Any]:
+    def active_adapters(self) -> Iterator[Any]:
         """Yield the adapters that take part, inner before outer."""
         for key in self.peft_order:
             yield self.peft[key]
@@ -32,13 +32,13 @@ class Adapted:
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         build, (cls, *args), *rest = reduced
-        if cls is not adapted(self._host_class):  # sharding put a class of its own in front
+        if cls is not adapted_class(self._host_class):  # sharding put a class of its own in front
             return build, (cls, *args), *rest
         return _rebuild, (self._host_class,), *rest
 
 
 @functools.cache
-def adapted(cls: Any) -> type[nn.Module]:
+def adapted_class(cls: Any) -> type[nn.Module]:
     """Return the class of hosts whose own class is ``cls``."""
 
     @functools.wraps(cls.forward)
@@ -49,18 +49,18 @@ def adapted(cls: Any) -> type[nn.Module]:
             call = functools.partial(adapter, self, call)
         return call(*args, **kwargs)
 
-    read, bias = read_attribute(cls), bias_attribute(cls)
+    read, bias = read_weight_attribute(cls), read_bias_attribute(cls)
 
     def updated(self: Any) -> Any:
         weight = self._parameters[read]
-        for adapter in self.surrounding():
-            weight = adapter.updated_whole(weight)
+        for adapter in self.active_adapters():
+            weight = adapter.effective_weight(weight)
         return weight
 
     def updated_bias(self: Any) -> Any:
         value = self._parameters[bias]
-        for adapter in self.surrounding():
-            value = adapter.updated_bias(value)
+        for adapter in self.active_adapters():
+            value = adapter.effective_bias(value)
         return value
 
     # The same name: libraries look models up by it (loss functions, wrapping policies, saved configurations).
@@ -70,11 +70,11 @@ def adapted(cls: Any) -> type[nn.Module]:
     if issubclass(cls, nn.Sequential):  # which calls its children one after the other: not the adapters
         namespace["__iter__"] = lambda self: iter([child for child in cls.__iter__(self) if child is not self.peft])
         namespace["__len__"] = lambda self: cls.__len__(self) - 1
-    return type(cls.__name__, (Adapted, cls), namespace)
+    return type(cls.__name__, (AdaptedModule, cls), namespace)
 
 
 def _rebuild(cls: Any) -> nn.Module:
-    new = adapted(cls)
+    new = adapted_class(cls)
     return new.__new__(new)
 
 
@@ -83,25 +83,29 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Adapter]]:
 
     What surrounds a host for the time of a run, and is no part of the model, is left out.
     """
-    found: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, Adapted)]
+    found: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, AdaptedModule)]
     for name, host in found:
         for key, adapter in host.peft.items():
-            if adapter.lasting:
+            if adapter.persistent:
                 yield name, host, key, adapter
 
 
-def outside(model: nn.Module) -> list[Any]:
+def list_base_modules(model: nn.Module) -> list[Any]:
     """Return the modules of the base, the root included, quickly: without names, and without a look into adapters."""
     found, seen = [model], {id(model)}
     for module in found:  # which grows
         for name, child in module._modules.items():
-            if child is not None and id(child) not in seen and not (name == SLOT and isinstance(module, Adapted)):
+            if (
+                child is not None
+                and id(child) not in seen
+                and not (name == ADAPTERS_ATTRIBUTE and isinstance(module, AdaptedModule))
+            ):
                 found.append(child)
                 seen.add(id(child))
     return found
 
 
-def surrounding(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
+def active_adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     """Yield (host's name, adapter) of those that take part."""
     for name, host, key, adapter in adapters(model):
         order: Any = host.peft_order
@@ -109,22 +113,22 @@ def surrounding(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
             yield name, adapter
 
 
-def key_of(name: str, adapter: Adapter) -> str:
+def adapter_key(name: str, adapter: Adapter) -> str:
     """Return the name under which an adapter of a method lies in its host."""
     return f"{name}_{adapter.part}" if adapter.part else name
 
 
-def name_of(key: str, adapter: Adapter) -> str:
-    """Return the name of the method that ``key_of`` was given."""
+def method_name(key: str, adapter: Adapter) -> str:
+    """Return the name of the method that ``adapter_key`` was given."""
     return key.removesuffix(f"_{adapter.part}") if adapter.part else key
 
 
 def attach(host: Any, key: str, adapter: Adapter, takes_part: bool = True) -> None:
     """Let an adapter surround the calls of a host, outside of those that are there; or lie there for later."""
-    if not isinstance(host, Adapted):
+    if not isinstance(host, AdaptedModule):
         host.peft, host.peft_order = nn.ModuleDict(), ()
         kind: Any = type(host)
-        host.__class__ = adapted(kind)
+        host.__class__ = adapted_class(kind)
     own = itertools.chain(host._parameters.values(), host.parameters())  # most hosts have some, and no search is needed
     device = next((p.device for p in own if p is not None), None)
     slot: Any = host.peft
@@ -144,7 +148,7 @@ def remove(host: Any, key: str) -> None:
         del host.peft, host.peft_order
 
 
-def call_children(modules: Iterable[nn.Module]) -> None:
+def disable_fast_path(modules: Iterable[nn.Module]) -> None:
     """Have torch's encoders call what they hold in eval mode, with plain tensors.
 
     Unless hooked, encoder layers read the weights of their children; the encoder packs padded rows into nested tensors,
@@ -156,23 +160,23 @@ def call_children(modules: Iterable[nn.Module]) -> None:
         if isinstance(module, nn.TransformerEncoder):
             if module.use_nested_tensor:
                 module.use_nested_tensor = False
-                module.register_forward_pre_hook(_unpacked)
-        elif _nothing not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_nothing)
+                module.register_forward_pre_hook(_nested_tensor_was_on)
+        elif _noop_hook not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_noop_hook)
 
 
-def call_as_before(module: nn.Module) -> None:
-    """Undo ``call_children``."""
+def restore_fast_path(module: nn.Module) -> None:
+    """Undo ``disable_fast_path``."""
     for number, hook in list(module._forward_pre_hooks.items()):
-        if hook is _unpacked:
+        if hook is _nested_tensor_was_on:
             module.use_nested_tensor = True  # type: ignore[assignment]
-        if hook in (_nothing, _unpacked):
+        if hook in (_noop_hook, _nested_tensor_was_on):
             del module._forward_pre_hooks[number]
 
 
-def _nothing(module: nn.Module, args: Any) -> None:
+def _noop_hook(module: nn.Module, args: Any) -> None:
     """Change nothing."""
 
 
-def _unpacked(module: nn.Module, args: Any) -> None:
+def _nested_tensor_was_on(module: nn.Module, args: Any) -> None:
     """Change nothing; tells that an encoder packed rows before."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 
-def say(text: str) -> None:
+def echo(text: str) -> None:
     """Print a result now, also where the output goes to a file."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .injection_record import adapters_of, injected
+from .injection_record import adapters_of, require_record
 
 
 def finalize(model: nn.Module) -> nn.Module:
@@ -24,12 +24,12 @@ def finalize(model: nn.Module) -> nn.Module:
         ValueError: Nothing was injected into this module.
         RuntimeError: What an adapter holds now is not what its encoder computed.
     """
-    record = injected(model)
+    record = require_record(model)
     for method in record.methods:
         if method.finalized() == method:
             continue
         for name, adapter in adapters_of(model, method).items():
-            before = {key: value.detach() for key, value in adapter.pack().items()}
+            before = {key: value.detach() for key, value in adapter.export_state().items()}
             adapter.finalize()
             after = adapter.state_dict()
             same = before.keys() == after.keys() and all(

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import nn
 
-from ..ops.sharded_tensors import shape_of
+from ..ops.sharded_tensors import global_shape
 from ..structure.base_model import base_parameters
 from ..structure.quantized import original_of, sample
 
@@ -31,7 +31,7 @@ def fingerprint(model: nn.Module, trained: Collection[str] | None = None) -> str
             if parameter.is_meta:
                 return None
             values = sample(parameter) if original is None or original.values is None else original.values
-            found.append((tuple(original.shape if original else shape_of(parameter)), values))
+            found.append((tuple(original.shape if original else global_shape(parameter)), values))
     return digest(found)
 
 

@@ -92,7 +92,7 @@ def _subclasses(cls: type[Method]) -> Iterator[type[Method]]:
         yield from _subclasses(subclass)
 
 
-def require(condition: bool, field: str, value: object, expected: str) -> None:
+def check_setting(condition: bool, field: str, value: object, expected: str) -> None:
     """Raise a ``ValueError`` for a setting that is not what it must be."""
     if not condition:
         raise ValueError(f"{field} must be {expected}, got {value!r}.")

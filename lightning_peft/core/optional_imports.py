@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 
-def require_extra(package: str, need: str, extra: str) -> None:
+def check_extra(package: str, need: str, extra: str) -> None:
     """Raise where an optional package is not installed.
 
     Args:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..structure.base_model import held, owners
+from ..structure.base_model import count_owners, own_tensors
 from ..structure.selection import select_parameters
 from .adapter import Adapter, Call, parameter_like
 from .method import Method
-from .per_row import RowWise
+from .per_row import BatchableLayerAdapter
 
-OWN = "own"  # where, within an adapter, the copies lie
+COPIES_ATTRIBUTE = "own"  # where, within an adapter, the copies lie
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class OwnParameters(Method):
     targets: list[str]
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
-        by_host, holders = defaultdict[str, list[str]](list), owners(model)
+        by_host, holders = defaultdict[str, list[str]](list), count_owners(model)
         for name in select_parameters(model, self.targets):
             owner, _, key = name.rpartition(".")
             if holders[id(model.get_parameter(name))] > 1:
@@ -47,7 +47,7 @@ class OwnParameters(Method):
             yield owner, OwnTensors(model.get_submodule(owner), keys)
 
 
-class OwnTensors(RowWise, Adapter):
+class OwnTensors(BatchableLayerAdapter, Adapter):
     """Takes the place of parameters of its host, and of its buffers (statistics of a norm), for the time of a call.
 
     Args:
@@ -55,7 +55,7 @@ class OwnTensors(RowWise, Adapter):
         names: Of these parameters.
     """
 
-    by_itself = True
+    needs_separate_call = True
 
     def __init__(self, host: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
@@ -78,19 +78,19 @@ class OwnTensors(RowWise, Adapter):
                 "Parameters of an adapter's own start from those of the base: load the base model first, then inject."
             )
         for name, value in self._values():
-            value.copy_(held(host)[name])
+            value.copy_(own_tensors(host)[name])
 
     def _values(self) -> Iterator[tuple[str, Tensor]]:
         return itertools.chain(self.own.named_parameters(), self.own.named_buffers())
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
-        with self.in_place(host):
+        with self.swapped_in(host):
             return inner(*args, **kwargs)
 
     @contextmanager
-    def in_place(self, host: Any) -> Iterator[None]:
+    def swapped_in(self, host: Any) -> Iterator[None]:
         """Context in which the host has these values, in its own type."""
-        parameters, buffers, before = dict(host._parameters), dict(host._buffers), held(host)
+        parameters, buffers, before = dict(host._parameters), dict(host._buffers), own_tensors(host)
         cast = {name: value.to(before[name].dtype) for name, value in self._values()}
         host._parameters.update({name: cast[name] for name in self.own._parameters})
         host._buffers.update({name: cast[name] for name in self.own._buffers})
@@ -106,4 +106,4 @@ class OwnTensors(RowWise, Adapter):
     @torch.no_grad()
     def merge(self, host: Any) -> None:
         for name, value in self._values():
-            held(host)[name].copy_(value)
+            own_tensors(host)[name].copy_(value)

@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 
-class Stackable:
+class BatchableAdapter:
     """Part of an adapter that can stand for others of its form, given the values of each row if it has some."""
 
-    by_itself = False  # whether the host must run for an adapter's rows alone, inside of all others
+    needs_separate_call = False  # whether the host must run for an adapter's rows alone, inside of all others
 
-    def row_values(self) -> tuple[Any, ...]:
+    def per_example_tensors(self) -> tuple[Any, ...]:
         """Return what tells this form from others, then a row's matrices and vectors and, after them, numbers.
 
         Nothing is returned where there is no form, so that no other adapter can stand for this one.
@@ -22,7 +22,7 @@ class Stackable:
         return ()
 
 
-class Surrounding(Stackable, ABC):
+class BatchableModuleAdapter(BatchableAdapter, ABC):
     """Part of an adapter that surrounds calls which cannot be split by rows, with values for each row."""
 
     @abstractmethod
@@ -30,7 +30,7 @@ class Surrounding(Stackable, ABC):
         """Return what ``forward`` returns, with values (rows, ...); of more rows, neighbours have the same."""
 
 
-class RowWise(Stackable):
+class BatchableLayerAdapter(BatchableAdapter):
     """Part of an adapter whose call falls apart in two: forward(x) = leaving(x, host(entering(x))), row by row.
 
     Then a host runs once for rows that have different adapters. Adapters of one form need not even run one after the
@@ -38,7 +38,7 @@ class RowWise(Stackable):
     of other adapters of the form may be larger: zeros behind the last entries must change nothing.
     """
 
-    def entering(self, host: Any, x: Tensor, *values: Any) -> Tensor:
+    def pre_forward(self, host: Any, x: Tensor, *values: Any) -> Tensor:
         """Return what the host is given.
 
         Args:
@@ -49,13 +49,13 @@ class RowWise(Stackable):
         """
         return x
 
-    def leaving(self, host: Any, x: Tensor, y: Tensor, *values: Any) -> Tensor:
+    def post_forward(self, host: Any, x: Tensor, y: Tensor, *values: Any) -> Tensor:
         """Return what the caller is given.
 
         Args:
             host: The host.
-            x: What ``entering`` was given.
+            x: What ``pre_forward`` was given.
             y: What the host returned.
-            values: As for ``entering``.
+            values: As for ``pre_forward``.
         """
         return y

@@ -40,10 +40,10 @@ def split_side(host: nn.Module) -> str | None:
     return _SIDES.get(place.dim) if known else None
 
 
-def refuse_to_follow(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
+def check_tensor_parallel_support(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
     """Raise a ``TypeError`` if an adapter would not compute the same in a model that tensor parallelism has split."""
     what = f"{type(adapter).__name__} {key!r} at {name or 'the root'}"
-    if adapter.axes is None:
+    if adapter.tensor_parallel_dims is None:
         raise TypeError(
             f"{what} does not run under tensor parallelism, where each process has a part of the heads and features. "
             f"LoRA, IA3 and others do; FSDP2 and DDP run every method."
@@ -54,7 +54,7 @@ def refuse_to_follow(host: nn.Module, name: str, key: str, adapter: Adapter) -> 
         raise TypeError(f"{what} follows linear layers, whole, that are split column-wise or row-wise over one mesh.")
 
 
-def follow(model: nn.Module, mesh: DeviceMesh) -> None:
+def shard_adapters(model: nn.Module, mesh: DeviceMesh) -> None:
     """Split the adapters of split hosts along with them; give all processes the same values of what else trains.
 
     What runs along the split side of the host is split, all else of such an adapter is a tensor that each process
@@ -65,14 +65,14 @@ def follow(model: nn.Module, mesh: DeviceMesh) -> None:
             _split(adapter, split_side(host), mesh)
     trained = [p for p in model.parameters() if p.requires_grad]
     own = [tensor for *_, adapter in adapters(model) for tensor in (*adapter.parameters(), *adapter.buffers())]
-    share((*trained, *own), mesh)
+    broadcast_values((*trained, *own), mesh)
 
 
 def _split(adapter: Adapter, side: str | None, mesh: DeviceMesh) -> None:
     for name, own in [*adapter.named_parameters(), *adapter.named_buffers()]:
         if isinstance(own, DTensor):
             continue
-        axes = (adapter.axes or {}).get(name, ())
+        axes = (adapter.tensor_parallel_dims or {}).get(name, ())
         place: Placement = Shard(axes.index(side)) if side in axes else Replicate()
         whole = distribute_tensor(own.detach(), mesh, [place])
         owner, _, key = name.rpartition(".")
@@ -80,7 +80,7 @@ def _split(adapter: Adapter, side: str | None, mesh: DeviceMesh) -> None:
         setattr(adapter.get_submodule(owner), key, new)
 
 
-def settle_gradients(parameters: Iterable[Tensor]) -> None:
+def reduce_partial_gradients(parameters: Iterable[Tensor]) -> None:
     """Sum up gradients of which each process computed a part, where parameters that all hold whole meet split ones.
 
     Torch's optimizers would do so by themselves, at each use; what reads gradients before may not.
@@ -92,7 +92,7 @@ def settle_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 @torch.no_grad()
-def share(tensors: Iterable[Tensor], mesh: DeviceMesh) -> None:
+def broadcast_values(tensors: Iterable[Tensor], mesh: DeviceMesh) -> None:
     """Give all processes of a mesh the values that its first one has; what is sharded or not there yet is left out."""
     for tensor in tensors:
         if not isinstance(tensor, DTensor) and not tensor.is_meta:

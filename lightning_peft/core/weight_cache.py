@@ -10,7 +10,7 @@ from torch import Tensor
 LIMIT = 2**30  # bytes that all layers together may keep
 
 
-class BuiltWeight:
+class WeightCache:
     """The updated weight of one layer, for evaluation on the CPU: there, comparing factors costs next to nothing."""
 
     total = 0  # bytes kept by all layers
@@ -20,8 +20,8 @@ class BuiltWeight:
         self._base: tuple[int, int] = (0, 0)
         self._factors: list[Tensor] = []
 
-    def __reduce__(self) -> tuple[type[BuiltWeight], tuple[()]]:
-        return BuiltWeight, ()  # copies and files keep nothing
+    def __reduce__(self) -> tuple[type[WeightCache], tuple[()]]:
+        return WeightCache, ()  # copies and files keep nothing
 
     def __del__(self) -> None:
         self.drop()
@@ -40,13 +40,13 @@ class BuiltWeight:
     def keep(self, base: Tensor, factors: Sequence[Tensor], weight: Tensor) -> None:
         """Keep an updated weight in place of what was kept, if there is room."""
         self.drop()
-        if BuiltWeight.total + weight.nbytes <= LIMIT and not base.is_inference():
-            BuiltWeight.total += weight.nbytes
+        if WeightCache.total + weight.nbytes <= LIMIT and not base.is_inference():
+            WeightCache.total += weight.nbytes
             self.weight, self._base = weight, (base.data_ptr(), base._version)
             self._factors = [factor.detach().clone() for factor in factors]
 
     def drop(self) -> None:
         """Keep nothing any longer."""
         if self.weight is not None:
-            BuiltWeight.total -= self.weight.nbytes
+            WeightCache.total -= self.weight.nbytes
         self.weight, self._factors = None, []

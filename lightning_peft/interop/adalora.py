@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..methods import AdaLoRA
-from ..methods.families.svd_triplets import Triplets
-from ..ops.sharded_tensors import whole
-from ..structure.layer_types import LinearKind, TransposedKind, layer_of
+from ..methods.families.svd_triplets import SVDTriplets
+from ..ops.sharded_tensors import full_tensor
+from ..structure.layer_types import LinearType, TransposedLinearType, layer_of
 from . import targets
 from .module_names import globs, joined
-from .peft_format import Base, Family, File, State, plain, refuse
+from .peft_format import Base, File, PeftFormat, State, check_not_torch_attention, check_supported
 
 _NAMES = {"lora_A": "a", "lora_B": "b", "lora_E": "e"}
 _FIELDS = {  # of peft's settings, and of ours
@@ -31,32 +31,32 @@ _FIELDS = {  # of peft's settings, and of ours
 }
 
 
-class AdaLoRAFamily(Family):
+class AdaLoRAFormat(PeftFormat):
     """Files hold the triplets that are kept: ``rank_pattern`` says which; the scale is alpha / (init_r + 1e-5)."""
 
     kind, method, tensors = "ADALORA", AdaLoRA, tuple(_NAMES)
     settings = (*targets.SETTINGS, *_FIELDS, "lora_alpha", "modules_to_save", "bias")
-    harmless = (
+    ignored_settings = (
         *("r", "total_step", "rank_pattern", "init_lora_weights", "loftq_config", "eva_config", "corda_config"),
         *("megatron_core", "runtime_config", "qalora_group_size", "lora_ga_config", "ensure_weight_tying"),
     )
 
     def write(
-        self, base: Base, method: AdaLoRA, hosts: Mapping[str, Sequence[Triplets]]
+        self, base: Base, method: AdaLoRA, hosts: Mapping[str, Sequence[SVDTriplets]]
     ) -> tuple[dict[str, Any], State]:
         rank = max(sum(len(one.e) for one in found) for found in hosts.values())
         state, patterns = State(), dict[str, list[bool]]()
         for name, found in hosts.items():
             host = base.network.get_submodule(name)
-            plain(found[0], name)
+            check_not_torch_attention(found[0], name)
             layer = layer_of(host)
-            refuse(layer.looks_up or not isinstance(layer, LinearKind), f"AdaLoRA on {name}",
+            check_supported(layer.is_embedding or not isinstance(layer, LinearType), f"AdaLoRA on {name}",
                    f"it adapts linear layers alone, not {type(host).__name__}")  # fmt: skip
             a, b, e = _joined(layer.shape(host)[0], found)
             state |= {f"{self.prefix}{name}.{key}": t for key, t in zip(_NAMES, (a, b, e[:, None]), strict=True)}
             if len(e) < rank:
                 patterns[f"{name}.lora_E"] = [place < len(e) for place in range(rank)]
-        transposed = [isinstance(layer_of(base.network.get_submodule(name)), TransposedKind) for name in hosts]
+        transposed = [isinstance(layer_of(base.network.get_submodule(name)), TransposedLinearType) for name in hosts]
         settings = targets.written(base, hosts) | {"rank_pattern": patterns or None, "fan_in_fan_out": any(transposed)}
         return settings | _settings(method, next(iter(hosts.values()))[0].scale, rank), state
 
@@ -102,9 +102,9 @@ def _settings(method: AdaLoRA, scale: float, rank: int) -> dict[str, Any]:
     return {**ours, **steps, "init_r": rank, "lora_alpha": alpha, "total_step": total}
 
 
-def _joined(out: int, found: Sequence[Triplets]) -> tuple[Tensor, Tensor, Tensor]:
+def _joined(out: int, found: Sequence[SVDTriplets]) -> tuple[Tensor, Tensor, Tensor]:
     """Return the kept triplets of all parts of a host at once."""
-    packed = [{key: whole(value).detach() for key, value in one.pack().items()} for one in found]
+    packed = [{key: full_tensor(value).detach() for key, value in one.export_state().items()} for one in found]
     a, e = (torch.cat([own[key] for own in packed]) for key in ("a", "e"))
     b, column = a.new_zeros(out, len(a)), 0
     for one, own in zip(found, packed, strict=True):

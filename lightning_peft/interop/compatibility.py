@@ -7,12 +7,12 @@ from collections.abc import Collection, Mapping
 
 from ..core.adapter import Adapter
 from ..core.method import Method
-from .peft_format import Base, Family, File, State
+from .peft_format import Base, File, PeftFormat, State
 
 
-def require_hosts(base: Base, family: Family, file: File) -> None:
+def check_hosts(base: Base, family: PeftFormat, file: File) -> None:
     """Raise where a file and a model do not have the same hosts."""
-    require_known(base, file.state)
+    check_known(base, file.state)
     if missing := [name for name in family.expected(base, file) if name not in file.state]:
         raise ValueError(f"The file's settings adapt {missing[:5]}, but it has no tensors of them.")
     if not file.state:
@@ -21,7 +21,7 @@ def require_hosts(base: Base, family: Family, file: File) -> None:
         )
 
 
-def require_known(base: Base, hosts: Collection[str]) -> None:
+def check_known(base: Base, hosts: Collection[str]) -> None:
     """Raise where a file adapts modules that a model has not."""
     known = dict(base.network.named_modules())
     if strange := [name for name in hosts if name not in known]:
@@ -41,7 +41,7 @@ def checked(base: Base, method: Method, given: Mapping[str, State], source: str)
 
 
 def _state(adapter: Adapter, given: State, place: str) -> State:
-    state, own = adapter.unpack(given), adapter.state_dict()
+    state, own = adapter.import_state(given), adapter.state_dict()
     if state.keys() != own.keys():
         raise ValueError(
             f"{place} lacks {sorted(own.keys() - state.keys())}, has too {sorted(state.keys() - own.keys())}."

@@ -11,21 +11,21 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from ..checkpoints.adapter_state import clean
-from ..checkpoints.metadata import describe
+from ..checkpoints.adapter_state import strip_wrapper_names
+from ..checkpoints.metadata import adapter_metadata
 from ..core.adapter import Adapter
 from ..core.adapter_folder import WEIGHTS, replace_file
-from ..core.injection_record import adapters_of, company, injected
+from ..core.injection_record import adapters_of, methods_in_same_group, require_record
 from ..core.method import Method, to_dict
-from ..ops.fsdp1_parameters import require_known_parts
+from ..ops.fsdp1_parameters import check_known_shards
 from ..ops.sharded_tensors import writes_files
 from ..summary import BASE, row, summary
 from . import modules_to_save as saved
-from .model_card import CARD, Facts, card, require_own
+from .model_card import CARD, Facts, card, check_own
 from .module_names import network
 from .peft_folder import write_folder
-from .peft_format import Base, Family, State, refuse
-from .peft_formats import FAMILIES
+from .peft_format import Base, PeftFormat, State, check_supported
+from .peft_formats import FORMATS
 
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -61,13 +61,13 @@ def export_peft(
         FileExistsError: The folder has a README.md of somebody else.
         TypeError: The model was sharded by FSDP1 without ``FSDP1Strategy``.
     """
-    folder, record = Path(folder), injected(model)
-    require_known_parts(model)
+    folder, record = Path(folder), require_record(model)
+    check_known_shards(model)
     if model_card:
-        require_own(folder)
+        check_own(folder)
     method = _one(model, name)
     base, family = Base(model, *network(model)), _family(method)
-    trained: State = {_within(base, clean(key)): model.get_parameter(key) for key in record.trained}
+    trained: State = {_within(base, strip_wrapper_names(key)): model.get_parameter(key) for key in record.trained}
     trained |= _own(base, _exported(model, method))
     config, state = _described(base, family, method, trained)
     if empty := [key for key, value in state.items() if value.is_meta]:
@@ -92,7 +92,7 @@ def _facts(base: Base, method: Method, metrics: Mapping[str, float]) -> Facts:
         method=to_dict(method),
         kind=(kind.__name__, kind.__module__.startswith("transformers.")),
         classes=labels if _task_of(base) in ("SEQ_CLS", "TOKEN_CLS") else None,
-        base=describe(base.model, only=methods)["base"],
+        base=adapter_metadata(base.model, only=methods)["base"],
         task=_task_of(base),
         rows=tuple(one for one in rows if one[2]),
         total=counts.total,
@@ -107,10 +107,10 @@ def _number(name: str, value: object) -> float:
         raise TypeError(f"metrics[{name!r}] must be a number, got {value!r}.") from error
 
 
-def _family(method: Method) -> Family:
-    family = next((f for f in FAMILIES if f.method is type(method)), None)
+def _family(method: Method) -> PeftFormat:
+    family = next((f for f in FORMATS if f.method is type(method)), None)
     if family is None:
-        shared = ", ".join(dict.fromkeys(f.method.__name__ for f in FAMILIES))
+        shared = ", ".join(dict.fromkeys(f.method.__name__ for f in FORMATS))
         raise ValueError(f"HF PEFT has no {type(method).__name__}. Expressed are: {shared}.")
     return family
 
@@ -122,7 +122,7 @@ def _updates(model: nn.Module, method: Method) -> Iterator[Adapter]:
 
 def _exported(model: nn.Module, method: Method) -> list[Method]:
     """Return a method, and those that have parameters of their own beside it."""
-    others = company(injected(model), method)
+    others = methods_in_same_group(require_record(model), method)
     return [one for one in others if one is method or (adapters_of(model, one) and not any(_updates(model, one)))]
 
 
@@ -130,22 +130,24 @@ def _own(base: Base, methods: Sequence[Method]) -> State:
     """Return the tensors that adapters have of their own in place of the base's, by the names that these have."""
     found: dict[str, Any] = adapters_of(base.model, *methods)
     return {
-        _within(base, f"{clean(name)}.{key}"): value
+        _within(base, f"{strip_wrapper_names(name)}.{key}"): value
         for name, adapter in found.items()
         if adapter.replaces
         for key, value in adapter.own.state_dict(keep_vars=True).items()
     }
 
 
-def _described(base: Base, family: Family, method: Method, trained: State) -> tuple[dict[str, Any], State]:
+def _described(base: Base, family: PeftFormat, method: Method, trained: State) -> tuple[dict[str, Any], State]:
     """Return the config and the tensors of a folder."""
     hosts, kind = _hosts(base, method), type(base.network).__name__
     settings, state = family.write(base, method, hosts)
     more, modules = saved.written(base, trained, hosts, "bias" in family.settings)
     alone = "modules_to_save" not in family.settings
-    refuse(alone and bool(more), f"Training {more} beside the adapter", f"{family.kind} has adapters alone")
+    check_supported(alone and bool(more), f"Training {more} beside the adapter", f"{family.kind} has adapters alone")
     task = _task(base, family, more)
-    refuse(task is None and family.by_task, f"{type(method).__name__} on {kind}", "it is put in for known tasks alone")
+    check_supported(
+        task is None and family.by_task, f"{type(method).__name__} on {kind}", "it is put in for known tasks alone"
+    )
     modules |= saved.heads(base, task, modules)
     config = {
         "peft_type": family.kind,
@@ -159,7 +161,7 @@ def _described(base: Base, family: Family, method: Method, trained: State) -> tu
 
 
 def _one(model: nn.Module, name: str | None) -> Method:
-    record = injected(model)
+    record = require_record(model)
     found = {method.name: method for method in record.methods if any(_updates(model, method))}
     kinds = {key: f"{key} ({type(method).__name__})" for key, method in found.items()}
     if name is not None and name not in found:
@@ -167,7 +169,7 @@ def _one(model: nn.Module, name: str | None) -> Method:
     if name is None and len(found) != 1:
         known = ", ".join(kinds.values()) or "none with adapters"
         raise ValueError(f"A folder of HF PEFT holds the adapters of one method; the model has {known}. Give its name.")
-    several = [kinds[key] for key in record.groups.get(name or "", ()) if key in found]
+    several = [kinds[key] for key in record.method_groups.get(name or "", ()) if key in found]
     if len(several) > 1:
         raise ValueError(f"A folder of HF PEFT holds one method's adapters; {name!r} stands for {', '.join(several)}.")
     return next(iter(found.values())) if name is None else found[name]
@@ -182,12 +184,12 @@ def _within(base: Base, name: str) -> str:
 def _hosts(base: Base, method: Method) -> dict[str, list[Any]]:
     hosts = defaultdict[str, list[Any]](list)
     for key, adapter in adapters_of(base.model, method).items():
-        name = clean(key.removesuffix(f".{adapter.part}") if adapter.part else key)
+        name = strip_wrapper_names(key.removesuffix(f".{adapter.part}") if adapter.part else key)
         hosts["" if name == base.name else _within(base, name)].append(adapter)
     return dict(hosts)
 
 
-def _task(base: Base, family: Family, more: Mapping[str, Any]) -> str | None:
+def _task(base: Base, family: PeftFormat, more: Mapping[str, Any]) -> str | None:
     """Return the task's name; for a classifier only where its head is in the file, since HF PEFT expects it there."""
     task = _task_of(base)
     optional = not family.by_task and "modules_to_save" not in more

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.adapter_folder import CONFIG, WEIGHTS
-from ..core.optional_imports import require_extra
+from ..core.optional_imports import check_extra
 from .model_card import CARD
 
 
@@ -63,7 +63,7 @@ def check_hub(repo_id: str) -> None:
         ImportError: huggingface_hub is not installed.
         ValueError: No repository can have this name.
     """
-    require_extra("huggingface_hub", "Pushing an adapter needs huggingface_hub", "hub")
+    check_extra("huggingface_hub", "Pushing an adapter needs huggingface_hub", "hub")
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:

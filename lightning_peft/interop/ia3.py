@@ -10,27 +10,29 @@ import torch
 
 from ..methods import IA3
 from ..methods.ia3 import Scaling
-from ..ops.sharded_tensors import whole
-from ..structure.layer_types import TransposedKind, layer_of
+from ..ops.sharded_tensors import full_tensor
+from ..structure.layer_types import TransposedLinearType, layer_of
 from . import targets
 from .module_names import globs, joined
-from .peft_format import Base, Family, File, State, plain
+from .peft_format import Base, File, PeftFormat, State, check_not_torch_attention
 
 _SCALES = "ia3_l"
 
 
-class IA3Family(Family):
+class IA3Format(PeftFormat):
     """``feedforward_modules`` are the targets whose inputs are scaled; parts of a host become one vector with ones."""
 
     kind, method, tensors = "IA3", IA3, (_SCALES,)
     settings = (*targets.SETTINGS, "feedforward_modules", "modules_to_save")
-    harmless = ("init_ia3_weights",)
+    ignored_settings = ("init_ia3_weights",)
 
     def write(self, base: Base, method: IA3, hosts: Mapping[str, Sequence[Scaling]]) -> tuple[dict[str, Any], State]:
         state = State()
         for name, found in hosts.items():
-            plain(found[0], name)
-            scales = whole(found[0].scales) if found[0].of_inputs else torch.stack([s.whole() for s in found]).prod(0)
+            check_not_torch_attention(found[0], name)
+            scales = (
+                full_tensor(found[0].scales) if found[0].of_inputs else torch.stack([s.whole() for s in found]).prod(0)
+            )
             ones = [1] * (len(layer_of(base.network.get_submodule(name)).shape(base.network.get_submodule(name))) - 2)
             state[f"{self.prefix}{name}.{_SCALES}"] = scales.view(
                 *((1, -1, *ones) if found[0].of_inputs or ones else (-1, 1))
@@ -38,7 +40,7 @@ class IA3Family(Family):
         inputs = targets.written(base, [n for n, found in hosts.items() if found[0].of_inputs])
         outputs = targets.written(base, [n for n, found in hosts.items() if not found[0].of_inputs])
         exclude = [*inputs.get("exclude_modules", []), *outputs.get("exclude_modules", [])]
-        transposed = [isinstance(layer_of(base.network.get_submodule(name)), TransposedKind) for name in hosts]
+        transposed = [isinstance(layer_of(base.network.get_submodule(name)), TransposedLinearType) for name in hosts]
         return {
             "target_modules": [*outputs["target_modules"], *inputs["target_modules"]],
             "feedforward_modules": inputs["target_modules"],

@@ -8,12 +8,12 @@ from collections import defaultdict
 from torch import nn
 
 from . import modules_to_save as saved
-from .compatibility import require_hosts
-from .load_imported import place
+from .compatibility import check_hosts
+from .load_imported import inject_and_load
 from .module_names import network
 from .peft_folder import read_folder
-from .peft_format import Base, Family, File, State
-from .peft_formats import FAMILIES
+from .peft_format import Base, File, PeftFormat, State
+from .peft_formats import FORMATS
 
 
 def import_peft(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> nn.Module:
@@ -32,22 +32,22 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], name: str | No
         ValueError: A file is damaged, does not fit this model, or asks for what no method here computes.
     """
     config, tensors = read_folder(folder)
-    family = next((f for f in FAMILIES if f.kind == config["peft_type"]), None)
+    family = next((f for f in FORMATS if f.kind == config["peft_type"]), None)
     if family is None:
-        known = ", ".join(f.kind for f in FAMILIES)
+        known = ", ".join(f.kind for f in FORMATS)
         raise ValueError(f"{folder} is a {config['peft_type']} adapter, which is not read. Read are: {known}.")
     if unknown := family.unknown(config):
         raise ValueError(f"{folder} sets {unknown}, which may change what it computes and is not known here.")
     base = Base(model, *network(model))
     hosts, rest = parted(family, tensors)
-    require_hosts(base, family, File(config, hosts))
+    check_hosts(base, family, File(config, hosts))
     values = saved.read(base, config, rest)
     plan = list(family.read(base, File(config, hosts), name or family.name))
-    place(base, plan, values, str(folder))
+    inject_and_load(base, plan, values, str(folder))
     return model
 
 
-def parted(family: Family, tensors: State) -> tuple[dict[str, State], State]:
+def parted(family: PeftFormat, tensors: State) -> tuple[dict[str, State], State]:
     """Return the family's tensors by host, and the others."""
     hosts, rest = defaultdict[str, State](dict), State()
     for key, value in sorted(tensors.items()):

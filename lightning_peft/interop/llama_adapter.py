@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.adapter_state import clean
+from ..checkpoints.adapter_state import strip_wrapper_names
 from ..methods import LLaMAAdapter
 from ..methods.llama_adapter import LLaMAAdapterPrompt
-from ..ops.sharded_tensors import whole
+from ..ops.sharded_tensors import full_tensor
 from ..structure.attention import head_count
 from .module_names import globs, joined
-from .peft_format import Base, Family, File, State, refuse
+from .peft_format import Base, File, PeftFormat, State, check_supported
 
 _PROMPT, _GATE = "adaption_prompt", "adaption_gate"
 
 
-class LLaMAAdapterFamily(Family):
+class LLaMAAdapterFormat(PeftFormat):
     """One gate for all heads of a layer, as a bare factor; here it is tanh(gate) for each head."""
 
     kind, method, tensors = "ADAPTION_PROMPT", LLaMAAdapter, (_PROMPT, _GATE)
@@ -27,17 +27,19 @@ class LLaMAAdapterFamily(Family):
     def write(
         self, base: Base, method: LLaMAAdapter, hosts: Mapping[str, Sequence[LLaMAAdapterPrompt]]
     ) -> tuple[dict[str, Any], State]:
-        refuse(method.bias_and_scale, "bias_and_scale", "it has no scales and biases")
+        check_supported(method.bias_and_scale, "bias_and_scale", "it has no scales and biases")
         state = State()
         for name, (adapter, *_) in hosts.items():
-            _refuse_other_attention(base, name)
-            gates = whole(adapter.gate).detach()
-            refuse(bool((gates != gates[0]).any()), f"The gates at {name}", "it has one for all heads of a layer")
-            state[f"{self.prefix}{name}.{_PROMPT}"] = whole(adapter.prompt).detach()[None]
+            _check_attention(base, name)
+            gates = full_tensor(adapter.gate).detach()
+            check_supported(
+                bool((gates != gates[0]).any()), f"The gates at {name}", "it has one for all heads of a layer"
+            )
+            state[f"{self.prefix}{name}.{_PROMPT}"] = full_tensor(adapter.prompt).detach()[None]
             state[f"{self.prefix}{name}.{_GATE}"] = gates[:1].tanh()
         ends = {name.rpartition(".")[2] for name in hosts}
-        every = [clean(n) for n, _ in base.network.named_modules() if n.rpartition(".")[2] in ends]
-        refuse(len(ends) > 1 or list(hosts) != every[-len(hosts) :], f"Prompts at {', '.join(hosts)}",
+        every = [strip_wrapper_names(n) for n, _ in base.network.named_modules() if n.rpartition(".")[2] in ends]
+        check_supported(len(ends) > 1 or list(hosts) != every[-len(hosts) :], f"Prompts at {', '.join(hosts)}",
                "it adapts the last layers of a model")  # fmt: skip
         return {"target_modules": ends.pop(), "adapter_len": method.length, "adapter_layers": len(hosts)}, state
 
@@ -49,11 +51,11 @@ class LLaMAAdapterFamily(Family):
     def read(self, base: Base, file: File, name: str) -> Iterator[tuple[LLaMAAdapter, Mapping[str, State]]]:
         states, length = dict[str, State](), file.get("adapter_len", 10)
         for host, own in file.state.items():
-            _refuse_other_attention(base, host)
+            _check_attention(base, host)
             if len(own) != len(self.tensors):
                 raise ValueError(f"The file has {sorted(own)} of {host}, expected {', '.join(self.tensors)}.")
             gate = own[_GATE]
-            refuse(bool((gate.abs() >= 1).any()), f"The gate {gate.item():g} at {host}", "tanh stays below 1")
+            check_supported(bool((gate.abs() >= 1).any()), f"The gate {gate.item():g} at {host}", "tanh stays below 1")
             heads = head_count(base.network.get_submodule(host), host)
             wide = torch.atanh(gate.double()).to(gate.dtype).expand(heads)
             states[joined(base.name, host)] = {"prompt": own[_PROMPT][0], "gate": wide}
@@ -61,7 +63,7 @@ class LLaMAAdapterFamily(Family):
         yield LLaMAAdapter(name=name, length=length, layers=len(states), targets=found), states
 
 
-def _refuse_other_attention(base: Base, name: str) -> None:
+def _check_attention(base: Base, name: str) -> None:
     children = {child for child, _ in base.network.get_submodule(name).named_children()}
-    refuse(not children >= {"q_proj", "k_proj", "v_proj", "o_proj"}, f"Prompts at {name}",
+    check_supported(not children >= {"q_proj", "k_proj", "v_proj", "o_proj"}, f"Prompts at {name}",
            "it computes them otherwise than LLaMA-Adapter does, where an attention is not Llama's")  # fmt: skip

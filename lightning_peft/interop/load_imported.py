@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..core.inject import inject
-from ..core.injection_record import adapters_of, injection
+from ..core.injection_record import adapters_of, get_record
 from ..core.method import Method
 from ..ops.sharded_tensors import assign
 from ..structure.selection import literal
@@ -16,7 +16,7 @@ from .peft_format import Base, State
 Plan = Sequence[tuple[Method, Mapping[str, State]]]
 
 
-def place(base: Base, plan: Plan, values: State, source: str) -> None:
+def inject_and_load(base: Base, plan: Plan, values: State, source: str) -> None:
     """Inject methods and load what their adapters hold, and what base parameters have; checks all of it first.
 
     Args:
@@ -38,5 +38,5 @@ def place(base: Base, plan: Plan, values: State, source: str) -> None:
     target = base.network.state_dict(keep_vars=True)
     for key, value in values.items():
         assign(target[key], value)
-    if (record := injection(base.model)) is not None:
-        record.fresh = False
+    if (record := get_record(base.model)) is not None:
+        record.untrained = False

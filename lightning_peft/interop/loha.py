@@ -14,35 +14,37 @@ from torch import nn
 
 from ..methods import FedPara
 from ..methods.families.hadamard import HadamardUpdate
-from ..ops.sharded_tensors import whole
+from ..ops.sharded_tensors import full_tensor
 from . import targets
 from .lora import most_common
 from .module_names import by_length, globs, joined
-from .peft_format import Base, Family, File, State, refuse
+from .peft_format import Base, File, PeftFormat, State, check_supported
 
 _NAMES = {"hada_w1_a": "x1", "hada_w1_b": "y1", "hada_w2_a": "x2", "hada_w2_b": "y2", "hada_t1": "t1", "hada_t2": "t2"}
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
-class LoHaFamily(Family):
+class LoHaFormat(PeftFormat):
     """Of pFedPara, the second matrix with its 1 has a rank one higher, and the first a column of zeros."""
 
     kind, method, tensors = "LOHA", FedPara, tuple(_NAMES)
     settings = (*targets.SETTINGS, "r", "alpha", "rank_pattern", "alpha_pattern", "modules_to_save")
-    harmless = ("init_weights", "use_effective_conv2d", "rank_dropout", "module_dropout")
+    ignored_settings = ("init_weights", "use_effective_conv2d", "rank_dropout", "module_dropout")
 
     def write(
         self, base: Base, method: FedPara, hosts: Mapping[str, Sequence[HadamardUpdate]]
     ) -> tuple[dict[str, Any], State]:
-        refuse(method.tanh, "tanh in FedPara", "LoHa multiplies the matrices as they are")
+        check_supported(method.tanh, "tanh in FedPara", "LoHa multiplies the matrices as they are")
         ranks, state = dict[str, int](), State()
         for name, (adapter, *_) in hosts.items():
             host = base.network.get_submodule(name)
-            require_layer(host, name, adapter.part, _LAYERS, "LoHa")
+            check_layer(host, name, adapter.part, _LAYERS, "LoHa")
             cores = adapter.t1 is not None
-            refuse(cores and adapter.t1 is not None and adapter.t1[0, 0].numel() == 1, f"Cores on {name}",
+            check_supported(cores and adapter.t1 is not None and adapter.t1[0, 0].numel() == 1, f"Cores on {name}",
                    "convolutions of one place have none there; set cores=False")  # fmt: skip
-            refuse(cores and method.personalized, f"pFedPara with cores on {name}", "the 1 is of no low rank there")
+            check_supported(
+                cores and method.personalized, f"pFedPara with cores on {name}", "the 1 is of no low rank there"
+            )
             own = _shifted(_factors(adapter)) if method.personalized else _factors(adapter)
             state |= {f"{self.prefix}{name}.{key}": value for key, value in _written(own).items()}
             ranks[name] = own["x1"].shape[1]
@@ -73,15 +75,19 @@ class LoHaFamily(Family):
             yield FedPara(name=own_name, targets=found, exclude=exclude, rank=rank, cores=cores), states
 
 
-def require_layer(host: nn.Module, name: str, part: str, kinds: tuple[type[nn.Module], ...], what: str) -> None:
+def check_layer(host: nn.Module, name: str, part: str, kinds: tuple[type[nn.Module], ...], what: str) -> None:
     """Refuse a host of another type, and a part of a host."""
     own = type(host).__name__
-    refuse(not isinstance(host, kinds), f"{what} on {name}", f"it adapts {[k.__name__ for k in kinds]}, no {own}")
-    refuse(bool(part), f"{what} on the {part} part of {name}", "it has factors for a whole layer; target it by a glob")
+    check_supported(
+        not isinstance(host, kinds), f"{what} on {name}", f"it adapts {[k.__name__ for k in kinds]}, no {own}"
+    )
+    check_supported(
+        bool(part), f"{what} on the {part} part of {name}", "it has factors for a whole layer; target it by a glob"
+    )
 
 
 def _factors(adapter: HadamardUpdate) -> State:
-    return {key: whole(value).detach() for key, value in adapter.state_dict(keep_vars=True).items()}
+    return {key: full_tensor(value).detach() for key, value in adapter.state_dict(keep_vars=True).items()}
 
 
 def _shifted(own: State) -> State:

@@ -12,23 +12,23 @@ from torch import Tensor, nn
 
 from ..methods import KronA
 from ..methods.krona import KronAUpdate
-from ..ops.sharded_tensors import whole
+from ..ops.sharded_tensors import full_tensor
 from ..structure.layer_types import layer_of
 from . import targets
-from .loha import require_layer
+from .loha import check_layer
 from .lora import alpha_of
 from .module_names import globs, joined
-from .peft_format import Base, Family, File, State, refuse
+from .peft_format import Base, File, PeftFormat, State, check_supported
 
 _NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
 
-class LoKrFamily(Family):
+class LoKrFormat(PeftFormat):
     """A factor that is a product itself is read as that product; ``decompose_factor`` says the shapes."""
 
     kind, method, tensors = "LOKR", KronA, _NAMES
     settings = (*targets.SETTINGS, "r", "alpha", "rank_pattern", "alpha_pattern", "modules_to_save")
-    harmless = (
+    ignored_settings = (
         *("init_weights", "use_effective_conv2d", "rank_dropout", "module_dropout", "rank_dropout_scale"),
         *("decompose_both", "decompose_factor"),
     )
@@ -38,8 +38,8 @@ class LoKrFamily(Family):
     ) -> tuple[dict[str, Any], State]:
         state, shapes = State(), dict[str, tuple[tuple[int, int], tuple[int, int]]]()
         for name, (adapter, *_) in hosts.items():
-            require_layer(base.network.get_submodule(name), name, adapter.part, (nn.Linear, nn.Conv2d), "LoKr")
-            w1, w2 = whole(adapter.a).detach().T, whole(adapter.b).detach().transpose(0, 1)
+            check_layer(base.network.get_submodule(name), name, adapter.part, (nn.Linear, nn.Conv2d), "LoKr")
+            w1, w2 = full_tensor(adapter.a).detach().T, full_tensor(adapter.b).detach().transpose(0, 1)
             state |= {f"{self.prefix}{name}.lokr_w1": w1, f"{self.prefix}{name}.lokr_w2": w2}
             shapes[name] = (w1.shape[1], w2.shape[1]), (w1.shape[0], w2.shape[0])
         rank = max(math.ceil(max(b1, b2) / 2) for (_, b1), (_, b2) in shapes.values())  # from which w2 is whole
@@ -55,8 +55,11 @@ class LoKrFamily(Family):
         groups = defaultdict[tuple[tuple[int, ...], float], dict[str, State]](dict)
         for host, own in file.state.items():
             place = joined(base.name, host)
-            refuse(isinstance(base.network.get_submodule(host), nn.Conv1d), f"LoKr on the one-dimensional {host}",
-                   "its product takes the kernel for rows")  # fmt: skip
+            check_supported(
+                isinstance(base.network.get_submodule(host), nn.Conv1d),
+                f"LoKr on the one-dimensional {host}",
+                "its product takes the kernel for rows",
+            )
             a, b = _product(own, "lokr_w1"), _product(own, "lokr_w2")
             if a is None or b is None:
                 raise ValueError(f"The file has {sorted(own)} of {host}, which are not both factors.")
@@ -89,8 +92,11 @@ def _factor(shapes: Mapping[str, tuple[tuple[int, int], tuple[int, int]]]) -> in
         if all(_split(first * second, factor) == (first, second) for first, second in pairs):
             return factor
     name, (inputs, outputs) = next(iter(shapes.items()))
-    refuse(True, f"KronA with {inputs} inputs and {outputs} outputs at {name}", "no one factor gives the shapes of all "
-           "layers; set factor, or shape_a with two equal sides")  # fmt: skip
+    check_supported(
+        True,
+        f"KronA with {inputs} inputs and {outputs} outputs at {name}",
+        "no one factor gives the shapes of all layers; set factor, or shape_a with two equal sides",
+    )
     return 0
 
 

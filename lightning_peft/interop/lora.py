@@ -13,18 +13,18 @@ from torch import Tensor
 from ..methods import LoRA
 from ..methods.families.low_rank import FROM_WEIGHT
 from ..methods.lora import LoRAAdapter
-from ..ops.sharded_tensors import whole
-from ..structure.layer_types import TransposedKind, layer_of
+from ..ops.sharded_tensors import full_tensor
+from ..structure.layer_types import TransposedLinearType, layer_of
 from . import targets
 from .module_names import by_length, globs, joined
-from .peft_format import Base, Family, File, State, plain, refuse
+from .peft_format import Base, File, PeftFormat, State, check_not_torch_attention, check_supported
 
 _A, _B, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 _TABLE_A, _TABLE_B = "lora_embedding_A", "lora_embedding_B"  # of embeddings
 _UNCHANGED = (True, False, "gaussian", "eva", "orthogonal")  # starts that leave the base as it is
 
 
-class LoRAFamily(Family):
+class LoRAFormat(PeftFormat):
     """A host's parts become one pair: A below each other, B on the diagonal; so do factors that a start subtracts."""
 
     kind, method = "LORA", LoRA
@@ -33,7 +33,7 @@ class LoRAFamily(Family):
         *targets.SETTINGS, "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
         "bias", "modules_to_save", "init_lora_weights",
     )  # fmt: skip
-    harmless = (
+    ignored_settings = (
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
         *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
     )
@@ -49,7 +49,7 @@ class LoRAFamily(Family):
             ranks[name] = len(own.get(_A, own.get(_TABLE_A, torch.empty(0))))
             alphas[name] = alpha_of(found[0].scale, ranks[name], rooted)
         rank, alpha = most_common(ranks), most_common(alphas)
-        transposed = [isinstance(layer_of(base.network.get_submodule(name)), TransposedKind) for name in hosts]
+        transposed = [isinstance(layer_of(base.network.get_submodule(name)), TransposedLinearType) for name in hosts]
         settings = {
             **targets.written(base, hosts),
             "r": rank,
@@ -75,7 +75,9 @@ class LoRAFamily(Family):
     def read(self, base: Base, file: File, name: str) -> Iterator[tuple[LoRA, Mapping[str, State]]]:
         patterns, rooted = file.get("alpha_pattern", {}), bool(file.get("use_rslora", False))
         init = file.get("init_lora_weights", True)
-        refuse(init not in (*_UNCHANGED, *FROM_WEIGHT), f"init_lora_weights={init!r}", "it changes the base's weights")
+        check_supported(
+            init not in (*_UNCHANGED, *FROM_WEIGHT), f"init_lora_weights={init!r}", "it changes the base's weights"
+        )
         alphas, states = dict[str, float](), dict[str, State]()
         for host, own in file.state.items():
             state, alpha = _factors(own), targets.by_pattern(patterns, host, file.get("lora_alpha", 8))
@@ -134,7 +136,7 @@ def _start(host: Any, init: str, state: State, alpha: float, rooted: bool) -> St
         return {}
     rank, layer = len(state["a"]), layer_of(host)
     scale = alpha / (math.sqrt(rank) if rooted else rank)
-    a, b = FROM_WEIGHT[init](whole(layer.read(host)).detach().to(state["a"].dtype).flatten(1), rank, scale)
+    a, b = FROM_WEIGHT[init](full_tensor(layer.read(host)).detach().to(state["a"].dtype).flatten(1), rank, scale)
     return {"a0": a.view(state["a"].shape), "b0": b}
 
 
@@ -152,23 +154,27 @@ def alpha_of(scale: float, rank: int, rooted: bool = False) -> float:
 
 def _tensors(host: Any, name: str, found: Sequence[LoRAAdapter]) -> State:
     layer, (first, *others) = layer_of(host), found
-    plain(first, name)
-    refuse(getattr(host, "groups", 1) > 1, f"LoRA on {name}", "its convolution has groups, which it splits otherwise")
-    refuse(any(one.scale != first.scale for one in others), f"LoRA on {name}", "its parts have different scales")
-    refuse(first.part != "" and first.magnitude is not None, f"DoRA on the {first.part} part of {name}",
+    check_not_torch_attention(first, name)
+    check_supported(
+        getattr(host, "groups", 1) > 1, f"LoRA on {name}", "its convolution has groups, which it splits otherwise"
+    )
+    check_supported(
+        any(one.scale != first.scale for one in others), f"LoRA on {name}", "its parts have different scales"
+    )
+    check_supported(first.part != "" and first.magnitude is not None, f"DoRA on the {first.part} part of {name}",
            "it has one magnitude for each row of a layer")  # fmt: skip
     a, b = joined_pairs(layer.shape(host)[0], found)
-    own = {_TABLE_A: a, _TABLE_B: b} if layer.looks_up else {_A: a, _B: b.view(*b.shape, *[1] * (a.dim() - 2))}
+    own = {_TABLE_A: a, _TABLE_B: b} if layer.is_embedding else {_A: a, _B: b.view(*b.shape, *[1] * (a.dim() - 2))}
     if first.magnitude is not None:
         ones = [1] * (a.dim() - 2)
-        magnitude = whole(first.magnitude)
+        magnitude = full_tensor(first.magnitude)
         own[_MAGNITUDE] = magnitude.view(1, -1, *ones) if ones else magnitude
     return own
 
 
 def joined_pairs(out: int, found: Sequence[Any]) -> tuple[Tensor, Tensor]:
     """Return A and B of all parts of a host at once."""
-    pairs = [(whole(a), whole(b)) for a, b in (one.pair() for one in found)]
+    pairs = [(full_tensor(a), full_tensor(b)) for a, b in (one.pair() for one in found)]
     a = torch.cat([a for a, _ in pairs])
     b, column = a.new_zeros(out, len(a)), 0
     for one, (_, own) in zip(found, pairs, strict=True):

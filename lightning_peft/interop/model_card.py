@@ -48,7 +48,7 @@ class Facts:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-def require_own(folder: Path) -> None:
+def check_own(folder: Path) -> None:
     """Raise where a card would replace one that somebody else wrote or edited.
 
     Raises:

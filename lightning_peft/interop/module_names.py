@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoints.adapter_state import clean
+from ..checkpoints.adapter_state import strip_wrapper_names
 from ..structure.base_model import base_modules, matches
 from ..structure.selection import literal
 
@@ -23,7 +23,7 @@ def network(model: nn.Module) -> tuple[str, nn.Module]:
     if len(found) != 1:
         return "", model
     (name, module), *_ = found
-    return clean(f"{name}.").rstrip("."), module
+    return strip_wrapper_names(f"{name}.").rstrip("."), module
 
 
 def _is_pretrained(module: Any) -> bool:
@@ -36,7 +36,7 @@ def joined(*names: str) -> str:
     return ".".join(name for name in names if name)
 
 
-def endings(wanted: Collection[str], known: Iterable[str]) -> list[str]:
+def unique_suffixes(wanted: Collection[str], known: Iterable[str]) -> list[str]:
     """Return the shortest ends of names by which the wanted ones, and no other known ones, are found.
 
     Where even a whole name is the end of another one's, it is returned as it is.
@@ -56,7 +56,7 @@ def endings(wanted: Collection[str], known: Iterable[str]) -> list[str]:
 def globs(wanted: Collection[str], model: nn.Module) -> tuple[list[str], list[str]]:
     """Return the ``targets`` and ``exclude`` of a method that adapts exactly these modules."""
     known = list(base_modules(model))
-    targets = [literal(end) for end in endings(wanted, known)]
+    targets = [literal(end) for end in unique_suffixes(wanted, known)]
     surplus = [name for name in known if name not in wanted and any(matches(name, target) for target in targets)]
     return targets, [literal(name) for name in surplus]
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.adapter_state import clean
-from ..ops.sharded_tensors import whole
-from ..structure.base_model import SLOT, base_parameters, owners
+from ..checkpoints.adapter_state import strip_wrapper_names
+from ..ops.sharded_tensors import full_tensor
+from ..structure.base_model import ADAPTERS_ATTRIBUTE, base_parameters, count_owners
 from .module_names import joined
-from .peft_format import Base, State, refuse
+from .peft_format import Base, State, check_supported
 
 _WRAPPED = "base_layer."  # within a host's keys: what was there before
 _SAVED, _UNUSED = "modules_to_save.", "original_module."  # so are a saved module's biases written where all train
@@ -30,19 +30,19 @@ def written(base: Base, trained: State, hosts: Collection[str], biases: bool) ->
         biases: Whether the family can say that biases train.
     """
     settings, state = dict[str, Any](), dict[str, Tensor]()
-    every = {clean(name) for name in base_parameters(base.network) if "bias" in name}
+    every = {strip_wrapper_names(name) for name in base_parameters(base.network) if "bias" in name}
     choices = {"lora_only": {f"{host}.bias" for host in hosts} & every, "all": every}
     rest = set(trained)
     for choice, names in choices.items():
         if biases and names and rest == names:  # those alone; a head that trains as well is saved whole
             settings["bias"] = choice
-            state = {_inside(name, hosts): whole(trained[name]) for name in names}
+            state = {_inside(name, hosts): full_tensor(trained[name]) for name in names}
             rest = set()
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in trained if name in rest))
     for module in modules:
-        _require_whole(base, module, rest, hosts, modules)
+        _check_whole(base, module, rest, hosts, modules)
         own = _state(base, module)
-        state |= {key: whole(trained.get(key, value)) for key, value in own.items()}
+        state |= {key: full_tensor(trained.get(key, value)) for key, value in own.items()}
     return settings | ({"modules_to_save": modules} if modules else {}), state
 
 
@@ -50,13 +50,13 @@ def heads(base: Base, task: str | None, modules: State) -> State:
     """Return the tensors of the heads that HF PEFT expects for a task, besides those that train."""
     names = [name for name, _ in base.network.named_children() if name in _HEADS.get(task or "", ())]
     every = {key: value for name in names for key, value in _state(base, name).items()}
-    return {key: whole(value) for key, value in every.items() if key not in modules}
+    return {key: full_tensor(value) for key, value in every.items() if key not in modules}
 
 
 def _state(base: Base, module: str) -> State:
     """Return the tensors of a module of the base, by their names within the network."""
     state = base.network.get_submodule(module).state_dict(keep_vars=True)
-    return {f"{module}.{key}": value for key, value in state.items() if f".{SLOT}." not in f".{key}"}
+    return {f"{module}.{key}": value for key, value in state.items() if f".{ADAPTERS_ATTRIBUTE}." not in f".{key}"}
 
 
 def _inside(name: str, hosts: Collection[str]) -> str:
@@ -64,19 +64,23 @@ def _inside(name: str, hosts: Collection[str]) -> str:
     return f"{owner}.{_WRAPPED}{key}" if owner in hosts else name
 
 
-def _require_whole(
+def _check_whole(
     base: Base, module: str, trained: Collection[str], hosts: Collection[str], modules: Collection[str]
 ) -> None:
     inside = base_parameters(base.network.get_submodule(module))
     frozen = [name for name in inside if joined(module, name) not in trained]
-    refuse(bool(frozen), f"Training {module}", f"{', '.join(frozen[:3])} in it is frozen, and it saves whole modules")
-    held = owners(base.network)
+    check_supported(
+        bool(frozen), f"Training {module}", f"{', '.join(frozen[:3])} in it is frozen, and it saves whole modules"
+    )
+    held = count_owners(base.network)
     tied = [name for name, parameter in inside.items() if held[id(parameter)] > 1]
-    refuse(bool(tied), f"Training {module}", f"another module shares {', '.join(tied)}")
-    refuse(module in hosts, f"Training {module} itself beside its adapter", "a module is adapted, or saved whole")
-    known = (clean(name) for name, _ in base.network.named_modules())
+    check_supported(bool(tied), f"Training {module}", f"another module shares {', '.join(tied)}")
+    check_supported(
+        module in hosts, f"Training {module} itself beside its adapter", "a module is adapted, or saved whole"
+    )
+    known = (strip_wrapper_names(name) for name, _ in base.network.named_modules())
     others = [name for name in known if name.endswith(module) and name not in modules]
-    refuse(bool(others), f"Training {module} alone", f"it saves all modules of this ending, {others[:1]} too")
+    check_supported(bool(others), f"Training {module} alone", f"it saves all modules of this ending, {others[:1]} too")
 
 
 def read(base: Base, config: Mapping[str, Any], rest: State) -> State:

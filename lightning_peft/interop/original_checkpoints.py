@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..methods import IA3
 from ..structure.layer_types import layer_of
 from ..structure.roles import fused_parts, is_fused
-from .compatibility import require_known
-from .load_imported import place
+from .compatibility import check_known
+from .load_imported import inject_and_load
 from .lora import alpha_of, lora_of
 from .module_names import globs, joined, network
 from .modules_to_save import read_declared
@@ -45,7 +45,7 @@ def import_loralib(
     """
     base = Base(model, *network(model))
     hosts, rest = _by_host(read_tensors(path), {"lora_A": "a", "lora_B": "b"})
-    require_known(base, hosts)
+    check_known(base, hosts)
     states, alphas = dict[str, State](), dict[str, float]()
     for host, own in hosts.items():
         if own.keys() != {"a", "b"}:
@@ -53,7 +53,7 @@ def import_loralib(
         scale = alpha / own["b"].shape[1]
         states[host] = _whole(base.network.get_submodule(host), host, own, parts)
         alphas[host] = alpha_of(scale, len(states[host]["a"]))
-    place(base, [lora_of(base, "lora", states, alphas)], read_declared(base, rest), str(path))
+    inject_and_load(base, [lora_of(base, "lora", states, alphas)], read_declared(base, rest), str(path))
     return model
 
 
@@ -74,11 +74,11 @@ def import_t_few(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     base = Base(model, *network(model))
     hosts, rest = _by_host(read_tensors(path), {"multi_lora_b": "scales"})
-    require_known(base, hosts)
+    check_known(base, hosts)
     states = {joined(base.name, host): {"scales": own["scales"].flatten()} for host, own in hosts.items()}
     targets, exclude = globs(states, model)
     method = IA3(targets=targets, feedforward_targets=[], exclude=exclude)
-    place(base, [(method, states)], read_declared(base, rest), str(path))
+    inject_and_load(base, [(method, states)], read_declared(base, rest), str(path))
     return model
 
 

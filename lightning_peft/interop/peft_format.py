@@ -57,14 +57,14 @@ class Refused(ValueError):
     """What the other side cannot express."""
 
 
-class Family(ABC):
+class PeftFormat(ABC):
     """How adapters of one kind are written by HF PEFT."""
 
     kind: str  # what the file calls it
     method: type[Method]
     tensors: tuple[str, ...]  # ends of keys, behind the host's name
     settings: tuple[str, ...] = ()  # that are read
-    harmless: tuple[str, ...] = ()  # that have no effect on what a trained adapter computes
+    ignored_settings: tuple[str, ...] = ()  # that have no effect on what a trained adapter computes
     prefix = "base_model.model."  # of all keys
     by_task = False  # whether adapters work through what HF PEFT does for a task
 
@@ -79,7 +79,7 @@ class Family(ABC):
 
     @abstractmethod
     def read(self, base: Base, file: File, name: str) -> Iterator[tuple[Method, Mapping[str, State]]]:
-        """Yield methods and, by host's name, what their adapters' ``unpack`` takes."""
+        """Yield methods and, by host's name, what their adapters' ``import_state`` takes."""
 
     def expected(self, base: Base, file: File) -> Iterator[str]:
         """Yield the names of hosts that the settings ask for."""
@@ -91,7 +91,7 @@ class Family(ABC):
 
     def unknown(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return settings in use that this package knows nothing of."""
-        known = {*_COMMON, *self.settings, *self.harmless}
+        known = {*_COMMON, *self.settings, *self.ignored_settings}
         return {key: value for key, value in config.items() if key not in known and not _is_empty(value)}
 
 
@@ -99,14 +99,16 @@ def _is_empty(value: object) -> bool:
     return value is None or value is False or value in ({}, [], "", "none")
 
 
-def refuse(condition: bool, what: str, why: str) -> None:
+def check_supported(condition: bool, what: str, why: str) -> None:
     """Raise ``Refused`` where something cannot be expressed."""
     if condition:
         raise Refused(f"{what} cannot be exchanged with HF PEFT: {why}.")
 
 
-def plain(adapter: Adapter, host: str) -> None:
+def check_not_torch_attention(adapter: Adapter, host: str) -> None:
     """Refuse an adapter of a host that the other side adapts otherwise."""
     layer = getattr(adapter, "layer", None)
-    read = layer is not None and layer.is_read
-    refuse(read, host, "torch's attention reads its weight, which HF PEFT stores for all of the attention at once")
+    read = layer is not None and layer.weight_read_by_parent
+    check_supported(
+        read, host, "torch's attention reads its weight, which HF PEFT stores for all of the attention at once"
+    )

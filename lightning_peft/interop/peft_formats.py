@@ -1,26 +1,26 @@
 """The families that are exchanged."""
 
-from .adalora import AdaLoRAFamily
-from .beft import BEFTFamily
-from .ia3 import IA3Family
-from .llama_adapter import LLaMAAdapterFamily
-from .loha import LoHaFamily
-from .lokr import LoKrFamily
-from .lora import LoRAFamily
-from .peft_format import Family
-from .prefixes import PrefixFamily
-from .prompts import MultitaskPromptFamily, PromptTuningFamily, PTuningFamily
+from .adalora import AdaLoRAFormat
+from .beft import BEFTFormat
+from .ia3 import IA3Format
+from .llama_adapter import LLaMAAdapterFormat
+from .loha import LoHaFormat
+from .lokr import LoKrFormat
+from .lora import LoRAFormat
+from .peft_format import PeftFormat
+from .prefixes import PrefixFormat
+from .prompts import MultitaskPromptFormat, PromptTuningFormat, PTuningFormat
 
-FAMILIES: tuple[Family, ...] = (
-    LoRAFamily(),
-    IA3Family(),
-    AdaLoRAFamily(),
-    LoHaFamily(),
-    LoKrFamily(),
-    PrefixFamily(),
-    PromptTuningFamily(),
-    PTuningFamily(),
-    MultitaskPromptFamily(),
-    LLaMAAdapterFamily(),
-    BEFTFamily(),
+FORMATS: tuple[PeftFormat, ...] = (
+    LoRAFormat(),
+    IA3Format(),
+    AdaLoRAFormat(),
+    LoHaFormat(),
+    LoKrFormat(),
+    PrefixFormat(),
+    PromptTuningFormat(),
+    PTuningFormat(),
+    MultitaskPromptFormat(),
+    LLaMAAdapterFormat(),
+    BEFTFormat(),
 )

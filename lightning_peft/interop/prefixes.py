@@ -10,32 +10,38 @@ import torch
 from ..core.adapter import Adapter
 from ..methods import PrefixTuning
 from ..methods.prompting.prefix import Prefix
-from ..ops.sharded_tensors import whole
+from ..ops.sharded_tensors import full_tensor
 from ..structure.selection import select
-from .peft_format import Base, Family, File, State, refuse
+from .peft_format import Base, File, PeftFormat, State, check_supported
 from .prompts import VIRTUAL
 
 _PREFIXES = "prompt_embeddings"
 
 
-class PrefixFamily(Family):
+class PrefixFormat(PeftFormat):
     """HF PEFT puts prefixes into a key-value cache, so that positions move on: ``shift_positions=True``."""
 
     kind, method, tensors, prefix = "PREFIX_TUNING", PrefixTuning, (_PREFIXES,), "base_model."
     by_task = True
     settings = (*VIRTUAL, "modules_to_save")
-    harmless = ("encoder_hidden_size", "prefix_projection", "init_weights")
+    ignored_settings = ("encoder_hidden_size", "prefix_projection", "init_weights")
 
     def write(
         self, base: Base, method: PrefixTuning, hosts: Mapping[str, Sequence[Adapter]]
     ) -> tuple[dict[str, Any], State]:
-        _refuse_halves(base)
-        refuse(not method.shift_positions, "shift_positions=False", "its cache moves positions on by the length")
+        _check_not_halved(base)
+        check_supported(
+            not method.shift_positions, "shift_positions=False", "its cache moves positions on by the length"
+        )
         found = [adapter for own in hosts.values() for adapter in own if isinstance(adapter, Prefix)]
         layers = len(select(base.network, ["attention"]))
-        refuse(len(found) != layers, f"A prefix for {len(found)} of {layers} layers", "its bank has all of them")
-        refuse(len({one.widths for one in found}) > 1, "Layers of different widths", "its bank has one for all")
-        both = [whole(x).detach() for one in found for x in one.key_value()]
+        check_supported(
+            len(found) != layers, f"A prefix for {len(found)} of {layers} layers", "its bank has all of them"
+        )
+        check_supported(
+            len({one.widths for one in found}) > 1, "Layers of different widths", "its bank has one for all"
+        )
+        both = [full_tensor(x).detach() for one in found for x in one.key_value()]
         length, width = both[0].shape
         heads = _heads(base)
         settings = {
@@ -49,7 +55,7 @@ class PrefixFamily(Family):
         return settings, {_PREFIXES: torch.cat(both, 1)}
 
     def read(self, base: Base, file: File, name: str) -> Iterator[tuple[PrefixTuning, Mapping[str, State]]]:
-        _refuse_halves(base)
+        _check_not_halved(base)
         bank = file.state[""][_PREFIXES]
         method = PrefixTuning(name=name, length=len(bank), reparameterize=False, shift_positions=True)
         hosts = [host for host, adapter in method.adapters(base.model) if isinstance(adapter, Prefix)]
@@ -60,9 +66,9 @@ class PrefixFamily(Family):
         yield method, {host: {"key": k, "value": v} for host, (k, v) in zip(hosts, pairs, strict=True)}
 
 
-def _refuse_halves(base: Base) -> None:
+def _check_not_halved(base: Base) -> None:
     halves = getattr(getattr(base.network, "config", None), "is_encoder_decoder", False)
-    refuse(halves, "A prefix for an encoder-decoder model", "it prefixes the decoder's own attention alone")
+    check_supported(halves, "A prefix for an encoder-decoder model", "it prefixes the decoder's own attention alone")
 
 
 def _heads(base: Base) -> int:

@@ -11,14 +11,14 @@ from torch import nn
 from ..core.adapter import Adapter
 from ..core.method import Method
 from ..methods import MultitaskPromptTuning, PromptTuning, PTuning
-from ..ops.sharded_tensors import whole
-from .peft_format import Base, Family, File, State, refuse
+from ..ops.sharded_tensors import full_tensor
+from .peft_format import Base, File, PeftFormat, State, check_supported
 
 _PROMPT, _COLUMNS, _ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
 VIRTUAL = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
 
 
-class PromptFamily(Family):
+class PromptFormat(PeftFormat):
     """Both put the tokens in front of an encoder's or a decoder's input; of two halves, into the encoder alone."""
 
     tensors: tuple[str, ...] = (_PROMPT,)
@@ -30,27 +30,29 @@ class PromptFamily(Family):
     def method_for(self, name: str, length: int, state: State) -> Method:
         """Return the method that a file describes."""
 
-    def refuse_method(self, method: Any) -> None:
+    def check_method(self, method: Any) -> None:
         """Raise where settings ask for what HF PEFT does not compute."""
 
     def write(self, base: Base, method: Any, hosts: Mapping[str, Sequence[Adapter]]) -> tuple[dict[str, Any], State]:
-        self.refuse_method(method)
-        _refuse_first_position(base)
-        refuse(bool(method.targets), f"targets={method.targets!r}", "it puts prompts in front of transformers models")
-        (name, adapter), *others = [(n, found[0]) for n, found in hosts.items() if found[0].pack()]
-        refuse(bool(others), f"Prompts at {name} and other backbones", "it has one for a model")
-        packed = {key: whole(value).detach() for key, value in adapter.pack().items()}
+        self.check_method(method)
+        _check_not_first_position(base)
+        check_supported(
+            bool(method.targets), f"targets={method.targets!r}", "it puts prompts in front of transformers models"
+        )
+        (name, adapter), *others = [(n, found[0]) for n, found in hosts.items() if found[0].export_state()]
+        check_supported(bool(others), f"Prompts at {name} and other backbones", "it has one for a model")
+        packed = {key: full_tensor(value).detach() for key, value in adapter.export_state().items()}
         length, width = packed["prompt"].shape
         sizes = {"num_virtual_tokens": length, "token_dim": width, "num_transformer_submodules": 1}
         return sizes | self.more_settings(packed), self.their_state(packed)
 
     def read(self, base: Base, file: File, name: str) -> Iterator[tuple[Method, Mapping[str, State]]]:
-        _refuse_first_position(base)
+        _check_not_first_position(base)
         own = dict(file.state[""])
         if _PROMPT not in own:
             raise ValueError(f"The file has {sorted(own)}, but no {_PROMPT}.")
         length, halves = file.get("num_virtual_tokens", len(own[_PROMPT])), len(own[_PROMPT])
-        refuse(self.halves_differ and halves != length, "A prompt for the decoder",
+        check_supported(self.halves_differ and halves != length, "A prompt for the decoder",
                "prompts here enter the encoder; set num_transformer_submodules=1")  # fmt: skip
         own[_PROMPT] = own[_PROMPT][:length]  # the rest is for a decoder, and never used
         state = self.our_state(own)
@@ -70,27 +72,34 @@ class PromptFamily(Family):
         return {"prompt": own[_PROMPT]}
 
 
-class PromptTuningFamily(PromptFamily):
+class PromptTuningFormat(PromptFormat):
     """Prompt tuning."""
 
     kind, method = "PROMPT_TUNING", PromptTuning
-    harmless = ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
+    ignored_settings = ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
 
-    def refuse_method(self, method: PromptTuning) -> None:
-        refuse(method.tasks > 1, f"PromptTuning with {method.tasks} tasks", "it has one prompt for all rows")
+    def check_method(self, method: PromptTuning) -> None:
+        check_supported(method.tasks > 1, f"PromptTuning with {method.tasks} tasks", "it has one prompt for all rows")
 
     def method_for(self, name: str, length: int, state: State) -> PromptTuning:
         return PromptTuning(name=name, length=length)
 
 
-class PTuningFamily(PromptFamily):
+class PTuningFormat(PromptFormat):
     """P-tuning: files hold what the encoder computed, which stays behind."""
 
     kind, method = "P_TUNING", PTuning
-    harmless = ("encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout")
+    ignored_settings = (
+        "encoder_reparameterization_type",
+        "encoder_hidden_size",
+        "encoder_num_layers",
+        "encoder_dropout",
+    )
 
-    def refuse_method(self, method: PTuning) -> None:
-        refuse(method.template is not None, f"template={method.template!r}", "it puts all tokens in front of a row")
+    def check_method(self, method: PTuning) -> None:
+        check_supported(
+            method.template is not None, f"template={method.template!r}", "it puts all tokens in front of a row"
+        )
 
     def method_for(self, name: str, length: int, state: State) -> PTuning:
         return PTuning(name=name, length=length, encoder="none")
@@ -99,13 +108,13 @@ class PTuningFamily(PromptFamily):
         return {"encoder_hidden_size": packed["prompt"].shape[1]}
 
 
-class MultitaskPromptFamily(PromptFamily):
+class MultitaskPromptFormat(PromptFormat):
     """``prefix_task_cols`` is u (tasks, length, 1), ``prefix_task_rows`` is v (tasks, 1, features)."""
 
     kind, method, tensors = "MULTITASK_PROMPT_TUNING", MultitaskPromptTuning, (_PROMPT, _COLUMNS, _ROWS)
-    settings = (*PromptFamily.settings, "num_ranks", "num_tasks")
-    harmless = (
-        *PromptTuningFamily.harmless,
+    settings = (*PromptFormat.settings, "num_ranks", "num_tasks")
+    ignored_settings = (
+        *PromptTuningFormat.ignored_settings,
         *("prompt_tuning_init_state_dict_path", "prompt_tuning_init_task"),
     )
     halves_differ = True
@@ -123,15 +132,17 @@ class MultitaskPromptFamily(PromptFamily):
         if missing := {_COLUMNS, _ROWS} - own.keys():
             raise ValueError(f"The file lacks {sorted(missing)}.")
         ranks = own[_ROWS].shape[1]
-        refuse(ranks != 1, f"num_ranks={ranks}", "matrices of tasks have rank one here, as in the paper")
+        check_supported(ranks != 1, f"num_ranks={ranks}", "matrices of tasks have rank one here, as in the paper")
         return {"prompt": own[_PROMPT], "u": own[_COLUMNS].squeeze(-1), "v": own[_ROWS].squeeze(1)}
 
 
-def _refuse_first_position(base: Base) -> None:
+def _check_not_first_position(base: Base) -> None:
     """Raise where a classifier reads the first position: of the tokens here, of the virtual ones there."""
     kind = type(base.network).__name__
     by_first = kind.endswith("ForSequenceClassification") and hasattr(base.network, "classifier")
-    refuse(by_first, f"A prompt for {kind}", "there, the classifier reads a virtual token in place of the first one")
+    check_supported(
+        by_first, f"A prompt for {kind}", "there, the classifier reads a virtual token in place of the first one"
+    )
 
 
 def _holders(model: nn.Module, method: Method) -> list[str]:

@@ -6,21 +6,21 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from ..checkpoints.adapter_state import clean
+from ..checkpoints.adapter_state import strip_wrapper_names
 from ..structure.base_model import base_modules
-from .module_names import endings
-from .peft_format import Base, refuse
+from .module_names import unique_suffixes
+from .peft_format import Base, check_supported
 
 SETTINGS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out")
 
 
 def written(base: Base, hosts: Collection[str]) -> dict[str, Any]:
     """Return settings that name exactly these modules."""
-    known = [clean(name) for name in base_modules(base.network)]
-    targets = endings(hosts, known)
+    known = [strip_wrapper_names(name) for name in base_modules(base.network)]
+    targets = unique_suffixes(hosts, known)
     surplus = [n for n in known if n not in hosts and any(n == t or n.endswith(f".{t}") for t in targets)]
     hidden = [n for n in hosts if any(n == s or n.endswith(f".{s}") for s in surplus)]
-    refuse(bool(hidden), f"Adapting {hidden[:1]} alone", "its name is the end of another's")
+    check_supported(bool(hidden), f"Adapting {hidden[:1]} alone", "its name is the end of another's")
     return {"target_modules": targets, **({"exclude_modules": surplus} if surplus else {})}
 
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
-from ..core.method import Method, require
+from ..core.method import Method, check_setting
 from ..structure.layer_types import layer_of
 from ..structure.roles import parts
 from ..structure.selection import select
-from .families.svd_triplets import Triplets, allocate, observe
+from .families.svd_triplets import SVDTriplets, allocate, observe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,27 +67,32 @@ class AdaLoRA(Method):
     def __post_init__(self) -> None:
         for field in ("initial_rank", "target_rank", "interval"):
             value = getattr(self, field)
-            require(type(value) is int and value > 0, field, value, "a positive whole number")
-        require(self.target_rank <= self.initial_rank, "target_rank", self.target_rank, "at most initial_rank")
+            check_setting(type(value) is int and value > 0, field, value, "a positive whole number")
+        check_setting(self.target_rank <= self.initial_rank, "target_rank", self.target_rank, "at most initial_rank")
         for field in ("warmup_steps", "final_steps"):
             value = getattr(self, field)
-            require(value is None or (type(value) is int and value >= 0), field, value, "a whole number or None")
-        require(math.isfinite(self.alpha) and self.alpha > 0, "alpha", self.alpha, "a positive number")
+            check_setting(value is None or (type(value) is int and value >= 0), field, value, "a whole number or None")
+        check_setting(math.isfinite(self.alpha) and self.alpha > 0, "alpha", self.alpha, "a positive number")
         for field in ("dropout", "beta1", "beta2"):
-            require(0 <= getattr(self, field) < 1, field, getattr(self, field), "in [0, 1)")
+            check_setting(0 <= getattr(self, field) < 1, field, getattr(self, field), "in [0, 1)")
         weight = self.orthogonal_weight
-        require(math.isfinite(weight) and weight >= 0, "orthogonal_weight", weight, "a number, not negative")
+        check_setting(math.isfinite(weight) and weight >= 0, "orthogonal_weight", weight, "a number, not negative")
 
-    def adapters(self, model: nn.Module) -> Iterable[tuple[str, Triplets]]:
+    def adapters(self, model: nn.Module) -> Iterable[tuple[str, SVDTriplets]]:
         for name, host in select(model, self.targets, self.exclude).items():
             layer, rank = layer_of(host), self.initial_rank
             out, *rest = layer.shape(host)
-            require(rank <= min(out, math.prod(rest)), f"initial_rank at {name}", rank, "at most the weight's sides")
-            require(
-                not (self.dropout and layer.is_read), f"dropout at {name}", self.dropout, "0: its inputs are unseen"
+            check_setting(
+                rank <= min(out, math.prod(rest)), f"initial_rank at {name}", rank, "at most the weight's sides"
+            )
+            check_setting(
+                not (self.dropout and layer.weight_read_by_parent),
+                f"dropout at {name}",
+                self.dropout,
+                "0: its inputs are unseen",
             )
             for part in parts(name, host, self.targets):
-                yield name, Triplets(host, rank, self._scale, self.dropout, part)
+                yield name, SVDTriplets(host, rank, self._scale, self.dropout, part)
 
     @property
     def _scale(self) -> float:
@@ -101,7 +106,9 @@ class AdaLoRA(Method):
         if total_steps < 0:
             raise ValueError("AdaLoRA's budget shrinks until the last step: give the Trainer max_epochs or max_steps.")
         start, stop = self._phases(total_steps)
-        require(start < stop, "warmup_steps + final_steps", total_steps - stop + start, f"below {total_steps} steps")
+        check_setting(
+            start < stop, "warmup_steps + final_steps", total_steps - stop + start, f"below {total_steps} steps"
+        )
 
     def budget(self, step: int, total_steps: int, layers: int) -> int:
         """Return how many triplets of all ``layers`` are kept after an optimizer step."""
@@ -113,7 +120,7 @@ class AdaLoRA(Method):
         if not self.orthogonal_weight:
             return None
         alike = defaultdict[torch.Size, list[Tensor]](list)
-        for found in cast("Sequence[Triplets]", adapters):
+        for found in cast("Sequence[SVDTriplets]", adapters):
             for factor in (found.a.flatten(1), found.b.T):
                 alike[factor.shape].append(factor)
         norms = []
@@ -125,7 +132,7 @@ class AdaLoRA(Method):
 
     @torch.no_grad()
     def after_step(self, adapters: Sequence[Adapter], step: int, total_steps: int) -> None:
-        found = cast("Sequence[Triplets]", adapters)
+        found = cast("Sequence[SVDTriplets]", adapters)
         start, stop = self._phases(total_steps)
         if step < stop:
             observe(found, self.beta1, self.beta2)
@@ -135,7 +142,7 @@ class AdaLoRA(Method):
             torch._foreach_mul_([one.e for one in found], [one.kept for one in found])
 
     def metrics(self, adapters: Mapping[str, Adapter]) -> Mapping[str, Tensor]:
-        ranks = {name: found.kept.sum().float() for name, found in cast("Mapping[str, Triplets]", adapters).items()}
+        ranks = {name: found.kept.sum().float() for name, found in cast("Mapping[str, SVDTriplets]", adapters).items()}
         total = torch.stack(list(ranks.values())).sum()
         return {f"{self.name}/total_rank": total, **{f"{self.name}/rank/{name}": rank for name, rank in ranks.items()}}
 

@@ -51,7 +51,7 @@ class BitFit(Method):
 class AddedBias(Adapter):
     """y = host(x) + bias, for a linear layer without a bias; the bias starts at zero."""
 
-    axes = {"bias": ("out",)}
+    tensor_parallel_dims = {"bias": ("out",)}
 
     def __init__(self, host: Any) -> None:
         super().__init__()

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call, parameter_like
-from ..core.method import Method, require
-from ..core.per_row import RowWise
-from ..structure.layer_types import has_values, read_attribute
+from ..core.method import Method, check_setting
+from ..core.per_row import BatchableLayerAdapter
+from ..structure.layer_types import has_values, read_weight_attribute
 from ..structure.roles import ROLES
 from ..structure.selection import select, select_parameters
 from .families.bottleneck_mlp import bottleneck, check_bottleneck, output_of
@@ -54,23 +54,23 @@ class Bottleneck(Method):
 
     def __post_init__(self) -> None:
         check_bottleneck(self.size, self.activation)
-        require(self.std >= 0, "std", self.std, "0 or more")
+        check_setting(self.std >= 0, "std", self.std, "0 or more")
 
-    def adapters(self, model: nn.Module) -> Iterable[tuple[str, After]]:
+    def adapters(self, model: nn.Module) -> Iterable[tuple[str, SerialBottleneck]]:
         hosts = dict[str, nn.Module]()
         for name, host in select(model, self.targets, self.exclude).items():
-            if read_attribute(type(host)) == "weight":
+            if read_weight_attribute(type(host)) == "weight":
                 name = name.rpartition(".")[0]
             hosts[name] = model.get_submodule(name)
         for name, host in hosts.items():
-            yield name, After(*output_of(host, name), self.size, self.activation, self.std)
+            yield name, SerialBottleneck(*output_of(host, name), self.size, self.activation, self.std)
 
     def parameters(self, model: nn.Module) -> Iterable[str]:
         wanted = {"norms": self.train_norms, "head": self.train_head}
         return select_parameters(model, [role for role in wanted if wanted[role] and any(ROLES[role](model))])
 
 
-class After(RowWise, Adapter):
+class SerialBottleneck(BatchableLayerAdapter, Adapter):
     """y + up phi(down y + down_bias) + up_bias, with y what the host returns, or the first of it.
 
     Args:
@@ -81,7 +81,7 @@ class After(RowWise, Adapter):
         std: Of ``down`` (size, width) and ``up`` (width, size) at the start.
     """
 
-    axes = {}
+    tensor_parallel_dims = {}
     unmergeable = "it is not linear, so no weight expresses it"
 
     def __init__(self, width: int, weight: Tensor, size: int, activation: str, std: float) -> None:
@@ -100,15 +100,15 @@ class After(RowWise, Adapter):
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
         output = inner(*args, **kwargs)
         if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
-            return (self.leaving(host, output[0], output[0]), *output[1:])
+            return (self.post_forward(host, output[0], output[0]), *output[1:])
         if not isinstance(output, Tensor):
             raise TypeError(f"{type(host).__name__} returns a {type(output).__name__}; target what returns a tensor.")
-        return self.leaving(host, output, output)
+        return self.post_forward(host, output, output)
 
-    def row_values(self) -> tuple[Any, ...]:
-        return (After, self.activation), self.down, self.down_bias, self.up, self.up_bias
+    def per_example_tensors(self) -> tuple[Any, ...]:
+        return (SerialBottleneck, self.activation), self.down, self.down_bias, self.up, self.up_bias
 
-    def leaving(self, host: Any, x: Tensor, y: Tensor, *values: Any) -> Tensor:
+    def post_forward(self, host: Any, x: Tensor, y: Tensor, *values: Any) -> Tensor:
         down, down_bias, up, up_bias = values or (self.down, self.down_bias, self.up, self.up_bias)
         return y + bottleneck(y, (down, down_bias), (up, up_bias), self.activation).to(y.dtype)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
-from ..core.method import Method, require
+from ..core.method import Method, check_setting
 from ..structure.layer_types import layer_of
 from ..structure.roles import parts
 from ..structure.selection import select
@@ -55,13 +55,15 @@ class FedPara(Method):
     jacobian_step: float = 0.1
 
     def __post_init__(self) -> None:
-        require(self.rank is None or self.gamma is None, "rank and gamma", (self.rank, self.gamma), "one of both")
-        require(self.rank is None or (type(self.rank) is int and self.rank > 0), "rank", self.rank, "positive")
-        require(self.gamma is None or 0 <= self.gamma <= 1, "gamma", self.gamma, "in [0, 1]")
+        check_setting(self.rank is None or self.gamma is None, "rank and gamma", (self.rank, self.gamma), "one of both")
+        check_setting(self.rank is None or (type(self.rank) is int and self.rank > 0), "rank", self.rank, "positive")
+        check_setting(self.gamma is None or 0 <= self.gamma <= 1, "gamma", self.gamma, "in [0, 1]")
         for field in ("jacobian_weight", "jacobian_step"):
             value = getattr(self, field)
-            require(math.isfinite(value) and value >= 0, field, value, "a number, not negative")
-        require(not (self.tanh and self.personalized), "tanh", self.tanh, "False with personalized, as in the paper")
+            check_setting(math.isfinite(value) and value >= 0, field, value, "a number, not negative")
+        check_setting(
+            not (self.tanh and self.personalized), "tanh", self.tanh, "False with personalized, as in the paper"
+        )
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, HadamardUpdate]]:
         for name, host in select(model, self.targets, self.exclude).items():
@@ -69,7 +71,7 @@ class FedPara(Method):
                 rows, features, *kernel = layer_of(host).shape(host)
                 out = part[2] - part[1] if part else rows
                 rank = self.rank or self.rank_of(out, features, *kernel)
-                require(rank <= min(out, features), f"rank at {name}", rank, f"at most {min(out, features)}")
+                check_setting(rank <= min(out, features), f"rank at {name}", rank, f"at most {min(out, features)}")
                 shift = 1.0 if self.personalized else 0.0
                 yield name, HadamardUpdate(host, rank, self.tanh, shift, self.cores, self.jacobian_weight > 0, part)
 

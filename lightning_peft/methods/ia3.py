@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call, parameter_like
-from ..core.method import Method, require
-from ..core.per_row import RowWise
+from ..core.method import Method, check_setting
+from ..core.per_row import BatchableLayerAdapter
 from ..structure.base_model import matches
 from ..structure.layer_types import layer_of
 from ..structure.roles import linear_branch, parts
@@ -49,8 +49,8 @@ class IA3(Method):
         inputs = list(select(model, self.feedforward_targets, self.exclude)) if self.feedforward_targets else []
         outputs = list(select(model, self.targets, self.exclude)) if self.targets else []
         for name, host in select(model, [*self.targets, *self.feedforward_targets], self.exclude).items():
-            require(not layer_of(host).looks_up, f"target {name}", type(host).__name__, "a layer of features")
-            require(not (name in inputs and name in outputs), "target", name, "in one of both lists of targets")
+            check_setting(not layer_of(host).is_embedding, f"target {name}", type(host).__name__, "a layer of features")
+            check_setting(not (name in inputs and name in outputs), "target", name, "in one of both lists of targets")
             if name not in inputs:
                 for part in parts(name, host, self.targets):
                     yield name, Scaling(host, part=part)
@@ -67,7 +67,7 @@ class IA3(Method):
         return None if named or left_out else branch
 
 
-class Scaling(RowWise, Adapter):
+class Scaling(BatchableLayerAdapter, Adapter):
     """l o host(x) with l (out,), or host(l o x) with l (in,).
 
     Args:
@@ -79,7 +79,7 @@ class Scaling(RowWise, Adapter):
     def __init__(self, host: Any, of_inputs: bool = False, part: tuple[str, int, int] | None = None) -> None:
         super().__init__()
         self.layer, self.of_inputs = layer_of(host), of_inputs
-        self.axes = {"scales": ("in" if of_inputs else "out",)}
+        self.tensor_parallel_dims = {"scales": ("in" if of_inputs else "out",)}
         out, features, *kernel = self.layer.shape(host)
         features *= getattr(host, "groups", 1)
         self.part, first, stop = part or ("", 0, out)
@@ -91,7 +91,7 @@ class Scaling(RowWise, Adapter):
         nn.init.ones_(self.scales)
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
-        if self.layer.is_read:
+        if self.layer.weight_read_by_parent:
             return inner(*args, **kwargs)  # the host reads its weight and bias, and finds the scaled ones
         return self._called(host, inner, *args, **kwargs)
 
@@ -102,14 +102,14 @@ class Scaling(RowWise, Adapter):
         call = functools.partial(inner, *args, **kwargs) if args or kwargs else inner
         return (scaled_input if self.of_inputs else scaled_output)(self.layer, host, call, x, scales)
 
-    def row_values(self) -> tuple[Any, ...]:
+    def per_example_tensors(self) -> tuple[Any, ...]:
         scales = self.scales if self.of_inputs else self.whole()
         return ((Scaling, self.of_inputs), scales) if self.layer.maps_features else ()
 
-    def entering(self, host: Any, x: Tensor, *values: Any) -> Tensor:
+    def pre_forward(self, host: Any, x: Tensor, *values: Any) -> Tensor:
         return self._scaled(host, x, *values) if self.of_inputs else x
 
-    def leaving(self, host: Any, x: Tensor, y: Tensor, *values: Any) -> Tensor:
+    def post_forward(self, host: Any, x: Tensor, y: Tensor, *values: Any) -> Tensor:
         return y if self.of_inputs else self._scaled(host, y, *values)
 
     def _scaled(self, host: Any, x: Tensor, *values: Tensor) -> Tensor:
@@ -121,10 +121,10 @@ class Scaling(RowWise, Adapter):
         """Return a scale for each output of the host: one outside this part."""
         return F.pad(self.scales, self.outside, value=1.0) if any(self.outside) else self.scales
 
-    def updated_whole(self, weight: Tensor) -> Tensor:
+    def effective_weight(self, weight: Tensor) -> Tensor:
         return (weight * (self.scales if self.of_inputs else self.whole()[:, None])).to(weight.dtype)
 
-    def updated_bias(self, bias: Tensor | None) -> Tensor | None:
+    def effective_bias(self, bias: Tensor | None) -> Tensor | None:
         return bias if bias is None or self.of_inputs else (bias * self.whole()).to(bias.dtype)
 
     @torch.no_grad()

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..core.adapter import WeightUpdate, parameter_like
 from ..core.method import Method
-from ..ops.fused_linear import Update
-from ..ops.parametrizations import Kronecker
-from ..structure.layer_types import LinearKind, layer_of
+from ..ops.fused_linear import WeightUpdateSpec
+from ..ops.parametrizations import KroneckerParametrization
+from ..structure.layer_types import LinearType, layer_of
 from ..structure.roles import parts
 from ..structure.selection import select
 from .families.kronecker import check_kronecker, shape_of_a, start_factors, times_kronecker
@@ -70,7 +70,7 @@ class KronAUpdate(WeightUpdate):
         part: Rows of a fused layer to update.
     """
 
-    axes = {}
+    tensor_parallel_dims = {}
 
     def __init__(
         self, host: Any, shape_a: tuple[int, int], scale: float, part: tuple[str, int, int] | None = None
@@ -88,13 +88,17 @@ class KronAUpdate(WeightUpdate):
         return torch.einsum("ij,kl...->jlik...", self.a, self.b * self.scale).reshape(self.shape)
 
     def update(self, host: Any, x: Tensor) -> Tensor:
-        if isinstance(self.layer, LinearKind) and not self.layer.looks_up:
+        if isinstance(self.layer, LinearType) and not self.layer.is_embedding:
             return times_kronecker(x, self.a, self.b * self.scale)
         delta = self.delta()
         return self.layer.apply(host, x, delta.to(x.dtype) if x.is_floating_point() else delta)
 
-    def in_form(self) -> Update | None:
-        return Update(Kronecker(self.scale), self.rows, (self.a, self.b)) if self.b.dim() == 2 else None
+    def as_parametrization(self) -> WeightUpdateSpec | None:
+        return (
+            WeightUpdateSpec(KroneckerParametrization(self.scale), self.rows, (self.a, self.b))
+            if self.b.dim() == 2
+            else None
+        )
 
     def extra_repr(self) -> str:
         return f"a={tuple(self.a.shape)}, b={tuple(self.b.shape)}, scale={self.scale:g}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter, parameter_like
 from ..core.method import Method
 from .families.kronecker import check_kronecker, shape_of_a, start_factors, times_kronecker
-from .families.parallel_branch import FEEDFORWARD, Beside, Block, feedforward_blocks
+from .families.parallel_branch import FEEDFORWARD, Block, ParallelBranch, feedforward_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class KronABlock(Method):
             yield from block.adapters(KronABeside(block, shape, self.scale, self.residual))
 
 
-class KronABeside(Beside):
+class KronABeside(ParallelBranch):
     """s x (A kron B) + s_res x, with A of shape (a1, a2), B of shape (b1, b2) and s_res of shape (1,) or absent."""
 
     def __init__(self, block: Block, shape_a: tuple[int, int], scale: float, residual: bool) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call, parameter_like
-from ..core.method import Method, require
-from ..structure.attention import KeyValue, call_changed, head_count, key_value, require_interceptable
+from ..core.method import Method, check_setting
+from ..structure.attention import KeyValue, call_changed, check_interceptable, head_count, key_value
 from ..structure.selection import select, select_parameters
 from .families.bias_and_scale import BiasAndScale
 
@@ -49,19 +49,25 @@ class LLaMAAdapter(Method):
     bias_and_scale: bool = False
 
     def __post_init__(self) -> None:
-        require(isinstance(self.length, int) and self.length > 0, "length", self.length, "a positive whole number")
+        check_setting(
+            isinstance(self.length, int) and self.length > 0, "length", self.length, "a positive whole number"
+        )
         for field in ("layers", "heads"):
             value = getattr(self, field)
-            require(value is None or isinstance(value, int) and value > 0, field, value, "a positive whole number")
+            check_setting(
+                value is None or isinstance(value, int) and value > 0, field, value, "a positive whole number"
+            )
         steps = self.gate_warmup_steps
-        require(isinstance(steps, int) and steps >= 0, "gate_warmup_steps", steps, "a whole number of steps")
+        check_setting(isinstance(steps, int) and steps >= 0, "gate_warmup_steps", steps, "a whole number of steps")
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
         hosts = select(model, self.targets)
         layers = self.layers or max(1, len(hosts) - 2)
-        require(layers <= len(hosts), "layers", layers, f"at most {len(hosts)}, the number of attention modules found")
+        check_setting(
+            layers <= len(hosts), "layers", layers, f"at most {len(hosts)}, the number of attention modules found"
+        )
         for name, host in list(hosts.items())[-layers:]:
-            require_interceptable(model, name)
+            check_interceptable(model, name)
             heads = self.heads or head_count(host, name)
             yield name, LLaMAAdapterPrompt(host, key_value(model, name), self.length, heads)
         if self.bias_and_scale:
@@ -93,7 +99,7 @@ class LLaMAAdapterPrompt(Adapter):
         heads: Number of query heads.
     """
 
-    shows = {"gates": "gate", "tokens": "prompt"}
+    plot_tensors = {"gates": "gate", "tokens": "prompt"}
 
     def __init__(self, host: nn.Module, project: KeyValue, length: int, heads: int) -> None:
         super().__init__()

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import parameter_like
-from ..core.method import Method, require
-from ..ops.fused_linear import Update
-from ..ops.parametrizations import Decomposed, LowRank, row_factor
-from ..ops.sharded_tensors import whole
+from ..core.method import Method, check_setting
+from ..ops.fused_linear import WeightUpdateSpec
+from ..ops.parametrizations import DoRAParametrization, LowRankParametrization, magnitude_over_norm
+from ..ops.sharded_tensors import full_tensor
 from ..structure.base_model import matches
 from ..structure.layer_types import layer_of
 from ..structure.roles import parts
@@ -67,27 +67,32 @@ class LoRA(Method):
 
     def __post_init__(self) -> None:
         for rank in (self.rank, *self.rank_pattern.values()):
-            require(type(rank) is int and rank > 0, "rank", rank, "a positive whole number")
+            check_setting(type(rank) is int and rank > 0, "rank", rank, "a positive whole number")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
-            require(math.isfinite(alpha) and alpha > 0, "alpha", alpha, "a positive number")
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "a probability in [0, 1)")
+            check_setting(math.isfinite(alpha) and alpha > 0, "alpha", alpha, "a positive number")
+        check_setting(0 <= self.dropout < 1, "dropout", self.dropout, "a probability in [0, 1)")
         scalings = ("standard", "rank_stabilized")
-        require(self.scaling in scalings, "scaling", self.scaling, f"one of {', '.join(scalings)}")
-        require(self.init in get_args(Init), "init", self.init, f"one of {', '.join(get_args(Init))}")
+        check_setting(self.scaling in scalings, "scaling", self.scaling, f"one of {', '.join(scalings)}")
+        check_setting(self.init in get_args(Init), "init", self.init, f"one of {', '.join(get_args(Init))}")
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, LoRAAdapter]]:
         hosts = select(model, self.targets, self.exclude)
         for field, pattern in [(f, p) for f in ("rank_pattern", "alpha_pattern") for p in getattr(self, f)]:
-            require(
+            check_setting(
                 any(matches(n, pattern) for n in hosts), field, pattern, f"a glob of a target, like {next(iter(hosts))}"
             )
         for name, host in hosts.items():
             rank = next((r for p, r in self.rank_pattern.items() if matches(name, p)), self.rank)
             layer = layer_of(host)
             out, *rest = layer.shape(host)
-            require(rank <= min(out, math.prod(rest)), f"rank at {name}", rank, f"at most {min(out, math.prod(rest))}")
-            require(
-                not (self.dropout and layer.is_read), f"dropout at {name}", self.dropout, "0: its inputs are unseen"
+            check_setting(
+                rank <= min(out, math.prod(rest)), f"rank at {name}", rank, f"at most {min(out, math.prod(rest))}"
+            )
+            check_setting(
+                not (self.dropout and layer.weight_read_by_parent),
+                f"dropout at {name}",
+                self.dropout,
+                "0: its inputs are unseen",
             )
             scale = self._scale(name, rank)
             for part in parts(name, host, self.targets):
@@ -120,7 +125,13 @@ class LoRAAdapter(LowRankUpdate):
         decompose: Whether a magnitude is trained as well.
     """
 
-    axes = {"a": (None, "in"), "a0": (None, "in"), "b": ("out", None), "b0": ("out", None), "magnitude": ("out",)}
+    tensor_parallel_dims = {
+        "a": (None, "in"),
+        "a0": (None, "in"),
+        "b": ("out", None),
+        "b0": ("out", None),
+        "magnitude": ("out",),
+    }
 
     def __init__(
         self,
@@ -136,7 +147,7 @@ class LoRAAdapter(LowRankUpdate):
         out, *rest = self.shape
         self.init = init
         if decompose:
-            self.alone = True
+            self.exclusive = True
         weight = self.layer.parameter(host)
         self.a, self.b = parameter_like(weight, rank, *rest), parameter_like(weight, out, rank)
         if init in FROM_WEIGHT:
@@ -147,7 +158,7 @@ class LoRAAdapter(LowRankUpdate):
     def reset_parameters(self, host: Any = None) -> None:
         """Start at no update. ``host`` is needed where the start depends on its weight."""
         if self.init in RANDOM and not self.a.is_meta:
-            RANDOM[self.init](self.a, self.b, self.layer.looks_up)
+            RANDOM[self.init](self.a, self.b, self.layer.is_embedding)
         if self.init in FROM_WEIGHT or self.magnitude is not None:
             self._start_from(host)
 
@@ -160,13 +171,15 @@ class LoRAAdapter(LowRankUpdate):
                 "decompose and the initial values pissa and olora are computed from the host's weight: load the base "
                 "model first, then inject."
             )
-        weight = whole(self.layer.read(host))[slice(*self.rows)].to(self.a.dtype).flatten(1)
+        weight = full_tensor(self.layer.read(host))[slice(*self.rows)].to(self.a.dtype).flatten(1)
         if self.init in FROM_WEIGHT:
             a, b = FROM_WEIGHT[self.init](weight, len(self.a), self.scale)
             for factor, value in ((self.a, a), (self.a0, a), (self.b, b), (self.b0, b)):
                 factor.copy_(value.view(factor.shape))
         if self.magnitude is not None:
-            v = LowRank(self.scale).updated(weight, self.a.flatten(1), self.b * 0)  # as forward computes it
+            v = LowRankParametrization(self.scale).updated(
+                weight, self.a.flatten(1), self.b * 0
+            )  # as forward computes it
             self.magnitude.copy_(torch.linalg.vector_norm(v, dim=1))
 
     def pair(self) -> tuple[Tensor, Tensor]:
@@ -178,7 +191,7 @@ class LoRAAdapter(LowRankUpdate):
         v = weight + self.delta()
         if self.magnitude is None:
             return v
-        return v * row_factor(v, self.magnitude).view(-1, *[1] * (v.dim() - 1))
+        return v * magnitude_over_norm(v, self.magnitude).view(-1, *[1] * (v.dim() - 1))
 
     def update(self, host: Any, x: Tensor) -> Tensor:
         if self.magnitude is None:
@@ -187,11 +200,11 @@ class LoRAAdapter(LowRankUpdate):
         change = self.updated(weight) - weight
         return self.layer.apply(host, self.dropped(x), change.to(x.dtype) if x.is_floating_point() else change)
 
-    def in_form(self) -> Update | None:
-        update = super().in_form()
+    def as_parametrization(self) -> WeightUpdateSpec | None:
+        update = super().as_parametrization()
         if update is None or self.magnitude is None:
             return update
-        return Update(Decomposed(self.scale), self.rows, (*update.factors, self.magnitude))
+        return WeightUpdateSpec(DoRAParametrization(self.scale), self.rows, (*update.factors, self.magnitude))
 
     def extra_repr(self) -> str:
         return f"rank={len(self.a)}, scale={self.scale:g}, dropout={self.dropout:g}"

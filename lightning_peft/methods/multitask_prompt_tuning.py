@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter, parameter_like
 from ..core.adapter_folder import read_adapter
 from ..core.fingerprint import fingerprint
-from ..core.method import Method, require
-from ..structure.base_model import SLOT
+from ..core.method import Method, check_setting
+from ..structure.base_model import ADAPTERS_ATTRIBUTE
 from ..structure.selection import select_parameters
-from .prompting.prompt import Place, Prompt, place_prompts, require_places
-from .prompting.text_init import PromptStart
+from .prompting.prompt import Prompt, PromptSite, check_sites, place_prompts
+from .prompting.text_init import PromptInit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +57,17 @@ class MultitaskPromptTuning(Method):
     embeddings: str = ""
 
     def __post_init__(self) -> None:
-        PromptStart.of(self)
-        require(isinstance(self.tasks, int) and self.tasks > 0, "tasks", self.tasks, "a positive whole number")
-        require(not self.start or self.init == "random", "init", self.init, "left alone where start is given")
-        require_places(self.targets, self.embeddings)
+        PromptInit.of(self)
+        check_setting(isinstance(self.tasks, int) and self.tasks > 0, "tasks", self.tasks, "a positive whole number")
+        check_setting(not self.start or self.init == "random", "init", self.init, "left alone where start is given")
+        check_sites(self.targets, self.embeddings)
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
         learned = self._learned(model) if self.start else {}
 
-        def make(place: Place) -> Prompt:
+        def make(place: PromptSite) -> Prompt:
             adapter = SharedPrompt(place, self.tasks, self.length)
-            PromptStart.of(self).fill(adapter.prompt, place.table, model)
+            PromptInit.of(self).apply(adapter.prompt, place.table, model)
             adapter.take(learned)
             return adapter
 
@@ -81,10 +81,15 @@ class MultitaskPromptTuning(Method):
         config, state = read_adapter(self.start)
         source, *others = config["methods"]
         same = source["method"] == type(self).__name__ and not others
-        require(same, "start", self.start, f"the folder of an adapter of {type(self).__name__} alone")
-        require(source["length"] == self.length, "length", self.length, f"{source['length']}, as in {self.start}")
-        values = {k.rpartition(".")[2]: v for k, v in state.items() if f".{SLOT}." in f".{k}"}
-        require(len(values) == len([k for k in state if f".{SLOT}." in f".{k}"]), "start", self.start, "of one prompt")
+        check_setting(same, "start", self.start, f"the folder of an adapter of {type(self).__name__} alone")
+        check_setting(source["length"] == self.length, "length", self.length, f"{source['length']}, as in {self.start}")
+        values = {k.rpartition(".")[2]: v for k, v in state.items() if f".{ADAPTERS_ATTRIBUTE}." in f".{k}"}
+        check_setting(
+            len(values) == len([k for k in state if f".{ADAPTERS_ATTRIBUTE}." in f".{k}"]),
+            "start",
+            self.start,
+            "of one prompt",
+        )
         base = fingerprint(model, select_parameters(model, config["also_train"]))
         if None not in (base, config["base"]) and base != config["base"]:
             raise ValueError(f"start={self.start!r} was learned on another base model: {config['base']}, here {base}.")
@@ -100,7 +105,7 @@ class SharedPrompt(Prompt):
         length: Number of virtual tokens.
     """
 
-    def __init__(self, place: Place, tasks: int, length: int) -> None:
+    def __init__(self, place: PromptSite, tasks: int, length: int) -> None:
         super().__init__(place, tasks)
         like, features = place.weight, place.weight.shape[1]
         self.prompt = parameter_like(like, length, features)
@@ -116,9 +121,11 @@ class SharedPrompt(Prompt):
         """Start from another adapter's tensors, whose tasks are averaged."""
         for name, values in learned.items():
             own = self.get_parameter(name)
-            require(not own.is_meta, "start", name, "left out while the model has no values yet (meta device)")
+            check_setting(not own.is_meta, "start", name, "left out while the model has no values yet (meta device)")
             values = values if name == "prompt" else values.mean(0)
-            require(values.shape[-1] == own.shape[-1], name, tuple(values.shape), f"{own.shape[-1]} wide, as the model")
+            check_setting(
+                values.shape[-1] == own.shape[-1], name, tuple(values.shape), f"{own.shape[-1]} wide, as the model"
+            )
             with torch.no_grad():
                 own.copy_(values)
 

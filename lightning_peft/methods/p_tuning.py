@@ -11,9 +11,9 @@ from typing import Literal
 from torch import nn
 
 from ..core.adapter import Adapter, parameter_like
-from ..core.method import Method, require
+from ..core.method import Method, check_setting
 from .prompting.encoded_prompt import EncodedPrompt, fill_template
-from .prompting.prompt import Place, place_prompts, require_places
+from .prompting.prompt import PromptSite, check_sites, place_prompts
 from .prompting.prompt_encoders import MLP, Encoder, LSTMThenMLP
 from .prompting.template import PLACEHOLDER, Template
 
@@ -58,17 +58,21 @@ class PTuning(Method):
 
     def __post_init__(self) -> None:
         length, hidden = self.length, self.hidden_size
-        require((length is None) != (self.template is None), "length", length, "given, or else a template")
-        require(length is None or isinstance(length, int) and length > 0, "length", length, "a positive whole number")
+        check_setting((length is None) != (self.template is None), "length", length, "given, or else a template")
+        check_setting(
+            length is None or isinstance(length, int) and length > 0, "length", length, "a positive whole number"
+        )
         if self.template is not None:
             count = Template(self.template).pseudo_tokens
-            require(count > 0, "template", self.template, "one with pseudo tokens, such as [P:3]")
-        require(self.encoder in ("lstm", "mlp", "none"), "encoder", self.encoder, "'lstm', 'mlp' or 'none'")
-        require(hidden is None or hidden > 0, "hidden_size", hidden, "a positive whole number")
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "from 0 to below 1")
-        require(not self.targets or self.template is None, "targets", self.targets, "absent where a template is given")
-        require_places(self.targets, self.embeddings)
-        require(not self.dropout or self.encoder == "lstm", "dropout", self.dropout, "0 with this encoder")
+            check_setting(count > 0, "template", self.template, "one with pseudo tokens, such as [P:3]")
+        check_setting(self.encoder in ("lstm", "mlp", "none"), "encoder", self.encoder, "'lstm', 'mlp' or 'none'")
+        check_setting(hidden is None or hidden > 0, "hidden_size", hidden, "a positive whole number")
+        check_setting(0 <= self.dropout < 1, "dropout", self.dropout, "from 0 to below 1")
+        check_setting(
+            not self.targets or self.template is None, "targets", self.targets, "absent where a template is given"
+        )
+        check_sites(self.targets, self.embeddings)
+        check_setting(not self.dropout or self.encoder == "lstm", "dropout", self.dropout, "0 with this encoder")
 
     def finalized(self) -> PTuning:
         return dataclasses.replace(self, encoder="none", hidden_size=None, dropout=0.0)
@@ -82,12 +86,14 @@ class PTuning(Method):
     def _count(self) -> int:
         return self.length or Template(self.template or "").pseudo_tokens
 
-    def _prompt(self, place: Place) -> EncodedPrompt:
+    def _prompt(self, place: PromptSite) -> EncodedPrompt:
         weight, features = place.weight, place.weight.shape[1]
         hidden = self.hidden_size or features
         encoder: Encoder | None = None
         if self.encoder == "lstm":
-            require(hidden % 2 == 0, "hidden_size", hidden, "even, as half of it comes from each direction of the LSTM")
+            check_setting(
+                hidden % 2 == 0, "hidden_size", hidden, "even, as half of it comes from each direction of the LSTM"
+            )
             encoder = LSTMThenMLP(weight, features, hidden, self.dropout)
         elif self.encoder == "mlp":
             encoder = MLP(weight, features, hidden, features)
@@ -95,4 +101,4 @@ class PTuning(Method):
         if self.template is None:
             return EncodedPrompt(place, prompt, encoder)
         fill = partial(fill_template, template=self.template, placeholder=self.placeholder)
-        return EncodedPrompt(dataclasses.replace(place, surround=fill), prompt, encoder, self.placeholder)
+        return EncodedPrompt(dataclasses.replace(place, insert=fill), prompt, encoder, self.placeholder)

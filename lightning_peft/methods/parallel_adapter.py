@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, parameter_like
-from ..core.method import Method, require
+from ..core.method import Method, check_setting
 from .families.bottleneck_mlp import bottleneck, check_bottleneck
-from .families.parallel_branch import FEEDFORWARD, Beside, Block, feedforward_blocks
+from .families.parallel_branch import FEEDFORWARD, Block, ParallelBranch, feedforward_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +48,15 @@ class ParallelAdapter(Method):
 
     def __post_init__(self) -> None:
         check_bottleneck(self.size, self.activation)
-        require(self.scale != 0, "scale", self.scale, "a factor other than 0")
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "from 0 up to, but not, 1")
+        check_setting(self.scale != 0, "scale", self.scale, "a factor other than 0")
+        check_setting(0 <= self.dropout < 1, "dropout", self.dropout, "from 0 up to, but not, 1")
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
         for block in feedforward_blocks(model, self.targets, self.exclude):
-            yield from block.adapters(Parallel(block, self))
+            yield from block.adapters(ParallelBottleneck(block, self))
 
 
-class Parallel(Beside):
+class ParallelBottleneck(ParallelBranch):
     """up dropout(phi(down x + down_bias)) + up_bias, with ``down`` (size, width) and ``up`` (width, size)."""
 
     def __init__(self, block: Block, method: ParallelAdapter) -> None:

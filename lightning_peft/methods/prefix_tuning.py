@@ -10,12 +10,12 @@ from typing import Literal
 from torch import nn
 
 from ..core.adapter import Adapter
-from ..core.method import Method, require
+from ..core.method import Method, check_setting
 from ..structure.roles import head_layers
 from ..structure.selection import select, select_parameters
 from .prompting.position_shift import shifted_positions
 from .prompting.prefix import prefixes
-from .prompting.prefix_init import start_as_words
+from .prompting.prefix_init import init_from_text
 from .prompting.text_init import token_ids
 
 
@@ -57,9 +57,9 @@ class PrefixTuning(Method):
 
     def __post_init__(self) -> None:
         _check(self.length, self.hidden_size, self.dropout)
-        require(self.init in ("random", "text"), "init", self.init, "'random' or 'text'")
+        check_setting(self.init in ("random", "text"), "init", self.init, "'random' or 'text'")
         given = bool(self.init_text)
-        require(given == (self.init == "text"), "init_text", self.init_text, "given with init='text' alone")
+        check_setting(given == (self.init == "text"), "init_text", self.init_text, "given with init='text' alone")
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
         hosts = select(model, self.targets, self.exclude)
@@ -67,7 +67,7 @@ class PrefixTuning(Method):
         found = list(prefixes(model, hosts, self.length, self.dropout, hidden))
         if self.init == "text":
             words = token_ids(model, self.init_text, self.tokenizer)
-            start_as_words(model, found, (words * self.length)[: self.length])
+            init_from_text(model, found, (words * self.length)[: self.length])
         return [*shifted_positions(model, self.length, type(self).__name__), *found] if self.shift_positions else found
 
     def finalized(self) -> PrefixTuning:
@@ -118,5 +118,5 @@ class PTuningV2(Method):
 
 def _check(length: int, hidden_size: int, dropout: float) -> None:
     for field, value in (("length", length), ("hidden_size", hidden_size)):
-        require(type(value) is int and value > 0, field, value, "a positive whole number")
-    require(0 <= dropout < 1, "dropout", dropout, "a probability in [0, 1)")
+        check_setting(type(value) is int and value > 0, field, value, "a positive whole number")
+    check_setting(0 <= dropout < 1, "dropout", dropout, "a probability in [0, 1)")

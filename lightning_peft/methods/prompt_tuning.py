@@ -10,9 +10,9 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, parameter_like
-from ..core.method import Method, require
-from .prompting.prompt import Place, Prompt, place_prompts, require_places
-from .prompting.text_init import PromptStart
+from ..core.method import Method, check_setting
+from .prompting.prompt import Prompt, PromptSite, check_sites, place_prompts
+from .prompting.text_init import PromptInit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +50,14 @@ class PromptTuning(Method):
     embeddings: str = ""
 
     def __post_init__(self) -> None:
-        PromptStart.of(self)
-        require(isinstance(self.tasks, int) and self.tasks > 0, "tasks", self.tasks, "a positive whole number")
-        require_places(self.targets, self.embeddings)
+        PromptInit.of(self)
+        check_setting(isinstance(self.tasks, int) and self.tasks > 0, "tasks", self.tasks, "a positive whole number")
+        check_sites(self.targets, self.embeddings)
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
-        def make(place: Place) -> Prompt:
+        def make(place: PromptSite) -> Prompt:
             adapter = TrainedPrompt(place, self.tasks, self.length)
-            PromptStart.of(self).fill(adapter.prompt, place.table, model)
+            PromptInit.of(self).apply(adapter.prompt, place.table, model)
             return adapter
 
         return place_prompts(model, self.targets, self.embeddings, self.length, make)
@@ -72,7 +72,7 @@ class TrainedPrompt(Prompt):
         length: Number of virtual tokens.
     """
 
-    def __init__(self, place: Place, tasks: int, length: int) -> None:
+    def __init__(self, place: PromptSite, tasks: int, length: int) -> None:
         super().__init__(place, tasks)
         several = [tasks] if tasks > 1 else []
         self.prompt = parameter_like(place.weight, *several, length, place.weight.shape[1])

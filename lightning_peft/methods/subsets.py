@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..core.method import Method, require
+from ..core.method import Method, check_setting
 from ..structure.base_model import base_parameters
 from ..structure.roles import blocks, output_layers
 from ..structure.selection import select_parameters
@@ -42,7 +42,7 @@ class OutputLayers(Method):
         if "output" in self.targets:
             own = tuple(f"{name}." for name in output_layers(model))
             tied = [n for n in select_parameters(model, ["output"]) if not n.startswith(own)]
-            require(
+            check_setting(
                 not tied,
                 "output layer",
                 f"tied to {tied[0]}" if tied else "",
@@ -64,11 +64,13 @@ class LastLayers(Method):
     count: int = 1
 
     def __post_init__(self) -> None:
-        require(isinstance(self.count, int) and self.count > 0, "count", self.count, "a positive whole number")
+        check_setting(isinstance(self.count, int) and self.count > 0, "count", self.count, "a positive whole number")
 
     def parameters(self, model: nn.Module) -> Iterable[str]:
         names = list(blocks(model))
-        require(self.count <= len(names), "count", self.count, f"at most {len(names)}, the number of blocks found")
+        check_setting(
+            self.count <= len(names), "count", self.count, f"at most {len(names)}, the number of blocks found"
+        )
         modules = [name for name, _ in model.named_modules()]
         following = modules[modules.index(names[-self.count]) :]
         parameters = base_parameters(model)

@@ -14,7 +14,7 @@ _PART = "_peft_part"
 
 
 @dataclass(frozen=True)
-class Part:
+class FlatShard:
     """Which elements of a whole a process holds.
 
     Args:
@@ -51,7 +51,7 @@ class Part:
         return values.reshape(-1)[self.start : self.start + self.counts[self.group.rank()]]
 
 
-def mark_parts(shapes: Mapping[nn.Parameter, torch.Size], group: dist.ProcessGroup, device: torch.device) -> None:
+def annotate_shards(shapes: Mapping[nn.Parameter, torch.Size], group: dist.ProcessGroup, device: torch.device) -> None:
     """Note on parameters that were just flattened what they are parts of.
 
     Args:
@@ -66,15 +66,15 @@ def mark_parts(shapes: Mapping[nn.Parameter, torch.Size], group: dist.ProcessGro
     for (parameter, shape), found in zip(shapes.items(), counts, strict=True):
         if sum(found) != shape.numel():
             raise RuntimeError(f"FSDP1 holds {sum(found)} of {shape.numel()} elements; use FSDP2Strategy.")
-        setattr(parameter, _PART, Part(shape, tuple(found), group))
+        setattr(parameter, _PART, FlatShard(shape, tuple(found), group))
 
 
-def part_of(tensor: Tensor) -> Part | None:
+def shard_of(tensor: Tensor) -> FlatShard | None:
     """Return which part of a whole this very parameter is, or None where it is no part."""
     return getattr(tensor, _PART, None)
 
 
-def require_known_parts(model: nn.Module) -> None:
+def check_known_shards(model: nn.Module) -> None:
     """Raise where FSDP1 has flattened parameters and nothing is noted on them.
 
     Raises:
@@ -83,7 +83,7 @@ def require_known_parts(model: nn.Module) -> None:
     flattened = [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
     hidden = [name for name, _ in model.named_parameters() if name.endswith("_flat_param")]
     spread = any(module.sharding_strategy != ShardingStrategy.NO_SHARD for module in flattened)
-    if hidden or (spread and all(part_of(parameter) is None for parameter in model.parameters())):
+    if hidden or (spread and all(shard_of(parameter) is None for parameter in model.parameters())):
         raise TypeError(
             f"{type(model).__name__} was wrapped in FSDP1 by other hands, so shapes and values of its parameters are "
             f"not known here. Use FSDP1Strategy, or fully_shard of FSDP2."

@@ -12,45 +12,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .parametrizations import Form
+from .parametrizations import Parametrization
 
 Rows = tuple[int, int]  # the first row of a weight that a form updates, and the one after the last
 
 
 @dataclass(frozen=True)
-class Update:
+class WeightUpdateSpec:
     """A form, the rows of the weight that it updates, and its factors."""
 
-    form: Form
+    form: Parametrization
     rows: Rows
     factors: tuple[Tensor, ...]
 
 
-def saves_work(updates: Sequence[Update], x: Tensor, weight: Tensor) -> bool:
+def rebuilding_is_cheaper(updates: Sequence[WeightUpdateSpec], x: Tensor, weight: Tensor) -> bool:
     """Whether one product with the updated weight beats adding the updates: with many tokens for the weight's size.
 
     Rebuilding a weight moves out x in numbers, adding updates moves tokens x (out + in).
     """
     out, features = weight.shape
     tokens = x.numel() // features
-    return tokens * (out + features) >= out * features or any(update.form.dense for update in updates)
+    return tokens * (out + features) >= out * features or any(update.form.rebuilds_full_weight for update in updates)
 
 
-def updated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]) -> Tensor:
+def updated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[WeightUpdateSpec]) -> Tensor:
     """Return x W'^T + bias, where W' is the (out, in) weight with its rows updated.
 
     The same values and gradients as ``F.linear(x, form.updated(weight, *factors), bias)``, of which only ``x`` and,
     where a form asks for it, the output are saved. Works in autocast's type where autocast is on; the weight is
     updated in its own type and rounded once.
     """
-    forms, factors = _flat(updates)
-    with own_types(x) as dtype:
+    forms, factors = _flatten(updates)
+    with autocast_disabled(x) as dtype:
         return _apply(_UpdatedLinear, x, weight, bias, dtype, forms, *factors)
 
 
-def updated_weight(weight: Tensor, updates: Sequence[Update]) -> Tensor:
+def updated_weight(weight: Tensor, updates: Sequence[WeightUpdateSpec]) -> Tensor:
     """Return the (out, in) weight with its rows updated."""
-    return _updated(weight, *_flat(updates))
+    return _updated(weight, *_flatten(updates))
 
 
 def dropped_low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
@@ -60,7 +60,7 @@ def dropped_low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) ->
     draws = words.random_(torch.iinfo(torch.int64).min, None).view(torch.int16)  # a fourth of the time of floats
     flags = draws >= step - 32768
     kept, bits = flags[: x.numel()].view(x.shape), _pack(flags)
-    with own_types(x) as dtype:
+    with autocast_disabled(x) as dtype:
         return _apply(_DroppedLowRank, x, kept, bits, a, b, scale / (1 - step / 65536), dtype or x.dtype)
 
 
@@ -77,7 +77,7 @@ def _unpack(bits: Tensor, shape: torch.Size) -> Tensor:
 
 
 @contextlib.contextmanager
-def own_types(x: Tensor) -> Any:
+def autocast_disabled(x: Tensor) -> Any:
     """Context without autocast; gives the type that autocast would have worked in."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
@@ -93,22 +93,22 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     return result
 
 
-Forms = tuple[tuple[Form, Rows, int], ...]
+Forms = tuple[tuple[Parametrization, Rows, int], ...]
 
 
-def _flat(updates: Sequence[Update]) -> tuple[Forms, list[Tensor]]:
-    """Return updates as autograd takes them, tensors apart from the rest; ``_by_form`` joins them again."""
+def _flatten(updates: Sequence[WeightUpdateSpec]) -> tuple[Forms, list[Tensor]]:
+    """Return updates as autograd takes them, tensors apart from the rest; ``_unflatten`` joins them again."""
     forms = tuple((update.form, update.rows, len(update.factors)) for update in updates)
     return forms, [factor for update in updates for factor in update.factors]
 
 
-def _by_form(forms: Forms, factors: Sequence[Tensor]) -> list[tuple[Form, slice, Sequence[Tensor]]]:
+def _unflatten(forms: Forms, factors: Sequence[Tensor]) -> list[tuple[Parametrization, slice, Sequence[Tensor]]]:
     rest = iter(factors)
     return [(form, slice(*rows), list(itertools.islice(rest, count))) for form, rows, count in forms]
 
 
 def _updated(weight: Tensor, forms: Forms, factors: Sequence[Tensor]) -> Tensor:
-    parts = _by_form(forms, factors)
+    parts = _unflatten(forms, factors)
     if len(parts) == 1 and parts[0][1] == slice(0, len(weight)):
         return parts[0][0].updated(weight, *factors)
     new = weight.clone()
@@ -131,23 +131,23 @@ class _UpdatedLinear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, bias, _, forms, *factors = inputs
         ctx.forms = forms
-        keeps = any(form.keeps_output for form, *_ in forms)
+        keeps = any(form.saves_output for form, *_ in forms)
         ctx.save_for_backward(x, weight, *((bias, output) if keeps else (None, None)), *factors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (g,) = grads
         x, weight, bias, y, *factors = ctx.saved_tensors
-        with own_types(g):
+        with autocast_disabled(g):
             by_x = None
             if ctx.needs_input_grad[0]:
                 by_x = (g @ _updated(weight, ctx.forms, factors).to(g.dtype)).to(x.dtype)
             g, x = g.flatten(0, -2), x.flatten(0, -2).to(g.dtype)
             by_bias = g.sum(0) if ctx.needs_input_grad[2] else None
             found: list[Tensor] = []
-            for form, rows, own in _by_form(ctx.forms, factors):
+            for form, rows, own in _unflatten(ctx.forms, factors):
                 more: tuple[Any, ...] = ()
-                if form.keeps_output:
+                if form.saves_output:
                     more = (weight[rows], y.flatten(0, -2)[:, rows], None if bias is None else bias[rows])
                 found += form.gradients(g[:, rows], x, *own, *more)
             found = [gradient.to(factor.dtype) for gradient, factor in zip(found, factors, strict=True)]
@@ -171,7 +171,7 @@ class _DroppedLowRank(torch.autograd.Function):
         (g,) = grads
         x, bits, a, b = ctx.saved_tensors
         kept = _unpack(bits, x.shape)
-        with own_types(g):
+        with autocast_disabled(g):
             narrow_a, by_inner = a.to(g.dtype), (g @ b.to(g.dtype)) * ctx.scale
             by_x = ((by_inner @ narrow_a) * kept).to(x.dtype) if ctx.needs_input_grad[0] else None
             dropped = (x * kept).to(g.dtype).flatten(0, -2)

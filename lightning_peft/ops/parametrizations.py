@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 
-class Form(ABC):
+class Parametrization(ABC):
     """How factors update a weight."""
 
-    keeps_output = False  # whether gradients are computed from the output as well
-    dense = False  # whether the update by itself costs as much as the layer, so that one product is always cheaper
+    saves_output = False  # whether gradients are computed from the output as well
+    rebuilds_full_weight = (
+        False  # whether the update by itself costs as much as the layer, so that one product is always cheaper
+    )
 
     @abstractmethod
     def updated(self, w: Tensor, *factors: Tensor) -> Tensor:
@@ -30,7 +32,7 @@ class Form(ABC):
 
 
 @dataclass(frozen=True)
-class LowRank(Form):
+class LowRankParametrization(Parametrization):
     """W + scale B A, with A (rank, in) and B (out, rank)."""
 
     scale: float
@@ -45,28 +47,28 @@ class LowRank(Form):
 
 
 @dataclass(frozen=True)
-class Decomposed(LowRank):
+class DoRAParametrization(LowRankParametrization):
     """m (W + scale B A) / ||W + scale B A||, row by row; the norm takes part in no gradient, as in the paper."""
 
-    keeps_output = True
-    dense = True
+    saves_output = True
+    rebuilds_full_weight = True
 
     def updated(self, w: Tensor, *factors: Tensor) -> Tensor:
         a, b, magnitude = factors
         v = super().updated(w, a, b)
-        return v.mul_(row_factor(v, magnitude)[:, None])
+        return v.mul_(magnitude_over_norm(v, magnitude)[:, None])
 
     def gradients(self, g: Tensor, x: Tensor, *factors: Any) -> tuple[Tensor, ...]:
         """Return the gradients; here the weight, the output and its bias follow the factors."""
         a, b, magnitude, w, y, bias = factors
-        c = row_factor(super().updated(w, a, b), magnitude)[:, None]
+        c = magnitude_over_norm(super().updated(w, a, b), magnitude)[:, None]
         by_a, by_b = super().gradients(g, x, a, c * b)
-        by_rows = column_sums(g, y, bias).to(a.dtype)
+        by_rows = sum_over_tokens(g, y, bias).to(a.dtype)
         by_magnitude = (by_rows / magnitude).masked_fill(magnitude == 0, 0)  # rows of zeros start there, and stay
         return by_a, by_b * c, by_magnitude
 
 
-def column_sums(g: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+def sum_over_tokens(g: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
     """Return the sums over tokens of g (y - bias)."""
     # On the CPU in pieces that stay in its cache: a product of full size is written to fresh memory and read again.
     whole = g.device.type != "cpu" or torch.compiler.is_compiling()
@@ -81,7 +83,7 @@ def column_sums(g: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
     return total
 
 
-def row_factor(v: Tensor, magnitude: Tensor) -> Tensor:
+def magnitude_over_norm(v: Tensor, magnitude: Tensor) -> Tensor:
     """Return m / ||v|| of each row of ``v``, through whose norm no gradient flows."""
     norm = torch.linalg.vector_norm(v.detach().flatten(1), dim=1)
     factor: Tensor = magnitude / norm.clamp_min(torch.finfo(norm.dtype).tiny)
@@ -89,10 +91,10 @@ def row_factor(v: Tensor, magnitude: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Hadamard(Form):
+class HadamardParametrization(Parametrization):
     """W + f(X1 Y1^T) o (f(X2 Y2^T) + shift), with Xi (out, rank), Yi (in, rank), f the identity or tanh."""
 
-    dense = True
+    rebuilds_full_weight = True
     tanh: bool
     shift: float
 
@@ -101,9 +103,9 @@ class Hadamard(Form):
 
     def pair(self, x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
         """Return both matrices of the elementwise product."""
-        return self.bend(x1 @ y1.T, x2 @ y2.T)
+        return self.apply_nonlinearity(x1 @ y1.T, x2 @ y2.T)
 
-    def bend(self, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
+    def apply_nonlinearity(self, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
         """Return f of both matrices, the second shifted."""
         if self.tanh:
             one, two = one.tanh(), two.tanh()
@@ -120,7 +122,7 @@ class Hadamard(Form):
 
 
 @dataclass(frozen=True)
-class Kronecker(Form):
+class KroneckerParametrization(Parametrization):
     """W + scale (A kron B)^T, with A (a1, a2) and B (b1, b2), a1 b1 = in and a2 b2 = out."""
 
     scale: float

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from .fsdp1_parameters import part_of
+from .fsdp1_parameters import shard_of
 
 
 def writes_files() -> bool:
@@ -16,22 +16,22 @@ def writes_files() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return a tensor with all of its values; of a sharded one, all processes have to ask for it."""
-    if (part := part_of(tensor)) is not None:
+    if (part := shard_of(tensor)) is not None:
         return part.gather(tensor)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def shape_of(tensor: Tensor) -> torch.Size:
+def global_shape(tensor: Tensor) -> torch.Size:
     """Return the shape of the whole."""
-    part = part_of(tensor)
+    part = shard_of(tensor)
     return tensor.shape if part is None else part.shape
 
 
-def part_for(target: Tensor, values: Tensor) -> Tensor:
+def local_shard(target: Tensor, values: Tensor) -> Tensor:
     """Return values of the whole as a tensor is sharded; each process takes its own part, and none sends anything."""
-    if (part := part_of(target)) is not None:
+    if (part := shard_of(target)) is not None:
         return part.cut(values)
     if not isinstance(target, DTensor):
         return values
@@ -42,14 +42,14 @@ def part_for(target: Tensor, values: Tensor) -> Tensor:
 @torch.no_grad()
 def assign(target: Tensor, values: Tensor) -> None:
     """Copy values of the whole into a tensor, sharded or not."""
-    target.copy_(part_for(target, values))
+    target.copy_(local_shard(target, values))
 
 
-def spread(tensor: Tensor, count: int) -> Tensor:
+def sample_values(tensor: Tensor, count: int) -> Tensor:
     """Return up to ``count`` values of the whole, evenly spread, in the order of its elements."""
-    size = shape_of(tensor).numel()
+    size = global_shape(tensor).numel()
     positions = torch.arange(0, size, max(1, size // count))[:count]
-    if (part := part_of(tensor)) is not None:
+    if (part := shard_of(tensor)) is not None:
         inside = (positions >= part.start) & (positions < part.start + tensor.numel())
         found = torch.zeros(len(positions), dtype=tensor.dtype, device=tensor.device)
         found[inside.to(tensor.device)] = tensor.detach()[(positions[inside] - part.start).to(tensor.device)]

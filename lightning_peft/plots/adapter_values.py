@@ -37,11 +37,11 @@ class Contents:
         """Return what the adapters of a model hold now."""
         found = cls()
         for name, host, key, adapter in adapters(model):
-            if not adapter.shows:
+            if not adapter.plot_tensors:
                 continue
             with torch.no_grad():
-                own = {**adapter.state_dict(), **adapter.pack()}
-            shown = {kind: own[entry] for kind, entry in adapter.shows.items()}
+                own = {**adapter.state_dict(), **adapter.export_state()}
+            shown = {kind: own[entry] for kind, entry in adapter.plot_tensors.items()}
             found.add(_named(name, adapter.part), key, shown, table=_embeddings(host))
         return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ..core.optional_imports import require_extra
+from ..core.optional_imports import check_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ def matplotlib(part: str) -> Any:
     Raises:
         ImportError: It is not installed.
     """
-    require_extra("matplotlib", "Pictures need matplotlib", "plots")
+    check_extra("matplotlib", "Pictures need matplotlib", "plots")
     return importlib.import_module(f"matplotlib.{part}")
 
 

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..core.adapted_module import Adapted, adapted, adapters
+from ..core.adapted_module import AdaptedModule, adapted_class, adapters
 from ..core.adapter import WeightUpdate
-from ..core.injection_record import injection
-from ..structure.base_model import owners
-from ..structure.layer_types import TransposedKind, is_called_linear, layer_of
+from ..core.injection_record import get_record
+from ..structure.base_model import count_owners
+from ..structure.layer_types import TransposedLinearType, is_called_linear, layer_of
 from ..structure.quantized import (
     Int8Linear,
     NF4Linear,
     Original,
-    QuantizedKind,
     QuantizedLinear,
+    QuantizedType,
     is_quantized,
     original_of,
     remember,
@@ -64,14 +64,14 @@ def quantize(
         raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}.")
     if backend is not None and (kind == "int8" or backend not in nf4.LIBRARIES):
         raise ValueError(f"backend={backend!r} does not fit: nf4 has {', '.join(nf4.LIBRARIES)}; int8 needs none.")
-    if injection(model) is not None or any(adapters(model)):
+    if get_record(model) is not None or any(adapters(model)):
         raise RuntimeError("This model is adapted already; quantize before inject.")
     hosts = select(model, list(targets))
-    held = owners(model)
+    held = count_owners(model)
     readers = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
     read = {id(module) for reader in readers for module in reader.modules()}
     for name, host in hosts.items():
-        _refuse(name, host, read=id(host) in read, shared=held[id(getattr(host, "weight", None))] > 1)
+        _check_quantizable(name, host, read=id(host) in read, shared=held[id(getattr(host, "weight", None))] > 1)
     if any(host.get_parameter("weight").is_meta for host in hosts.values()):
         backend = "torchao" if kind == "nf4" else None
     library = nf4.library_for(hosts, backend) if kind == "nf4" else None
@@ -121,15 +121,15 @@ def dequantize(model: nn.Module) -> float:
     return math.sqrt(sum(o.squared_error for o in known) / max(sum(o.squared_norm for o in known), 1e-300))
 
 
-def _refuse(name: str, host: Any, read: bool, shared: bool) -> None:
+def _check_quantizable(name: str, host: Any, read: bool, shared: bool) -> None:
     """Raise if a layer cannot be quantized."""
     kind = type(host).__name__
     if not is_called_linear(host):
         raise TypeError(f"{name} is a {kind}, no linear layer that is called; quantize all-linear or other targets.")
     layer = layer_of(host)
-    if isinstance(layer, QuantizedKind):
+    if isinstance(layer, QuantizedType):
         raise ValueError(f"{name} is quantized already; dequantize it first, or choose other targets.")
-    plain = isinstance(layer, TransposedKind) or type(host).forward is nn.Linear.forward
+    plain = isinstance(layer, TransposedLinearType) or type(host).forward is nn.Linear.forward
     if not plain or "forward" in vars(host) or "weight" not in host._parameters or isinstance(host.weight, DTensor):
         raise TypeError(f"{name} ({kind}) is no plain linear layer: it computes, or its weight is stored, in another "
                         f"way. Quantize before it is changed or sharded, or choose other targets.")  # fmt: skip
@@ -144,7 +144,7 @@ def _refuse(name: str, host: Any, read: bool, shared: bool) -> None:
 def _quantize(host: Any, library: str | None) -> None:
     stored = host.weight.detach()
     kind = layer_of(host)
-    original = Original(type(host), stored.dtype, tuple(stored.shape), None, isinstance(kind, TransposedKind))
+    original = Original(type(host), stored.dtype, tuple(stored.shape), None, isinstance(kind, TransposedLinearType))
     weight = kind.read(host).detach().contiguous()
     host.out_features, host.in_features = weight.shape  # Conv1D calls them otherwise
     if weight.is_meta:
@@ -186,14 +186,14 @@ def _dequantize(host: Any) -> None:
     if isinstance(host, QuantizedLinear):
         host._buffers.clear()
     remember(host, None)
-    host.__class__ = adapted(cls) if isinstance(host, Adapted) else cls  # type: ignore[arg-type]
+    host.__class__ = adapted_class(cls) if isinstance(host, AdaptedModule) else cls  # type: ignore[arg-type]
     host.weight = nn.Parameter(weight if original is None else weight.to(original.dtype), requires_grad=False)
     if host.bias is not None:
         host.bias.data = host.bias.data.to(host.weight.dtype)  # bitsandbytes casts it when it is called
     layer = layer_of(host)
-    if isinstance(layer, TransposedKind):
+    if isinstance(layer, TransposedLinearType):
         host.weight = nn.Parameter(host.weight.T.contiguous(), requires_grad=False)
-    if isinstance(host, Adapted):
+    if isinstance(host, AdaptedModule):
         for adapter in host.peft.values():
             if isinstance(adapter, WeightUpdate):
                 adapter.layer = layer

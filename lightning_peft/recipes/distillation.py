@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from ..core.method import require
+from ..core.method import check_setting
 from ..methods.prompting.virtual_tokens import Insertion, backbones, names_of
 from ..tasks.module import TaskModule, mean_loss
 
@@ -46,9 +46,9 @@ class Distillation(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(dict(student.hparams), logger=False)  # data look up the model that is trained there
-        require(weight >= 0, "weight", weight, "0 or above")
-        require(temperature > 0, "temperature", temperature, "above 0")
-        require(hidden in ("mean", "sum"), "hidden", hidden, "'mean' or 'sum'")
+        check_setting(weight >= 0, "weight", weight, "0 or above")
+        check_setting(temperature > 0, "temperature", temperature, "above 0")
+        check_setting(hidden in ("mean", "sum"), "hidden", hidden, "'mean' or 'sum'")
         self.student, self._teacher = student, (teacher.requires_grad_(False).eval(),)
         self.weight, self.temperature, self.hidden = weight, temperature, hidden
 

@@ -15,7 +15,7 @@ from ..tasks.pretrained import build_tokenizer
 from ..training.frozen_cache_hooks import SHARDING
 
 
-class Pictures(pl.Callback):
+class PlotCallback(pl.Callback):
     """Writes what the adapters hold as PNG into the folder of the logs, and learning curves once training has ended.
 
     Adapters say themselves what there is to see: ``rank_map.png`` (AdaLoRA), ``gate_map.png`` (LLaMA-Adapter),

@@ -156,7 +156,7 @@ def head_count(host: nn.Module, name: str) -> int:
     raise TypeError(f"{name} ({type(host).__name__}) does not say how many heads it has; give the method heads=....")
 
 
-def require_interceptable(model: nn.Module, name: str) -> None:
+def check_interceptable(model: nn.Module, name: str) -> None:
     """Refuse attention that is known not to call ``scaled_dot_product_attention``.
 
     Args:

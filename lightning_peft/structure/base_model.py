@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-SLOT = "peft"  # the child of an adapted module below which its adapters live; never part of the base
+ADAPTERS_ATTRIBUTE = "peft"  # the child of an adapted module below which its adapters live; never part of the base
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -17,26 +17,30 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase("." + name, "*." + pattern)
 
 
-def kind_of(name: str) -> str:
+def name_pattern(name: str) -> str:
     """Return a name with ``*`` in place of numbers: the same for the same layer of all blocks."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of the base model by name, adapters and the root left out."""
-    return {name: module for name, module in model.named_modules() if name and f".{SLOT}." not in f".{name}."}
+    return {
+        name: module for name, module in model.named_modules() if name and f".{ADAPTERS_ATTRIBUTE}." not in f".{name}."
+    }
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of the base model by name, adapters left out; a shared one appears once."""
-    return {name: parameter for name, parameter in model.named_parameters() if f".{SLOT}." not in f".{name}"}
+    return {
+        name: parameter for name, parameter in model.named_parameters() if f".{ADAPTERS_ATTRIBUTE}." not in f".{name}"
+    }
 
 
-def held(module: nn.Module) -> dict[str, Any]:
+def own_tensors(module: nn.Module) -> dict[str, Any]:
     """Return the parameters and buffers that a module has itself, as it has them; None where there is none."""
     return {**module._parameters, **module._buffers}
 
 
-def owners(model: nn.Module) -> Counter[int]:
+def count_owners(model: nn.Module) -> Counter[int]:
     """Return by how many modules each parameter is held, by its id."""
     return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)

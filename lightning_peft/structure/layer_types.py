@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..ops.sharded_tensors import shape_of
+from ..ops.sharded_tensors import global_shape
 
 
-class Layer(ABC):
+class LayerType(ABC):
     """What is known about one type of linear layer; holds no state, the host is passed in."""
 
-    looks_up = False  # inputs are indices, not features
-    is_read = False  # a module further out reads the weight and never calls the layer
+    is_embedding = False  # inputs are indices, not features
+    weight_read_by_parent = False  # a module further out reads the weight and never calls the layer
     maps_features = False  # a call maps the last dimension of its input linearly
 
     @abstractmethod
@@ -30,7 +30,7 @@ class Layer(ABC):
         """Apply the host's linear map with another ``weight`` of shape (any, in, *kernel) and no bias."""
 
     @abstractmethod
-    def mix(self, host: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+    def apply_pointwise(self, host: Any, hidden: Tensor, weight: Tensor) -> Tensor:
         """Map the features of an output of ``apply`` with ``weight`` of shape (any, features)."""
 
     def parameter(self, host: Any) -> Tensor:
@@ -49,94 +49,94 @@ class Layer(ABC):
 
     def shape(self, host: Any) -> torch.Size:
         """Return (out, in, *kernel) of the whole, sharded or not."""
-        return shape_of(self.read(host))
+        return global_shape(self.read(host))
 
     @torch.no_grad()
     def write(self, host: Any, rows: Tensor, first: int = 0) -> None:
         """Replace rows of the host's weight by ``rows`` of shape (any, in, *kernel), rounding once."""
         self.read(host)[first : first + len(rows)].copy_(rows)
 
-    def multiplies(self, host: Any, call: object) -> bool:
+    def is_plain_matmul(self, host: Any, call: object) -> bool:
         """Whether ``call``, what the host would run, is exactly the product with its weight and its bias."""
         return False
 
     def factorizes(self, host: Any) -> bool:
-        """Whether ``apply`` with B A equals ``mix`` with B after ``apply`` with A."""
+        """Whether ``apply`` with B A equals ``apply_pointwise`` with B after ``apply`` with A."""
         return True
 
 
-class LinearKind(Layer):
+class LinearType(LayerType):
     """``nn.Linear``: y = x W^T."""
 
     maps_features = True
 
-    def multiplies(self, host: Any, call: object) -> bool:
+    def is_plain_matmul(self, host: Any, call: object) -> bool:
         return call is nn.Linear.forward and type(host.weight) in _PLAIN
 
     def apply(self, host: Any, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
 
-    def mix(self, host: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+    def apply_pointwise(self, host: Any, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.linear(hidden, weight)
 
 
-class _StoredTransposed(LinearKind):
+class _StoredTransposedType(LinearType):
     """A linear layer that stores W^T."""
 
     def read(self, host: Any) -> Tensor:
         return self.parameter(host).T
 
     def shape(self, host: Any) -> torch.Size:
-        return shape_of(self.parameter(host))[::-1]
+        return global_shape(self.parameter(host))[::-1]
 
 
-class TransposedKind(_StoredTransposed):
+class TransposedLinearType(_StoredTransposedType):
     """``Conv1D`` of GPT-2."""
 
-    def multiplies(self, host: Any, call: object) -> bool:
+    def is_plain_matmul(self, host: Any, call: object) -> bool:
         return getattr(call, "__qualname__", "") == "Conv1D.forward" and type(host.weight) in _PLAIN
 
 
-class ReadKind(LinearKind):
+class ReadLinearType(LinearType):
     """A weight that torch's attention reads from a module without calling it."""
 
-    is_read, maps_features = True, False
+    weight_read_by_parent, maps_features = True, False
 
-    def multiplies(self, host: Any, call: object) -> bool:
+    def is_plain_matmul(self, host: Any, call: object) -> bool:
         return False
 
     def bias(self, host: Any) -> nn.Parameter | None:
-        bias: nn.Parameter | None = host._parameters[bias_attribute(type(host))]
+        bias: nn.Parameter | None = host._parameters[read_bias_attribute(type(host))]
         return bias
 
     def parameter(self, host: Any) -> Tensor:
-        name = read_attribute(type(host)) or "weight"
+        name = read_weight_attribute(type(host)) or "weight"
         weight: Tensor | None = host._parameters[name]  # the attribute itself gives the updated one
         if weight is None:
             raise TypeError("This nn.MultiheadAttention has separate projections (kdim, vdim); they cannot be adapted.")
         return weight
 
 
-class EmbeddingKind(_StoredTransposed):
+class EmbeddingType(_StoredTransposedType):
     """``nn.Embedding``: the linear map of one-hot vectors, stored as W^T."""
 
-    looks_up, maps_features = True, False
+    is_embedding, maps_features = True, False
 
-    def multiplies(self, host: Any, call: object) -> bool:
+    def is_plain_matmul(self, host: Any, call: object) -> bool:
         return False
 
     def apply(self, host: Any, x: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(x, weight.T, host.padding_idx)
 
 
-class ConvKind(Layer):
+class ConvType(LayerType):
     """``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``."""
 
     def apply(self, host: Any, x: Tensor, weight: Tensor) -> Tensor:
         result: Tensor = host._conv_forward(x, weight, None)  # knows the padding modes
         return result
 
-    def mix(self, host: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+    def apply_pointwise(self, host: Any, hidden: Tensor, weight: Tensor) -> Tensor:
         pointwise = (F.conv1d, F.conv2d, F.conv3d)[host.weight.dim() - 3]
         return pointwise(hidden, weight.reshape(*weight.shape, *[1] * (host.weight.dim() - 2)))
 
@@ -145,7 +145,7 @@ class ConvKind(Layer):
 
 
 @functools.singledispatch
-def layer_of(host: nn.Module) -> Layer:
+def layer_of(host: nn.Module) -> LayerType:
     """Return what is known about a layer's type; a ``TypeError`` where nothing is."""
     if (layer := _foreign(host)) is not None:
         return layer
@@ -156,42 +156,42 @@ def layer_of(host: nn.Module) -> Layer:
 
 
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)  # not sharded, not quantized; the last is a plain one's shape
-_LINEAR, _READ, _EMBEDDING, _CONV = LinearKind(), ReadKind(), EmbeddingKind(), ConvKind()
+_LINEAR, _READ, _EMBEDDING, _CONV = LinearType(), ReadLinearType(), EmbeddingType(), ConvType()
 # Classes of layers, or of their weights, by name, so that nothing is imported.
-FOREIGN: dict[str, Layer] = {"transformers.pytorch_utils.Conv1D": TransposedKind()}
+FOREIGN: dict[str, LayerType] = {"transformers.pytorch_utils.Conv1D": TransposedLinearType()}
 
 
-def _foreign(host: nn.Module) -> Layer | None:
+def _foreign(host: nn.Module) -> LayerType | None:
     kinds: Any = type(host), type(host._parameters.get("weight"))
     return _foreign_by_type(*kinds)
 
 
 @functools.cache
-def _foreign_by_type(*kinds: Any) -> Layer | None:
+def _foreign_by_type(*kinds: Any) -> LayerType | None:
     names = (f"{cls.__module__}.{cls.__qualname__}" for kind in kinds for cls in kind.__mro__)
     return next((FOREIGN[name] for name in names if name in FOREIGN), None)
 
 
 @layer_of.register
-def _(host: nn.Linear) -> Layer:
+def _(host: nn.Linear) -> LayerType:
     return _foreign(host) or _LINEAR
 
 
 @layer_of.register(nn.MultiheadAttention)
 @layer_of.register(nn.modules.linear.NonDynamicallyQuantizableLinear)
-def _(host: nn.Module) -> Layer:
+def _(host: nn.Module) -> LayerType:
     return _READ
 
 
 @layer_of.register
-def _(host: nn.Embedding) -> Layer:
+def _(host: nn.Embedding) -> LayerType:
     return _EMBEDDING
 
 
 @layer_of.register(nn.Conv1d)
 @layer_of.register(nn.Conv2d)
 @layer_of.register(nn.Conv3d)
-def _(host: nn.Module) -> Layer:
+def _(host: nn.Module) -> LayerType:
     return _CONV
 
 
@@ -208,13 +208,13 @@ def is_called_linear(module: nn.Module) -> bool:
         return False
 
 
-def read_attribute(kind: type[nn.Module]) -> str | None:
+def read_weight_attribute(kind: type[nn.Module]) -> str | None:
     """Return the name of the weight that torch's attention reads from modules of this type without calling them."""
     if issubclass(kind, nn.MultiheadAttention):
         return "in_proj_weight"
     return "weight" if issubclass(kind, nn.modules.linear.NonDynamicallyQuantizableLinear) else None
 
 
-def bias_attribute(kind: type[nn.Module]) -> str:
+def read_bias_attribute(kind: type[nn.Module]) -> str:
     """Return the name of the bias that belongs to that weight."""
-    return (read_attribute(kind) or "weight").replace("weight", "bias")
+    return (read_weight_attribute(kind) or "weight").replace("weight", "bias")

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.sharded_tensors import spread
-from .layer_types import FOREIGN, LinearKind, is_called_linear, layer_of
+from ..ops.sharded_tensors import sample_values
+from .layer_types import FOREIGN, LinearType, is_called_linear, layer_of
 
 _ORIGINAL = "_peft_original"
 
@@ -42,7 +42,7 @@ class Original:
 
 def sample(weight: Tensor) -> Tensor:
     """Return up to 64 values of a weight, evenly spread, rounded to bfloat16."""
-    return spread(weight, 64).bfloat16().cpu()
+    return sample_values(weight, 64).bfloat16().cpu()
 
 
 def original_of(host: nn.Module) -> Original | None:
@@ -55,7 +55,7 @@ def remember(host: nn.Module, original: Original | None) -> None:
     vars(host)[_ORIGINAL] = original
 
 
-class QuantizedKind(LinearKind):
+class QuantizedType(LinearType):
     """A linear layer whose weight has to be computed from what it stores.
 
     Args:
@@ -79,7 +79,7 @@ class QuantizedKind(LinearKind):
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether a module is a linear layer whose weight is stored in few bits."""
-    return is_called_linear(module) and isinstance(layer_of(module), QuantizedKind)
+    return is_called_linear(module) and isinstance(layer_of(module), QuantizedType)
 
 
 class QuantizedLinear(nn.Linear):
@@ -162,7 +162,7 @@ class _Product(torch.autograd.Function):
         return grad @ weight.to(grad.dtype), None, None
 
 
-def refuse_repacked(modules: Mapping[str, nn.Module]) -> None:
+def check_not_repacked(modules: Mapping[str, nn.Module]) -> None:
     """Raise where bitsandbytes has stored weights anew for inference on the CPU, which no gradient passes."""
     for name, module in modules.items():
         if getattr(vars(module).get("quant_state"), "packing_format_for_cpu", False):
@@ -203,13 +203,13 @@ def _own(host: Any) -> Tensor:
     return cast(Tensor, host.decode(*host.stored()))
 
 
-_OWN = QuantizedKind(_own)
+_OWN = QuantizedType(_own)
 layer_of.register(QuantizedLinear)(lambda host: _OWN)
-FOREIGN["bitsandbytes.nn.modules.Linear4bit"] = QuantizedKind(_linear_4bit)
-FOREIGN["bitsandbytes.nn.modules.Linear8bitLt"] = QuantizedKind(_linear_8bit)
+FOREIGN["bitsandbytes.nn.modules.Linear4bit"] = QuantizedType(_linear_4bit)
+FOREIGN["bitsandbytes.nn.modules.Linear8bitLt"] = QuantizedType(_linear_8bit)
 for _name in (
     "torchao.utils.TorchAOBaseTensor",
     "torchao.quantization.quantize_.workflows.nf4.nf4_tensor.NF4Tensor",
     "torchao.dtypes.nf4tensor.NF4Tensor",  # until torchao 0.17
 ):
-    FOREIGN[_name] = QuantizedKind(_torchao)  # the type of the weight, in a layer of torch
+    FOREIGN[_name] = QuantizedType(_torchao)  # the type of the weight, in a layer of torch

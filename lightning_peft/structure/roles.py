@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .base_model import base_modules, matches
-from .layer_types import is_called_linear, layer_of, read_attribute
+from .layer_types import is_called_linear, layer_of, read_weight_attribute
 
 _NAMES = {
     "attention.query": (
@@ -157,7 +157,7 @@ def _named(role: str) -> Callable[[nn.Module], Iterable[str]]:
             named = is_called_linear(module) and any(matches(name, pattern) for pattern in patterns)
             named = named and not (role == "attention.query" and matches(name, _KEYS_AND_VALUES))
             reads = (isinstance(module, nn.MultiheadAttention) and role in _PARTS) or (
-                role == "attention.output" and read_attribute(type(module)) == "weight"
+                role == "attention.output" and read_weight_attribute(type(module)) == "weight"
             )
             if named or reads:
                 yield name
@@ -167,7 +167,7 @@ def _named(role: str) -> Callable[[nn.Module], Iterable[str]]:
 
 def _all_linear(model: nn.Module) -> list[str]:
     """Linear layers of the blocks; of a model without blocks, all but the output layer."""
-    linear = [n for n, m in base_modules(model).items() if is_called_linear(m) or read_attribute(type(m))]
+    linear = [n for n, m in base_modules(model).items() if is_called_linear(m) or read_weight_attribute(type(m))]
     inside = tuple(f"{name}." for name in blocks(model))
     return [n for n in linear if f"{n}.".startswith(inside)] if inside else linear[:-1]
 

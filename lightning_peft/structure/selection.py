@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
-from .base_model import SLOT, base_modules, base_parameters, kind_of, matches
+from ..structure.base_model import ADAPTERS_ATTRIBUTE
+from .base_model import base_modules, base_parameters, matches, name_pattern
 from .roles import ROLES
 
 
@@ -60,7 +61,7 @@ def literal(name: str) -> str:
 
 def _all(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if f".{SLOT}." not in f".{name}":
+        if f".{ADAPTERS_ATTRIBUTE}." not in f".{name}":
             yield name, parameter
 
 
@@ -74,7 +75,7 @@ def _listed(patterns: Sequence[str], what: str, empty: bool = False) -> Sequence
 
 def _nothing(pattern: str, named: Iterable[str]) -> set[str]:
     """Raise: a pattern without a match is a typo more often than a wish."""
-    kinds = list(dict.fromkeys(map(kind_of, named)))
+    kinds = list(dict.fromkeys(map(name_pattern, named)))
     ends = {kind.rpartition(".")[2] for kind in kinds} - {"*"}
     close = [] if pattern in ROLES else difflib.get_close_matches(pattern, [*ends, *kinds, *ROLES], n=5)
     known = f"Close names: {', '.join(close)}." if close else f"The model has: {', '.join(kinds[:40])}."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lightning_peft.core.optional_imports import require_extra
+from lightning_peft.core.optional_imports import check_extra
 from lightning_peft.tasks.messages import close_names, close_paths
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def transformers() -> ModuleType:
     Raises:
         ImportError: If it is not installed.
     """
-    require_extra("transformers", "lightning_peft.tasks needs transformers", "text")
+    check_extra("transformers", "lightning_peft.tasks needs transformers", "text")
     return importlib.import_module("transformers")
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from lightning_peft.core.method import require
+from lightning_peft.core.method import check_setting
 
 Sampling = Literal["proportional", "stochastic"]
 
@@ -60,10 +60,10 @@ class Mixture:
     def __init__(self, sizes: Sequence[int], batch_size: int, sampling: Sampling, seed: int) -> None:
         kinds: dict[Sampling, Callable[[], Iterator[list[int]]]]
         kinds = {"proportional": self._proportional, "stochastic": self._stochastic}
-        require(sampling in kinds, "sampling", sampling, "'proportional' or 'stochastic'")
-        require(len(sizes) > 1, "tasks", len(sizes), "two tasks or more to mix")
+        check_setting(sampling in kinds, "sampling", sampling, "'proportional' or 'stochastic'")
+        check_setting(len(sizes) > 1, "tasks", len(sizes), "two tasks or more to mix")
         least = len(sizes) if sampling == "stochastic" else 1
-        require(batch_size >= least, "batch_size", batch_size, f"{least} or more for {len(sizes)} tasks")
+        check_setting(batch_size >= least, "batch_size", batch_size, f"{least} or more for {len(sizes)} tasks")
         self.batch_size, self.counts = batch_size, [min(size, LIMIT) for size in sizes]
         self.generator = torch.Generator().manual_seed(seed)
         seeds = torch.randint(2**62, (len(sizes),), generator=self.generator).tolist()

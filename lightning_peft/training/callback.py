@@ -14,20 +14,20 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from ..core.adapted_module import adapters
 from ..core.fingerprint import fingerprint
-from ..core.injection_record import injected, injection, taking_part
+from ..core.injection_record import active_methods, get_record, require_record
 from ..core.method import Method
-from ..core.weight_backup import refuse_merged
+from ..core.weight_backup import check_not_merged
 from ..quantization.quantize import KINDS, quantize_once
 from ..summary import summary
 from .distributed import prepare_strategy, start_evaluation, start_strategy
-from .distributed.base_consistency import require_one_base
-from .distributed.ddp import keep_base_at_home
+from .distributed.base_consistency import check_one_base
+from .distributed.ddp import ignore_base_in_ddp
 from .frozen_cache_hooks import SHARDING, CachingCallback
-from .lightning_checkpoint import wire_checkpoints
-from .module_hooks import adopt, after_build, wire_optimizers
+from .lightning_checkpoint import install_checkpoint_hooks
+from .module_hooks import after_build, ensure_injected, install_optimizer_hook
 from .optimizer_steps import SteppingCallback
-from .precision import refuse_replacing, warn_of_narrow, widen_trained
-from .print_summary import show
+from .precision import check_precision_plugin, warn_of_narrow, widen_trained
+from .print_summary import print_summary
 from .rng_resume import ResumingCallback
 from .train_mode import checkpoint_without_reentry, set_mode
 
@@ -95,11 +95,11 @@ class PEFTStrategy(SteppingCallback, ResumingCallback, CachingCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Arrange for injection at the earliest moment the network exists."""
-        refuse_replacing(trainer.precision_plugin)
+        check_precision_plugin(trainer.precision_plugin)
         shards = isinstance(trainer.strategy, SHARDING)
         self._backend = "torchao" if shards and self.quantize == "nf4" else None  # whose codes can be split
         prepare_strategy(trainer.strategy, self.full_checkpoint, self.lr_factors)
-        fresh = not any(True for _ in adapters(pl_module)) and injection(pl_module) is None
+        fresh = not any(True for _ in adapters(pl_module)) and get_record(pl_module) is None
         if fresh and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and stage == "fit":
             raise RuntimeError(
                 "A spawned process cannot hand adapters back to this one. Use strategy='ddp', or call this callback's "
@@ -122,34 +122,34 @@ class PEFTStrategy(SteppingCallback, ResumingCallback, CachingCallback):
         """Adapt a module now; what ``setup`` does as soon as the network exists. Calling it again changes nothing."""
         if self.quantize is not None:
             quantize_once(pl_module, self.quantize, self._backend)
-        adopt(pl_module, self.methods, self.also_train)
+        ensure_injected(pl_module, self.methods, self.also_train)
         widen_trained(pl_module)
         if not self.full_checkpoint:
-            wire_checkpoints(pl_module, self.check_base)
-        wire_optimizers(pl_module, self.lr_factors, self.no_decay)
-        keep_base_at_home(pl_module)
+            install_checkpoint_hooks(pl_module, self.check_base)
+        install_optimizer_hook(pl_module, self.lr_factors, self.no_decay)
+        ignore_base_in_ddp(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show what trains."""
-        refuse_merged(pl_module)
+        check_not_merged(pl_module)
         if isinstance(trainer.strategy, DDPStrategy):
-            require_one_base(pl_module)
+            check_one_base(pl_module)
         if not any(p.requires_grad for p in pl_module.parameters()):
             raise ValueError(
                 "Nothing trains: no adapter takes part. Call lightning_peft.activate(model, name) for those that shall."
             )
         warn_of_narrow(pl_module)
         if self.show_summary:
-            show(summary(pl_module))
+            print_summary(summary(pl_module))
         checkpoint_without_reentry(pl_module)
-        start_strategy(trainer.strategy, pl_module, taking_part(injected(pl_module)))
+        start_strategy(trainer.strategy, pl_module, active_methods(require_record(pl_module)))
         self._base = fingerprint(pl_module)
         super().on_fit_start(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put frozen modules into their mode; from now on, adapters are trained ones."""
         set_mode(pl_module, self.frozen_mode)  # a run resumed inside an epoch never starts it
-        injected(pl_module).fresh = False
+        require_record(pl_module).untrained = False
         super().on_train_start(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -171,9 +171,9 @@ class PEFTStrategy(SteppingCallback, ResumingCallback, CachingCallback):
         """Warn where adapters that nobody trained or loaded are evaluated."""
         start_evaluation(trainer.strategy, pl_module)
         if trainer.state.fn != "fit" and isinstance(trainer.strategy, DDPStrategy):
-            require_one_base(pl_module)
-        record = injection(pl_module)
-        if record is not None and record.fresh and not self.full_checkpoint and trainer.state.fn != "fit":
+            check_one_base(pl_module)
+        record = get_record(pl_module)
+        if record is not None and record.untrained and not self.full_checkpoint and trainer.state.fn != "fit":
             warnings.warn("Fresh adapters are evaluated: give ckpt_path, or call load_adapter before.", stacklevel=2)
 
     on_test_start = on_predict_start = on_validation_start

@@ -13,28 +13,28 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from ..checkpoints.adapter_state import check_state, keep_adapters_only
-from ..checkpoints.metadata import describe, restore
+from ..checkpoints.metadata import adapter_metadata, inject_from_metadata
 from ..checkpoints.reader import KEY
-from ..core.injection_record import injection
-from .module_hooks import surround_hook
+from ..core.injection_record import get_record
+from .module_hooks import wrap_hook
 
 _Module = TypeVar("_Module", bound=pl.LightningModule)
 
 
-def wire_checkpoints(module: pl.LightningModule, check_base: bool) -> None:
+def install_checkpoint_hooks(module: pl.LightningModule, check_base: bool) -> None:
     """Make checkpoints hold what training can change, and loading strict about it."""
     keep_adapters_only(module)
 
     def saved(self: pl.LightningModule, own: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         own(checkpoint)
-        checkpoint[KEY] = describe(self)
+        checkpoint[KEY] = adapter_metadata(self)
 
     def loaded(self: pl.LightningModule, own: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         check_checkpoint(self, checkpoint, check_base)
         own(checkpoint)
 
-    surround_hook(module, "on_save_checkpoint", saved)
-    surround_hook(module, "on_load_checkpoint", loaded)
+    wrap_hook(module, "on_save_checkpoint", saved)
+    wrap_hook(module, "on_load_checkpoint", loaded)
 
 
 def check_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any], check_base: bool) -> None:
@@ -44,7 +44,7 @@ def check_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any], che
             "The checkpoint was written without PEFTStrategy and holds no adapters. Load it into the base model before "
             "training, not as ckpt_path."
         )
-    restore(module, checkpoint[KEY], "The checkpoint", strict=check_base)
+    inject_from_metadata(module, checkpoint[KEY], "The checkpoint", strict=check_base)
     if "state_dict" in checkpoint:  # strategies that load in shards have taken it out
         check_state(module, checkpoint["state_dict"], "The checkpoint")
 
@@ -84,9 +84,9 @@ def inject_from_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any
     Raises:
         ValueError: The checkpoint does not fit; says how.
     """
-    if KEY in checkpoint and injection(module) is None:
+    if KEY in checkpoint and get_record(module) is None:
         if is_overridden("configure_model", module):
             module.configure_model()
-        restore(module, checkpoint[KEY], "The checkpoint", strict=check_base)
-        wire_checkpoints(module, check_base)
+        inject_from_metadata(module, checkpoint[KEY], "The checkpoint", strict=check_base)
+        install_checkpoint_hooks(module, check_base)
     check_checkpoint(module, checkpoint, check_base)

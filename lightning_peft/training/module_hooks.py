@@ -11,17 +11,17 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-from ..checkpoints.adapter_state import clean
+from ..checkpoints.adapter_state import strip_wrapper_names
 from ..core.adapted_module import adapters
 from ..core.inject import inject
-from ..core.injection_record import Injection, injection, note
+from ..core.injection_record import InjectionRecord, get_record, set_record
 from ..core.method import Method
-from ..core.weight_backup import refuse_merged
-from ..structure.base_model import SLOT, base_parameters, matches
-from .param_groups import Rule, apply_factors, fuse, grouped, keep_trainable, optimizers_in
+from ..core.weight_backup import check_not_merged
+from ..structure.base_model import ADAPTERS_ATTRIBUTE, base_parameters, matches
+from .param_groups import Rule, apply_factors, fuse, keep_trainable, optimizers_in, patched_add_param_group
 
 
-def surround_hook(module: pl.LightningModule, hook: str, around: Callable[..., Any]) -> None:
+def wrap_hook(module: pl.LightningModule, hook: str, around: Callable[..., Any]) -> None:
     """Let ``around(module, own, *args)`` stand for a hook of this very module, where ``own`` is its own hook.
 
     Copies of the module keep the surrounded hook and bind it to themselves. A second call replaces the first.
@@ -50,21 +50,21 @@ def after_build(module: pl.LightningModule, hook: str, then: Callable[[pl.Lightn
     """Call ``then(module)`` once, after the hook in which the module builds its network."""
 
     def around(self: pl.LightningModule, own: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        release_hook(self, hook)
+        unwrap_hook(self, hook)
         own(*args, **kwargs)
         then(self)
 
-    surround_hook(module, hook, around)
+    wrap_hook(module, hook, around)
 
 
-def release_hook(module: pl.LightningModule, hook: str) -> None:
-    """Undo ``surround_hook``."""
+def unwrap_hook(module: pl.LightningModule, hook: str) -> None:
+    """Undo ``wrap_hook``."""
     own = module.__dict__.pop(hook).__func__._peft_own
     if own is not None:
         module.__dict__[hook] = types.MethodType(own, module)
 
 
-def adopt(module: pl.LightningModule, methods: Sequence[Method], also_train: Sequence[str]) -> None:
+def ensure_injected(module: pl.LightningModule, methods: Sequence[Method], also_train: Sequence[str]) -> None:
     """Inject, or take over what the user injected, below this module or into it.
 
     Raises:
@@ -72,8 +72,8 @@ def adopt(module: pl.LightningModule, methods: Sequence[Method], also_train: Seq
         ValueError: Something else was injected, or no method is given and nothing was.
         RuntimeError: Adapters below are merged into the weights.
     """
-    record = injection(module)
-    below = [found for part in module.modules() if (found := injection(part)) is not None and found is not record]
+    record = get_record(module)
+    below = [found for part in module.modules() if (found := get_record(part)) is not None and found is not record]
     if record is None and not below:
         if not methods:
             raise ValueError(
@@ -88,17 +88,19 @@ def adopt(module: pl.LightningModule, methods: Sequence[Method], also_train: Seq
         inject(module, methods, also_train)
         return
     if record is None:
-        refuse_merged(module)
+        check_not_merged(module)
         only = below[0] if len(below) == 1 else None  # whose adapters may be switched or added by it later, too
-        record = Injection(
+        record = InjectionRecord(
             methods=only.methods if only else [method for found in below for method in found.methods],
             active=only.active if only else [name for found in below for name in found.active],
-            groups=only.groups if only else {k: v for found in below for k, v in found.groups.items()},
+            method_groups=only.method_groups
+            if only
+            else {k: v for found in below for k, v in found.method_groups.items()},
             also_train=[pattern for found in below for pattern in found.also_train],
             trained=[name for name, p in base_parameters(module).items() if p.requires_grad],
             required_grad=dict.fromkeys(base_parameters(module), True),
         )
-        note(module, record)
+        set_record(module, record)
     if methods and record.methods not in (list(methods), [method.finalized() for method in methods]):
         raise ValueError(
             f"The model holds {record.methods}, PEFTStrategy was given {list(methods)}. Pass the same methods, or call "
@@ -106,7 +108,7 @@ def adopt(module: pl.LightningModule, methods: Sequence[Method], also_train: Seq
         )
 
 
-def wire_optimizers(module: pl.LightningModule, lr_factors: dict[str, float], no_decay: Sequence[str]) -> None:
+def install_optimizer_hook(module: pl.LightningModule, lr_factors: dict[str, float], no_decay: Sequence[str]) -> None:
     """Make optimizers hold exactly what trains, in groups by factor and decay; a factor of 0 freezes."""
     names, others = dict(module.named_parameters()), _by_method(module)
     for pattern in [p for p, factor in lr_factors.items() if factor == 0]:
@@ -119,18 +121,18 @@ def wire_optimizers(module: pl.LightningModule, lr_factors: dict[str, float], no
         if rule is None:
             result = own()
         else:
-            with grouped(rule):
+            with patched_add_param_group(rule):
                 result = own()
         optimizers = optimizers_in(result)
         keep_trainable(optimizers, self)
         fuse(optimizers)
         for optimizer in optimizers:
             if rule is not None:
-                _require_groups(optimizer.param_groups, rule)
+                _check_groups(optimizer.param_groups, rule)
                 apply_factors(optimizer)
         return result
 
-    surround_hook(module, "configure_optimizers", configured)
+    wrap_hook(module, "configure_optimizers", configured)
 
 
 def group_rule(module: pl.LightningModule, lr_factors: dict[str, float], no_decay: Sequence[str]) -> Rule | None:
@@ -141,7 +143,7 @@ def group_rule(module: pl.LightningModule, lr_factors: dict[str, float], no_deca
     """
     if not lr_factors and not no_decay:
         return None
-    names = {clean(name): p for name, p in module.named_parameters() if p.requires_grad}
+    names = {strip_wrapper_names(name): p for name, p in module.named_parameters() if p.requires_grad}
     others = _by_method(module)
     special: dict[int, dict[str, float]] = {}
     settings = [(p, "lr_factor", f) for p, f in lr_factors.items()] + [(p, "weight_decay", 0.0) for p in no_decay]
@@ -158,7 +160,9 @@ def group_rule(module: pl.LightningModule, lr_factors: dict[str, float], no_deca
 def _by_method(module: pl.LightningModule) -> dict[str, str]:
     """Return the names of adapters' parameters without the parts that they serve: lora for lora_query."""
     return {
-        clean(f"{name}.{SLOT}.{key}.{own}".lstrip(".")): f"{name}.{SLOT}.{key.removesuffix(f'_{adapter.part}')}.{own}"
+        strip_wrapper_names(
+            f"{name}.{ADAPTERS_ATTRIBUTE}.{key}.{own}".lstrip(".")
+        ): f"{name}.{ADAPTERS_ATTRIBUTE}.{key.removesuffix(f'_{adapter.part}')}.{own}"
         for name, _, key, adapter in adapters(module)
         for own, _ in adapter.named_parameters()
     }
@@ -170,14 +174,14 @@ def _named_by(pattern: str, names: dict[str, nn.Parameter], others: dict[str, st
     found = [
         names[name]
         for name, known in both.items()
-        if any(matches(one, pattern) or f".{SLOT}.{pattern}." in f".{one}" for one in known)
+        if any(matches(one, pattern) or f".{ADAPTERS_ATTRIBUTE}.{pattern}." in f".{one}" for one in known)
     ]
     if not found:
         raise ValueError(f"{pattern!r} is no trainable parameter or method. Parameters: {', '.join(list(names)[:10])}.")
     return found
 
 
-def _require_groups(groups: list[dict[str, Any]], rule: Rule) -> None:
+def _check_groups(groups: list[dict[str, Any]], rule: Rule) -> None:
     for group in groups:
         for parameter in group["params"]:
             if any(group.get(field) != value for field, value in rule(parameter).items()):

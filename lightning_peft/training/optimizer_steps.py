@@ -10,10 +10,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..core.adapter import Adapter
-from ..core.injection_record import adapters_of, injected, taking_part
+from ..core.injection_record import active_methods, adapters_of, require_record
 from ..core.method import Method
-from ..core.tensor_parallel import settle_gradients
-from .param_groups import add_gradient, require_gradients
+from ..core.tensor_parallel import reduce_partial_gradients
+from .param_groups import add_gradient, check_gradients
 
 
 class SteppingCallback(pl.Callback):
@@ -26,7 +26,9 @@ class SteppingCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up the count of steps, which a checkpoint may have set."""
-        self._adapters = [(method, adapters_of(pl_module, method)) for method in taking_part(injected(pl_module))]
+        self._adapters = [
+            (method, adapters_of(pl_module, method)) for method in active_methods(require_record(pl_module))
+        ]
         self._step, total = trainer.global_step, trainer.estimated_stepping_batches
         self._total_steps = -1 if math.isinf(total) else int(total)
         for method, _ in self._adapters:
@@ -37,7 +39,7 @@ class SteppingCallback(pl.Callback):
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sum up what tensor parallelism left in parts."""
-        settle_gradients(self._split)
+        reduce_partial_gradients(self._split)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -48,7 +50,7 @@ class SteppingCallback(pl.Callback):
             if penalty is not None:
                 add_gradient(penalty, optimizer)
         if self._unchecked:
-            self._unchecked -= require_gradients(pl_module, optimizer, self._unchecked)
+            self._unchecked -= check_gradients(pl_module, optimizer, self._unchecked)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -64,7 +64,7 @@ def optimizers_in(configured: Any) -> list[Optimizer]:
 
 
 @contextmanager
-def grouped(rule: Rule) -> Iterator[None]:
+def patched_add_param_group(rule: Rule) -> Iterator[None]:
     """Context in which new optimizers split their groups by a rule, so that schedulers see the final groups."""
     original = Optimizer.add_param_group
 
@@ -111,7 +111,7 @@ def _unscale(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             group["lr"] = group.pop("lr_before_factor")
 
 
-def require_gradients(module: nn.Module, optimizer: Optimizer, unchecked: set[int]) -> set[int]:
+def check_gradients(module: nn.Module, optimizer: Optimizer, unchecked: set[int]) -> set[int]:
     """Return which parameters of an optimizer (by id, of those unchecked) were looked at.
 
     Raises:

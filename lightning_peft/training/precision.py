@@ -13,7 +13,7 @@ from torch import nn
 from ..structure.base_model import base_modules, base_parameters
 
 
-def refuse_replacing(plugin: Any) -> None:
+def check_precision_plugin(plugin: Any) -> None:
     """Raise where a plugin would put layers of its own in place of adapted ones."""
     if isinstance(plugin, BitsandbytesPrecision):
         raise TypeError("BitsandbytesPrecision would replace adapted layers; use PEFTStrategy(quantize='nf4') instead.")

@@ -9,7 +9,7 @@ from ..summary import Summary
 
 
 @rank_zero_only
-def show(counts: Summary) -> None:
+def print_summary(counts: Summary) -> None:
     """Print what trains: as a rich table where rich is installed, as Lightning does, else as text."""
     if not RequirementCache("rich"):
         rank_zero_info(f"\n{counts}")

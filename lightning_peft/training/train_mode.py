@@ -10,14 +10,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.adapted_module import adapters
-from ..structure.base_model import SLOT, base_parameters
+from ..structure.base_model import ADAPTERS_ATTRIBUTE, base_parameters
 
 
 def set_mode(module: nn.Module, frozen: Literal["eval", "train"]) -> None:
     """Set the mode of what holds no trained base parameter; adapters always train. Batch norm there never does."""
     trained = {name for name, p in base_parameters(module).items() if p.requires_grad}
     for name, part in module.named_children():
-        if name == SLOT:
+        if name == ADAPTERS_ATTRIBUTE:
             part.train()
         elif any(n.startswith(f"{name}.") for n in trained):
             set_mode(part, frozen)

@@ -21,7 +21,7 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM
 from lightning_peft.recipes.federated import Dirichlet, Server
 from lightning_peft.recipes.federated.engine import flower
 from lightning_peft.recipes.federated.history import means, restore_strategy, strategy_state
-from lightning_peft.recipes.federated.local_model import Site
+from lightning_peft.recipes.federated.local_model import ClientModel
 from lightning_peft.recipes.federated.settings import plain
 from lightning_peft.recipes.settings_diff import changes
 
@@ -254,7 +254,7 @@ def test_a_round_without_clients_keeps_the_state_and_too_many_end_the_run(tmp_pa
     ):
         run(federation, rounds=5, failed_rounds=2)
     server = Server(federation, FedAvg, 5)
-    first = Site(federation).first[0]
+    first = ClientModel(federation).first[0]
     assert [entry["used"] for entry in server.history.rounds] == [[], []]
     assert all(np.array_equal(server.history.arrays[name], first[name].numpy()) for name in first)
     assert server.history.local_rounds == [0, 0]
@@ -384,7 +384,7 @@ def test_the_strategys_memory_survives(tmp_path):
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
-        Site(points(tmp_path, **settings))
+        ClientModel(points(tmp_path, **settings))
 
 
 def test_what_has_no_mean_does_not_travel(tmp_path):
@@ -394,7 +394,7 @@ def test_what_has_no_mean_does_not_travel(tmp_path):
     object.__setattr__(federation, "model", lambda: module)
     federation.peft.also_train.append("norm")
     with pytest.raises(ValueError, match=r"A mean of norm.num_batches_tracked \(torch.int64\) would mean nothing"):
-        Site(federation)
+        ClientModel(federation)
 
 
 def test_a_strategy_that_asks_for_too_many_clients_is_refused(tmp_path):

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ...checkpoints.reader import read_stored
+from ...checkpoints.reader import read_adapter_file
 from ...core.method import Method, from_dict
 from ...interop.import_ import parted
 from ...interop.peft_folder import is_peft, read_folder
-from ...interop.peft_format import Family
-from ...interop.peft_formats import FAMILIES
-from ...structure.base_model import SLOT
+from ...interop.peft_format import PeftFormat
+from ...interop.peft_formats import FORMATS
+from ...structure.base_model import ADAPTERS_ATTRIBUTE
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
     """
     if is_peft(path):
         return _of_peft(path)
-    stored = read_stored(path)
+    stored = read_adapter_file(path)
     methods: list[dict[str, Any]] = stored.description["methods"]
     known, found, rest = [_method(data) for data in methods], dict[tuple[str, str], dict[str, str]](), {}
     for entry, value in sorted(stored.state.items(), key=lambda item: natural(item[0])):
-        if match := re.fullmatch(rf"(.*?)\.?\b{SLOT}\.([^.]+)\.(.+)", entry):
+        if match := re.fullmatch(rf"(.*?)\.?\b{ADAPTERS_ATTRIBUTE}\.([^.]+)\.(.+)", entry):
             found.setdefault((match[1], match[2]), {})[match[3]] = entry
         else:
             rest[entry] = value
@@ -114,7 +114,7 @@ def _pair(method: Method | None, host: str, tensors: Mapping[str, Tensor]) -> tu
 def _of_peft(path: str | os.PathLike[str]) -> Contents:
     config, tensors = read_folder(path)
     kind = config["peft_type"]
-    family = next((one for one in FAMILIES if one.kind == kind), None)
+    family = next((one for one in FORMATS if one.kind == kind), None)
     hosts, rest = parted(family, tensors) if family else ({}, tensors)
     settings = {key: value for key, value in config.items() if value not in (None, {}, [])}
     known = {key.removeprefix(family.prefix): key for key in tensors} if family else {}
@@ -125,7 +125,7 @@ def _of_peft(path: str | os.PathLike[str]) -> Contents:
     return Contents(str(path), "peft", [{"method": kind, "name": kind.lower(), **settings}], [], None, places, rest)
 
 
-def _peft_pair(family: Family | None, config: Mapping[str, Any], host: str, own: dict[str, Tensor]) -> Any:
+def _peft_pair(family: PeftFormat | None, config: Mapping[str, Any], host: str, own: dict[str, Tensor]) -> Any:
     try:
         return None if family is None else family.pair_of(config, host, own)
     except KeyError:  # a tensor or a setting is missing

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoints.key_prefix import beginnings
-from ...structure.base_model import SLOT
+from ...checkpoints.key_prefix import differing_prefixes
+from ...structure.base_model import ADAPTERS_ATTRIBUTE
 from .adapter_tensors import Contents, read_contents
 from .norms import Pair, between, between_pairs, plain, together
 
@@ -46,7 +46,7 @@ def compare_adapters(one: str | os.PathLike[str], other: str | os.PathLike[str])
         ValueError: A file is damaged, or holds no adapter.
     """
     first, second = read_contents(one), read_contents(other)
-    ours, theirs = beginnings(_hosts(first), _hosts(second))
+    ours, theirs = differing_prefixes(_hosts(first), _hosts(second))
     left, right = _side(first, "", ""), _side(second, theirs, ours)
     shared = [key for key in left.tensors if key in right.tensors]
     pairs = [(*left.tensors[key], right.tensors[key][1]) for key in shared]
@@ -81,7 +81,7 @@ def _hosts(held: Contents) -> list[str]:
 
 
 def _slot(host: str) -> str:
-    return f"{host}.{SLOT}".lstrip(".")
+    return f"{host}.{ADAPTERS_ATTRIBUTE}".lstrip(".")
 
 
 def _side(held: Contents, old: str, new: str) -> _Side:
@@ -92,7 +92,7 @@ def _side(held: Contents, old: str, new: str) -> _Side:
 
     tensors, pairs = {(-1, renamed(key), "", ""): (key, value) for key, value in held.rest.items()}, dict[Key, Pair]()
     for place in held.places:
-        host = renamed(_slot(place.host)).removesuffix(SLOT).rstrip(".")
+        host = renamed(_slot(place.host)).removesuffix(ADAPTERS_ATTRIBUTE).rstrip(".")
         for name, value in place.tensors.items():
             tensors[place.number, host, place.part, name] = place.keys[name], value
         if place.pair is not None:

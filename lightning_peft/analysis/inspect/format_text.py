@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ...structure.base_model import kind_of
+from ...structure.base_model import name_pattern
 from ...summary import size
 from .norms import extent
 
@@ -39,9 +39,9 @@ def _updates(places: Sequence[Mapping[str, Any]]) -> list[str]:
     norms, gates = defaultdict[str, list[Any]](list), defaultdict[str, list[Any]](list)
     for row in places:
         if "norm" in row:
-            norms[f"{kind_of(row['place'])}  {row['name']}"].append(row["norm"])
+            norms[f"{name_pattern(row['place'])}  {row['name']}"].append(row["norm"])
         if "gates" in row:
-            gates[f"{kind_of(row['place'])}  {row['name']}"] += row["gates"]
+            gates[f"{name_pattern(row['place'])}  {row['name']}"] += row["gates"]
     lines = [f"    {kind:<60} {_extent(extent(own))}" for kind, own in norms.items()]
     head = ["", "norms of updates s B A:"] if lines else []
     more = [f"tanh(gate) at {kind}: {_extent(extent(own))}" for kind, own in gates.items()]
@@ -79,7 +79,7 @@ def _row(name: str, row: Mapping[str, float | None]) -> str:
 def _counted(names: Iterable[str]) -> list[tuple[str, str]]:
     counts = defaultdict[str, list[str]](list)
     for name in names:
-        counts[kind_of(name)].append(name)
+        counts[name_pattern(name)].append(name)
     return [(own[0], "") if len(own) == 1 else (kind, f"{len(own)} x ") for kind, own in counts.items()]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...structure.base_model import kind_of
+from ...structure.base_model import name_pattern
 from .adapter_tensors import Contents, Place, read_contents
 from .norms import extent, finite, norm, plain, singular_values
 
@@ -91,9 +91,9 @@ def _table(held: Contents) -> list[dict[str, Any]]:
     groups = defaultdict[tuple[Any, ...], list[tuple[str, dict[str, Tensor]]]](list)
     for place in held.places:
         shapes = tuple((name, tuple(value.shape), str(value.dtype)) for name, value in place.tensors.items())
-        groups[place.number, kind_of(place.name), shapes].append((place.name, place.tensors))
+        groups[place.number, name_pattern(place.name), shapes].append((place.name, place.tensors))
     for key, value in held.rest.items():
-        groups[None, kind_of(key), (("", tuple(value.shape), str(value.dtype)),)].append((key, {"": value}))
+        groups[None, name_pattern(key), (("", tuple(value.shape), str(value.dtype)),)].append((key, {"": value}))
     rows = []
     for (number, kind, shapes), found in groups.items():
         tensors = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapter import Adapter, Call, parameter_like
-from ...structure.layer_types import bias_attribute, layer_of
+from ...structure.layer_types import layer_of, read_bias_attribute
 from .fused_scaling import scaled_output
 
 
@@ -30,7 +30,7 @@ class BiasAndScale(Adapter):
         nn.init.zeros_(self.bias)
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
-        if self.layer.is_read:
+        if self.layer.weight_read_by_parent:
             return inner(*args, **kwargs)  # the host reads its weight and bias, and finds the changed ones
         return self._called(host, inner, *args, **kwargs)
 
@@ -38,10 +38,10 @@ class BiasAndScale(Adapter):
         call = functools.partial(inner, *args, **kwargs) if args or kwargs else inner
         return scaled_output(self.layer, host, call, x, self.scale, self.bias)
 
-    def updated_whole(self, weight: Tensor) -> Tensor:
+    def effective_weight(self, weight: Tensor) -> Tensor:
         return (weight * self.scale[:, None]).to(weight.dtype)
 
-    def updated_bias(self, bias: Tensor | None) -> Tensor:
+    def effective_bias(self, bias: Tensor | None) -> Tensor:
         return self.scale * self.bias if bias is None else (self.scale * (bias + self.bias)).to(bias.dtype)
 
     @torch.no_grad()
@@ -51,11 +51,11 @@ class BiasAndScale(Adapter):
         Raises:
             TypeError: The host has no place for a bias.
         """
-        name = bias_attribute(type(host))
+        name = read_bias_attribute(type(host))
         if name not in host._parameters:
             raise TypeError(f"{type(host).__name__} has no place for a bias; keep the adapter, or merge without it.")
         weight, own = self.layer.read(host), self.layer.bias(host)
-        bias = self.updated_bias(own)
+        bias = self.effective_bias(own)
         scale = self.scale.view(-1, *[1] * (weight.dim() - 1))
         self.layer.write(host, weight.to(torch.promote_types(weight.dtype, torch.float32)) * scale)
         if own is None:

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.method import require
+from ...core.method import check_setting
 from ...structure.base_model import base_modules
-from ...structure.layer_types import is_called_linear, layer_of, read_attribute
+from ...structure.layer_types import is_called_linear, layer_of, read_weight_attribute
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
 Layer = tuple[Tensor, Tensor | None]  # a weight and a bias
@@ -18,8 +18,8 @@ Layer = tuple[Tensor, Tensor | None]  # a weight and a bias
 
 def check_bottleneck(size: int, activation: str) -> None:
     """Raise if the settings of a bottleneck are not what they must be."""
-    require(isinstance(size, int) and size > 0, "size", size, "a positive whole number")
-    require(activation in ACTIVATIONS, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
+    check_setting(isinstance(size, int) and size > 0, "size", size, "a positive whole number")
+    check_setting(activation in ACTIVATIONS, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
 
 
 def bottleneck(x: Tensor, down: Layer, up: Layer, activation: str, dropout: float = 0.0) -> Tensor:
@@ -45,7 +45,7 @@ def output_of(host: nn.Module, name: str) -> tuple[int, Tensor]:
         ValueError: There is no linear layer in it.
     """
     modules = [host, *base_modules(host).values()]
-    linear = [m for m in modules if is_called_linear(m) or read_attribute(type(m)) == "weight"]
+    linear = [m for m in modules if is_called_linear(m) or read_weight_attribute(type(m)) == "weight"]
     if not linear:
         raise ValueError(f"{name} ({type(host).__name__}) holds no linear layer, which would tell its width.")
     layer = layer_of(linear[-1])

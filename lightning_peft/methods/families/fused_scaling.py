@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.adapter import Call
-from ...ops.fused_linear import own_types
-from ...ops.parametrizations import column_sums
-from ...structure.layer_types import Layer
+from ...ops.fused_linear import autocast_disabled
+from ...ops.parametrizations import sum_over_tokens
+from ...structure.layer_types import LayerType
 
 _LEAST = 1e-20  # scales nearer to zero act as this, since a result of zeros would not tell their gradient
 
 
 def scaled_output(
-    layer: Layer, host: Any, call: Call, x: Tensor, scales: Tensor, shift: Tensor | None = None
+    layer: LayerType, host: Any, call: Call, x: Tensor, scales: Tensor, shift: Tensor | None = None
 ) -> Tensor:
     """Return scales o (call(x) + shift), where ``call`` is what runs inside an adapter of ``host``."""
     if _joins(layer, host, call, x):
@@ -35,7 +35,7 @@ def scaled_output(
     return _apply(_Scaled, y, scales)
 
 
-def scaled_input(layer: Layer, host: Any, call: Call, x: Tensor, scales: Tensor) -> Tensor:
+def scaled_input(layer: LayerType, host: Any, call: Call, x: Tensor, scales: Tensor) -> Tensor:
     """Return call(scales o x), where ``call`` is what runs inside an adapter of ``host``."""
     if _joins(layer, host, call, x):
         return _apply(_LinearOfScaled, x, layer.read(host), host.bias, scales)
@@ -44,18 +44,18 @@ def scaled_input(layer: Layer, host: Any, call: Call, x: Tensor, scales: Tensor)
     return result
 
 
-def _joins(layer: Layer, host: Any, call: Call, x: Tensor) -> bool:
+def _joins(layer: LayerType, host: Any, call: Call, x: Tensor) -> bool:
     """Whether the host multiplies with a frozen weight that can take the scales in, at less cost than tokens can."""
-    if not layer.multiplies(host, getattr(call, "func", None)):
+    if not layer.is_plain_matmul(host, getattr(call, "func", None)):
         return False
     trains, wide = torch.is_grad_enabled(), host.weight.dtype in (torch.float32, torch.float64)
-    with own_types(x) as dtype:
+    with autocast_disabled(x) as dtype:
         exact = wide and not (trains and (host.weight.requires_grad or dtype == torch.float16))
     return exact and x.numel() >= host.weight.numel()
 
 
 def _apply(function: Any, x: Tensor, *args: Any) -> Tensor:
-    with own_types(x) as dtype:
+    with autocast_disabled(x) as dtype:
         result: Tensor = function.apply(x, *args, dtype or x.dtype)
     return result
 
@@ -70,7 +70,7 @@ def _not_zero(scales: Tensor) -> Tensor:
 
 def _sums(g: Tensor, y: Tensor) -> Tensor:
     """Return the sums over tokens of g y."""
-    return column_sums(g.flatten(0, -2), y.flatten(0, -2).to(g.dtype), None)
+    return sum_over_tokens(g.flatten(0, -2), y.flatten(0, -2).to(g.dtype), None)
 
 
 class _Scaled(torch.autograd.Function):
@@ -111,7 +111,7 @@ class _ScaledLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (g,) = grads
         weight, scales, y = ctx.saved_tensors
-        with own_types(g):
+        with autocast_disabled(g):
             factor = _not_zero(scales)
             by_x = (g @ (weight * factor[:, None]).to(g.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
             by_bias = g.flatten(0, -2).sum(0) * factor if ctx.needs_input_grad[2] else None
@@ -135,7 +135,7 @@ class _LinearOfScaled(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (g,) = grads
         x, weight, scales = ctx.saved_tensors
-        with own_types(g):
+        with autocast_disabled(g):
             by_scaled = g @ weight.to(g.dtype)
             by_x = (by_scaled * scales).to(x.dtype) if ctx.needs_input_grad[0] else None
             by_bias = g.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None

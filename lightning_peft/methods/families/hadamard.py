@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapter import WeightUpdate, parameter_like
-from ...ops.fused_linear import Update
-from ...ops.parametrizations import Hadamard, LowRank
-from ...structure.layer_types import LinearKind
+from ...ops.fused_linear import WeightUpdateSpec
+from ...ops.parametrizations import HadamardParametrization, LowRankParametrization
+from ...structure.layer_types import LinearType
 
 
 class HadamardUpdate(WeightUpdate):
@@ -29,7 +29,7 @@ class HadamardUpdate(WeightUpdate):
         part: Rows of a fused layer to update.
     """
 
-    axes = {"x1": ("out", None), "x2": ("out", None), "y1": ("in", None), "y2": ("in", None)}
+    tensor_parallel_dims = {"x1": ("out", None), "x2": ("out", None), "y1": ("in", None), "y2": ("in", None)}
 
     def __init__(
         self,
@@ -43,8 +43,8 @@ class HadamardUpdate(WeightUpdate):
     ) -> None:
         super().__init__(host, part)
         out, features, *kernel = self.shape
-        self.form, self.observed, self.jacobian = Hadamard(tanh, shift), observed, None
-        self.personal = ("x2", "y2", "t2") if shift else ()
+        self.form, self.observed, self.jacobian = HadamardParametrization(tanh, shift), observed, None
+        self.local_tensors = ("x2", "y2", "t2") if shift else ()
         weight = self.layer.parameter(host)
         columns = features if cores else features * math.prod(kernel)
         self.x1, self.x2 = (parameter_like(weight, out, rank) for _ in range(2))
@@ -53,7 +53,7 @@ class HadamardUpdate(WeightUpdate):
         self.t1, self.t2 = (parameter_like(weight, rank, rank, *kernel) if has_cores else None for _ in range(2))
         terms = rank * (rank + 1 if shift else rank)
         cheap = 2 * terms * (out + features) < out * features
-        self.skinny = isinstance(self.layer, LinearKind) and not tanh and (cheap or self.layer.looks_up)
+        self.skinny = isinstance(self.layer, LinearType) and not tanh and (cheap or self.layer.is_embedding)
         self.reset_parameters()
 
     jacobian: Tensor | None
@@ -78,7 +78,7 @@ class HadamardUpdate(WeightUpdate):
         else:
             t1, t2 = cores
             one, two = (torch.einsum("ab...,oa,ib->oi...", t, x, y) for t, x, y in ((t1, x1, y1), (t2, x2, y2)))
-            one, two = self.form.bend(one, two)
+            one, two = self.form.apply_nonlinearity(one, two)
         return (one * two).view(self.shape)
 
     def delta(self) -> Tensor:
@@ -98,18 +98,18 @@ class HadamardUpdate(WeightUpdate):
         dtype = x.dtype if x.is_floating_point() else self.x1.dtype
         if self.skinny and not self._observes():
             a, b = (factor.to(dtype) for factor in self.pair())
-            return self.layer.mix(host, self.layer.apply(host, x, a), b)
+            return self.layer.apply_pointwise(host, self.layer.apply(host, x, a), b)
         delta = self.delta()
         if self._observes():
             delta.register_hook(self._observe)  # type: ignore[no-untyped-call]
         return self.layer.apply(host, x, delta.to(dtype))
 
-    def in_form(self) -> Update | None:
-        if self._observes() or not isinstance(self.layer, LinearKind):
+    def as_parametrization(self) -> WeightUpdateSpec | None:
+        if self._observes() or not isinstance(self.layer, LinearType):
             return None
         if self.skinny:
-            return Update(LowRank(1.0), self.rows, self.pair())
-        return Update(self.form, self.rows, self.factors())
+            return WeightUpdateSpec(LowRankParametrization(1.0), self.rows, self.pair())
+        return WeightUpdateSpec(self.form, self.rows, self.factors())
 
     def _observes(self) -> bool:
         return self.observed and self.training and torch.is_grad_enabled()

@@ -8,16 +8,18 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ...core.method import require
+from ...core.method import check_setting
 
 
 def check_kronecker(shape_a: Sequence[int] | None, factor: int | None, scale: float) -> None:
     """Raise a ``ValueError`` if settings are wrong for every layer."""
     whole = shape_a is None or (len(shape_a) == 2 and all(type(side) is int and side > 0 for side in shape_a))
-    require(whole, "shape_a", shape_a, "two positive whole numbers or None")
-    require(factor is None or (type(factor) is int and factor > 0), "factor", factor, "a positive whole number or None")
-    require(shape_a is None or factor is None, "factor", factor, "None where shape_a is given")
-    require(math.isfinite(scale) and scale > 0, "scale", scale, "a positive number")
+    check_setting(whole, "shape_a", shape_a, "two positive whole numbers or None")
+    check_setting(
+        factor is None or (type(factor) is int and factor > 0), "factor", factor, "a positive whole number or None"
+    )
+    check_setting(shape_a is None or factor is None, "factor", factor, "None where shape_a is given")
+    check_setting(math.isfinite(scale) and scale > 0, "scale", scale, "a positive number")
 
 
 def shape_of_a(
@@ -40,7 +42,7 @@ def shape_of_a(
         a1, a2 = shape_a
         fits = f"[a1, a2] with a1 dividing {inputs} (in; near: {_near(inputs, a1)})"
         fits = f"{fits} and a2 dividing {outputs} (out; near: {_near(outputs, a2)})"
-        require(inputs % a1 == 0 and outputs % a2 == 0, f"shape_a at {name}", list(shape_a), fits)
+        check_setting(inputs % a1 == 0 and outputs % a2 == 0, f"shape_a at {name}", list(shape_a), fits)
         return a1, a2
     if factor is not None:
         a1, a2 = (max(d for d in _divisors(side) if d <= factor) for side in (inputs, outputs))

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.adapter import WeightUpdate
-from ...ops.fused_linear import Update, dropped_low_rank
-from ...ops.parametrizations import LowRank
-from ...structure.layer_types import LinearKind
+from ...ops.fused_linear import WeightUpdateSpec, dropped_low_rank
+from ...ops.parametrizations import LowRankParametrization
+from ...structure.layer_types import LinearType
 
 
 class LowRankUpdate(WeightUpdate):
@@ -28,7 +28,7 @@ class LowRankUpdate(WeightUpdate):
 
     def __init__(self, host: Any, scale: float, dropout: float = 0.0, part: tuple[str, int, int] | None = None) -> None:
         super().__init__(host, part)
-        self.scale, self.dropout = scale, 0.0 if self.layer.looks_up else dropout
+        self.scale, self.dropout = scale, 0.0 if self.layer.is_embedding else dropout
 
     @abstractmethod
     def pair(self) -> tuple[Tensor, Tensor]:
@@ -42,26 +42,26 @@ class LowRankUpdate(WeightUpdate):
         if not self.layer.factorizes(host):
             return self.layer.apply(host, self.dropped(x), self.delta().to(x.dtype))
         a, b = self.pair()
-        if self._drops() and isinstance(self.layer, LinearKind):
+        if self._drops() and isinstance(self.layer, LinearType):
             return dropped_low_rank(x, a, b, self.scale, self.dropout)
         if x.is_floating_point():
             a, b = a.to(x.dtype), b.to(x.dtype)
-        return self.layer.mix(host, self.layer.apply(host, self.dropped(x), a) * self.scale, b)
+        return self.layer.apply_pointwise(host, self.layer.apply(host, self.dropped(x), a) * self.scale, b)
 
-    def in_form(self) -> Update | None:
+    def as_parametrization(self) -> WeightUpdateSpec | None:
         a, b = self.pair()
         if self._drops() or (torch.is_grad_enabled() and not a.requires_grad):  # B alone needs no more than A x
             return None
-        return Update(LowRank(self.scale), self.rows, (a, b))
+        return WeightUpdateSpec(LowRankParametrization(self.scale), self.rows, (a, b))
 
-    def row_values(self) -> tuple[Any, ...]:
-        if self.alone or (self.dropout and self.training) or not self.layer.maps_features:
+    def per_example_tensors(self) -> tuple[Any, ...]:
+        if self.exclusive or (self.dropout and self.training) or not self.layer.maps_features:
             return ()
         return LowRankUpdate, *self.pair(), self.scale
 
-    def leaving(self, host: Any, x: Tensor, y: Tensor, *values: Any) -> Tensor:
+    def post_forward(self, host: Any, x: Tensor, y: Tensor, *values: Any) -> Tensor:
         if not values:
-            return super().leaving(host, x, y)
+            return super().post_forward(host, x, y)
         a, b, scale = values
         first, stop = self.rows
         if stop - first < y.shape[-1]:

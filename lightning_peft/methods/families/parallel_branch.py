@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapter import Adapter, Call
-from ...core.per_row import RowWise
+from ...core.per_row import BatchableLayerAdapter
 from ...structure.base_model import base_modules
 from ...structure.layer_types import is_called_linear, layer_of
 from ...structure.selection import select
@@ -25,13 +25,13 @@ FEEDFORWARD = "feedforward"  # the pairs of feedforward.up and feedforward.down 
 _UNMERGEABLE = "the feed-forward block is not linear, so no weight expresses what runs beside it"
 
 
-class Held:
+class CapturedInput:
     """The input of a block, between its up-projection and its down-projection."""
 
     x: Tensor | None = None
 
-    def __reduce__(self) -> tuple[type[Held], tuple[()]]:
-        return Held, ()  # copies share a new one; an activation is never copied
+    def __reduce__(self) -> tuple[type[CapturedInput], tuple[()]]:
+        return CapturedInput, ()  # copies share a new one; an activation is never copied
 
     def take(self) -> Tensor:
         """Return the input and forget it."""
@@ -41,33 +41,33 @@ class Held:
         return x
 
 
-class Tap(RowWise, Adapter):
+class InputCapture(BatchableLayerAdapter, Adapter):
     """Hands the input of an up-projection to the branch at its down-projection; has no parameters."""
 
-    axes = {}
+    tensor_parallel_dims = {}
     unmergeable = _UNMERGEABLE
 
     def __init__(self) -> None:
         super().__init__()
-        self.held = Held()
+        self.held = CapturedInput()
 
     def reset_parameters(self) -> None: ...
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
-        self.entering(host, _first(args, kwargs))
+        self.pre_forward(host, _first(args, kwargs))
         return inner(*args, **kwargs)
 
-    def entering(self, host: Any, x: Tensor, *values: Any) -> Tensor:
+    def pre_forward(self, host: Any, x: Tensor, *values: Any) -> Tensor:
         self.held.x = x
         return x
 
 
-class Beside(RowWise, Adapter):
+class ParallelBranch(BatchableLayerAdapter, Adapter):
     """y = block(x) + factor branch(x), on the block itself or, with a tap, on its down-projection."""
 
-    axes = {}
+    tensor_parallel_dims = {}
     unmergeable = _UNMERGEABLE
-    held: Held | None = None  # of the tap
+    held: CapturedInput | None = None  # of the tap
     factor = 1.0  # of the branch
 
     @abstractmethod
@@ -75,9 +75,9 @@ class Beside(RowWise, Adapter):
         """Return what is added to the block's output, for its input."""
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Tensor:
-        return self.leaving(host, _first(args, kwargs), inner(*args, **kwargs))
+        return self.post_forward(host, _first(args, kwargs), inner(*args, **kwargs))
 
-    def leaving(self, host: Any, x: Tensor, y: Tensor, *values: Any) -> Tensor:
+    def post_forward(self, host: Any, x: Tensor, y: Tensor, *values: Any) -> Tensor:
         if not isinstance(y, Tensor):
             raise TypeError(f"{type(host).__name__} returns a {type(y).__name__}, to which no branch can be added.")
         x = x if self.held is None else self.held.take()
@@ -93,10 +93,10 @@ class Block:
     width: int  # number of features that go in and come out
     weight: Tensor  # of its first layer, for device and type
 
-    def adapters(self, beside: Beside) -> Iterator[tuple[str, Adapter]]:
+    def adapters(self, beside: ParallelBranch) -> Iterator[tuple[str, Adapter]]:
         """Yield (host's name, adapter): the branch, and the tap that it needs."""
         if self.tap is not None:
-            tap = Tap()
+            tap = InputCapture()
             beside.held = tap.held
             yield self.tap, tap
         yield self.name, beside

@@ -18,7 +18,7 @@ from .low_rank import LowRankUpdate
 _FACTORS = ("a", "b", "e")
 
 
-class Triplets(LowRankUpdate):
+class SVDTriplets(LowRankUpdate):
     """scale P diag(E) Q, with Q (rank, in, *kernel) as ``a``, P (out, rank) as ``b`` and E (rank,) as ``e``.
 
     Buffers hold the moving averages of each entry's sensitivity and of its deviation, and which triplets are kept.
@@ -31,7 +31,7 @@ class Triplets(LowRankUpdate):
         part: Rows of a fused layer to update.
     """
 
-    shows = {"ranks": "kept"}
+    plot_tensors = {"ranks": "kept"}
 
     def __init__(
         self, host: Any, rank: int, scale: float, dropout: float = 0.0, part: tuple[str, int, int] | None = None
@@ -42,7 +42,7 @@ class Triplets(LowRankUpdate):
             factor = parameter_like(self.layer.parameter(host), *shape)
             self.register_parameter(name, factor)
         self.kept = nn.Buffer(torch.empty_like(self.e))
-        entries = sum(factor.numel() for factor in self.sources())
+        entries = sum(factor.numel() for factor in self.factor_tensors())
         self.mean, self.spread = (nn.Buffer(self.kept.new_empty(entries)) for _ in range(2))
         self.reset_parameters()
 
@@ -61,17 +61,17 @@ class Triplets(LowRankUpdate):
     def pair(self) -> tuple[Tensor, Tensor]:
         return self.a * self.e.view(-1, *[1] * (self.a.dim() - 1)), self.b
 
-    def sources(self) -> Sequence[Tensor]:
+    def factor_tensors(self) -> Sequence[Tensor]:
         return self.a, self.b, self.e
 
-    def pack(self) -> dict[str, Tensor]:
+    def export_state(self) -> dict[str, Tensor]:
         """Return the triplets that are kept, alone."""
         if not has_values(self.kept):  # nobody knows which
             return {name: self.get_parameter(name) for name in _FACTORS}
         live = (self.kept != 0) | (self.e.detach() != 0)
         return {"a": self.a.detach()[live], "b": self.b.detach()[:, live], "e": self.e.detach()[live]}
 
-    def unpack(self, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def import_state(self, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a whole state without averages: triplets that were left out have no influence, but can grow."""
         device = "cpu" if self.kept.is_meta else None  # then in files alone
         state = {name: torch.zeros_like(value, device=device) for name, value in self.state_dict().items()}
@@ -86,10 +86,10 @@ class Triplets(LowRankUpdate):
         state["kept"][:count] = 1
         return state | factors
 
-    def apart(self, entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split_factors(self, entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return entries of shape (..., all) as (..., rank, -1) of Q, (..., out, rank) of P and (..., rank) of E."""
         rank = len(self.e)
-        a, b, e = torch.split(entries, [factor.numel() for factor in self.sources()], -1)
+        a, b, e = torch.split(entries, [factor.numel() for factor in self.factor_tensors()], -1)
         return a.unflatten(-1, (rank, -1)), b.unflatten(-1, (-1, rank)), e  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
@@ -97,26 +97,26 @@ class Triplets(LowRankUpdate):
         return f"rank={rank} of {len(self.e)}, scale={self.scale:g}"
 
 
-def observe(found: Sequence[Triplets], beta1: float, beta2: float) -> None:
+def observe(found: Sequence[SVDTriplets], beta1: float, beta2: float) -> None:
     """Take the sensitivities |w dL/dw| of one step into the averages; a step without finite gradients is no step.
 
     All entries lie in one row: a few large operations instead of several for each tensor.
     """
-    ordered = [one for group in alike(found) for one in group]
-    factors = [factor for one in ordered for factor in one.sources()]
+    ordered = [one for group in group_by_shape(found) for one in group]
+    factors = [factor for one in ordered for factor in one.factor_tensors()]
     gradients = [torch.zeros_like(f) if f.grad is None else f.grad for f in factors]
     sensitivities: Tensor = _flatten_dense_tensors(gradients)  # type: ignore[no-untyped-call]
     if not sensitivities.sum().isfinite():
         return  # a gradient scaler has skipped this step
     sensitivities.mul_(_flatten_dense_tensors(factors)).abs_()  # type: ignore[no-untyped-call]
-    means, spreads = in_a_row(ordered, "mean"), in_a_row(ordered, "spread")
+    means, spreads = as_contiguous_view(ordered, "mean"), as_contiguous_view(ordered, "spread")
     means.lerp_(sensitivities, 1 - beta1)
     spreads.lerp_(sensitivities.sub_(means).abs_(), 1 - beta2)
 
 
-def allocate(found: Sequence[Triplets], budget: int) -> None:
+def allocate(found: Sequence[SVDTriplets], budget: int) -> None:
     """Keep the ``budget`` best triplets of all, and set E of the others to zero."""
-    groups = alike(found)
+    groups = group_by_shape(found)
     ordered = [one for group in groups for one in group]
     scores = score(groups)
     kept = torch.zeros_like(scores)
@@ -126,28 +126,28 @@ def allocate(found: Sequence[Triplets], budget: int) -> None:
     torch._foreach_mul_([one.e for one in ordered], parts)
 
 
-def alike(found: Sequence[Triplets]) -> list[list[Triplets]]:
+def group_by_shape(found: Sequence[SVDTriplets]) -> list[list[SVDTriplets]]:
     """Return the triplets of all layers in groups of equal shapes."""
-    groups = defaultdict[tuple[Any, ...], list[Triplets]](list)
+    groups = defaultdict[tuple[Any, ...], list[SVDTriplets]](list)
     for one in found:
         groups[one.a.shape, one.b.shape].append(one)
     return list(groups.values())
 
 
-def score(groups: Sequence[Sequence[Triplets]]) -> Tensor:
+def score(groups: Sequence[Sequence[SVDTriplets]]) -> Tensor:
     """Return the importance s(E) + mean s(P) + mean s(Q) of each triplet, in one row, layer after layer."""
     ordered = [one for group in groups for one in group]
-    entries = in_a_row(ordered, "mean") * in_a_row(ordered, "spread")
+    entries = as_contiguous_view(ordered, "mean") * as_contiguous_view(ordered, "spread")
     scores, start = [], 0
     for group in groups:  # one reduction for all layers of a shape
         size = group[0].mean.numel()
-        a, b, e = group[0].apart(entries[start : start + len(group) * size].view(len(group), size))
+        a, b, e = group[0].split_factors(entries[start : start + len(group) * size].view(len(group), size))
         scores.append((e + a.mean(-1) + b.mean(-2)).view(-1))
         start += len(group) * size
     return torch.cat(scores)
 
 
-def in_a_row(found: Sequence[Triplets], name: str) -> Tensor:
+def as_contiguous_view(found: Sequence[SVDTriplets], name: str) -> Tensor:
     """Return the buffers of one name as one tensor that shares their memory; lays them out so where they are not."""
     buffers = [cast(Tensor, one._buffers[name]) for one in found]
     first, sizes = buffers[0], [buffer.numel() for buffer in buffers]

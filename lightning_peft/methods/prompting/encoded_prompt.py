@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.adapter import Call
-from .prompt import Place, Prompt
+from .prompt import Prompt, PromptSite
 from .prompt_encoders import Encoder
 from .virtual_tokens import embedded
 
@@ -26,7 +26,7 @@ class EncodedPrompt(Prompt):
     """
 
     def __init__(
-        self, place: Place, prompt: nn.Parameter, encoder: Encoder | None, placeholder: int | None = None
+        self, place: PromptSite, prompt: nn.Parameter, encoder: Encoder | None, placeholder: int | None = None
     ) -> None:
         super().__init__(place, 1)
         self.prompt, self.encoder, self.placeholder = prompt, encoder, placeholder
@@ -40,15 +40,15 @@ class EncodedPrompt(Prompt):
     def virtual(self, rows: int) -> Tensor:
         return self._vectors(self.training)
 
-    def row_values(self) -> tuple[Any, ...]:
-        return super().row_values() if self.placeholder is None else ()
+    def per_example_tensors(self) -> tuple[Any, ...]:
+        return super().per_example_tensors() if self.placeholder is None else ()
 
     @torch.no_grad()  # in which the LSTM is computed as in evaluation, to the last bit
-    def pack(self) -> dict[str, Tensor]:
+    def export_state(self) -> dict[str, Tensor]:
         return {"prompt": self._vectors(train=False)}
 
     def finalize(self) -> None:
-        self.prompt, self.encoder = nn.Parameter(self.pack()["prompt"].detach().clone()), None
+        self.prompt, self.encoder = nn.Parameter(self.export_state()["prompt"].detach().clone()), None
 
     def _vectors(self, train: bool) -> Tensor:
         """Return h (n, features)."""

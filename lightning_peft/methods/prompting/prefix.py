@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.adapter import Adapter, Call, parameter_like
-from ...structure.attention import call_changed, key_value, require_interceptable
+from ...structure.attention import call_changed, check_interceptable, key_value
 
 _UNMERGEABLE = "no weight gives keys and values that do not depend on the input"
 
@@ -56,7 +56,7 @@ class SharedEncoder(Adapter):
         if self.encoder is not None:
             self.encoder.reset_parameters()
 
-    def pack(self) -> dict[str, Tensor]:
+    def export_state(self) -> dict[str, Tensor]:
         return {}
 
     def finalize(self) -> None:
@@ -80,7 +80,7 @@ class Prefix(Adapter):
         encoder: What computes H.
     """
 
-    unmergeable, shows = _UNMERGEABLE, {"tokens": "key"}
+    unmergeable, plot_tensors = _UNMERGEABLE, {"tokens": "key"}
 
     def __init__(
         self, like: Tensor, widths: tuple[int, int], length: int, dropout: float, encoder: PrefixEncoder | None = None
@@ -110,7 +110,7 @@ class Prefix(Adapter):
             key, value = self.projection(encoder()).split(self.widths, -1)
         return key, value
 
-    def pack(self) -> dict[str, Tensor]:
+    def export_state(self) -> dict[str, Tensor]:
         return dict(zip(("key", "value"), self.key_value(), strict=True))
 
     def finalize(self) -> None:
@@ -177,7 +177,7 @@ def prefixes(
     """Yield (host's name, adapter) of a prefix for each attention module; with a hidden size, of the encoder first."""
     encoder = None
     for name, host in hosts.items():
-        require_interceptable(model, name)
+        check_interceptable(model, name)
         project = key_value(model, name)
         like = project.weight(host)
         if hidden is not None and encoder is None:

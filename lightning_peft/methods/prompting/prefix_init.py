@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...core.adapter import Adapter, Call
 from ...core.eval_mode import evaluating
-from ...core.method import require
+from ...core.method import check_setting
 from ...structure.attention import AttentionCalls
 from .prefix import Prefix
 from .virtual_tokens import backbones, names_of
@@ -20,7 +20,7 @@ from .virtual_tokens import backbones, names_of
 STEPS, LEARNING_RATE = 500, 1e-4  # of the fit, as in the authors' code
 
 
-def start_as_words(model: nn.Module, adapters: Sequence[tuple[str, Adapter]], words: Sequence[int]) -> None:
+def init_from_text(model: nn.Module, adapters: Sequence[tuple[str, Adapter]], words: Sequence[int]) -> None:
     """Give prefixes the keys and values that attention modules compute for words, as the model is now.
 
     A perceptron is fitted to them: mean squared error, Adam, ``STEPS`` steps, no randomness but that of its start.
@@ -34,7 +34,7 @@ def start_as_words(model: nn.Module, adapters: Sequence[tuple[str, Adapter]], wo
         ValueError: The model has no values yet, reads no tokens, or does not call an attention module.
     """
     own = {name: adapter for name, adapter in adapters if isinstance(adapter, Prefix)}
-    require(
+    check_setting(
         not any(p.is_meta for p in model.parameters()), "init", "text", "'random' while the model is on the meta device"
     )
     found = _computed(model, list(own), words)
@@ -69,13 +69,13 @@ def _computed(model: nn.Module, names: Sequence[str], words: Sequence[int]) -> d
     calls = AttentionCalls(record)
     with torch.no_grad(), evaluating(model), _noting(model, names, entered), calls:
         for name, host in backbones(model):
-            require(
+            check_setting(
                 "input_ids" in names_of(host), "init", "text", f"'random', as {name or 'the model'} reads no tokens"
             )
             ids = torch.tensor([words], device=next(host.parameters()).device)
             host(input_ids=ids, **({"decoder_input_ids": ids} if host.config.is_encoder_decoder else {}))
     missing = [name for name in names if name not in found]
-    require(not missing, "init", "text", f"'random', since no transformers backbone calls {missing[:3]}")
+    check_setting(not missing, "init", "text", f"'random', since no transformers backbone calls {missing[:3]}")
     return found
 
 

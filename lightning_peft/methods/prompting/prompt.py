@@ -11,28 +11,28 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...core.adapter import Adapter, Call
-from ...core.method import require
-from ...core.per_row import Stackable, Surrounding
-from ...structure.layer_types import is_called_linear, layer_of, read_attribute
+from ...core.method import check_setting
+from ...core.per_row import BatchableAdapter, BatchableModuleAdapter
+from ...structure.layer_types import is_called_linear, layer_of, read_weight_attribute
 from ...structure.selection import select
 from .row_tasks import TaskAdapter
-from .strip_outputs import without
-from .virtual_tokens import Insertion, backbones, enter, names_of, surround, surround_embedded
+from .strip_outputs import strip_virtual_tokens
+from .virtual_tokens import Insertion, backbones, names_of, prepend_to_backbone, prepend_to_blocks, prepend_to_embedded
 
-Surround = Callable[..., Any]
+Insert = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Place:
+class PromptSite:
     """Where virtual tokens enter a model."""
 
     host: nn.Module
     weight: Tensor  # (any, features), for width, device and type
     table: nn.Module | None  # of input embeddings, where it is known
-    surround: Surround  # calls the host with virtual tokens inserted: (host, inner, arguments by name, virtual tokens)
+    insert: Insert  # calls the host with virtual tokens inserted: (host, inner, arguments by name, virtual tokens)
 
 
-class Prompt(Surrounding, TaskAdapter):
+class Prompt(BatchableModuleAdapter, TaskAdapter):
     """Adapter that puts virtual tokens in front of what its host reads.
 
     Args:
@@ -40,21 +40,21 @@ class Prompt(Surrounding, TaskAdapter):
         tasks: Number of tasks.
     """
 
-    axes = {}
-    shows = {"tokens": "prompt"}
+    tensor_parallel_dims = {}
+    plot_tensors = {"tokens": "prompt"}
 
-    def __init__(self, place: Place, tasks: int) -> None:
+    def __init__(self, place: PromptSite, tasks: int) -> None:
         super().__init__(tasks)
-        self.surround, self.names = place.surround, names_of(place.host)
+        self.insert, self.names = place.insert, names_of(place.host)
 
     @abstractmethod
     def virtual(self, rows: int) -> Tensor:
         """Return the virtual tokens (length, features), or (rows, length, features) where rows have own tasks."""
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
-        return self._surrounded(self.virtual, host, inner, *args, **kwargs)
+        return self._call_with(self.virtual, host, inner, *args, **kwargs)
 
-    def row_values(self) -> tuple[Any, ...]:
+    def per_example_tensors(self) -> tuple[Any, ...]:
         if self.tasks > 1:
             return ()
         virtual = self.virtual(1)
@@ -68,21 +68,21 @@ class Prompt(Surrounding, TaskAdapter):
                 raise ValueError(f"row_adapters was given {len(prompts)} names; {rows} rows at hand are no multiple.")
             return prompts.repeat_interleave(rows // len(prompts), 0)
 
-        return self._surrounded(virtual, host, inner, *args, **kwargs)
+        return self._call_with(virtual, host, inner, *args, **kwargs)
 
-    def _surrounded(self, virtual: Callable[[int], Tensor], host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
+    def _call_with(self, virtual: Callable[[int], Tensor], host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
         call = dict(zip(self.names, args, strict=False)) | kwargs
         given = call.get("inputs_embeds")
         given = call.get(self.names[0]) if given is None else given
         if given is None:
             return inner(**call)  # which says itself what it misses
-        return self.surround(host, inner, call, virtual(len(given)))
+        return self.insert(host, inner, call, virtual(len(given)))
 
 
-class VisiblePrompt(Stackable, Adapter):
+class ExtendEncoderMask(BatchableAdapter, Adapter):
     """Lets a decoder's cross-attention see the virtual tokens that its encoder kept; trains nothing."""
 
-    axes = {}
+    tensor_parallel_dims = {}
 
     def __init__(self, host: nn.Module, length: int) -> None:
         super().__init__()
@@ -98,14 +98,14 @@ class VisiblePrompt(Stackable, Adapter):
             call["encoder_attention_mask"] = Insertion(self.length, mask).mask(mask)
         return inner(**call)
 
-    def row_values(self) -> tuple[Any, ...]:
-        return ((VisiblePrompt, self.length),)
+    def per_example_tensors(self) -> tuple[Any, ...]:
+        return ((ExtendEncoderMask, self.length),)
 
 
-class Leave(Stackable, Adapter):
+class StripPrompt(BatchableAdapter, Adapter):
     """Takes the virtual tokens out of what the last of several blocks returns; trains nothing."""
 
-    axes = {}
+    tensor_parallel_dims = {}
     part = "end"  # beside the prompt itself, where there is one block
 
     def __init__(self, length: int) -> None:
@@ -116,14 +116,14 @@ class Leave(Stackable, Adapter):
         """Nothing to fill."""
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
-        return without(inner(*args, **kwargs), Insertion(self.length, None).remove)
+        return strip_virtual_tokens(inner(*args, **kwargs), Insertion(self.length, None).remove)
 
-    def row_values(self) -> tuple[Any, ...]:
-        return ((Leave, self.length),)
+    def per_example_tensors(self) -> tuple[Any, ...]:
+        return ((StripPrompt, self.length),)
 
 
 def place_prompts(
-    model: nn.Module, targets: Sequence[str], embeddings: str, length: int, make: Callable[[Place], Prompt]
+    model: nn.Module, targets: Sequence[str], embeddings: str, length: int, make: Callable[[PromptSite], Prompt]
 ) -> Iterator[tuple[str, Adapter]]:
     """Yield (host's name, adapter) of what lets virtual tokens into a model.
 
@@ -145,13 +145,16 @@ def place_prompts(
     if targets:
         table = _table(model, embeddings) if embeddings else None
         for name, host in select(model, targets).items():
-            _refuse_tokens_first(host, name)
+            _check_not_tokens_first(host, name)
             weight: Any = _first_weight(host, name) if table is None else table.weight
             if not isinstance(host, nn.ModuleList):
-                yield name, make(Place(host, weight, table, partial(surround_embedded, first=names_of(host)[0])))
+                yield name, make(PromptSite(host, weight, table, partial(prepend_to_embedded, first=names_of(host)[0])))
                 continue
-            yield f"{name}.0", make(Place(host[0], weight, table, partial(enter, first=names_of(host[0])[0])))
-            yield f"{name}.{len(host) - 1}", Leave(length)
+            yield (
+                f"{name}.0",
+                make(PromptSite(host[0], weight, table, partial(prepend_to_blocks, first=names_of(host[0])[0]))),
+            )
+            yield f"{name}.{len(host) - 1}", StripPrompt(length)
         return
     hosts = list(backbones(model))
     if not hosts:
@@ -161,17 +164,17 @@ def place_prompts(
         if not isinstance(table, nn.Embedding):
             raise TypeError(f"{name or type(host).__name__} embeds no tokens; give the method targets.")
         if not getattr(host.config, "is_encoder_decoder", False):
-            yield name, make(Place(host, table.weight, table, surround))
+            yield name, make(PromptSite(host, table.weight, table, prepend_to_backbone))
             continue
         below = {module: below for below, module in host.named_modules(prefix=name)}
         encoder, decoder = host.get_encoder(), host.get_decoder()
-        yield below[encoder], make(Place(encoder, table.weight, table, partial(surround, keep=True)))
-        yield below[decoder], VisiblePrompt(decoder, length)
+        yield below[encoder], make(PromptSite(encoder, table.weight, table, partial(prepend_to_backbone, keep=True)))
+        yield below[decoder], ExtendEncoderMask(decoder, length)
 
 
-def require_places(targets: Sequence[str], embeddings: str) -> None:
+def check_sites(targets: Sequence[str], embeddings: str) -> None:
     """Raise a ``ValueError`` where embeddings are given for no targets."""
-    require(bool(targets) or not embeddings, "embeddings", embeddings, "given together with targets")
+    check_setting(bool(targets) or not embeddings, "embeddings", embeddings, "given together with targets")
 
 
 def _table(model: nn.Module, embeddings: str) -> nn.Module:
@@ -186,12 +189,12 @@ def _table(model: nn.Module, embeddings: str) -> nn.Module:
 def _first_weight(host: nn.Module, name: str) -> Tensor:
     """Return the weight (out, features) of the first linear layer in a host."""
     for module in host.modules():
-        if is_called_linear(module) or read_attribute(type(module)):
+        if is_called_linear(module) or read_weight_attribute(type(module)):
             return layer_of(module).read(module)
     raise ValueError(f"{name} ({type(host).__name__}) holds no linear layer, which would tell its width.")
 
 
-def _refuse_tokens_first(host: nn.Module, name: str) -> None:
+def _check_not_tokens_first(host: nn.Module, name: str) -> None:
     attention = [m for m in host.modules() if isinstance(m, nn.MultiheadAttention)]
     if any(not module.batch_first for module in attention):
         raise TypeError(f"{name} takes (tokens, batch, features); build it with batch_first=True.")

@@ -12,7 +12,7 @@ Remove = Callable[[Tensor], Tensor]
 
 
 @functools.singledispatch
-def without(output: Any, remove: Remove, pooler: nn.Module | None = None) -> Any:
+def strip_virtual_tokens(output: Any, remove: Remove, pooler: nn.Module | None = None) -> Any:
     """Take the virtual tokens out of what a backbone returns; pooling sees the tokens alone."""
     if not isinstance(output, MutableMapping):
         raise TypeError(f"Virtual tokens cannot be taken out of a {type(output).__name__}.")
@@ -28,12 +28,12 @@ def without(output: Any, remove: Remove, pooler: nn.Module | None = None) -> Any
     return output
 
 
-@without.register
+@strip_virtual_tokens.register
 def _(output: Tensor, remove: Remove, pooler: nn.Module | None = None) -> Tensor:
     return remove(output)
 
 
-@without.register
+@strip_virtual_tokens.register
 def _(output: tuple, remove: Remove, pooler: nn.Module | None = None) -> tuple[Any, ...]:  # type: ignore[type-arg]
     hidden, *rest = output
     hidden = remove(hidden)

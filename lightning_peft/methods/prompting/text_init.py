@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.method import Method, require
+from ...core.method import Method, check_setting
 
 COMMON = 5000  # how many tokens of a vocabulary count as its most common
 
@@ -29,14 +29,14 @@ def token_ids(model: nn.Module, text: str, tokenizer: str = "", field: str = "in
 
     named = [getattr(getattr(m, "config", None), "_name_or_path", "") for m in model.modules()]
     source = tokenizer or next(filter(None, named), "")
-    require(bool(source), "tokenizer", tokenizer, "a folder or name, since the model does not tell its own")
+    check_setting(bool(source), "tokenizer", tokenizer, "a folder or name, since the model does not tell its own")
     ids: list[int] = AutoTokenizer.from_pretrained(source)(text, add_special_tokens=False)["input_ids"]
-    require(len(ids) > 0, field, text, "a text with at least one token")
+    check_setting(len(ids) > 0, field, text, "a text with at least one token")
     return ids
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptStart:
+class PromptInit:
     """How virtual tokens start; see the arguments of ``PromptTuning``.
 
     Raises:
@@ -51,21 +51,23 @@ class PromptStart:
 
     def __post_init__(self) -> None:
         kinds = ("random", "vocabulary", "text", "labels")
-        require(isinstance(self.length, int) and self.length > 0, "length", self.length, "a positive whole number")
-        require(self.init in kinds, "init", self.init, "'random', 'vocabulary', 'text' or 'labels'")
+        check_setting(
+            isinstance(self.length, int) and self.length > 0, "length", self.length, "a positive whole number"
+        )
+        check_setting(self.init in kinds, "init", self.init, "'random', 'vocabulary', 'text' or 'labels'")
         text, labels = self.init == "text", self.init == "labels"
-        require(bool(self.init_text) == text, "init_text", self.init_text, "given with init='text' alone")
-        require(bool(self.labels) == labels, "labels", self.labels, "given with init='labels' alone")
-        require(
+        check_setting(bool(self.init_text) == text, "init_text", self.init_text, "given with init='text' alone")
+        check_setting(bool(self.labels) == labels, "labels", self.labels, "given with init='labels' alone")
+        check_setting(
             len(self.labels) <= self.length, "labels", self.labels, f"at most {self.length}, one for each virtual token"
         )
 
     @classmethod
-    def of(cls, method: Method) -> PromptStart:
+    def of(cls, method: Method) -> PromptInit:
         """Take the settings of a method that has fields of these names."""
         return cls(**{field.name: getattr(method, field.name) for field in fields(cls)})
 
-    def fill(self, prompt: Tensor, table: nn.Module | None, model: nn.Module) -> None:
+    def apply(self, prompt: Tensor, table: nn.Module | None, model: nn.Module) -> None:
         """Fill virtual tokens (..., length, features), in place.
 
         Args:
@@ -76,8 +78,8 @@ class PromptStart:
         if self.init == "random":
             nn.init.uniform_(prompt, -0.5, 0.5)
             return
-        require(table is not None, "init", self.init, "'random' where targets come without embeddings")
-        require(not prompt.is_meta, "init", self.init, "'random' while the model has no values yet (meta device)")
+        check_setting(table is not None, "init", self.init, "'random' where targets come without embeddings")
+        check_setting(not prompt.is_meta, "init", self.init, "'random' while the model has no values yet (meta device)")
         with torch.no_grad():
             for one in prompt.view(-1, *prompt.shape[-2:]):
                 one.copy_(self._embeddings(table, model))
@@ -92,5 +94,7 @@ class PromptStart:
             return embed((ids * -(-self.length // len(ids)))[: self.length])
         means = [embed(token_ids(model, label, self.tokenizer, "labels")).mean(0) for label in self.labels]
         rest, common = self.length - len(means), min(COMMON, len(table.weight))
-        require(rest <= common, "length", self.length, f"at most {common + len(means)}, the size of the vocabulary")
+        check_setting(
+            rest <= common, "length", self.length, f"at most {common + len(means)}, the size of the vocabulary"
+        )
         return torch.cat([*(mean[None] for mean in means), embed(torch.randperm(common)[:rest])])

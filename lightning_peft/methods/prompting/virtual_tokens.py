@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...core.adapter import Call
 from ...structure.base_model import base_modules
-from .strip_outputs import without
+from .strip_outputs import strip_virtual_tokens
 
 
 class Insertion:
@@ -57,7 +57,7 @@ class Insertion:
         return self.insert(first + torch.arange(self.length, device=positions.device), moved)
 
 
-def surround(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, keep: bool = False) -> Any:
+def prepend_to_backbone(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, keep: bool = False) -> Any:
     """Call a backbone with virtual tokens inserted; its output has the positions of its input.
 
     Once a cache holds the virtual tokens, only masks and positions are still moved.
@@ -84,7 +84,7 @@ def surround(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, ke
         return inner(**call)
 
     tokens = embedded(host, call)
-    _refuse_length(host, length + tokens.shape[1])
+    _check_length(host, length + tokens.shape[1])
     call["inputs_embeds"] = where.insert(prompt.to(tokens.dtype).expand(len(tokens), -1, -1), tokens)
     if call.get("position_ids") is not None:
         call["position_ids"] = where.positions(call["position_ids"])
@@ -94,10 +94,10 @@ def surround(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, ke
     if call.get("cache_position") is not None:
         call["cache_position"] = torch.arange(length + tokens.shape[1], device=tokens.device)
     output = inner(**call)
-    return output if keep else without(output, where.remove, getattr(host, "pooler", None))
+    return output if keep else strip_virtual_tokens(output, where.remove, getattr(host, "pooler", None))
 
 
-def surround_embedded(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, first: str) -> Any:
+def prepend_to_embedded(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, first: str) -> Any:
     """Call a module that takes and returns (batch, tokens, features) with virtual tokens inserted.
 
     Padding may be marked by ``attention_mask`` (zero at padding) or ``src_key_padding_mask`` (True at padding).
@@ -123,13 +123,13 @@ def surround_embedded(host: Any, inner: Call, call: Mapping[str, Any], prompt: T
     if padding is not None:
         call["src_key_padding_mask"] = ~where.mask(~padding)
     output = inner(where.insert(prompt.to(x.dtype).expand(len(x), -1, -1), x), **call)
-    return without(output, where.remove)
+    return strip_virtual_tokens(output, where.remove)
 
 
-def enter(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, first: str) -> Any:
+def prepend_to_blocks(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, first: str) -> Any:
     """Call the first of several blocks with virtual tokens in front of what it takes; the rows stay so much longer.
 
-    Arguments are those of ``surround_embedded``.
+    Arguments are those of ``prepend_to_embedded``.
     """
     call = dict(call)
     x: Tensor = call.pop(first)
@@ -197,7 +197,7 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, flat.flatten()).view(*flat.shape, *x.shape[2:])
 
 
-def _refuse_length(host: Any, tokens: int) -> None:
+def _check_length(host: Any, tokens: int) -> None:
     most = getattr(getattr(host, "config", None), "max_position_embeddings", None)
     if most is not None and tokens > most > 0:
         raise ValueError(

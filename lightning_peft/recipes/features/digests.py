@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...structure.base_model import SLOT, base_modules
+from ...structure.base_model import ADAPTERS_ATTRIBUTE, base_modules
 
 _NO_SETTINGS = {"name_or_path", *vars(nn.Module())}  # the mode is not: features are computed in evaluation mode
 
@@ -42,7 +42,7 @@ def model_digest(model: nn.Module, layer: str, called: Collection[nn.Module]) ->
     following = {name for name in names[end + 1 :] if model.get_submodule(name) not in called}
     digest = hashlib.sha256()
     for name, module in model.named_modules():
-        host = f".{name}.".partition(f".{SLOT}.")[0].strip(".")
+        host = f".{name}.".partition(f".{ADAPTERS_ATTRIBUTE}.")[0].strip(".")
         if host not in following:
             digest.update(f"{name} {type(module).__qualname__} {_settings(module)}".encode())
             own = {**module._parameters, **module._buffers}

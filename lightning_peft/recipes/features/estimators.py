@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from ...core.optional_imports import require_extra
+from ...core.optional_imports import check_extra
 from ...tasks.messages import close_names
 
 _KEYS = {"class_path", "init_args"}
@@ -42,7 +42,7 @@ def build_estimator(settings: Mapping[str, Any] | None) -> Any:
 def _class(path: str) -> Any:
     module, _, name = path.rpartition(".")
     if module.partition(".")[0] == "sklearn":
-        require_extra("sklearn", f"{path} needs scikit-learn", "features")
+        check_extra("sklearn", f"{path} needs scikit-learn", "features")
     try:
         room = importlib.import_module(module)
     except (ImportError, ValueError) as error:

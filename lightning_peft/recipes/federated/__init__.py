@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningModule
 
 from lightning_peft.checkpoints.save_load import save_adapter
-from lightning_peft.core.console import say
+from lightning_peft.core.console import echo
 from lightning_peft.recipes.federated.client import client_app
 from lightning_peft.recipes.federated.engine import flower, simulate
 from lightning_peft.recipes.federated.history import REPORT
@@ -93,21 +93,21 @@ def federated(
     for client in range(partition.count):
         federation.shard(client)  # what is wrong with the rows is said before anything starts
     averaging = strategy or flower().serverapp.strategy.FedAvg
-    server = Server(federation, averaging, rounds, timeout, failed_rounds, tell)
+    server = Server(federation, averaging, rounds, timeout, failed_rounds, print_round)
     if len(server.history.rounds) < rounds:
         simulate(server_app(lambda: server), client_app(federation), partition.count, workers, gpus_per_worker)
     server.site.load(tensors_of(record(server.history.arrays)))
     adapter = save_adapter(server.site.module, server.folder / "adapter")
-    say(f"global adapter        {adapter}\nreport                {server.folder / REPORT}")
+    echo(f"global adapter        {adapter}\nreport                {server.folder / REPORT}")
 
 
-def tell(entry: dict[str, Any]) -> None:
+def print_round(entry: dict[str, Any]) -> None:
     """Print what is reported of a round, in a line or two."""
     parts = [f"round {entry['round']}: {len(entry['used'])} clients"]
     parts += [f"{name} {value['mean']:.4f}" for name, value in entry["metrics"].items()]
     parts += [f"down {size(entry['down_bytes'])}, up {size(entry['up_bytes'])}"]
     if entry["ratio"] is not None:
         parts += [f"{entry['ratio']:.3f} of the full weights"]
-    say(", ".join(parts))
+    echo(", ".join(parts))
     for name, reason in (entry["refused"] | entry["not_tested"]).items():
-        say(f"  refused {name}: {reason}")
+        echo(f"  refused {name}: {reason}")

@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from lightning_peft.checkpoints.save_load import save_adapter
 from lightning_peft.core.adapter_folder import replace_file
 from lightning_peft.recipes.federated.engine import flower
-from lightning_peft.recipes.federated.local_model import Site, State, site
+from lightning_peft.recipes.federated.local_model import ClientModel, State, client_model
 from lightning_peft.recipes.federated.messages import ARRAYS, CONFIG, METRICS, WEIGHT, record, tensors_of
 from lightning_peft.recipes.federated.settings import Federation
 from lightning_peft.recipes.settings_diff import changes
@@ -46,7 +46,7 @@ def client_app(federation: Federation) -> ClientApp:
 
         return call
 
-    app.query()(serve(greet))
+    app.query()(serve(report_id))
     app.train()(serve(train))
     app.evaluate()(serve(evaluate))
     return app
@@ -71,7 +71,7 @@ def answer(handler: Handler, federation: Federation, message: Message, context: 
         return app.Message(app.Error(code=0, reason=reason), reply_to=message)
 
 
-def greet(federation: Federation, client: int, message: Message) -> dict[str, Any]:
+def report_id(federation: Federation, client: int, message: Message) -> dict[str, Any]:
     """Say which client this is."""
     return {METRICS: flower().app.MetricRecord({"client": client})}
 
@@ -82,7 +82,7 @@ def train(federation: Federation, client: int, message: Message) -> dict[str, An
     The new local part is written beside the old one, which goes once the server says that it is no longer needed: a
     round that is repeated begins as it began before.
     """
-    here, config = take(federation, client, message)
+    here, config = load_client_state(federation, client, message)
     server_round, base = int(config["server-round"]), int(config["local-rounds"][client])
     home = federation.home(client)
     for path, number in local_files(home).items():
@@ -101,7 +101,7 @@ def train(federation: Federation, client: int, message: Message) -> dict[str, An
 
 def evaluate(federation: Federation, client: int, message: Message) -> dict[str, Any]:
     """Test the local part with the new global part on the rows that this client holds out."""
-    here, config = take(federation, client, message)
+    here, config = load_client_state(federation, client, message)
     rows, metrics = here.test(client)
     if config["last"]:
         save_adapter(here.module, federation.home(client) / "adapter")
@@ -109,14 +109,14 @@ def evaluate(federation: Federation, client: int, message: Message) -> dict[str,
     return {METRICS: flower().app.MetricRecord({WEIGHT: rows, **finite})}
 
 
-def take(federation: Federation, client: int, message: Message) -> tuple[Site, Any]:
+def load_client_state(federation: Federation, client: int, message: Message) -> tuple[ClientModel, Any]:
     """Return the model with the state of this client and the global part of a message, and the message's settings.
 
     Raises:
         ValueError: This process built another model than the server, or got arrays that do not fit it.
         FileNotFoundError: The local part is gone.
     """
-    here, config = site(federation), message.content[CONFIG]
+    here, config = client_model(federation), message.content[CONFIG]
     differ = changes(json.loads(config["identity"]), json.loads(here.identity))
     if differ:
         raise ValueError(f"The server has another model: {'; '.join(differ[:3])}. Give both the same settings.")
@@ -128,7 +128,7 @@ def take(federation: Federation, client: int, message: Message) -> tuple[Site, A
     return here, config
 
 
-def read_local(home: Path, number: int, here: Site) -> State:
+def read_local(home: Path, number: int, here: ClientModel) -> State:
     """Return a client's local part after a round; before its first, what every client starts with."""
     if not here.local_names or number == 0:
         return here.first[1]

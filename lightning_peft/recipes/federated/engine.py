@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from lightning_peft.core.optional_imports import require_extra
+from lightning_peft.core.optional_imports import check_extra
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
@@ -31,7 +31,7 @@ def flower() -> ModuleType:
     Raises:
         ImportError: If it is not installed.
     """
-    require_extra("flwr", "Federated rounds need Flower", "federated")
+    check_extra("flwr", "Federated rounds need Flower", "federated")
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for part in _PARTS:

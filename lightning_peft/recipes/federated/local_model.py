@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor
 
 from lightning_peft.checkpoints.adapter_state import adapter_state, local_state
-from lightning_peft.checkpoints.metadata import describe
+from lightning_peft.checkpoints.metadata import adapter_metadata
 from lightning_peft.core.adapted_module import adapters
 from lightning_peft.recipes.federated.settings import Federation
 from lightning_peft.structure.base_model import base_parameters, matches
@@ -25,7 +25,7 @@ from lightning_peft.tasks.table_data import TableDataModule
 State = dict[str, Tensor]
 
 
-class Site:
+class ClientModel:
     """Builds the model once; then takes up the state of a client, trains or tests it, and gives the state back.
 
     Args:
@@ -90,7 +90,7 @@ class Site:
     @property
     def identity(self) -> str:
         """What every process must have built alike, as JSON."""
-        return json.dumps({**describe(self.module), "local": self.local_names}, sort_keys=True)
+        return json.dumps({**adapter_metadata(self.module), "local": self.local_names}, sort_keys=True)
 
     @property
     def full_bytes(self) -> int:
@@ -129,9 +129,9 @@ class Site:
 
 
 @functools.lru_cache(maxsize=1)
-def site(federation: Federation) -> Site:
+def client_model(federation: Federation) -> ClientModel:
     """Return the model of this process; it is built by the first client that comes."""
-    return Site(federation)
+    return ClientModel(federation)
 
 
 @functools.lru_cache(maxsize=64)

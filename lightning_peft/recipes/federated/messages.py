@@ -47,7 +47,7 @@ def payload(messages: Iterable[Message]) -> int:
     return sum(len(array.data) for arrays in records for array in arrays.values())
 
 
-def greet(grid: Grid, names: Sequence[str], timeout: float) -> dict[int, str]:
+def discover_clients(grid: Grid, names: Sequence[str], timeout: float) -> dict[int, str]:
     """Wait for all clients; return which node is which client, in their order.
 
     Args:
@@ -77,7 +77,7 @@ def greet(grid: Grid, names: Sequence[str], timeout: float) -> dict[int, str]:
     return {node: names[number] for node, number in sorted(known.items(), key=lambda item: item[1])}
 
 
-def sift(
+def validate_replies(
     replies: Iterable[Message], nodes: Mapping[int, str], asked: Sequence[str], sent: Arrays | None, timeout: float
 ) -> tuple[dict[str, Message], dict[str, str]]:
     """Return the replies that may be used, in the order of clients, and why others may not, both by client.
@@ -109,7 +109,7 @@ def check(reply: Message, sent: Arrays | None) -> None:
 
     Args:
         reply: Of one client.
-        sent: As in ``sift``.
+        sent: As in ``validate_replies``.
 
     Raises:
         Refused: It failed, is not finite, or differs from what was sent in names, shapes or types.

@@ -13,8 +13,15 @@ from lightning.pytorch import seed_everything
 
 from lightning_peft.recipes.federated.engine import flower
 from lightning_peft.recipes.federated.history import History, means, read, restore_strategy, strategy_state
-from lightning_peft.recipes.federated.local_model import Site
-from lightning_peft.recipes.federated.messages import METRICS, arrays_of, greet, payload, record, sift
+from lightning_peft.recipes.federated.local_model import ClientModel
+from lightning_peft.recipes.federated.messages import (
+    METRICS,
+    arrays_of,
+    discover_clients,
+    payload,
+    record,
+    validate_replies,
+)
 from lightning_peft.recipes.federated.settings import Federation, plain
 
 if TYPE_CHECKING:
@@ -62,7 +69,7 @@ class Server:
                 raise ValueError(
                     f"The strategy has {name}={getattr(self.strategy, name)} of {len(self.names)} clients."
                 )
-        self.site = Site(federation)
+        self.site = ClientModel(federation)
         self.history = self._begin({**federation.plain(), "strategy": plain(strategy)})
         restore_strategy(self.strategy, self.history.strategy)
 
@@ -86,7 +93,7 @@ class Server:
         Raises:
             RuntimeError: Clients are missing at the start, or too many rounds failed in a row.
         """
-        nodes = greet(grid, self.names, self.timeout)
+        nodes = discover_clients(grid, self.names, self.timeout)
         for server_round in range(len(self.history.rounds) + 1, self.rounds + 1):
             self.round(grid, nodes, server_round)
             last = self.history.rounds[-self.failed_rounds :]
@@ -151,7 +158,7 @@ class Server:
         replies = list(grid.send_and_receive(messages, timeout=self.timeout)) if messages else []
         arrays = self.history.arrays if phase == "training" else None
         order = [name for name in self.names if name in asked]
-        used, refused = sift(replies, nodes, order, arrays, self.timeout)
+        used, refused = validate_replies(replies, nodes, order, arrays, self.timeout)
         for name, reason in refused.items():
             log.warning("Round %d refuses the %s of %s: %s", len(self.history.rounds) + 1, phase, name, reason)
         return used, refused, sent, payload(replies)

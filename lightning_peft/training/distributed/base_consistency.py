@@ -13,7 +13,7 @@ from ...core.fingerprint import fingerprint
 from ...structure.quantized import sample
 
 
-def require_one_base(module: nn.Module) -> None:
+def check_one_base(module: nn.Module) -> None:
     """Compare the frozen bases of all processes.
 
     Raises:

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ...checkpoints.key_prefix import beginnings
+from ...checkpoints.key_prefix import differing_prefixes
 from ...core.adapted_module import adapters
 from ...quantization.quantize import complete
-from ...structure.base_model import SLOT
+from ...structure.base_model import ADAPTERS_ATTRIBUTE
 from ...structure.quantized import original_of
 
 
@@ -61,15 +61,19 @@ class BaseWeights:
         Raises:
             ValueError: A frozen parameter is not in the files, or has another shape there, or a buffer has no values.
         """
-        empty = [name for name, buffer in module.named_buffers() if buffer.is_meta and f".{SLOT}." not in f".{name}"]
+        empty = [
+            name
+            for name, buffer in module.named_buffers()
+            if buffer.is_meta and f".{ADAPTERS_ATTRIBUTE}." not in f".{name}"
+        ]
         if empty:
             raise ValueError(f"{empty[0]} is a buffer without values. Build the network in the context "
                              f"lightning_peft.without_values(), which leaves buffers as they are.")  # fmt: skip
         names = defaultdict[nn.Parameter, list[str]](list)
         for name, parameter in module.named_parameters(remove_duplicate=False):
-            if parameter.is_meta and f".{SLOT}." not in f".{name}":
+            if parameter.is_meta and f".{ADAPTERS_ATTRIBUTE}." not in f".{name}":
                 names[parameter].append(name)
-        ours, theirs = beginnings((n for own in names.values() for n in own), self._holders)
+        ours, theirs = differing_prefixes((n for own in names.values() for n in own), self._holders)
         keys = {n: theirs + n.removeprefix(ours) for own in names.values() for n in own if n.startswith(ours)}
         self._keys = {name: key for name, key in keys.items() if key in self._holders}
         missing = [own[0] for p, own in names.items() if not p.requires_grad and not self._keys.keys() & set(own)]
@@ -110,7 +114,7 @@ def read_into(unit: nn.Module, name: str, weights: BaseWeights, device: torch.de
         known, original = True, original_of(part)
         kind = None if original is None else original.dtype  # that quantization takes, whatever the plugin made of it
         for own, parameter in list(part.named_parameters(recurse=False)):
-            if parameter.is_meta and f".{SLOT}." not in f".{place}.":
+            if parameter.is_meta and f".{ADAPTERS_ATTRIBUTE}." not in f".{place}.":
                 values = weights.values(f"{place}.{own}")
                 known &= values is not None
                 new = torch.empty(parameter.shape) if values is None else values

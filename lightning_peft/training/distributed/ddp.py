@@ -22,6 +22,6 @@ class FrozenNames:
         return iter(frozen_names(self.module))
 
 
-def keep_base_at_home(module: nn.Module) -> None:
+def ignore_base_in_ddp(module: nn.Module) -> None:
     """Let DDP send what trains, adapters whole: no frozen weights at its start, no frozen buffers before each step."""
     module.__dict__["_ddp_params_and_buffers_to_ignore"] = FrozenNames(module)

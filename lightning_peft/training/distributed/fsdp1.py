@@ -19,13 +19,13 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 from torch.optim import Optimizer
 
-from ...ops.fsdp1_parameters import mark_parts, part_of
+from ...ops.fsdp1_parameters import annotate_shards, shard_of
 from . import fsdp1_state as flat_states
-from .base_consistency import require_one_base
+from .base_consistency import check_one_base
 from .fsdp1_precision import OwnTypes
 from .fsdp1_wrapping import check_flattens, flatten_inside
 from .fsdp2 import DataType
-from .replicated import average_gradients, share_trained
+from .replicated import average_gradients, broadcast_trained
 from .sharded_checkpoint import read_folder, write_folder
 from .sharded_state import own_optimizer_state, saved_tensors
 from .sharding_plan import plan_units
@@ -101,7 +101,7 @@ class FSDP1Strategy(FSDPStrategy):
         if root is None and any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
             raise TypeError("configure_model wrapped modules in FSDP1; leave that to FSDP1Strategy.")
         model = self._shard(model, group) if root is None else root
-        self._replicated = [p for p in model.parameters() if p.requires_grad and part_of(p) is None]
+        self._replicated = [p for p in model.parameters() if p.requires_grad and shard_of(p) is None]
         if isinstance(self.precision_plugin, OwnTypes):
             self.precision_plugin.root = model
         return model
@@ -109,17 +109,17 @@ class FSDP1Strategy(FSDPStrategy):
     def _shard(self, model: nn.Module, group: torch.distributed.ProcessGroup) -> nn.Module:
         units = plan_units(model, self.wrap_modules, group.size())
         check_flattens(model, units)
-        require_one_base(model)
+        check_one_base(model)
         rank_zero_info(f"\n{units}")
         whole = list(units.replicated.values())
         for parameter in whole:
             parameter.data = parameter.data.to(self.root_device)
-        share_trained(model, self.root_device)
+        broadcast_trained(model, self.root_device)
         kept = {id(p) for p in whole}
         shapes = {p: p.shape for p in model.parameters() if id(p) not in kept}
         flatten_inside(model, units, lambda unit: self._flatten(unit, whole))
         root = vars(model)[_ROOT] = self._flatten(model, whole)
-        mark_parts(shapes, group, self.root_device)
+        annotate_shards(shapes, group, self.root_device)
         return root
 
     def _flatten(self, module: nn.Module, whole: list[nn.Parameter]) -> FullyShardedDataParallel:

@@ -10,7 +10,7 @@ from lightning.pytorch.plugins.precision import FSDPPrecision, Precision
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from ...ops.fsdp1_parameters import part_of
+from ...ops.fsdp1_parameters import shard_of
 
 
 class OwnTypes(FSDPPrecision):
@@ -41,7 +41,7 @@ class OwnTypes(FSDPPrecision):
 
     def clip_grad_by_norm(self, optimizer: Any, clip_val: int | float) -> None:
         """Clip; of sharded gradients the norm is that of all processes together."""
-        sharded = any(part_of(p) is not None for group in optimizer.param_groups for p in group["params"])
+        sharded = any(shard_of(p) is not None for group in optimizer.param_groups for p in group["params"])
         if sharded and isinstance(self.root, FullyShardedDataParallel):
             self.root.clip_grad_norm_(clip_val)
         else:

@@ -15,9 +15,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import Optimizer
 
 from ...checkpoints.adapter_state import base_names, check_state, drop_base
-from ...core.injection_record import injection
-from ...ops.fsdp1_parameters import part_of
-from ...ops.sharded_tensors import whole, writes_files
+from ...core.injection_record import get_record
+from ...ops.fsdp1_parameters import shard_of
+from ...ops.sharded_tensors import full_tensor, writes_files
 from .sharded_state import own_state
 
 
@@ -45,7 +45,7 @@ def spread_out(state: dict[str, Any]) -> dict[str, Any]:
 
 def check_saved(module: Any, found: Mapping[str, Any], path: Path) -> None:
     """Compare a checkpoint's tensors with a module, before anything of it is loaded."""
-    if injection(module) is not None:
+    if get_record(module) is not None:
         check_state(module, found, str(path))
     expected = module_state(module)
     state = {k for k, v in expected.items() if isinstance(v, Tensor)}
@@ -64,8 +64,8 @@ def load_module(module: nn.Module, state: dict[str, Any]) -> None:
             part_module._load_from_state_dict(mine, "", {}, False, [], [], [])
         else:
             part_module.load_state_dict(mine, strict=False)
-    if (record := injection(module)) is not None:
-        record.fresh = False
+    if (record := get_record(module)) is not None:
+        record.untrained = False
 
 
 def optimizer_state(optimizer: Optimizer, sharded: bool) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def optimizer_state(optimizer: Optimizer, sharded: bool) -> dict[str, Any]:
             if not isinstance(kind, torch.dtype):
                 result[name] = kind
                 continue
-            parameter, part = parameters[index], part_of(parameters[index])
+            parameter, part = parameters[index], shard_of(parameters[index])
             local = own.get(name, torch.zeros(parameter.shape, dtype=kind, device=parameter.device))
             values = part.gather(local) if part is not None else local
             result[name] = _split(values) if sharded else values.cpu() if writes_files() else None
@@ -111,12 +111,12 @@ def _kinds(parameters: list[Tensor], entries: dict[int, Any]) -> dict[int, dict[
     """
     own: dict[int, dict[str, Any]] = {}
     for index, parameter in enumerate(parameters):
-        if part_of(parameter) is not None and index in entries:
+        if shard_of(parameter) is not None and index in entries:
             own[index] = {
                 name: value.dtype if isinstance(value, Tensor) and value.shape == parameter.shape else _cpu(value)
                 for name, value in entries[index].items()
             }
-    if not any(part_of(parameter) is not None for parameter in parameters):
+    if not any(shard_of(parameter) is not None for parameter in parameters):
         return {}
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, own)
@@ -133,16 +133,16 @@ def _cpu(value: Any) -> Any:
 def _gathered(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    if part_of(value) is None:
+    if shard_of(value) is None:
         return value.detach()
-    values = whole(value)
+    values = full_tensor(value)
     return values.cpu() if writes_files() else None
 
 
 def _rows(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    return value.detach() if part_of(value) is None else _split(whole(value))
+    return value.detach() if shard_of(value) is None else _split(full_tensor(value))
 
 
 def _split(values: Tensor) -> Tensor:

@@ -20,11 +20,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ...checkpoints.adapter_state import check_state
-from ...core.injection_record import injection
+from ...core.injection_record import get_record
 from ...structure.base_model import base_parameters
-from .base_consistency import require_one_base
+from .base_consistency import check_one_base
 from .base_weights import BaseWeights, read_into, start_adapters
-from .replicated import average_gradients, share_trained
+from .replicated import average_gradients, broadcast_trained
 from .sharded_state import own_optimizer_state, own_state, saved_tensors, whole_optimizer_state
 from .sharding_plan import plan_units
 from .tensor_parallel import parallelize
@@ -121,7 +121,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         checkpoint = None if path.is_dir() else torch.load(path, "cpu", mmap=True, weights_only=weights_only)
         state = saved_tensors(path) if checkpoint is None else checkpoint.pop("state_dict")
-        if injection(module) is not None:
+        if get_record(module) is not None:
             check_state(module, state, str(path))
         if checkpoint is None:
             return super().load_checkpoint(path, weights_only)
@@ -141,7 +141,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.precision_plugin.convert_module(module)  # so that units are read and sharded in the type that they have
         units = plan_units(module, self.wrap_modules, mesh.size())
         weights = self._base_weights(module)
-        require_one_base(module)
+        check_one_base(module)
         rank_zero_info(f"\n{units}")
         policy = MixedPrecisionPolicy()
         if self.param_dtype is not None:
@@ -151,7 +151,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         for name, unit in units.modules.items():
             if weights is not None:
                 read_into(unit, name, weights, self.root_device)
-            share_trained(unit, self.root_device, without=whole)
+            broadcast_trained(unit, self.root_device, without=whole)
             fully_shard(
                 unit,
                 mesh=mesh,
@@ -159,7 +159,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 mp_policy=policy,
                 ignored_params=set(whole),
             )
-        share_trained(module, self.root_device)
+        broadcast_trained(module, self.root_device)
 
     def _base_weights(self, module: nn.Module) -> BaseWeights | None:
         """Return where parameters without values get them.

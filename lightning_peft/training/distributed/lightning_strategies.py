@@ -8,12 +8,12 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ...core.adapted_module import adapters, call_children
+from ...core.adapted_module import adapters, disable_fast_path
 from ...core.injection_record import adapters_of
 from ...core.method import Method
 from .fsdp1 import FSDP1Strategy
 from .fsdp2 import FSDP2Strategy
-from .replicated import share_first
+from .replicated import broadcast_adapters
 
 
 def prepare_strategy(strategy: Strategy, full_checkpoint: bool, lr_factors: Mapping[str, float]) -> None:
@@ -60,7 +60,7 @@ def start_strategy(strategy: Strategy, module: nn.Module, methods: Sequence[Meth
             nobody would average gradients.
     """
     if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):
-        _require_averaging(strategy, module)
+        _check_averaging(strategy, module)
     if not isinstance(strategy, DeepSpeedStrategy):
         return
     for method in methods:
@@ -70,16 +70,18 @@ def start_strategy(strategy: Strategy, module: nn.Module, methods: Sequence[Meth
                 f"DDP or lightning_peft.FSDP2Strategy()."
             )
     if strategy.world_size > 1:
-        share_first([buffer for *_, adapter in adapters(module) for buffer in adapter.buffers()], strategy.root_device)
+        broadcast_adapters(
+            [buffer for *_, adapter in adapters(module) for buffer in adapter.buffers()], strategy.root_device
+        )
 
 
 def start_evaluation(strategy: Strategy, module: nn.Module) -> None:
     """Put back the hooks of torch's encoders, which DeepSpeed removes with all others before it evaluates."""
     if isinstance(strategy, DeepSpeedStrategy):
-        call_children(module.modules())
+        disable_fast_path(module.modules())
 
 
-def _require_averaging(strategy: ModelParallelStrategy, module: nn.Module) -> None:
+def _check_averaging(strategy: ModelParallelStrategy, module: nn.Module) -> None:
     plain = [n for n, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
     if plain and strategy.device_mesh["data_parallel"].size() > 1:
         raise ValueError(

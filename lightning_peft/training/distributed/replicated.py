@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
-def share_first(tensors: Sequence[Tensor], device: torch.device) -> None:
+def broadcast_adapters(tensors: Sequence[Tensor], device: torch.device) -> None:
     """Give all processes the values that the first one has.
 
     Args:
@@ -22,7 +22,7 @@ def share_first(tensors: Sequence[Tensor], device: torch.device) -> None:
         _exchange(own, device, lambda flat: dist.broadcast(flat, 0))
 
 
-def share_trained(module: nn.Module, device: torch.device, without: Collection[nn.Parameter] = ()) -> None:
+def broadcast_trained(module: nn.Module, device: torch.device, without: Collection[nn.Parameter] = ()) -> None:
     """Give all processes the first one's values of what trains and is not sharded, with the buffers beside it.
 
     Args:
@@ -35,7 +35,7 @@ def share_trained(module: nn.Module, device: torch.device, without: Collection[n
     own = [p for key, p in trained.items() if key not in left]
     held = trained.keys() - left
     beside = (part for part in module.modules() if any(id(p) in held for p in part.parameters(recurse=False)))
-    share_first([*own, *(buffer for part in beside for buffer in part.buffers(recurse=False))], device)
+    broadcast_adapters([*own, *(buffer for part in beside for buffer in part.buffers(recurse=False))], device)
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from ...checkpoints.adapter_state import clean
-from ...ops.sharded_tensors import part_for, shape_of, whole
+from ...checkpoints.adapter_state import strip_wrapper_names
+from ...ops.sharded_tensors import full_tensor, global_shape, local_shard
 
 _STATE = "state_dict."
 
@@ -30,7 +30,7 @@ def saved_tensors(folder: Path) -> dict[str, Tensor]:
 
 def whole_optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
     """Return an optimizer's state as one process would save it; all processes have to ask."""
-    return _with_tensors(optimizer.state_dict(), lambda number, value: whole(value.detach()).cpu())
+    return _with_tensors(optimizer.state_dict(), lambda number, value: full_tensor(value.detach()).cpu())
 
 
 def own_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
@@ -39,17 +39,20 @@ def own_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str
     held = {n: p for old, new in pairs for n, p in zip(old["params"], new["params"], strict=True)}
 
     def own(number: int, value: Tensor) -> Tensor:
-        values, target = whole(value), held[number]
-        return (part_for(target, values) if values.shape == shape_of(target) else values).clone()
+        values, target = full_tensor(value), held[number]
+        return (local_shard(target, values) if values.shape == global_shape(target) else values).clone()
 
     return _with_tensors(state, own)
 
 
 def own_state(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return of a state what this process' parameters need."""
-    held = {clean(name): parameter for name, parameter in module.named_parameters(remove_duplicate=False)}
-    values = {k: whole(v) if isinstance(v, Tensor) else v for k, v in state.items()}
-    return {k: part_for(held[clean(k)], v) if clean(k) in held else v for k, v in values.items()}
+    held = {strip_wrapper_names(name): parameter for name, parameter in module.named_parameters(remove_duplicate=False)}
+    values = {k: full_tensor(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+    return {
+        k: local_shard(held[strip_wrapper_names(k)], v) if strip_wrapper_names(k) in held else v
+        for k, v in values.items()
+    }
 
 
 def _with_tensors(state: dict[str, Any], change: Callable[[int, Tensor], Tensor]) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from ...core.adapted_module import adapters
-from ...core.tensor_parallel import follow, mesh_of, refuse_to_follow, share
-from ...structure.base_model import SLOT, base_parameters, owners
+from ...core.tensor_parallel import broadcast_values, check_tensor_parallel_support, mesh_of, shard_adapters
+from ...structure.base_model import ADAPTERS_ATTRIBUTE, base_parameters, count_owners
 from ...structure.roles import ROLES, is_fused
 
 _COLUMNS, _OUTPUT = ("attention.query", "attention.key", "attention.value"), "attention.output"
@@ -54,19 +54,21 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     for name, places in feedforward.items():
         _check_feedforward(model, name, places, mesh.size())
     for name, host, key, adapter in adapters(model):
-        refuse_to_follow(host, name, key, adapter)
+        check_tensor_parallel_support(host, name, key, adapter)
     for role, name in found:
         _split(model.get_submodule(name), mesh, RowwiseParallel() if role in (_OUTPUT, _DOWN) else ColwiseParallel())
-    share((*model.parameters(), *model.buffers()), mesh)
-    follow(model, mesh)
+    broadcast_values((*model.parameters(), *model.buffers()), mesh)
+    shard_adapters(model, mesh)
     return model
 
 
 def _split(host: nn.Module, mesh: DeviceMesh, style: ParallelStyle) -> None:
-    slot = host._modules.pop(SLOT, None)  # a style takes every parameter below a layer for the layer's own
+    slot = host._modules.pop(
+        ADAPTERS_ATTRIBUTE, None
+    )  # a style takes every parameter below a layer for the layer's own
     parallelize_module(host, mesh, style)
     if slot is not None:
-        host._modules[SLOT] = slot
+        host._modules[ADAPTERS_ATTRIBUTE] = slot
 
 
 def _places(model: nn.Module, roles: Sequence[str]) -> dict[str, Places]:
@@ -92,7 +94,7 @@ def _first(places: Places) -> str:
 
 def _check_layers(model: nn.Module, names: Sequence[str]) -> None:
     """Raise where a layer is no plain linear one, or shares its weight."""
-    held = owners(model)
+    held = count_owners(model)
     for name in names:
         if is_fused(name):
             raise TypeError(f"{name} computes query, key and value at once; its rows are not split by heads. {_ADVICE}")

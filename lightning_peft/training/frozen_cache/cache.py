@@ -57,8 +57,8 @@ class FrozenCache:
 
     def end(self) -> None:
         """End the step, and keep what it has computed."""
-        if self.step is not None and isinstance(self.step.act, Recording):
-            self.step.act.keep()
+        if self.step is not None and isinstance(self.step.mode, Recording):
+            self.step.mode.keep()
         self.trunk.step = self.step = None
 
     def check_first(self, batches: float) -> str | None:
@@ -70,7 +70,7 @@ class FrozenCache:
         if self.step is None or self.step.checked or self.kept.calls:
             return None
         self.step.checked = True
-        recording = self.step.act if isinstance(self.step.act, Recording) else None
+        recording = self.step.mode if isinstance(self.step.mode, Recording) else None
         return check_first_step(self.step, recording, self.trunk, self.kept.store, batches)
 
     def report(self) -> str | None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from ...core.adapted_module import Adapted, attach, remove
+from ...core.adapted_module import AdaptedModule, attach, remove
 from ...core.adapter import Adapter, Call
-from ...structure.base_model import SLOT
+from ...structure.base_model import ADAPTERS_ATTRIBUTE
 from .use_tracing import used
 
 KEY = "_frozen_trunk"  # of its adapters on their hosts
@@ -22,7 +22,7 @@ KEY = "_frozen_trunk"  # of its adapters on their hosts
 class Step(Protocol):
     """What happens in one training or validation step."""
 
-    over: bool  # whether something that trains has started
+    past_trunk: bool  # whether something that trains has started
 
     def call(self, name: str, inner: Call, args: Any, kwargs: Any) -> Any:
         """Return what a part of the trunk returns."""
@@ -42,7 +42,7 @@ class Part(Adapter):
         trunk: What the host is cut out of.
     """
 
-    lasting = False
+    persistent = False
 
     def __init__(self, name: str, trunk: Trunk) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class FrozenPart(Part):
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
         step = None if self.trunk is None else self.trunk.step
-        if step is not None and not step.over:
+        if step is not None and not step.past_trunk:
             return step.call(self.name, inner, args, kwargs)
         if step is not None:
             step.run_late(self.name)
@@ -97,9 +97,9 @@ class Trunk:
         if not self.frozen:
             raise ValueError("cache_frozen=True has nothing to cache: each module of the model trains.")
         for name, module in model.named_modules():
-            _refuse_kind(name or "The model", module)
+            _check_kind(name or "The model", module)
         for name, module in (self.frozen | self.trained).items():
-            _refuse_part(name, module)
+            _check_part(name, module)
 
     def attach(self) -> None:
         """Surround the parts."""
@@ -110,7 +110,7 @@ class Trunk:
     def remove(self) -> None:
         """Leave the model as it was."""
         for host in (self.frozen | self.trained).values():
-            if isinstance(host, Adapted) and KEY in host.peft:
+            if isinstance(host, AdaptedModule) and KEY in host.peft:
                 remove(host, KEY)
 
     @contextlib.contextmanager
@@ -155,7 +155,7 @@ def parts(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]
     def walk(module: nn.Module, prefix: str) -> None:
         for key, child in module.named_children():
             flags = [p.requires_grad for p in child.parameters()]
-            if not flags or key == SLOT or id(child) in seen:
+            if not flags or key == ADAPTERS_ATTRIBUTE or id(child) in seen:
                 continue
             seen.add(id(child))
             if not _is_called(child) or (any(flags) and not (all(flags) or _trains_itself(child))):
@@ -175,11 +175,11 @@ def _is_called(module: nn.Module) -> bool:
 
 def _trains_itself(module: nn.Module) -> bool:
     own: Mapping[str, Tensor | None] = module._parameters
-    below = module.peft.parameters() if isinstance(module, Adapted) else ()
+    below = module.peft.parameters() if isinstance(module, AdaptedModule) else ()
     return any(p is not None and p.requires_grad for p in (*own.values(), *below))
 
 
-def _refuse_kind(name: str, module: nn.Module) -> None:
+def _check_kind(name: str, module: nn.Module) -> None:
     """Raise if a module is of a kind that nothing can be cut out of."""
     kinds = (FSDPModule, FullyShardedDataParallel)
     if isinstance(module, kinds) or any(isinstance(p, DTensor) for p in module._parameters.values()):
@@ -188,7 +188,7 @@ def _refuse_kind(name: str, module: nn.Module) -> None:
         raise TypeError(f"{name} is compiled, and cache_frozen=True cuts it out; compile nothing, or do not cache.")
 
 
-def _refuse_part(name: str, module: nn.Module) -> None:
+def _check_part(name: str, module: nn.Module) -> None:
     """Raise if calls of a part cannot be surrounded."""
     if isinstance(module, torch.jit.ScriptModule) or "forward" in vars(module):
         raise TypeError(f"{name} is scripted, or its forward was replaced on the instance: its calls cannot be cached.")

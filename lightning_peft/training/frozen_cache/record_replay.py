@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...core.adapter import Call
 from .frozen_parts import Trunk
-from .row_index import ADVICE, PLAIN, Called, Entry, KeptRows, form_of, signature
+from .row_index import ADVICE, PLAIN, CallRecord, Entry, KeptRows, form_of, signature
 from .row_store import Form
 from .use_tracing import Place, trace, untraced
 
@@ -24,19 +24,19 @@ class CachedStep:
 
     def __init__(self, batch: Any, trains: bool, choose: Choose) -> None:
         self.batch, self.trains, self.choose = batch, trains, choose
-        self.over = self.checked = False
-        self.act: Recording | Replay | None = None
+        self.past_trunk = self.checked = False
+        self.mode: Recording | Replay | None = None
         self.first: str | None = None  # of what trains
         self.used = set[Place]()
         self.late: dict[str, None] = {}  # frozen parts that run after it
 
     def call(self, name: str, inner: Call, args: Any, kwargs: Any) -> Any:
-        if self.act is None:
-            self.act = self.choose(self, (args, kwargs))
-        return self.act.call(name, inner, args, kwargs)
+        if self.mode is None:
+            self.mode = self.choose(self, (args, kwargs))
+        return self.mode.call(name, inner, args, kwargs)
 
     def end_trunk(self, name: str) -> None:
-        self.over = True
+        self.past_trunk = True
         self.first = self.first or name
 
     def run_late(self, name: str) -> None:
@@ -44,10 +44,10 @@ class CachedStep:
 
     def use(self, places: Iterable[Place]) -> None:
         self.used |= set(places)
-        if isinstance(self.act, Replay):
+        if isinstance(self.mode, Replay):
             call, _ = min(self.used)
             raise RuntimeError(
-                f"What {self.act.calls[call].name} returns is used in this step and was not in the first, so it was "
+                f"What {self.mode.calls[call].name} returns is used in this step and was not in the first, so it was "
                 f"not cached. Let each training and validation step use the same outputs, {ADVICE}"
             )
 
@@ -65,8 +65,8 @@ class Recording:
         expected: Replay | None = None,
     ) -> None:
         self.step, self.rows, self.trunk, self.kept, self.new, self.expected = step, rows, trunk, kept, new, expected
-        self.explores = not kept.calls  # as the first step does
-        self.calls: list[Called] = []
+        self.is_first_step = not kept.calls  # as the first step does
+        self.calls: list[CallRecord] = []
         self.values: dict[Place, Tensor] = {}
         self.starts: dict[Place, int] = {}
         self.random = _random_states()
@@ -75,20 +75,20 @@ class Recording:
         args, kwargs = untraced((args, kwargs))
         given, position = tree_flatten((args, kwargs)), len(self.calls)
         trains = any(isinstance(x, Tensor) and x.requires_grad for x in given[0])
-        other = not self.explores and [call.name for call in self.kept.calls[position : position + 1]] != [name]
+        other = not self.is_first_step and [call.name for call in self.kept.calls[position : position + 1]] != [name]
         if trains or other or self._changes_its_input(name, given[0]):
             self.step.end_trunk(f"what {name} is given")
             return inner(*args, **kwargs)
-        with self.trunk.buffers_stay(name) if self.explores else contextlib.nullcontext():
+        with self.trunk.buffers_stay(name) if self.is_first_step else contextlib.nullcontext():
             output = inner(*args, **kwargs)
         leaves, spec = tree_flatten(output)
         if any(isinstance(x, Tensor) and x.requires_grad for x in leaves):
             self.step.end_trunk(name)
             return output
-        self._refuse_random(name)
+        self._check_not_random(name)
         forms = tuple(form_of(name, x, self.rows) for x in leaves)
-        self.calls.append(Called(name, signature(*given), spec, forms))
-        if not self.explores:
+        self.calls.append(CallRecord(name, signature(*given), spec, forms))
+        if not self.is_first_step:
             self._write(position, leaves)
             return output
         places = {(position, i): x for i, x in enumerate(leaves) if isinstance(x, Tensor)}
@@ -98,7 +98,7 @@ class Recording:
 
     def keep(self) -> None:
         """Make the rows known, if the step has called all of the trunk."""
-        if self.explores:
+        if self.is_first_step:
             if not self.calls or not self.step.used:
                 return
             self.kept.calls, self.kept.needed = tuple(self.calls), frozenset(self.step.used)
@@ -119,14 +119,14 @@ class Recording:
 
     def _changes_its_input(self, name: str, given: Sequence[Any]) -> bool:
         kinds = [type(x).__name__ for x in given if not isinstance(x, (Tensor, *PLAIN))]
-        if kinds and self.explores:
+        if kinds and self.is_first_step:
             raise ValueError(
                 f"cache_frozen=True cannot skip {name}: it is given a {kinds[0]}, which it may change. Do without that "
                 f"object (of a model of transformers: use_cache=False), {ADVICE}"
             )
         return bool(kinds)
 
-    def _refuse_random(self, name: str) -> None:
+    def _check_not_random(self, name: str) -> None:
         if any(not torch.equal(a, b) for a, b in zip(self.random, _random_states(), strict=False)):
             raise ValueError(
                 f"cache_frozen=True needs a trunk that is not random, but random numbers were drawn before {name} "

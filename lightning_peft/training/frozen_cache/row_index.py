@@ -18,7 +18,7 @@ ADVICE = "or set cache_frozen=False."
 
 
 @dataclass(frozen=True)
-class Called:
+class CallRecord:
     """One call of a part of the trunk: what it was given, and the form of what it returned."""
 
     name: str
@@ -31,7 +31,7 @@ class Called:
 class Block:
     """Rows that one step has added to the file."""
 
-    calls: tuple[Called, ...]
+    calls: tuple[CallRecord, ...]
     rows: int  # of the step
     starts: dict[Place, int]
 
@@ -48,12 +48,12 @@ class KeptRows:
 
     def __init__(self, folder: str | None = None) -> None:
         self.store = RowStore(folder)
-        self.calls: tuple[Called, ...] = ()  # of the first step; until then nothing is kept
+        self.calls: tuple[CallRecord, ...] = ()  # of the first step; until then nothing is kept
         self.needed: frozenset[Place] = frozenset()
         self.index: dict[bytes, Entry] = {}
-        self._layouts: dict[tuple[Called, ...], tuple[Called, ...]] = {}
+        self._layouts: dict[tuple[CallRecord, ...], tuple[CallRecord, ...]] = {}
 
-    def add(self, calls: Sequence[Called], rows: int, starts: dict[Place, int], keys: Iterable[bytes]) -> None:
+    def add(self, calls: Sequence[CallRecord], rows: int, starts: dict[Place, int], keys: Iterable[bytes]) -> None:
         """Make rows known that were written."""
         layout = self._layouts.setdefault(tuple(calls), tuple(calls))
         block = Block(layout, rows, starts)

@@ -18,13 +18,13 @@ _METADATA |= {"__get__", "__len__", "__hash__", "__repr__", "ndimension", "nelem
 class Watch(Protocol):
     """Who is told of uses."""
 
-    over: bool  # whether something that trains has started: from then on, any computation is a use
+    past_trunk: bool  # whether something that trains has started: from then on, any computation is a use
 
     def use(self, places: Iterable[Place]) -> None:
         """Note that the values from these places matter."""
 
 
-class Traced(Tensor):
+class UseTrackingTensor(Tensor):
     """Tensor that remembers where its values come from; what is computed from it remembers that, too.
 
     Shapes and types are no values. A use is: what meets something that trains, what is read as a number, what is
@@ -46,7 +46,7 @@ class Traced(Tensor):
         places, watch = frozenset[Place]().union(*(x.places for x in given)), given[0].watch
         written = name == "__setitem__" or "out" in kwargs or (name.endswith("_") and not name.endswith("__"))
         used = not tensors or (written and not isinstance(args[0], cls))
-        if used or watch.over or any(x.requires_grad for x in tensors):
+        if used or watch.past_trunk or any(x.requires_grad for x in tensors):
             watch.use(places)
             return tree_map(_untraced, result)
         return tree_map(lambda x: trace(x, places, watch) if isinstance(x, Tensor) else x, result)
@@ -54,10 +54,10 @@ class Traced(Tensor):
 
 def trace(tensor: Tensor, places: Iterable[Place], watch: Watch) -> Tensor:
     """Return a tensor with the same values that remembers these places."""
-    if isinstance(tensor, Traced):  # an in-place function returns what it was given
+    if isinstance(tensor, UseTrackingTensor):  # an in-place function returns what it was given
         tensor.places |= frozenset(places)
         return tensor
-    traced = tensor.as_subclass(Traced)
+    traced = tensor.as_subclass(UseTrackingTensor)
     traced.places, traced.watch = frozenset(places), watch
     return traced
 
@@ -65,7 +65,7 @@ def trace(tensor: Tensor, places: Iterable[Place], watch: Watch) -> Tensor:
 def used(values: Any) -> Any:
     """Return values, such as arguments of what trains, as plain tensors; tell that they matter."""
     for x in tree_leaves(values):
-        if isinstance(x, Traced):
+        if isinstance(x, UseTrackingTensor):
             x.watch.use(x.places)
     return untraced(values)
 
@@ -76,7 +76,7 @@ def untraced(values: Any) -> Any:
 
 
 def _untraced(x: Any) -> Any:
-    if not isinstance(x, Traced):
+    if not isinstance(x, UseTrackingTensor):
         return x
     with torch._C.DisableTorchFunctionSubclass():
         return x.as_subclass(Tensor)
