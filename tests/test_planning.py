@@ -19,6 +19,7 @@ from lightning_peft.analysis.memory_plan import Plan, plan
 from lightning_peft.analysis.plan_table import layouts, table
 from lightning_peft.analysis.saved_activations import saved_bytes
 from lightning_peft.quantization.meta_quantize import quantize_shapes
+from lightning_peft.structure.quantized import is_quantized
 
 
 def bert(width=128):
@@ -125,7 +126,7 @@ def test_autocast_is_counted():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_quantized_base_is_counted_as_it_is_stored(kind, dtype):
     real = lp.quantize(llama(dtype=dtype).train(), kind)
-    stored = {id(x): x for m in real.modules() if hasattr(m, "weight") and lp.quantized_layers.is_quantized(m)
+    stored = {id(x): x for m in real.modules() if hasattr(m, "weight") and is_quantized(m)
               for x in [m.weight, *m.buffers(), *state_of(m)]}  # fmt: skip
     lp.inject(real, lp.LoRA(targets=["all-linear"]))
     measured = harness.saved_bytes(loss, real, batch_for(real))
