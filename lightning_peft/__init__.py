@@ -14,10 +14,11 @@ from .composition.named_adapters import add_adapter
 from .composition.row_adapters import row_adapters
 from .core.active_adapters import activate, active, disabled, remove_adapter
 from .core.adapted_module import adapters
-from .core.adapter import Adapter, WeightUpdate
+from .core.adapter import Adapter
 from .core.finalize import finalize
 from .core.inject import detach, inject
 from .core.method import Method
+from .core.weight_update import WeightUpdate
 from .interop import export_peft, import_loralib, import_peft, import_t_few, push_adapter, vllm_problems
 from .methods import (
     IA3,

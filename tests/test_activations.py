@@ -14,7 +14,8 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.methods.families.bias_and_scale import BiasAndScale
-from lightning_peft.structure.roles import ROLES, fused_parts, parts
+from lightning_peft.structure.fused_rows import fused_rows, requested_rows
+from lightning_peft.structure.roles import ROLES
 
 
 def small(name):
@@ -89,8 +90,8 @@ def test_gpt2_crosses_with_keys_and_values_alone():
     model = small("gpt2, crossing")
     name = "h.0.crossattention.c_attn"
     host = model.get_submodule(name)
-    assert fused_parts(host, name) == [("key", 0, 8), ("value", 8, 16)]
-    assert parts(name, host, ["attention.query", "attention.value"]) == [("value", 8, 16)]
+    assert fused_rows(host, name) == [("key", 0, 8), ("value", 8, 16)]
+    assert requested_rows(name, host, wanted := ["attention.query", "attention.value"], wanted) == [("value", 8, 16)]
     assert list(ROLES["attention.query"](model)) == ["h.0.attn.c_attn", "h.0.crossattention.q_attn"]
 
 

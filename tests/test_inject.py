@@ -11,7 +11,7 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.structure.roles import ROLES
-from lightning_peft.structure.selection import select
+from lightning_peft.structure.selection import select_modules
 
 
 def chain():
@@ -82,7 +82,7 @@ class Wrap(lp.Method):
     targets: list[str]
 
     def adapters(self, model):
-        return ((name, Around()) for name in select(model, self.targets))
+        return ((name, Around()) for name in select_modules(model, self.targets))
 
 
 REFUSED = {
@@ -293,13 +293,13 @@ def test_roles_find_each_layer_of_a_family_once(name):
 
 def test_globs_match_ends_of_names_in_the_models_order():
     model = MODELS["llama"]()
-    assert list(select(model, ["layers.[02].self_attn.v_proj", "layers.0.*.q_proj"])) == [
+    assert list(select_modules(model, ["layers.[02].self_attn.v_proj", "layers.0.*.q_proj"])) == [
         "model.layers.0.self_attn.q_proj",
         "model.layers.0.self_attn.v_proj",
         "model.layers.2.self_attn.v_proj",
     ]
-    assert len(select(model, ["q_proj"], exclude=["layers.1.*"])) == 2
-    assert not select(model, ["mlp"]).keys() & select(model, ["mlp.*"]).keys()
+    assert len(select_modules(model, ["q_proj"], exclude=["layers.1.*"])) == 2
+    assert not select_modules(model, ["mlp"]).keys() & select_modules(model, ["mlp.*"]).keys()
 
 
 def test_a_convolutional_net_takes_lora_and_its_last_layers():

@@ -260,18 +260,18 @@ def test_a_kept_weight_is_given_up_when_anything_changes(method, change):
     x = torch.randn(5, 16, dtype=torch.float64)
     with torch.no_grad():
         model(x)
-        first = adapter.built.weight
+        first = adapter.weight_cache.weight
         torch.testing.assert_close(model(x), plain(model, x))
-        assert adapter.built.weight is first is not None
+        assert adapter.weight_cache.weight is first is not None
         if change == "step":
             with torch.enable_grad():
                 CHANGES[change](adapter, host)
         else:
             CHANGES[change](adapter, host)
         torch.testing.assert_close(model(x), plain(model, x))
-        assert adapter.built.weight is not first
+        assert adapter.weight_cache.weight is not first
     model.train()
-    assert adapter.built.weight is None
+    assert adapter.weight_cache.weight is None
 
 
 def test_kept_weights_have_a_limit_and_copies_have_none(monkeypatch):
@@ -284,11 +284,11 @@ def test_kept_weights_have_a_limit_and_copies_have_none(monkeypatch):
         assert built.WeightCache.total - before == host.weight.nbytes
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             ((*_, other),) = lp.adapters(twin)
-            assert other.built.weight is None
+            assert other.weight_cache.weight is None
         model.train().eval()
         monkeypatch.setattr(built, "LIMIT", before)
         torch.testing.assert_close(model(x), plain(model, x))
-        assert adapter.built.weight is None
+        assert adapter.weight_cache.weight is None
     del twin, other
     assert built.WeightCache.total == before
 

@@ -19,7 +19,7 @@ from lightning_peft.core.fingerprint import fingerprint
 from lightning_peft.quantization import nf4
 from lightning_peft.structure.layer_types import layer_of
 from lightning_peft.structure.quantized import Int8Linear, QuantizedType
-from lightning_peft.structure.selection import select
+from lightning_peft.structure.selection import select_modules
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("torchao")
@@ -183,7 +183,7 @@ def test_adapters_train_on_a_quantized_base(way, name):
 
 def test_heads_embeddings_and_norms_stay(way):
     base, model = MODELS["llama"](), quantized(MODELS["llama"](), way)
-    hosts = select(base, ["all-linear"])
+    hosts = select_modules(base, ["all-linear"])
     weights = {f"{name}.weight" for name in hosts}
     assert "lm_head" not in hosts
     assert len(hosts) == 21
@@ -208,7 +208,7 @@ def test_the_base_is_the_same_base_before_and_after(way, name, tmp_path):
     plain = lp.inject(MODELS[name](), lora())
     model = lp.inject(quantized(MODELS[name](), way), lora())
     other = MODELS[name]()
-    next(iter(select(other, ["all-linear"]).values())).weight.data.mul_(1.5)
+    next(iter(select_modules(other, ["all-linear"]).values())).weight.data.mul_(1.5)
     assert fingerprint(plain) == fingerprint(model) == fingerprint(copy.deepcopy(model).bfloat16())
     assert fingerprint(model) != fingerprint(lp.inject(quantized(other, way), lora()))
 
@@ -226,7 +226,7 @@ def test_dequantized_layers_are_what_they_were_and_can_be_merged(way, name):
     y = run(model)
     with pytest.raises(TypeError, match="is quantized.*dequantize=True"):
         lp.merge(model)
-    host = next(iter(select(model, ["all-linear"]).values()))
+    host = next(iter(select_modules(model, ["all-linear"]).values()))
     with pytest.raises(TypeError, match="dequantize before merging"):
         layer_of(host).write(host, torch.zeros(layer_of(host).shape(host)))
     error = lp.dequantize(model)
@@ -242,14 +242,16 @@ def test_dequantized_layers_are_what_they_were_and_can_be_merged(way, name):
 def test_dequantize_measures_the_error(way):
     base, model = MODELS["bert"](), copy.deepcopy(quantized(MODELS["bert"](), way))
     error = lp.dequantize(model)
-    weights = [(host.weight, model.get_submodule(name).weight) for name, host in select(base, ["all-linear"]).items()]
+    weights = [
+        (host.weight, model.get_submodule(name).weight) for name, host in select_modules(base, ["all-linear"]).items()
+    ]
     squares = sum((old - new).square().sum() for old, new in weights)
     assert error == pytest.approx((squares / sum(old.square().sum() for old, _ in weights)).sqrt().item(), rel=1e-4)
 
 
 def test_each_original_is_released_before_the_next_is_touched(monkeypatch):
     model = MODELS["llama"]()
-    originals = [weakref.ref(host.weight) for host in select(model, ["all-linear"]).values()]
+    originals = [weakref.ref(host.weight) for host in select_modules(model, ["all-linear"]).values()]
     alive, encode = [], Int8Linear.encode
     monkeypatch.setattr(Int8Linear, "encode", lambda *args: alive.append(count()) or encode(*args))
 

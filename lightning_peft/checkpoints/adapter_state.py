@@ -33,12 +33,8 @@ def keep_adapters_only(model: nn.Module) -> None:
 @contextmanager
 def full_state_dict(model: nn.Module) -> Iterator[None]:
     """Context in which ``model.state_dict()`` holds the frozen base as well."""
-    record = require_record(model)
-    before, record.shows_base = record.shows_base, True
-    try:
+    with require_record(model).show_base():
         yield
-    finally:
-        record.shows_base = before
 
 
 def adapter_state(model: nn.Module, packed: bool = False, only: Sequence[Method] | None = None) -> dict[str, Tensor]:
@@ -177,7 +173,7 @@ def _is_under(key: str, names: set[str]) -> bool:
 def _drop_missing_base_keys(module: nn.Module, incompatible: Any) -> None:
     record = get_record(module)
     if record is not None:
-        record.untrained = False
+        record.mark_trained()
         names = base_names(module)
         missing = incompatible.missing_keys
         missing[:] = [k for k in missing if strip_wrapper_names(k).removeprefix("module.") not in names]

@@ -45,9 +45,9 @@ def inject_from_metadata(model: nn.Module, description: Mapping[str, Any], sourc
     record = get_record(model)
     if record is None:
         _inject(model, description)
-    elif [to_dict(method) for method in record.methods] != description["methods"]:
+    elif list(map(to_dict, record.methods)) != (stored := [to_dict(from_dict(d)) for d in description["methods"]]):
         names = ", ".join(str(data.get("method")) for data in description["methods"])
-        final = [to_dict(method.finalized()) for method in record.methods] == description["methods"]
+        final = [to_dict(method.finalized()) for method in record.methods] == stored
         raise ValueError(
             f"{source} was written with {names} in other settings than this model's: {record.methods}."
             + " It holds no encoders for training; call lightning_peft.finalize(model) first." * final
@@ -70,7 +70,7 @@ def _inject(model: nn.Module, description: Mapping[str, Any]) -> None:
     for name in by_name.keys() - active:
         add_inactive(model, by_name[name])
     record = require_record(model)
-    record.methods, record.method_groups = methods, groups
+    record.restore(methods, groups)
     if active and (groups or set(active) != set(by_name)):
         activate(model, *active)
 

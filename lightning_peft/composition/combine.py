@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import WeightUpdate
 from ..core.inject import add_inactive
 from ..core.injection_record import adapters_of, methods_named, require_record
 from ..core.method import Method, check_setting
+from ..core.weight_update import WeightUpdate
 from ..methods import LoRA
 from ..methods.families.low_rank import LowRankUpdate
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..core.active_adapters import temporary_adapters
-from ..core.adapted_module import adapters
+from ..core.adapted_module import adapters, set_active
 from ..core.adapter import Adapter
 from ..core.fingerprint import fingerprint
 from ..core.inject import detach
@@ -110,7 +110,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         )
     _undo(model)
     allow_loading(model)
-    record.merged = None
+    record.set_merged(None)
     return model
 
 
@@ -155,14 +155,14 @@ def _merge_and_keep(model: nn.Module, dequantize: bool) -> nn.Module:
         _undo(model)
         raise
     forbid_loading(model)
-    record.merged = Merged(base, fingerprint(model, beside), beside)
+    record.set_merged(Merged(base, fingerprint(model, beside), beside))
     return model
 
 
 def _change(name: str, host: Any, found: Sequence[tuple[str, Any, str, Adapter]]) -> None:
     order = tuple(key for key in host.peft_order if host.peft[key].persistent)
     kept = run_with_backup(host, functools.partial(_fold, found), order)
-    host.peft_order = temporary_adapters(host)
+    set_active(host, temporary_adapters(host))
     for *_, adapter in found:
         adapter.invalidate_cache()
     if trained := [key for key, p in kept.tensors(host).items() if p.requires_grad]:
@@ -174,7 +174,7 @@ def _change(name: str, host: Any, found: Sequence[tuple[str, Any, str, Adapter]]
 
 def _undo(model: nn.Module) -> None:
     for _, host, _ in changed_hosts(model):
-        host.peft_order = restore(host).order + temporary_adapters(host)
+        set_active(host, restore(host).order + temporary_adapters(host))
 
 
 def _quantized(found: Sequence[tuple[str, Any, str, Adapter]]) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..core.active_adapters import PER_ROW_KEY, paused
-from ..core.adapted_module import AdaptedModule, list_base_modules, method_name
+from ..core.adapted_module import AdaptedModule, list_base_modules, method_name, set_active
 from ..core.adapter import Adapter, Call
 from ..core.injection_record import check_not_paused, methods_named, require_record, trained_by
 from ..core.per_row import BatchableAdapter, BatchableLayerAdapter
@@ -72,7 +72,7 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         try:
             for host, parts in plan:
                 host.peft[PER_ROW_KEY] = RowAdapters(parts)
-                host.peft_order = (PER_ROW_KEY, *host.peft_order)
+                set_active(host, (PER_ROW_KEY, *host.peft_order))
             yield
         finally:
             for host, _ in plan:

@@ -1,4 +1,4 @@
-"""Which of the adapters in a model take part in its calls: by name, in order, or none for a while."""
+"""``activate`` and ``disabled``: choose by name which adapters of a model are active, and in which order."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .adapted_module import (
     method_name,
     remove,
     restore_fast_path,
+    set_active,
 )
 from .checks import check_shared_host
 from .inject import detach
@@ -78,10 +79,10 @@ def activate(model: nn.Module, *names: str) -> nn.Module:
         orders[id(host)] = (*orders.get(id(host), ()), key)
     taking = {id(adapter) for *_, adapter in chosen}
     for _, host, _, adapter in found:
-        host.peft_order = orders.get(id(host), ()) + temporary_adapters(host)
+        set_active(host, orders.get(id(host), ()) + temporary_adapters(host))
         adapter.invalidate_cache()
         adapter.requires_grad_(id(adapter) in taking)
-    record.active[:] = names
+    record.set_active(names)
     return model
 
 
@@ -113,9 +114,7 @@ def remove_adapter(model: nn.Module, name: str) -> nn.Module:
             remove(host, key)
     for _, _, _, adapter in adapters(model):
         adapter.invalidate_cache()
-    record.methods[:] = [method for method in record.methods if method not in methods]
-    record.method_groups.pop(name, None)
-    record.active[:] = [other for other in record.active if other != name]
+    record.remove(name)
     return model
 
 
@@ -155,17 +154,16 @@ def paused(model: nn.Module, modules: Sequence[Any] | None = None) -> Iterator[N
     """
     record = get_record(model) or InjectionRecord()
     hosts = [module for module in modules or list_base_modules(model) if isinstance(module, AdaptedModule)]
-    before, was = [host.peft_order for host in hosts], record.paused
-    record.paused = True
+    before = [host.peft_order for host in hosts]
     for host in hosts:
-        host.peft_order = temporary_adapters(host)
+        set_active(host, temporary_adapters(host))
     try:
-        yield
+        with record.pause():
+            yield
     finally:
-        record.paused = was
-        for host, order in zip(hosts, before, strict=True):
+        for host, keys in zip(hosts, before, strict=True):
             if isinstance(host, AdaptedModule):  # not detached meanwhile
-                host.peft_order = order
+                set_active(host, keys)
 
 
 def temporary_adapters(host: Any) -> tuple[str, ...]:

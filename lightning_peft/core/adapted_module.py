@@ -1,31 +1,31 @@
-"""How it runs: a host keeps its type, its keys and its forward; a class in front of its own calls the adapters."""
+"""Swaps the class of a module for a cached subclass whose ``forward`` runs its adapters around the original one."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from ..structure.base_model import ADAPTERS_ATTRIBUTE
 from ..structure.layer_types import read_bias_attribute, read_weight_attribute
-from .adapter import Adapter
+from .adapter import Adapter, InnerCall
 
 # Of torch: what reads weights of its children, or packs its input, unless told otherwise.
 _READERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 class AdaptedModule:
-    """Stands in front of a host's own class."""
+    """First base class of every module with adapters; the second one is the module's own class."""
 
     _host_class: Any
     peft: nn.ModuleDict
-    peft_order: tuple[str, ...]  # names of the adapters that take part, inner before outer
+    peft_order: tuple[str, ...]  # keys of the active adapters, inner before outer; written by this file alone
 
     def active_adapters(self) -> Iterator[Any]:
-        """Yield the adapters that take part, inner before outer."""
+        """Yield the active adapters, inner before outer."""
         for key in self.peft_order:
             yield self.peft[key]
 
@@ -43,21 +43,17 @@ def adapted_class(cls: Any) -> type[nn.Module]:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call: Callable[..., Any] = functools.partial(cls.forward, self)
-        for key in self.peft_order:
-            adapter = self.peft[key]
-            call = functools.partial(adapter, self, call)
-        return call(*args, **kwargs)
+        return InnerCall(self, cls.forward, [self.peft[key] for key in self.peft_order])(*args, **kwargs)
 
     read, bias = read_weight_attribute(cls), read_bias_attribute(cls)
 
-    def updated(self: Any) -> Any:
+    def effective_weight(self: Any) -> Any:
         weight = self._parameters[read]
         for adapter in self.active_adapters():
             weight = adapter.effective_weight(weight)
         return weight
 
-    def updated_bias(self: Any) -> Any:
+    def effective_bias(self: Any) -> Any:
         value = self._parameters[bias]
         for adapter in self.active_adapters():
             value = adapter.effective_bias(value)
@@ -66,8 +62,8 @@ def adapted_class(cls: Any) -> type[nn.Module]:
     # The same name: libraries look models up by it (loss functions, wrapping policies, saved configurations).
     namespace = {"forward": forward, "_host_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
     if read is not None:
-        namespace |= {read: property(updated), bias: property(updated_bias)}
-    if issubclass(cls, nn.Sequential):  # which calls its children one after the other: not the adapters
+        namespace |= {read: property(effective_weight), bias: property(effective_bias)}
+    if issubclass(cls, nn.Sequential):  # calls its children in turn and indexes them by their count, without adapters
         namespace["__iter__"] = lambda self: iter([child for child in cls.__iter__(self) if child is not self.peft])
         namespace["__len__"] = lambda self: cls.__len__(self) - 1
     return type(cls.__name__, (AdaptedModule, cls), namespace)
@@ -81,10 +77,10 @@ def _rebuild(cls: Any) -> nn.Module:
 def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Adapter]]:
     """Yield (host's name, host, adapter's name, adapter); found by type, never by the spelling of a name.
 
-    What surrounds a host for the time of a run, and is no part of the model, is left out.
+    Adapters that are there during one run alone are left out.
     """
-    found: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, AdaptedModule)]
-    for name, host in found:
+    hosts: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, AdaptedModule)]
+    for name, host in hosts:
         for key, adapter in host.peft.items():
             if adapter.persistent:
                 yield name, host, key, adapter
@@ -106,7 +102,7 @@ def list_base_modules(model: nn.Module) -> list[Any]:
 
 
 def active_adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
-    """Yield (host's name, adapter) of those that take part."""
+    """Yield (host's name, adapter) of the active adapters."""
     for name, host, key, adapter in adapters(model):
         order: Any = host.peft_order
         if key in order:
@@ -123,8 +119,8 @@ def method_name(key: str, adapter: Adapter) -> str:
     return key.removesuffix(f"_{adapter.part}") if adapter.part else key
 
 
-def attach(host: Any, key: str, adapter: Adapter, takes_part: bool = True) -> None:
-    """Let an adapter surround the calls of a host, outside of those that are there; or lie there for later."""
+def attach(host: Any, key: str, adapter: Adapter, active: bool = True) -> None:
+    """Give a host an adapter, which surrounds those that are active already; an inactive one is only stored."""
     if not isinstance(host, AdaptedModule):
         host.peft, host.peft_order = nn.ModuleDict(), ()
         kind: Any = type(host)
@@ -133,10 +129,15 @@ def attach(host: Any, key: str, adapter: Adapter, takes_part: bool = True) -> No
     device = next((p.device for p in own if p is not None), None)
     slot: Any = host.peft
     slot[key] = adapter if all(p.device == device for p in adapter.parameters()) else adapter.to(device)
-    if takes_part:
+    if active:
         host.peft_order += (key,)
     if adapter.training != host.training:
         adapter.train(host.training)
+
+
+def set_active(host: Any, keys: Sequence[str]) -> None:
+    """Let the adapters of these keys, and no others, surround the calls of a host, inner before outer."""
+    host.peft_order = tuple(keys)
 
 
 def remove(host: Any, key: str) -> None:

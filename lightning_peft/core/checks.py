@@ -1,7 +1,8 @@
-"""What cannot work as an adapter on a host, or beside others; each case fails silently without a check."""
+"""Checks before an injection. Each refuses something that would be silently wrong without the check."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
@@ -9,11 +10,16 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..structure.base_model import ADAPTERS_ATTRIBUTE
+from ..structure.base_model import ADAPTERS_ATTRIBUTE, matches
+from ..structure.fused_rows import requested_rows
+from ..structure.layer_types import layer_of
 from ..structure.quantized import is_quantized
+from ..structure.roles import ROLES, WEIGHT_ROLES
+from ..structure.selection import Selection
 from .adapted_module import AdaptedModule
-from .adapter import Adapter, WeightUpdate
+from .adapter import Adapter
 from .tensor_parallel import is_split
+from .weight_update import WeightUpdate
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -43,8 +49,7 @@ def _check_name(name: str) -> None:
 def check_host(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
     """Raise if an adapter on this host could not work; each case fails silently without this check."""
     kind = type(host).__name__
-    shows = type(adapter).effective_weight is not Adapter.effective_weight
-    if isinstance(host, nn.modules.linear.NonDynamicallyQuantizableLinear) and not shows:
+    if isinstance(host, nn.modules.linear.NonDynamicallyQuantizableLinear) and not _shows_weight(adapter):
         raise TypeError(
             f"{name} belongs to nn.MultiheadAttention, which reads its weight and never calls it; target other layers."
         )
@@ -64,16 +69,67 @@ def check_host(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
         raise ValueError(f"{name} already has an adapter {key!r}; give the method another name.")
 
 
-def check_shared_host(found: Sequence[tuple[str, Adapter]]) -> None:
+def check_selection(selections: Sequence[Selection], placed: Sequence[tuple[str, Adapter]]) -> None:
+    """Raise where a method selected some rows of a layer, or a weight that is never called, and changes another thing.
+
+    A role can mean some rows of a fused layer (query in GPT-2's ``c_attn``), or a weight that its parent reads
+    (``nn.MultiheadAttention``); what was selected by a glob means the module as a whole.
+    """
+    adapters_on = defaultdict[str, list[Adapter]](list)
+    for name, adapter in placed:
+        adapters_on[name].append(adapter)
+    for name, requests in itertools.groupby(sorted(selections, key=lambda s: s.name), key=lambda s: s.name):
+        if name in adapters_on:
+            _check_requests(name, list(requests), adapters_on[name])
+
+
+def _check_requests(name: str, requests: Sequence[Selection], placed: Sequence[Adapter]) -> None:
+    if any(_means_module(request) for request in requests):
+        return
+    host = requests[0].host
+    if layer_of(host).weight_read_by_parent and not all(map(_shows_weight, placed)):
+        raise TypeError(
+            f"{type(placed[0]).__name__} surrounds the call of {name}, and the roles {list(requests[0].targets)} mean "
+            f"weights that {type(host).__name__} reads without calling a layer. Derive it from WeightUpdate, or "
+            f"override effective_weight and effective_bias; or target the module by a glob."
+        )
+    rows = [r for s in requests for r in requested_rows(name, host, s.targets, [t for t in s.targets if t in ROLES])]
+    if None in rows:
+        return
+    wanted = {row for part in rows if part is not None for row in range(part.start, part.stop)}
+    for adapter in placed:
+        if not wanted.issuperset(range(*(adapter.rows or (0, layer_of(host).shape(host)[0])))):
+            parts = ", ".join(f"{part.part} {part.start}:{part.stop}" for part in rows if part is not None)
+            raise ValueError(
+                f"{type(adapter).__name__} changes all rows of {name}, which computes query, key and value at once, "
+                f"and its targets {list(requests[0].targets)} mean the rows {parts}. Give WeightUpdate.__init__ the "
+                f"rows that select returns, or target the layer by a glob."
+            )
+
+
+def _means_module(request: Selection) -> bool:
+    """Return whether a glob, or a role of modules such as ``attention``, selected a module."""
+    globs = [target for target in request.targets if target not in ROLES]
+    modules = [role for role in request.targets if role in ROLES and role not in WEIGHT_ROLES]
+    return any(matches(request.name, glob) for glob in globs) or bool(modules)
+
+
+def _shows_weight(adapter: Adapter) -> bool:
+    """Return whether an adapter works on a host whose parent reads its weight."""
+    cls = type(adapter)
+    return cls.effective_weight is not Adapter.effective_weight or cls.effective_bias is not Adapter.effective_bias
+
+
+def check_shared_host(placed: Sequence[tuple[str, Adapter]]) -> None:
     """Raise where an adapter that rewrites rows of a weight as a whole would share them, or two replace a parameter."""
     updates, replaced = defaultdict[str, list[Adapter]](list), Counter[str]()
-    for name, adapter in found:
+    for name, adapter in placed:
         replaced.update(f"{name}.{key}" for key in adapter.replaces)
         if isinstance(adapter, WeightUpdate) or "weight" in adapter.replaces:
             updates[name].append(adapter)
     if twice := [key for key, count in replaced.items() if count > 1]:
         raise ValueError(f"Two adapters have {twice[0]} of their own; only one of them can take part at a time.")
-    for name, adapter in [(n, a) for n, a in found if a.exclusive]:
+    for name, adapter in [(n, a) for n, a in placed if a.exclusive]:
         company = [a for a in updates[name] if a is not adapter]
         others = [a for a in company if "" in (a.part, adapter.part) or a.part == adapter.part]
         if others:

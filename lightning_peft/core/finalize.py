@@ -37,5 +37,5 @@ def finalize(model: nn.Module) -> nn.Module:
             )
             if not same:
                 raise RuntimeError(f"{type(adapter).__name__} at {name} does not hold what its encoder computed.")
-    record.methods = [method.finalized() for method in record.methods]
+    record.finalize()
     return model

@@ -1,23 +1,25 @@
-"""What enters a model and leaves it again; every refusal comes before anything is changed."""
+"""``inject`` and ``detach``: an ``InjectionPlan`` is built, checked and applied once; a refusal changes nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..structure.base_model import base_modules, base_parameters
 from ..structure.quantized import check_not_repacked, keep_differentiable
-from ..structure.selection import literal, select_parameters
+from ..structure.selection import Selection, literal, record_selections, select_parameters
 from .adapted_module import active_adapters, adapter_key, adapters, attach, disable_fast_path, remove, restore_fast_path
 from .adapter import Adapter
-from .checks import check_host, check_names, check_shared_host, check_trainable
+from .checks import check_host, check_names, check_selection, check_shared_host, check_trainable
 from .injection_record import InjectionRecord, check_not_paused, get_record, replaced_names, set_record
 from .method import Method
 from .own_parameters import OwnParameters
 from .tensor_parallel import check_tensor_parallel_support, mesh_of, shard_adapters
-
-Plan = list[tuple[Method, str, Adapter]]  # method, its host's name, what surrounds it
 
 
 def inject(model: nn.Module, method: Method | Sequence[Method], also_train: Sequence[str] = ()) -> nn.Module:
@@ -35,86 +37,16 @@ def inject(model: nn.Module, method: Method | Sequence[Method], also_train: Sequ
         ValueError: A pattern matches nothing, a setting does not fit a layer, or a name is taken.
         TypeError: A host cannot be adapted; the message says what to do instead.
     """
-    return _inject(model, [method] if isinstance(method, Method) else list(method), also_train)
+    methods = [method] if isinstance(method, Method) else list(method)
+    return InjectionPlan.build(model, methods, also_train).apply()
 
 
 def add_inactive(model: nn.Module, methods: Sequence[Method], also_train: Sequence[str] = ()) -> nn.Module:
-    """Add adapters under the name of the first method; they take part in no call, and do not train, until activated.
+    """Add adapters as a group under the name of the first method; they do nothing until they are activated.
 
-    What would train in the base itself becomes ``OwnParameters``.
+    Parameters of the base that would train become copies, by ``OwnParameters``.
     """
-    return _inject(model, methods, also_train, takes_part=False)
-
-
-def _inject(
-    model: nn.Module, methods: Sequence[Method], also_train: Sequence[str] = (), takes_part: bool = True
-) -> nn.Module:
-    base, modules = base_parameters(model), {"": model, **base_modules(model)}
-    record = get_record(model) or InjectionRecord(required_grad={n: p.requires_grad for n, p in base.items()})
-    check_not_paused(record)
-    plan = [(m, host_name, adapter) for m in methods for host_name, adapter in m.adapters(model)]
-    trained = {name for m in methods for name in m.parameters(model)} | set(select_parameters(model, also_train))
-    trained -= replaced_names((host_name, adapter) for _, host_name, adapter in plan)
-    if trained and not takes_part:
-        own, found = _own(model, methods[0].name, trained)
-        methods, plan, trained = [*methods, own], plan + found, set()
-    check_names([m.name for m in [*record.methods, *methods]])
-    _check_plan(model, modules, plan, trained, takes_part)
-    if not plan and not trained:
-        raise ValueError("Nothing would train: the methods add no adapter and choose no parameter.")
-
-    record.methods += methods
-    if takes_part:
-        record.active += [m.name for m in methods]
-        record.also_train += also_train
-    elif len(methods) > 1:
-        record.method_groups[methods[0].name] = [m.name for m in methods]
-    trained |= set(record.trained)
-    record.trained = [name for name in record.required_grad if name in trained]
-    set_record(model, record)
-    _apply_plan(model, modules, plan, trained, takes_part)
-    return model
-
-
-def _apply_plan(
-    model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan, trained: set[str], takes_part: bool
-) -> None:
-    """Freeze the base but for what trains, and put adapters in."""
-    for name, parameter in base_parameters(model).items():
-        parameter.requires_grad_(name in trained)
-    for m, host_name, adapter in plan:
-        for p in adapter.parameters():
-            p.requires_grad_(p.requires_grad and takes_part)
-        attach(modules[host_name], adapter_key(m.name, adapter), adapter, takes_part)
-    if (mesh := mesh_of(model)) is not None:
-        shard_adapters(model, mesh)
-    disable_fast_path(modules.values())
-    keep_differentiable(modules.values())
-
-
-def _own(model: nn.Module, name: str, trained: set[str]) -> tuple[Method, Plan]:
-    """Return a method, and its adapters, that has these parameters of its own."""
-    method = OwnParameters(name=f"{name}_own", targets=[literal(one) for one in sorted(trained)])
-    found = list(method.adapters(model))
-    if more := replaced_names(found) - trained:
-        raise ValueError(f"{min(more)} ends in the name of one that trains and would train, too; rename one of them.")
-    return method, [(method, host_name, adapter) for host_name, adapter in found]
-
-
-def _check_plan(
-    model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan, trained: set[str], takes_part: bool
-) -> None:
-    """Raise for what cannot work."""
-    check_not_repacked(modules)
-    split = mesh_of(model) is not None
-    for m, host_name, adapter in plan:
-        check_host(modules[host_name], host_name, adapter_key(m.name, adapter), adapter)
-        if split:
-            check_tensor_parallel_support(modules[host_name], host_name, adapter_key(m.name, adapter), adapter)
-    for name in sorted(trained | replaced_names((host_name, adapter) for _, host_name, adapter in plan)):
-        check_trainable(model, name)
-    there = list(active_adapters(model)) if takes_part else []
-    check_shared_host(there + [(n, a) for _, n, a in plan])
+    return InjectionPlan.build(model, methods, also_train, active=False).apply()
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -129,3 +61,124 @@ def detach(model: nn.Module) -> nn.Module:
             parameter.requires_grad_(record.required_grad.get(name, True))
         set_record(model, None)
     return model
+
+
+class Placement(NamedTuple):
+    """One adapter and its host.
+
+    Args:
+        name: Dotted name of the host.
+        host: The module.
+        key: Key of the adapter on its host.
+        adapter: The adapter.
+    """
+
+    name: str
+    host: nn.Module
+    key: str
+    adapter: Adapter
+
+
+@dataclass(frozen=True)
+class InjectionPlan:
+    """All that one injection will do to a model. ``build`` raises for what cannot work, before anything is changed.
+
+    Args:
+        model: The model.
+        record: Record of the model, which ``apply`` extends.
+        modules: Modules of the base by name, the root included.
+        methods: Methods to add.
+        also_train: Patterns of base parameters to train.
+        placements: Adapters with their hosts, inner before outer.
+        trained: Names of base parameters that will train because of this injection.
+        active: Whether the adapters are active from now on.
+    """
+
+    model: nn.Module
+    record: InjectionRecord
+    modules: dict[str, nn.Module]
+    methods: Sequence[Method]
+    also_train: Sequence[str]
+    placements: list[Placement]
+    trained: set[str]
+    active: bool
+
+    @classmethod
+    def build(
+        cls, model: nn.Module, methods: Sequence[Method], also_train: Sequence[str], active: bool = True
+    ) -> InjectionPlan:
+        """Return a checked plan."""
+        modules = {"": model, **base_modules(model)}
+        record = get_record(model)
+        if record is None:
+            record = InjectionRecord(required_grad={n: p.requires_grad for n, p in base_parameters(model).items()})
+        check_not_paused(record)
+        placements = [placement for method in methods for placement in _placements(model, modules, method)]
+        trained = {name for method in methods for name in method.parameters(model)}
+        trained |= set(select_parameters(model, also_train))
+        trained -= replaced_names((placement.name, placement.adapter) for placement in placements)
+        if trained and not active:
+            copies = _copies(model, methods[0].name, trained)
+            more = _placements(model, modules, copies)
+            if extra := replaced_names((placement.name, placement.adapter) for placement in more) - trained:
+                raise ValueError(
+                    f"{min(extra)} ends in the name of one that trains and would train, too; rename one of them."
+                )
+            methods, placements, trained = [*methods, copies], placements + more, set()
+        plan = cls(model, record, modules, methods, also_train, placements, trained, active)
+        plan.check()
+        return plan
+
+    def check(self) -> None:
+        """Raise for what cannot work."""
+        check_names([method.name for method in [*self.record.methods, *self.methods]])
+        check_not_repacked(self.modules)
+        split = self._mesh() is not None
+        for name, host, key, adapter in self.placements:
+            check_host(host, name, key, adapter)
+            if split:
+                check_tensor_parallel_support(host, name, key, adapter)
+        placed = [(placement.name, placement.adapter) for placement in self.placements]
+        for name in sorted(self.trained | replaced_names(placed)):
+            check_trainable(self.model, name)
+        check_shared_host((list(active_adapters(self.model)) if self.active else []) + placed)
+        if not self.placements and not self.trained:
+            raise ValueError("Nothing would train: the methods add no adapter and choose no parameter.")
+
+    def apply(self) -> nn.Module:
+        """Freeze the base but for what trains, and attach the adapters."""
+        self.record.add(self.methods, self.also_train, self.trained, self.active)
+        set_record(self.model, self.record)
+        trained = set(self.record.trained)
+        for name, parameter in base_parameters(self.model).items():
+            parameter.requires_grad_(name in trained)
+        for _, host, key, adapter in self.placements:
+            if not self.active:
+                adapter.requires_grad_(False)
+            attach(host, key, adapter, self.active)
+        if (mesh := self._mesh()) is not None:
+            shard_adapters(self.model, mesh)
+        disable_fast_path(self.modules.values())
+        keep_differentiable(self.modules.values())
+        return self.model
+
+    def _mesh(self) -> DeviceMesh | None:
+        """Return the mesh of tensor parallelism, which needs a process group."""
+        return mesh_of(self.model) if dist.is_available() and dist.is_initialized() else None
+
+
+def _placements(model: nn.Module, modules: dict[str, nn.Module], method: Method) -> list[Placement]:
+    """Return the adapters of a method with their hosts, if they change what the method selected and nothing else."""
+    selections: list[Selection]
+    with record_selections() as selections:
+        placed = list(method.adapters(model))
+    for name, adapter in placed:
+        if name not in modules:
+            raise ValueError(f"{type(method).__name__} has {type(adapter).__name__} on {name!r}, which is no module.")
+    check_selection(selections, placed)
+    return [Placement(name, modules[name], adapter_key(method.name, adapter), adapter) for name, adapter in placed]
+
+
+def _copies(model: nn.Module, name: str, trained: set[str]) -> Method:
+    """Return a method whose adapters hold copies of these parameters."""
+    return OwnParameters(name=f"{name}_own", targets=[literal(parameter) for parameter in sorted(trained)])

@@ -1,8 +1,9 @@
-"""What was injected into a model, and what can be asked about it."""
+"""``InjectionRecord``: what was injected into a model, changed through its own methods alone, and queries on it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -17,7 +18,13 @@ _RECORD = "_peft_injection"
 
 @dataclass(frozen=True)
 class Merged:
-    """Fingerprints of a base without and with the adapters that are merged into it for now, and what is beside it."""
+    """Fingerprints of a base that holds merged adapters for now.
+
+    Args:
+        base: Fingerprint without the adapters.
+        now: Fingerprint with them.
+        beside: Names of parameters that neither counts: they train, or adapters replace them.
+    """
 
     base: str | None
     now: str | None
@@ -26,32 +33,134 @@ class Merged:
 
 @dataclass
 class InjectionRecord:
-    """What was injected into a model; lives on its root."""
+    """Record of an injection; it lives on the model that was given to ``inject``. Only its methods change it.
+
+    Invariants, which hold between any two calls of public functions:
+
+    * Method names are unique. Every adapter in the model belongs to one method: its key on the host is the method's
+      name and, where it serves a part, a suffix.
+    * ``active`` lists names of methods or of groups, inner before outer. The adapters of active methods are exactly
+      those in the ``peft_order`` of their hosts, unless the record is paused or merged.
+    * ``method_groups`` maps a name to the names of several methods that are added, activated and saved together; the
+      first of them has the group's name.
+    * ``trained`` are the names of parameters of the base that train. They, and the parameters of active adapters, are
+      exactly those with ``requires_grad``.
+    * The record of a module around an adapted one (``around``) shares ``methods``, ``active`` and ``method_groups``
+      with the inner record, so these are changed in place.
+    * ``required_grad`` remembers ``requires_grad`` of each parameter of the base before the injection, for ``detach``.
+
+    Args:
+        methods: Methods in the order in which they were injected.
+        also_train: Patterns that were given to ``inject``.
+        trained: Names of base parameters that train, in the model's order.
+        required_grad: ``requires_grad`` of base parameters before the injection.
+        active: Names of the active methods and groups.
+        method_groups: Names of methods by the name of their group.
+        paused: Whether no adapter is active for now, inside ``disabled`` or ``row_adapters``.
+        merged: Fingerprints while adapters are merged into the base's weights, else None.
+        untrained: Whether no adapter was trained or loaded yet.
+        shows_base: Whether ``state_dict()`` includes the frozen base although a hook leaves it out.
+    """
 
     methods: list[Method] = field(default_factory=list)
     also_train: list[str] = field(default_factory=list)
-    trained: list[str] = field(default_factory=list)  # names of base parameters that train
-    required_grad: dict[str, bool] = field(default_factory=dict)  # of base parameters, before
-    active: list[str] = field(default_factory=list)  # names of the methods whose adapters take part, inner before outer
-    method_groups: dict[str, list[str]] = field(default_factory=dict)  # names of methods that go under the name of one
-    paused: bool = False  # whether no adapter takes part for now, whatever is active
-    merged: Merged | None = None  # where those that are active are in the base's weights for now
-    untrained: bool = True  # whether nothing was trained or loaded yet
-    shows_base: bool = False  # whether state_dict() holds the frozen base although it is hooked to leave it out
+    trained: list[str] = field(default_factory=list)
+    required_grad: dict[str, bool] = field(default_factory=dict)
+    active: list[str] = field(default_factory=list)
+    method_groups: dict[str, list[str]] = field(default_factory=dict)
+    paused: bool = False
+    merged: Merged | None = None
+    untrained: bool = True
+    shows_base: bool = False
+
+    @classmethod
+    def around(cls, inner: Sequence[InjectionRecord], base: Mapping[str, nn.Parameter]) -> InjectionRecord:
+        """Return the record of a module that holds adapted modules; with one of them it shares what can be switched.
+
+        Args:
+            inner: Records of the adapted modules.
+            base: Parameters of the base by their name in the outer module.
+        """
+        only = inner[0] if len(inner) == 1 else None
+        return cls(
+            methods=only.methods if only else [method for record in inner for method in record.methods],
+            active=only.active if only else [name for record in inner for name in record.active],
+            method_groups=only.method_groups if only else {k: v for r in inner for k, v in r.method_groups.items()},
+            also_train=[pattern for record in inner for pattern in record.also_train],
+            trained=[name for name, parameter in base.items() if parameter.requires_grad],
+            required_grad=dict.fromkeys(base, True),
+        )
 
     @property
     def switched(self) -> bool:
-        """Whether adapters lie idle, were put into another order, or share a name."""
+        """Whether adapters are inactive, were put into another order, or share a name."""
         return bool(self.method_groups) or self.active != [method.name for method in self.methods]
+
+    def add(self, methods: Sequence[Method], also_train: Sequence[str], trained: set[str], active: bool) -> None:
+        """Add methods that were injected together; inactive ones form a group under the name of the first."""
+        self.methods += methods
+        if active:
+            self.active += [method.name for method in methods]
+            self.also_train += also_train
+        elif len(methods) > 1:
+            self.method_groups[methods[0].name] = [method.name for method in methods]
+        self.trained = [name for name in self.required_grad if name in trained or name in self.trained]
+
+    def remove(self, name: str) -> None:
+        """Remove the methods of a name or group."""
+        removed = methods_named(self, name)
+        self.methods[:] = [method for method in self.methods if method not in removed]
+        self.method_groups.pop(name, None)
+        self.active[:] = [other for other in self.active if other != name]
+
+    def set_active(self, names: Sequence[str]) -> None:
+        """Set the names of the active methods and groups, inner before outer."""
+        self.active[:] = names
+
+    def restore(self, methods: Sequence[Method], method_groups: Mapping[str, Sequence[str]]) -> None:
+        """Set the order of methods, and their groups, to those of a file."""
+        self.methods[:] = methods
+        self.method_groups.clear()
+        self.method_groups.update({name: list(names) for name, names in method_groups.items()})
+
+    def finalize(self) -> None:
+        """Replace methods by those without what only training needs."""
+        self.methods[:] = [method.finalized() for method in self.methods]
+
+    def mark_trained(self) -> None:
+        """Note that adapters were trained or loaded."""
+        self.untrained = False
+
+    def set_merged(self, merged: Merged | None) -> None:
+        """Note that active adapters were merged into the base's weights, or None: that they left them."""
+        self.merged = merged
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Context in which no adapter counts as active and none can be added or removed."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
+
+    @contextmanager
+    def show_base(self) -> Iterator[None]:
+        """Context in which ``state_dict()`` includes the frozen base."""
+        before, self.shows_base = self.shows_base, True
+        try:
+            yield
+        finally:
+            self.shows_base = before
 
 
 def get_record(model: nn.Module) -> InjectionRecord | None:
-    """Return the record of what ``inject`` did to this very module."""
+    """Return the record on this module; None if nothing was injected into it."""
     return model.__dict__.get(_RECORD)
 
 
 def set_record(model: nn.Module, record: InjectionRecord | None) -> None:
-    """Give a model a record; None takes it away."""
+    """Set the record of a module, or remove it."""
     if record is None:
         model.__dict__.pop(_RECORD, None)
     else:
@@ -59,7 +168,7 @@ def set_record(model: nn.Module, record: InjectionRecord | None) -> None:
 
 
 def require_record(model: nn.Module) -> InjectionRecord:
-    """Return that record; a ``ValueError`` where there is none."""
+    """Return the record on this module; a ``ValueError`` if nothing was injected into it."""
     record = get_record(model)
     if record is None:
         raise ValueError(
@@ -69,24 +178,48 @@ def require_record(model: nn.Module) -> InjectionRecord:
 
 
 def methods_named(record: InjectionRecord, name: str) -> list[Method]:
-    """Return the methods that go under a name; a ``ValueError`` where there is none."""
-    inside = {other for names in record.method_groups.values() for other in names[1:]}
-    known = [method.name for method in record.methods if method.name not in inside]
+    """Return the methods of a name or group; a ``ValueError`` where there are none."""
+    members = {other for names in record.method_groups.values() for other in names[1:]}
+    known = [method.name for method in record.methods if method.name not in members]
     if name not in known:
         raise ValueError(f"This model has no adapter named {name!r}; it has {', '.join(map(repr, known))}.")
     return [method for method in record.methods if method.name in record.method_groups.get(name, [name])]
 
 
-def names_replaced_by(model: nn.Module, methods: Sequence[Method]) -> set[str]:
-    """Return the names of the base's parameters that adapters of these methods take the place of."""
+def methods_in_same_group(record: InjectionRecord, method: Method) -> list[Method]:
+    """Return the methods in the group of this one; of a method without a group, all others without a group."""
+    group_of = {other: group for group, names in record.method_groups.items() for other in names}
+    return [other for other in record.methods if group_of.get(other.name) == group_of.get(method.name)]
+
+
+def active_methods(record: InjectionRecord) -> list[Method]:
+    """Return the methods whose adapters are active."""
+    return [method for name in record.active for method in methods_named(record, name)]
+
+
+def adapters_of(model: nn.Module, *methods: Method) -> dict[str, Adapter]:
+    """Return the adapters of methods by the name of their host, with the part of a fused host appended."""
     names = {method.name for method in methods}
-    return replaced_names(
-        (host, adapter) for host, _, key, adapter in adapters(model) if method_name(key, adapter) in names
-    )
+    return {
+        f"{name}.{adapter.part}" if adapter.part else name: adapter
+        for name, _, key, adapter in adapters(model)
+        if method_name(key, adapter) in names
+    }
+
+
+def replaced_names(placed: Iterable[tuple[str, Adapter]]) -> set[str]:
+    """Return the names of base parameters that adapters, given as (name of the host, adapter), replace during calls."""
+    return {f"{name}.{key}".lstrip(".") for name, adapter in placed for key in adapter.replaces}
+
+
+def names_replaced_by(model: nn.Module, methods: Sequence[Method]) -> set[str]:
+    """Return the names of base parameters that the adapters of these methods replace during calls."""
+    names = {method.name for method in methods}
+    return replaced_names((host, a) for host, _, key, a in adapters(model) if method_name(key, a) in names)
 
 
 def trained_or_replaced_names(model: nn.Module, methods: Sequence[Method]) -> set[str]:
-    """Return the names of parameters that are no part of the base of these methods: they train, or are replaced."""
+    """Return the names of parameters that a fingerprint of the base leaves out: they train, or are replaced."""
     trained = {name for name, parameter in base_parameters(model).items() if parameter.requires_grad}
     return trained | names_replaced_by(model, methods)
 
@@ -96,34 +229,8 @@ def trained_by(model: nn.Module, methods: Iterable[Method]) -> list[str]:
     return sorted({name for m in methods for name in m.parameters(model)} & set(require_record(model).trained))
 
 
-def methods_in_same_group(record: InjectionRecord, method: Method) -> list[Method]:
-    """Return the methods that go under one name with this one; for those without such a name, all others without."""
-    inside = {other: first for first, names in record.method_groups.items() for other in names}
-    return [other for other in record.methods if inside.get(other.name) == inside.get(method.name)]
-
-
-def active_methods(record: InjectionRecord) -> list[Method]:
-    """Return the methods whose adapters take part in calls."""
-    return [method for name in record.active for method in methods_named(record, name)]
-
-
-def adapters_of(model: nn.Module, *methods: Method) -> dict[str, Adapter]:
-    """Return the adapters of methods by host name, with the part of a fused host appended."""
-    names = {method.name for method in methods}
-    return {
-        f"{name}.{adapter.part}" if adapter.part else name: adapter
-        for name, _, key, adapter in adapters(model)
-        if method_name(key, adapter) in names
-    }
-
-
-def replaced_names(found: Iterable[tuple[str, Adapter]]) -> set[str]:
-    """Return the names of base parameters that do not train since adapters have others in their place."""
-    return {f"{name}.{key}".lstrip(".") for name, adapter in found for key in adapter.replaces}
-
-
 def check_not_paused(record: InjectionRecord) -> None:
-    """Raise where adapters cannot be changed now."""
+    """Raise where adapters cannot be added, removed or switched now."""
     if record.merged is not None:
         raise RuntimeError("Adapters are merged into the weights and cannot change; call unmerge(model) first.")
     if record.paused:

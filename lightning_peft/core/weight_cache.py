@@ -1,4 +1,4 @@
-"""An updated weight that is kept between calls, as long as nothing that it was made of changes."""
+"""``WeightCache``: W' of a layer for inference on the CPU, dropped when the base's weight or a factor changes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class WeightCache:
         return WeightCache, ()  # copies and files keep nothing
 
     def __del__(self) -> None:
-        self.drop()
+        self.clear()
 
-    def find(self, base: Tensor, factors: Sequence[Tensor]) -> Tensor | None:
-        """Return what was kept for this base weight and these very values of factors.
+    def get(self, base: Tensor, factors: Sequence[Tensor]) -> Tensor | None:
+        """Return the kept weight if this base weight and the values of these factors are those that it was made of.
 
         Values are compared because what is written through ``.data`` leaves no trace in a tensor's version; of the
         base, which is frozen, version and place must do.
@@ -37,15 +37,15 @@ class WeightCache:
         same = len(factors) == len(self._factors) and all(map(torch.equal, self._factors, factors))
         return self.weight if same else None
 
-    def keep(self, base: Tensor, factors: Sequence[Tensor], weight: Tensor) -> None:
+    def set(self, base: Tensor, factors: Sequence[Tensor], weight: Tensor) -> None:
         """Keep an updated weight in place of what was kept, if there is room."""
-        self.drop()
+        self.clear()
         if WeightCache.total + weight.nbytes <= LIMIT and not base.is_inference():
             WeightCache.total += weight.nbytes
             self.weight, self._base = weight, (base.data_ptr(), base._version)
             self._factors = [factor.detach().clone() for factor in factors]
 
-    def drop(self) -> None:
+    def clear(self) -> None:
         """Keep nothing any longer."""
         if self.weight is not None:
             WeightCache.total -= self.weight.nbytes

@@ -39,4 +39,4 @@ def inject_and_load(base: Base, plan: Plan, values: State, source: str) -> None:
     for key, value in values.items():
         assign(target[key], value)
     if (record := get_record(base.model)) is not None:
-        record.untrained = False
+        record.mark_trained()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..methods import IA3
+from ..structure.fused_rows import fused_rows, is_fused
 from ..structure.layer_types import layer_of
-from ..structure.roles import fused_parts, is_fused
 from .compatibility import check_known
 from .load_imported import inject_and_load
 from .lora import alpha_of, lora_of
@@ -104,7 +104,7 @@ def _whole(host: nn.Module, name: str, own: State, wanted: Sequence[str]) -> Sta
         return own
     if not is_fused(name):
         raise ValueError(f"{name} has factors of {count} parts, whose order among its rows is not known.")
-    rows = {part: (first, stop) for part, first, stop in fused_parts(host, name)}
+    rows = {part: (first, stop) for part, first, stop in fused_rows(host, name)}
     if count != len(wanted) or any(part not in rows for part in wanted):
         raise ValueError(f"{name} has factors of {count} parts, but parts={list(wanted)!r}; name those adapted.")
     whole, start = b.new_zeros(out, len(a)), 0

@@ -11,7 +11,7 @@ from ..core.adapter import Adapter
 from ..methods import PrefixTuning
 from ..methods.prompting.prefix import Prefix
 from ..ops.sharded_tensors import full_tensor
-from ..structure.selection import select
+from ..structure.selection import select_modules
 from .peft_format import Base, File, PeftFormat, State, check_supported
 from .prompts import VIRTUAL
 
@@ -34,7 +34,7 @@ class PrefixFormat(PeftFormat):
             not method.shift_positions, "shift_positions=False", "its cache moves positions on by the length"
         )
         found = [adapter for own in hosts.values() for adapter in own if isinstance(adapter, Prefix)]
-        layers = len(select(base.network, ["attention"]))
+        layers = len(select_modules(base.network, ["attention"]))
         check_supported(
             len(found) != layers, f"A prefix for {len(found)} of {layers} layers", "its bank has all of them"
         )

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.method import Method, check_setting
-from ..structure.layer_types import layer_of
-from ..structure.roles import parts
 from ..structure.selection import select
+from .families.low_rank import check_low_rank
 from .families.svd_triplets import SVDTriplets, allocate, observe
 
 
@@ -79,20 +78,9 @@ class AdaLoRA(Method):
         check_setting(math.isfinite(weight) and weight >= 0, "orthogonal_weight", weight, "a number, not negative")
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, SVDTriplets]]:
-        for name, host in select(model, self.targets, self.exclude).items():
-            layer, rank = layer_of(host), self.initial_rank
-            out, *rest = layer.shape(host)
-            check_setting(
-                rank <= min(out, math.prod(rest)), f"initial_rank at {name}", rank, "at most the weight's sides"
-            )
-            check_setting(
-                not (self.dropout and layer.weight_read_by_parent),
-                f"dropout at {name}",
-                self.dropout,
-                "0: its inputs are unseen",
-            )
-            for part in parts(name, host, self.targets):
-                yield name, SVDTriplets(host, rank, self._scale, self.dropout, part)
+        for name, host, rows in select(model, self.targets, self.exclude):
+            check_low_rank(name, host, self.initial_rank, self.dropout, "initial_rank")
+            yield name, SVDTriplets(host, self.initial_rank, self._scale, self.dropout, rows)
 
     @property
     def _scale(self) -> float:

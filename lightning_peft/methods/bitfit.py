@@ -13,7 +13,7 @@ from ..core.adapter import Adapter, Call, parameter_like
 from ..core.method import Method
 from ..structure.base_model import base_parameters
 from ..structure.layer_types import is_called_linear, layer_of
-from ..structure.selection import select, select_parameters
+from ..structure.selection import select_modules, select_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class BitFit(Method):
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, AddedBias]]:
         if self.add_missing:
-            for name, host in select(model, self.targets or ["all-linear"]).items():
+            for name, host in select_modules(model, self.targets or ["all-linear"]).items():
                 if is_called_linear(host) and getattr(host, "bias", None) is None:
                     yield name, AddedBias(host)
 

@@ -14,7 +14,7 @@ from ..core.method import Method, check_setting
 from ..core.per_row import BatchableLayerAdapter
 from ..structure.layer_types import has_values, read_weight_attribute
 from ..structure.roles import ROLES
-from ..structure.selection import select, select_parameters
+from ..structure.selection import select_modules, select_parameters
 from .families.bottleneck_mlp import bottleneck, check_bottleneck, output_of
 
 
@@ -58,7 +58,7 @@ class Bottleneck(Method):
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, SerialBottleneck]]:
         hosts = dict[str, nn.Module]()
-        for name, host in select(model, self.targets, self.exclude).items():
+        for name, host in select_modules(model, self.targets, self.exclude).items():
             if read_weight_attribute(type(host)) == "weight":
                 name = name.rpartition(".")[0]
             hosts[name] = model.get_submodule(name)

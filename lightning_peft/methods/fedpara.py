@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter
 from ..core.method import Method, check_setting
 from ..structure.layer_types import layer_of
-from ..structure.roles import parts
 from ..structure.selection import select
 from .families.hadamard import HadamardUpdate
 
@@ -66,14 +65,12 @@ class FedPara(Method):
         )
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, HadamardUpdate]]:
-        for name, host in select(model, self.targets, self.exclude).items():
-            for part in parts(name, host, self.targets):
-                rows, features, *kernel = layer_of(host).shape(host)
-                out = part[2] - part[1] if part else rows
-                rank = self.rank or self.rank_of(out, features, *kernel)
-                check_setting(rank <= min(out, features), f"rank at {name}", rank, f"at most {min(out, features)}")
-                shift = 1.0 if self.personalized else 0.0
-                yield name, HadamardUpdate(host, rank, self.tanh, shift, self.cores, self.jacobian_weight > 0, part)
+        for name, host, rows in select(model, self.targets, self.exclude):
+            out, features, *kernel = layer_of(host).shape(host, rows)
+            rank = self.rank or self.rank_of(out, features, *kernel)
+            check_setting(rank <= min(out, features), f"rank at {name}", rank, f"at most {min(out, features)}")
+            shift = 1.0 if self.personalized else 0.0
+            yield name, HadamardUpdate(host, rank, self.tanh, shift, self.cores, self.jacobian_weight > 0, rows)
 
     def rank_of(self, out: int, features: int, *kernel: int) -> int:
         """Return the rank that ``gamma`` gives for a weight of shape (out, features, *kernel)."""

@@ -6,19 +6,20 @@ import dataclasses
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, Call, parameter_like
+from ..core.adapter import Adapter, Call, InnerCall, parameter_like
 from ..core.method import Method, check_setting
 from ..core.per_row import BatchableLayerAdapter
 from ..structure.base_model import matches
+from ..structure.fused_rows import Rows
 from ..structure.layer_types import layer_of
-from ..structure.roles import linear_branch, parts
-from ..structure.selection import select
+from ..structure.roles import linear_branch
+from ..structure.selection import select, select_modules
 from .families.fused_scaling import scaled_input, scaled_output
 
 
@@ -46,15 +47,17 @@ class IA3(Method):
     exclude: list[str] = dataclasses.field(default_factory=list)
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Scaling]]:
-        inputs = list(select(model, self.feedforward_targets, self.exclude)) if self.feedforward_targets else []
-        outputs = list(select(model, self.targets, self.exclude)) if self.targets else []
-        for name, host in select(model, [*self.targets, *self.feedforward_targets], self.exclude).items():
+        select_modules(model, [*self.targets, *self.feedforward_targets], self.exclude)  # one of both may be empty
+        outputs = select(model, self.targets, self.exclude) if self.targets else []
+        inputs = select(model, self.feedforward_targets, self.exclude) if self.feedforward_targets else []
+        names = {target.name for target in outputs}
+        for name, host, _ in [*outputs, *inputs]:
             check_setting(not layer_of(host).is_embedding, f"target {name}", type(host).__name__, "a layer of features")
-            check_setting(not (name in inputs and name in outputs), "target", name, "in one of both lists of targets")
-            if name not in inputs:
-                for part in parts(name, host, self.targets):
-                    yield name, Scaling(host, part=part)
-            elif (branch := self._branch(model, name)) is not None and branch not in outputs:
+        for name, host, rows in outputs:
+            yield name, Scaling(host, rows=rows)
+        for name, host, _ in inputs:
+            check_setting(name not in names, "target", name, "in one of both lists of targets")
+            if (branch := self._branch(model, name)) is not None and branch not in names:
                 yield branch, Scaling(model.get_submodule(branch))
             else:
                 yield name, Scaling(host, of_inputs=True)
@@ -73,17 +76,19 @@ class Scaling(BatchableLayerAdapter, Adapter):
     Args:
         host: Layer whose outputs or inputs are scaled.
         of_inputs: Whether inputs are.
-        part: Rows of a fused layer whose outputs are scaled.
+        rows: Rows of a fused layer whose outputs are scaled.
     """
 
-    def __init__(self, host: Any, of_inputs: bool = False, part: tuple[str, int, int] | None = None) -> None:
+    rows: tuple[int, int]
+
+    def __init__(self, host: Any, of_inputs: bool = False, rows: Rows | None = None) -> None:
         super().__init__()
         self.layer, self.of_inputs = layer_of(host), of_inputs
         self.tensor_parallel_dims = {"scales": ("in" if of_inputs else "out",)}
         out, features, *kernel = self.layer.shape(host)
         features *= getattr(host, "groups", 1)
-        self.part, first, stop = part or ("", 0, out)
-        self.rows, self.outside = slice(first, stop), (first, out - stop)
+        self.part, first, stop = rows or ("", 0, out)
+        self.rows, self.outside = (first, stop), (first, out - stop)
         self.scales = parameter_like(self.layer.parameter(host), features if of_inputs else stop - first)
         self.reset_parameters()
 
@@ -96,11 +101,13 @@ class Scaling(BatchableLayerAdapter, Adapter):
         return self._called(host, inner, *args, **kwargs)
 
     def _called(self, host: Any, inner: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        scales = self.scales if self.of_inputs else self.whole()
-        while not self.of_inputs and isinstance(other := getattr(inner, "func", None), Scaling) and not other.of_inputs:
-            scales, inner = scales * other.whole(), inner.args[1]  # type: ignore[attr-defined]
         call = functools.partial(inner, *args, **kwargs) if args or kwargs else inner
-        return (scaled_input if self.of_inputs else scaled_output)(self.layer, host, call, x, scales)
+        if self.of_inputs:
+            return scaled_input(self.layer, host, call, x, self.scales)
+        scales = self.whole()
+        while isinstance(call, InnerCall) and call.adapters and _scales_outputs(call.adapters[-1]):
+            scales, call = scales * call.adapters[-1].whole(), call.without_outermost()
+        return scaled_output(self.layer, host, call, x, scales)
 
     def per_example_tensors(self) -> tuple[Any, ...]:
         scales = self.scales if self.of_inputs else self.whole()
@@ -137,6 +144,11 @@ class Scaling(BatchableLayerAdapter, Adapter):
             inputs = self.scales.view(groups, -1).repeat_interleave(len(weight) // groups, 0)
             self.layer.write(host, wide * inputs.view(len(weight), -1, *ones))
             return
-        self.layer.write(host, wide[self.rows] * self.scales.view(-1, 1, *ones), self.rows.start)
+        start, stop = self.rows
+        self.layer.write(host, wide[start:stop] * self.scales.view(-1, 1, *ones), start)
         if bias is not None:
-            bias[self.rows].copy_(bias[self.rows] * self.scales)  # in its own width, rounded once
+            bias[start:stop].copy_(bias[start:stop] * self.scales)  # in its own width, rounded once
+
+
+def _scales_outputs(adapter: Adapter) -> TypeGuard[Scaling]:
+    return isinstance(adapter, Scaling) and not adapter.of_inputs

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import WeightUpdate, parameter_like
+from ..core.adapter import parameter_like
 from ..core.method import Method
+from ..core.weight_update import WeightUpdate
 from ..ops.fused_linear import WeightUpdateSpec
 from ..ops.parametrizations import KroneckerParametrization
+from ..structure.fused_rows import Rows
 from ..structure.layer_types import LinearType, layer_of
-from ..structure.roles import parts
 from ..structure.selection import select
 from .families.kronecker import check_kronecker, shape_of_a, start_factors, times_kronecker
 
@@ -52,12 +53,10 @@ class KronA(Method):
         check_kronecker(self.shape_a, self.factor, self.scale)
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, KronAUpdate]]:
-        for name, host in select(model, self.targets, self.exclude).items():
-            out, inputs, *kernel = layer_of(host).shape(host)
-            for part in parts(name, host, self.targets):
-                rows = part[2] - part[1] if part else out
-                shape = shape_of_a(name, inputs, rows, self.shape_a, self.factor, math.prod(kernel))
-                yield name, KronAUpdate(host, shape, self.scale, part)
+        for name, host, rows in select(model, self.targets, self.exclude):
+            out, inputs, *kernel = layer_of(host).shape(host, rows)
+            shape = shape_of_a(name, inputs, out, self.shape_a, self.factor, math.prod(kernel))
+            yield name, KronAUpdate(host, shape, self.scale, rows)
 
 
 class KronAUpdate(WeightUpdate):
@@ -67,15 +66,13 @@ class KronAUpdate(WeightUpdate):
         host: Layer to update.
         shape_a: a1, which divides the inputs, and a2, which divides the outputs.
         scale: Factor of the update.
-        part: Rows of a fused layer to update.
+        rows: Rows of a fused layer to update.
     """
 
     tensor_parallel_dims = {}
 
-    def __init__(
-        self, host: Any, shape_a: tuple[int, int], scale: float, part: tuple[str, int, int] | None = None
-    ) -> None:
-        super().__init__(host, part)
+    def __init__(self, host: Any, shape_a: tuple[int, int], scale: float, rows: Rows | None = None) -> None:
+        super().__init__(host, rows)
         (out, inputs, *kernel), (a1, a2), weight = self.shape, shape_a, self.layer.parameter(host)
         self.scale = scale
         self.a, self.b = parameter_like(weight, a1, a2), parameter_like(weight, inputs // a1, out // a2, *kernel)

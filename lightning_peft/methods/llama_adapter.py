@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter, Call, parameter_like
 from ..core.method import Method, check_setting
 from ..structure.attention import KeyValue, call_changed, check_interceptable, head_count, key_value
-from ..structure.selection import select, select_parameters
+from ..structure.selection import select_modules, select_parameters
 from .families.bias_and_scale import BiasAndScale
 
 
@@ -61,7 +61,7 @@ class LLaMAAdapter(Method):
         check_setting(isinstance(steps, int) and steps >= 0, "gate_warmup_steps", steps, "a whole number of steps")
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
-        hosts = select(model, self.targets)
+        hosts = select_modules(model, self.targets)
         layers = self.layers or max(1, len(hosts) - 2)
         check_setting(
             layers <= len(hosts), "layers", layers, f"at most {len(hosts)}, the number of attention modules found"
@@ -71,7 +71,7 @@ class LLaMAAdapter(Method):
             heads = self.heads or head_count(host, name)
             yield name, LLaMAAdapterPrompt(host, key_value(model, name), self.length, heads)
         if self.bias_and_scale:
-            for name, host in select(model, ["all-linear"]).items():
+            for name, host in select_modules(model, ["all-linear"]).items():
                 yield name, BiasAndScale(host)
 
     def parameters(self, model: nn.Module) -> Iterable[str]:

@@ -17,10 +17,9 @@ from ..ops.fused_linear import WeightUpdateSpec
 from ..ops.parametrizations import DoRAParametrization, LowRankParametrization, magnitude_over_norm
 from ..ops.sharded_tensors import full_tensor
 from ..structure.base_model import matches
-from ..structure.layer_types import layer_of
-from ..structure.roles import parts
+from ..structure.fused_rows import Rows
 from ..structure.selection import select
-from .families.low_rank import FROM_WEIGHT, RANDOM, LowRankUpdate
+from .families.low_rank import FROM_WEIGHT, RANDOM, LowRankUpdate, check_low_rank
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 
@@ -76,27 +75,15 @@ class LoRA(Method):
         check_setting(self.init in get_args(Init), "init", self.init, f"one of {', '.join(get_args(Init))}")
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, LoRAAdapter]]:
-        hosts = select(model, self.targets, self.exclude)
+        selected = select(model, self.targets, self.exclude)
         for field, pattern in [(f, p) for f in ("rank_pattern", "alpha_pattern") for p in getattr(self, f)]:
-            check_setting(
-                any(matches(n, pattern) for n in hosts), field, pattern, f"a glob of a target, like {next(iter(hosts))}"
-            )
-        for name, host in hosts.items():
+            known = any(matches(target.name, pattern) for target in selected)
+            check_setting(known, field, pattern, f"a glob of a target, like {selected[0].name}")
+        for name, host, rows in selected:
             rank = next((r for p, r in self.rank_pattern.items() if matches(name, p)), self.rank)
-            layer = layer_of(host)
-            out, *rest = layer.shape(host)
-            check_setting(
-                rank <= min(out, math.prod(rest)), f"rank at {name}", rank, f"at most {min(out, math.prod(rest))}"
-            )
-            check_setting(
-                not (self.dropout and layer.weight_read_by_parent),
-                f"dropout at {name}",
-                self.dropout,
-                "0: its inputs are unseen",
-            )
+            check_low_rank(name, host, rank, self.dropout)
             scale = self._scale(name, rank)
-            for part in parts(name, host, self.targets):
-                yield name, LoRAAdapter(host, rank, scale, self.dropout, part, self.init, self.decompose)
+            yield name, LoRAAdapter(host, rank, scale, self.dropout, rows, self.init, self.decompose)
 
     def pair_of(self, host: str, packed: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         a, b, scale = packed["a"].flatten(1), packed["b"], self._scale(host, len(packed["a"]))
@@ -120,7 +107,7 @@ class LoRAAdapter(LowRankUpdate):
         rank: Rank of the update.
         scale: Factor of the update.
         dropout: Probability with which inputs are dropped in training; not where inputs are indices.
-        part: Rows of a fused layer to update.
+        rows: Rows of a fused layer to update.
         init: How the factors start; see ``LoRA``.
         decompose: Whether a magnitude is trained as well.
     """
@@ -139,15 +126,14 @@ class LoRAAdapter(LowRankUpdate):
         rank: int,
         scale: float,
         dropout: float = 0.0,
-        part: tuple[str, int, int] | None = None,
+        rows: Rows | None = None,
         init: Init = "kaiming",
         decompose: bool = False,
     ) -> None:
-        super().__init__(host, scale, dropout, part)
+        super().__init__(host, scale, dropout, rows)
         out, *rest = self.shape
         self.init = init
-        if decompose:
-            self.exclusive = True
+        self.exclusive = decompose
         weight = self.layer.parameter(host)
         self.a, self.b = parameter_like(weight, rank, *rest), parameter_like(weight, out, rank)
         if init in FROM_WEIGHT:

@@ -12,7 +12,7 @@ from torch import nn
 from ..core.adapter import Adapter
 from ..core.method import Method, check_setting
 from ..structure.roles import head_layers
-from ..structure.selection import select, select_parameters
+from ..structure.selection import select_modules, select_parameters
 from .prompting.position_shift import shifted_positions
 from .prompting.prefix import prefixes
 from .prompting.prefix_init import init_from_text
@@ -62,7 +62,7 @@ class PrefixTuning(Method):
         check_setting(given == (self.init == "text"), "init_text", self.init_text, "given with init='text' alone")
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
-        hosts = select(model, self.targets, self.exclude)
+        hosts = select_modules(model, self.targets, self.exclude)
         hidden = self.hidden_size if self.reparameterize else None
         found = list(prefixes(model, hosts, self.length, self.dropout, hidden))
         if self.init == "text":
@@ -106,7 +106,7 @@ class PTuningV2(Method):
         _check(self.length, self.hidden_size, self.dropout)
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
-        hosts = select(model, self.targets, self.exclude)
+        hosts = select_modules(model, self.targets, self.exclude)
         return prefixes(model, hosts, self.length, self.dropout, self.hidden_size if self.projection else None)
 
     def parameters(self, model: nn.Module) -> Iterable[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..structure.layer_types import is_called_linear, layer_of
 from ..structure.quantized import Int8Linear, NF4Linear
-from ..structure.selection import select
+from ..structure.selection import select_modules
 from .nf4 import BLOCK
 
 _BLOCKS = 256  # whose scales have one in common
@@ -31,7 +31,7 @@ def quantize_shapes(model: nn.Module, kind: str) -> nn.Module:
         TypeError: A layer of the blocks is none that is called.
         ValueError: A layer is of a shape that nf4 does not store.
     """
-    for name, host in select(model, ["all-linear"]).items():
+    for name, host in select_modules(model, ["all-linear"]).items():
         if not is_called_linear(host):
             raise TypeError(f"{name} is a {type(host).__name__}, no linear layer that is called, and has no {kind}.")
         _store(name, host, kind)

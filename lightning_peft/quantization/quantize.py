@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..core.adapted_module import AdaptedModule, adapted_class, adapters
-from ..core.adapter import WeightUpdate
 from ..core.injection_record import get_record
+from ..core.weight_update import WeightUpdate
 from ..structure.base_model import count_owners
 from ..structure.layer_types import TransposedLinearType, is_called_linear, layer_of
 from ..structure.quantized import (
@@ -30,7 +30,7 @@ from ..structure.quantized import (
     remember,
     sample,
 )
-from ..structure.selection import select
+from ..structure.selection import select_modules
 from . import nf4
 
 KINDS = ("nf4", "int8")
@@ -66,7 +66,7 @@ def quantize(
         raise ValueError(f"backend={backend!r} does not fit: nf4 has {', '.join(nf4.LIBRARIES)}; int8 needs none.")
     if get_record(model) is not None or any(adapters(model)):
         raise RuntimeError("This model is adapted already; quantize before inject.")
-    hosts = select(model, list(targets))
+    hosts = select_modules(model, list(targets))
     held = count_owners(model)
     readers = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
     read = {id(module) for reader in readers for module in reader.modules()}

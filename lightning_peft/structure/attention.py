@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..ops.multi_head_attention import multi_head_attention
+from .fused_rows import fused_rows, is_fused
 from .layer_types import layer_of
-from .roles import ROLES, fused_parts, is_fused
+from .roles import ROLES
 
 
 class AttentionCalls(TorchFunctionMode):
@@ -132,7 +133,7 @@ def key_value(model: nn.Module, name: str) -> KeyValue:
         return KeyValue("", "")
     for child, module in host.named_children():
         if is_fused(f"{name}.{child}"):
-            *_, (_, start, middle), (_, _, end) = fused_parts(module, f"{name}.{child}")
+            *_, (_, start, middle), (_, _, end) = fused_rows(module, f"{name}.{child}")
             return KeyValue(child, child, (start, middle, end))
     keys, values = (_child(model, name, role) for role in ("attention.key", "attention.value"))
     if keys is None or values is None:

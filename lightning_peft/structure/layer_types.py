@@ -47,9 +47,14 @@ class LayerType(ABC):
         """Return the host's weight as (out, in, *kernel), a view where possible."""
         return self.parameter(host)
 
-    def shape(self, host: Any) -> torch.Size:
-        """Return (out, in, *kernel) of the whole, sharded or not."""
+    def full_shape(self, host: Any) -> torch.Size:
+        """Return (out, in, *kernel) of the whole weight, sharded or not."""
         return global_shape(self.read(host))
+
+    def shape(self, host: Any, rows: tuple[Any, int, int] | None = None) -> torch.Size:
+        """Return (out, in, *kernel) of the weight, or of some of its rows: (part, start, stop)."""
+        shape = self.full_shape(host)
+        return shape if rows is None else torch.Size([rows[2] - rows[1], *shape[1:]])
 
     @torch.no_grad()
     def write(self, host: Any, rows: Tensor, first: int = 0) -> None:
@@ -86,7 +91,7 @@ class _StoredTransposedType(LinearType):
     def read(self, host: Any) -> Tensor:
         return self.parameter(host).T
 
-    def shape(self, host: Any) -> torch.Size:
+    def full_shape(self, host: Any) -> torch.Size:
         return global_shape(self.parameter(host))[::-1]
 
 

@@ -69,7 +69,7 @@ class QuantizedType(LinearType):
     def read(self, host: Any) -> Tensor:
         return self.dequantized(host)
 
-    def shape(self, host: Any) -> torch.Size:
+    def full_shape(self, host: Any) -> torch.Size:
         return torch.Size((host.out_features, host.in_features))
 
     def write(self, host: Any, rows: Tensor, first: int = 0) -> None:

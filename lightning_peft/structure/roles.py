@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
 from .base_model import base_modules, matches
+from .fused_rows import fused_patterns, lacks_query
 from .layer_types import is_called_linear, layer_of, read_weight_attribute
 
 _NAMES = {
@@ -30,35 +31,6 @@ _NAMES = {
     ),
 }
 _GATED = {"gate_proj": "up_proj", "wi_0": "wi_1"}  # the activated one, and what it is multiplied with
-_FUSED = ("c_attn", "attn.qkv", "qkv_proj")  # query, key and value in one weight, one below the other
-_KEYS_AND_VALUES = "crossattention.c_attn"  # of GPT-2: fused, but without the query
-_PARTS = {"attention.query": "query", "attention.key": "key", "attention.value": "value"}
-
-
-def parts(host_name: str, host: nn.Module, targets: Sequence[str]) -> list[tuple[str, int, int] | None]:
-    """Return (part, first row, last row + 1) of a fused layer that roles ask for; one None for all of it."""
-    named = any(matches(host_name, target) for target in targets if target not in ROLES)
-    if named or not (is_fused(host_name) or isinstance(host, nn.MultiheadAttention)):
-        return [None]
-    wanted = {_PARTS.get(target) for target in targets}
-    return [part for part in fused_parts(host, host_name) if part[0] in wanted or "all-linear" in targets] or [None]
-
-
-def is_fused(name: str) -> bool:
-    """Whether a layer of this name computes query, key and value at once."""
-    return any(matches(name, pattern) for pattern in _FUSED)
-
-
-def fused_parts(host: nn.Module, name: str = "") -> list[tuple[str, int, int]]:
-    """Return (part, first row, last row + 1) of query, key and value in a layer that computes them at once."""
-    rows, width, *_ = layer_of(host).shape(host)
-    if matches(name, _KEYS_AND_VALUES):
-        return [("key", 0, rows // 2), ("value", rows // 2, rows)]
-    query = rows // 3 if rows == 3 * width else width  # with grouped heads there are fewer keys than queries
-    keys = (rows - query) // 2
-    if keys < 1 or query + 2 * keys != rows:
-        raise ValueError(f"A fused layer of {rows} rows over {width} features has no query, key and value parts.")
-    return [("query", 0, query), ("key", query, query + keys), ("value", query + keys, rows)]
 
 
 def linear_branch(model: nn.Module, down: str) -> str | None:
@@ -150,13 +122,13 @@ def attention_modules(model: nn.Module) -> list[str]:
 
 
 def _named(role: str) -> Callable[[nn.Module], Iterable[str]]:
-    patterns = (*_NAMES[role], *(_FUSED if role in _PARTS else ()))
+    patterns = (*_NAMES[role], *fused_patterns(role))
 
     def find(model: nn.Module) -> Iterator[str]:
         for name, module in base_modules(model).items():
             named = is_called_linear(module) and any(matches(name, pattern) for pattern in patterns)
-            named = named and not (role == "attention.query" and matches(name, _KEYS_AND_VALUES))
-            reads = (isinstance(module, nn.MultiheadAttention) and role in _PARTS) or (
+            named = named and not (role == "attention.query" and lacks_query(name))
+            reads = (isinstance(module, nn.MultiheadAttention) and bool(fused_patterns(role))) or (
                 role == "attention.output" and read_weight_attribute(type(module)) == "weight"
             )
             if named or reads:
@@ -172,6 +144,7 @@ def _all_linear(model: nn.Module) -> list[str]:
     return [n for n in linear if f"{n}.".startswith(inside)] if inside else linear[:-1]
 
 
+WEIGHT_ROLES = (*_NAMES, "all-linear")  # mean weights, also those that a module reads from its children
 ROLES: dict[str, Callable[[nn.Module], Iterable[str]]] = {
     **{role: _named(role) for role in _NAMES},
     "attention": attention_modules,

@@ -4,16 +4,65 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
 
 from torch import nn
 
 from ..structure.base_model import ADAPTERS_ATTRIBUTE
 from .base_model import base_modules, base_parameters, matches, name_pattern
+from .fused_rows import Rows, requested_rows
 from .roles import ROLES
 
 
-def select(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()) -> dict[str, nn.Module]:
-    """Return modules by name, in the model's order.
+class Target(NamedTuple):
+    """Place for one adapter.
+
+    Args:
+        name: Dotted name of the host.
+        host: The module.
+        rows: Rows of the host's weight that are meant; None for all that the host computes.
+    """
+
+    name: str
+    host: nn.Module
+    rows: Rows | None
+
+
+class Selection(NamedTuple):
+    """A module that ``select`` or ``select_modules`` returned, and the targets that it was asked for.
+
+    Args:
+        name: Dotted name of the module.
+        host: The module.
+        targets: Globs and roles that were given.
+    """
+
+    name: str
+    host: nn.Module
+    targets: Sequence[str]
+
+
+_selections: ContextVar[list[Selection] | None] = ContextVar("selections", default=None)
+
+
+@contextmanager
+def record_selections() -> Iterator[list[Selection]]:
+    """Context that yields a list of all that is selected within: injection compares it with what adapters change."""
+    selections: list[Selection] = []
+    token = _selections.set(selections)
+    try:
+        yield selections
+    finally:
+        _selections.reset(token)
+
+
+def select(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()) -> list[Target]:
+    """Return where adapters go, in the model's order: (name, host, rows).
+
+    A layer that computes query, key and value at once is returned once for each part that a role asks for, with the
+    rows of that part. Give the rows to ``WeightUpdate``; an adapter that changes others is refused by ``inject``.
 
     Args:
         model: Where to look.
@@ -22,17 +71,38 @@ def select(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()
 
     Raises:
         ValueError: A target or an exclusion matches nothing; names what the model has.
+
+    Example:
+        >>> [name for name, host, rows in select(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), ["0"])]
+        ['0']
+    """
+    modules = select_modules(model, targets, exclude)
+    roles = [target for target in targets if target in ROLES]
+    return [
+        Target(name, host, rows)
+        for name, host in modules.items()
+        for rows in requested_rows(name, host, targets, roles)
+    ]
+
+
+def select_modules(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()) -> dict[str, nn.Module]:
+    """Return modules by name, in the model's order: for what acts on whole modules.
+
+    Arguments and errors are those of ``select``.
     """
     modules = base_modules(model)
     chosen = set[str]()
     for target in _listed(targets, "targets"):
-        found = set(ROLES[target](model)) if target in ROLES else {n for n in modules if matches(n, target)}
-        chosen |= found or _nothing(target, modules)
+        names = set(ROLES[target](model)) if target in ROLES else {n for n in modules if matches(n, target)}
+        chosen |= names or _nothing(target, modules)
     for pattern in _listed(exclude, "exclude", empty=True):
         chosen -= {n for n in modules if matches(n, pattern)} or _nothing(pattern, modules)
     if not chosen:
         raise ValueError(f"exclude={list(exclude)!r} leaves nothing of targets={list(targets)!r}.")
-    return {name: module for name, module in modules.items() if name in chosen}
+    selected = {name: module for name, module in modules.items() if name in chosen}
+    if (selections := _selections.get()) is not None:
+        selections += [Selection(name, host, targets) for name, host in selected.items()]
+    return selected
 
 
 def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:

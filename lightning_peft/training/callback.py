@@ -149,7 +149,7 @@ class PEFTStrategy(SteppingCallback, ResumingCallback, CachingCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put frozen modules into their mode; from now on, adapters are trained ones."""
         set_mode(pl_module, self.frozen_mode)  # a run resumed inside an epoch never starts it
-        require_record(pl_module).untrained = False
+        require_record(pl_module).mark_trained()
         super().on_train_start(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:

@@ -89,17 +89,7 @@ def ensure_injected(module: pl.LightningModule, methods: Sequence[Method], also_
         return
     if record is None:
         check_not_merged(module)
-        only = below[0] if len(below) == 1 else None  # whose adapters may be switched or added by it later, too
-        record = InjectionRecord(
-            methods=only.methods if only else [method for found in below for method in found.methods],
-            active=only.active if only else [name for found in below for name in found.active],
-            method_groups=only.method_groups
-            if only
-            else {k: v for found in below for k, v in found.method_groups.items()},
-            also_train=[pattern for found in below for pattern in found.also_train],
-            trained=[name for name, p in base_parameters(module).items() if p.requires_grad],
-            required_grad=dict.fromkeys(base_parameters(module), True),
-        )
+        record = InjectionRecord.around(below, base_parameters(module))
         set_record(module, record)
     if methods and record.methods not in (list(methods), [method.finalized() for method in methods]):
         raise ValueError(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.adapter import Call
+from ...core.adapter import Call, InnerCall
 from ...ops.fused_linear import autocast_disabled
 from ...ops.parametrizations import sum_over_tokens
 from ...structure.layer_types import LayerType
@@ -46,7 +46,7 @@ def scaled_input(layer: LayerType, host: Any, call: Call, x: Tensor, scales: Ten
 
 def _joins(layer: LayerType, host: Any, call: Call, x: Tensor) -> bool:
     """Whether the host multiplies with a frozen weight that can take the scales in, at less cost than tokens can."""
-    if not layer.is_plain_matmul(host, getattr(call, "func", None)):
+    if not isinstance(call, InnerCall) or call.adapters or not layer.is_plain_matmul(host, call.forward):
         return False
     trains, wide = torch.is_grad_enabled(), host.weight.dtype in (torch.float32, torch.float64)
     with autocast_disabled(x) as dtype:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.adapter import WeightUpdate, parameter_like
+from ...core.adapter import parameter_like
+from ...core.weight_update import WeightUpdate
 from ...ops.fused_linear import WeightUpdateSpec
 from ...ops.parametrizations import HadamardParametrization, LowRankParametrization
+from ...structure.fused_rows import Rows
 from ...structure.layer_types import LinearType
 
 
@@ -26,7 +28,7 @@ class HadamardUpdate(WeightUpdate):
         shift: What is added to the second matrix; 1 makes it a personal correction of the first.
         cores: Whether the matrices of a convolution have cores.
         observed: Whether to collect the gradient of the update in ``jacobian``, (out, in, *kernel), while training.
-        part: Rows of a fused layer to update.
+        rows: Rows of a fused layer to update.
     """
 
     tensor_parallel_dims = {"x1": ("out", None), "x2": ("out", None), "y1": ("in", None), "y2": ("in", None)}
@@ -39,9 +41,9 @@ class HadamardUpdate(WeightUpdate):
         shift: float = 0.0,
         cores: bool = True,
         observed: bool = False,
-        part: tuple[str, int, int] | None = None,
+        rows: Rows | None = None,
     ) -> None:
-        super().__init__(host, part)
+        super().__init__(host, rows)
         out, features, *kernel = self.shape
         self.form, self.observed, self.jacobian = HadamardParametrization(tanh, shift), observed, None
         self.local_tensors = ("x2", "y2", "t2") if shift else ()

@@ -10,10 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.adapter import WeightUpdate
+from ...core.method import check_setting
+from ...core.weight_update import WeightUpdate
 from ...ops.fused_linear import WeightUpdateSpec, dropped_low_rank
 from ...ops.parametrizations import LowRankParametrization
-from ...structure.layer_types import LinearType
+from ...structure.fused_rows import Rows
+from ...structure.layer_types import LinearType, layer_of
+
+
+def check_low_rank(name: str, host: nn.Module, rank: int, dropout: float, field: str = "rank") -> None:
+    """Raise a ``ValueError`` for a rank above the sides of the weight, or dropout of inputs that no call shows."""
+    layer = layer_of(host)
+    out, *rest = layer.shape(host)
+    most = min(out, math.prod(rest))
+    check_setting(rank <= most, f"{field} at {name}", rank, f"at most {most}")
+    unseen = bool(dropout) and layer.weight_read_by_parent
+    check_setting(not unseen, f"dropout at {name}", dropout, "0: its inputs are unseen")
 
 
 class LowRankUpdate(WeightUpdate):
@@ -23,11 +35,11 @@ class LowRankUpdate(WeightUpdate):
         host: Layer to update.
         scale: Factor of the update.
         dropout: Probability with which inputs are dropped in training; not where inputs are indices.
-        part: Rows of a fused layer to update.
+        rows: Rows of a fused layer to update.
     """
 
-    def __init__(self, host: Any, scale: float, dropout: float = 0.0, part: tuple[str, int, int] | None = None) -> None:
-        super().__init__(host, part)
+    def __init__(self, host: Any, scale: float, dropout: float = 0.0, rows: Rows | None = None) -> None:
+        super().__init__(host, rows)
         self.scale, self.dropout = scale, 0.0 if self.layer.is_embedding else dropout
 
     @abstractmethod

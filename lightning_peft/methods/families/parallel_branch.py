@@ -19,7 +19,7 @@ from ...core.adapter import Adapter, Call
 from ...core.per_row import BatchableLayerAdapter
 from ...structure.base_model import base_modules
 from ...structure.layer_types import is_called_linear, layer_of
-from ...structure.selection import select
+from ...structure.selection import select_modules
 
 FEEDFORWARD = "feedforward"  # the pairs of feedforward.up and feedforward.down that make a block
 _UNMERGEABLE = "the feed-forward block is not linear, so no weight expresses what runs beside it"
@@ -116,10 +116,10 @@ def feedforward_blocks(model: nn.Module, targets: Sequence[str], exclude: Sequen
     globs = targets if isinstance(targets, str) else [target for target in targets if target != FEEDFORWARD]
     found: dict[str, str | None] = {}
     if globs or not targets:
-        found |= dict.fromkeys(select(model, globs))  # which refuses a string, and no target at all
+        found |= dict.fromkeys(select_modules(model, globs))  # which refuses a string, and no target at all
     if FEEDFORWARD in targets:
         found |= {down: up for up, down in _pairs(model)}
-    without = tuple(f"{name}." for name in (select(model, exclude) if exclude else ()))
+    without = tuple(f"{name}." for name in (select_modules(model, exclude) if exclude else ()))
     names = [n for n in base_modules(model) if n in found and not f"{n}.".startswith(without)]
     if not names:
         raise ValueError(f"exclude={list(exclude)!r} leaves nothing of targets={list(targets)!r}.")
@@ -128,7 +128,11 @@ def feedforward_blocks(model: nn.Module, targets: Sequence[str], exclude: Sequen
 
 def _pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield each down-projection's name after that of the first up-projection before it in the same block."""
-    ups, downs, before = select(model, ["feedforward.up"]), select(model, ["feedforward.down"]), list[str]()
+    ups, downs, before = (
+        select_modules(model, ["feedforward.up"]),
+        select_modules(model, ["feedforward.down"]),
+        list[str](),
+    )
     for name in base_modules(model):
         if name in ups:
             before.append(name)

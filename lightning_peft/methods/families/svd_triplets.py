@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors
 
 from ...core.adapter import parameter_like
+from ...structure.fused_rows import Rows
 from ...structure.layer_types import has_values
 from .low_rank import LowRankUpdate
 
@@ -28,15 +29,13 @@ class SVDTriplets(LowRankUpdate):
         rank: Number of triplets.
         scale: Factor of the update.
         dropout: Probability with which inputs are dropped in training; not where inputs are indices.
-        part: Rows of a fused layer to update.
+        rows: Rows of a fused layer to update.
     """
 
     plot_tensors = {"ranks": "kept"}
 
-    def __init__(
-        self, host: Any, rank: int, scale: float, dropout: float = 0.0, part: tuple[str, int, int] | None = None
-    ) -> None:
-        super().__init__(host, scale, dropout, part)
+    def __init__(self, host: Any, rank: int, scale: float, dropout: float = 0.0, rows: Rows | None = None) -> None:
+        super().__init__(host, scale, dropout, rows)
         out, *rest = self.shape
         for name, shape in zip(_FACTORS, ((rank, *rest), (out, rank), (rank,)), strict=True):
             factor = parameter_like(self.layer.parameter(host), *shape)

@@ -14,7 +14,7 @@ from ...core.adapter import Adapter, Call
 from ...core.method import check_setting
 from ...core.per_row import BatchableAdapter, BatchableModuleAdapter
 from ...structure.layer_types import is_called_linear, layer_of, read_weight_attribute
-from ...structure.selection import select
+from ...structure.selection import select_modules
 from .row_tasks import TaskAdapter
 from .strip_outputs import strip_virtual_tokens
 from .virtual_tokens import Insertion, backbones, names_of, prepend_to_backbone, prepend_to_blocks, prepend_to_embedded
@@ -144,7 +144,7 @@ def place_prompts(
     """
     if targets:
         table = _table(model, embeddings) if embeddings else None
-        for name, host in select(model, targets).items():
+        for name, host in select_modules(model, targets).items():
             _check_not_tokens_first(host, name)
             weight: Any = _first_weight(host, name) if table is None else table.weight
             if not isinstance(host, nn.ModuleList):
@@ -178,7 +178,7 @@ def check_sites(targets: Sequence[str], embeddings: str) -> None:
 
 
 def _table(model: nn.Module, embeddings: str) -> nn.Module:
-    (name, table), *others = select(model, [embeddings]).items()
+    (name, table), *others = select_modules(model, [embeddings]).items()
     if others:
         raise ValueError(f"embeddings={embeddings!r} names {name} and {others[0][0]}; give the glob of one.")
     if getattr(getattr(table, "weight", None), "dim", int)() != 2:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ...structure.roles import blocks
-from ...structure.selection import select
+from ...structure.selection import select_modules
 
 
 class _Captured(Exception):
@@ -25,7 +25,7 @@ def layer_name(model: nn.Module, layer: int | str) -> str:
         ValueError: There is no such block, or the glob matches nothing or several modules; names what there is.
     """
     if isinstance(layer, str):
-        found = list(select(model, [layer]))
+        found = list(select_modules(model, [layer]))
         if len(found) > 1:
             raise ValueError(f"layer={layer!r} matches {len(found)} modules: {', '.join(found[:5])}. Name one of them.")
         return found[0]

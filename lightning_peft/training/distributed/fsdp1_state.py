@@ -65,7 +65,7 @@ def load_module(module: nn.Module, state: dict[str, Any]) -> None:
         else:
             part_module.load_state_dict(mine, strict=False)
     if (record := get_record(module)) is not None:
-        record.untrained = False
+        record.mark_trained()
 
 
 def optimizer_state(optimizer: Optimizer, sharded: bool) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from ...core.adapted_module import adapters
 from ...core.tensor_parallel import broadcast_values, check_tensor_parallel_support, mesh_of, shard_adapters
 from ...structure.base_model import ADAPTERS_ATTRIBUTE, base_parameters, count_owners
-from ...structure.roles import ROLES, is_fused
+from ...structure.fused_rows import is_fused
+from ...structure.roles import ROLES
 
 _COLUMNS, _OUTPUT = ("attention.query", "attention.key", "attention.value"), "attention.output"
 _UP, _DOWN = "feedforward.up", "feedforward.down"

@@ -1,0 +1,76 @@
+"""Rows of layers that compute query, key and value at once, and which of them a list of targets means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from .base_model import matches
+from .layer_types import layer_of
+
+_FUSED = ("c_attn", "attn.qkv", "qkv_proj")  # query, key and value in one weight, one below the other
+_KEYS_AND_VALUES = "crossattention.c_attn"  # of GPT-2: fused, but without the query
+_PART_OF_ROLE = {"attention.query": "query", "attention.key": "key", "attention.value": "value"}
+
+
+class Rows(NamedTuple):
+    """Rows of a layer's weight, seen as (out, in, *kernel), that compute one part of a fused layer.
+
+    Args:
+        part: ``query``, ``key`` or ``value``.
+        start: The first row.
+        stop: The row after the last one.
+    """
+
+    part: str
+    start: int
+    stop: int
+
+
+def is_fused(name: str) -> bool:
+    """Return whether a layer of this name computes query, key and value at once."""
+    return any(matches(name, pattern) for pattern in _FUSED)
+
+
+def lacks_query(name: str) -> bool:
+    """Return whether a fused layer of this name computes keys and values alone."""
+    return matches(name, _KEYS_AND_VALUES)
+
+
+def fused_patterns(role: str) -> tuple[str, ...]:
+    """Return globs of the fused layers that compute this role along with others."""
+    return _FUSED if role in _PART_OF_ROLE else ()
+
+
+def fused_rows(host: nn.Module, name: str = "") -> list[Rows]:
+    """Return the rows of query, key and value in a layer that computes them at once.
+
+    Raises:
+        ValueError: The weight's shape has no such parts.
+    """
+    rows, width, *_ = layer_of(host).shape(host)
+    if lacks_query(name):
+        return [Rows("key", 0, rows // 2), Rows("value", rows // 2, rows)]
+    query = rows // 3 if rows == 3 * width else width  # with grouped heads there are fewer keys than queries
+    keys = (rows - query) // 2
+    if keys < 1 or query + 2 * keys != rows:
+        raise ValueError(f"A fused layer of {rows} rows over {width} features has no query, key and value parts.")
+    return [Rows("query", 0, query), Rows("key", query, query + keys), Rows("value", query + keys, rows)]
+
+
+def requested_rows(name: str, host: nn.Module, targets: Sequence[str], roles: Sequence[str]) -> list[Rows | None]:
+    """Return the rows of a layer that targets mean: None for all of it, which a glob always means.
+
+    Args:
+        name: Dotted name of the layer.
+        host: The layer.
+        targets: Globs and roles that selected it.
+        roles: Which of the targets are roles.
+    """
+    by_glob = any(matches(name, target) for target in targets if target not in roles)
+    if by_glob or not (is_fused(name) or isinstance(host, nn.MultiheadAttention)):
+        return [None]
+    wanted = {_PART_OF_ROLE.get(target) for target in targets}
+    return [rows for rows in fused_rows(host, name) if rows.part in wanted or "all-linear" in targets] or [None]
