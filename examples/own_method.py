@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from lightning_peft.core.adapter import parameter_like
-from lightning_peft.structure.selection import select
+from lightning_peft.core import Rows, layer_of, parameter_like, select
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,20 +24,21 @@ class VeRA(lp.Method):
     rank: int = 16
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, lp.Adapter]]:
-        hosts = select(model, self.targets)
-        widest = max(host.in_features for host in hosts.values())
-        tallest = max(host.out_features for host in hosts.values())
+        targets = select(model, self.targets)
+        shapes = [layer_of(host).shape(host, rows) for _, host, rows in targets]
+        tallest, widest = max(out for out, *_ in shapes), max(features for _, features, *_ in shapes)
         a, b = torch.randn(self.rank, widest) / widest**0.5, torch.randn(tallest, self.rank)
-        return ((name, VeRAAdapter(host, a, b)) for name, host in hosts.items())
+        return ((name, VeRAAdapter(host, rows, a, b)) for name, host, rows in targets)
 
 
 class VeRAAdapter(lp.WeightUpdate):
-    def __init__(self, host: nn.Linear, a: Tensor, b: Tensor) -> None:
-        super().__init__(host)
+    def __init__(self, host: nn.Module, rows: Rows | None, a: Tensor, b: Tensor) -> None:
+        super().__init__(host, rows)
         out, features = self.shape
         self.register_buffer("a", a[:, :features])
         self.register_buffer("b", b[:out])
-        self.d, self.g = parameter_like(host.weight, len(a)), parameter_like(host.weight, out)
+        weight = self.layer.parameter(host)
+        self.d, self.g = parameter_like(weight, len(a)), parameter_like(weight, out)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -47,9 +47,6 @@ class VeRAAdapter(lp.WeightUpdate):
 
     def delta(self) -> Tensor:
         return (self.g[:, None] * self.b) @ (self.d[:, None] * self.a)
-
-    def update(self, host: nn.Linear, x: Tensor) -> Tensor:
-        return x @ self.a.T * self.d @ self.b.T * self.g
 
 
 if __name__ == "__main__":

@@ -20,13 +20,19 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 def write_adapter(folder: str | os.PathLike[str], description: Mapping[str, Any], state: Mapping[str, Tensor]) -> Path:
     """Write an adapter's description and tensors; one that is there is replaced only once the new one is complete."""
-    weights = save(dict(state))
+    weights = save({name: _with_storage(tensor, state) for name, tensor in state.items()})
     config = {"library": "lightning_peft", **description, "sha256": hashlib.sha256(weights).hexdigest()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / WEIGHTS, weights)
     write_json(folder / CONFIG, config)
     return folder
+
+
+def _with_storage(tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """Return a tensor that shares its storage with no other entry, as files have it; views of one tensor share it."""
+    storages = [other.untyped_storage().data_ptr() for other in state.values() if other is not tensor]
+    return tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

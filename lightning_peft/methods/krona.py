@@ -17,7 +17,7 @@ from ..core.weight_update import WeightUpdate
 from ..ops.fused_linear import WeightUpdateSpec
 from ..ops.parametrizations import KroneckerParametrization
 from ..structure.fused_rows import Rows
-from ..structure.layer_types import LinearType, layer_of
+from ..structure.layer_types import layer_of
 from ..structure.selection import select
 from .families.kronecker import check_kronecker, shape_of_a, start_factors, times_kronecker
 
@@ -85,7 +85,7 @@ class KronAUpdate(WeightUpdate):
         return torch.einsum("ij,kl...->jlik...", self.a, self.b * self.scale).reshape(self.shape)
 
     def update(self, host: Any, x: Tensor) -> Tensor:
-        if isinstance(self.layer, LinearType) and not self.layer.is_embedding:
+        if self.layer.maps_features:
             return times_kronecker(x, self.a, self.b * self.scale)
         delta = self.delta()
         return self.layer.apply(host, x, delta.to(x.dtype) if x.is_floating_point() else delta)

@@ -1,7 +1,7 @@
-"""Layer types, once for all methods: what a linear map is, and how its weight is read and changed.
+"""``LayerType`` and ``layer_of``: how each type of linear layer is applied, and its weight read and written.
 
 Every weight is seen in one layout, ``(out, in, *kernel)``, whatever the layer stores. Other libraries' layers join with
-``layer_of.register(TheirLayer)(lambda host: TheirKind())``.
+``layer_of.register(TheirLayer)(lambda host: TheirType())``.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class LinearType(LayerType):
         return F.linear(hidden, weight)
 
 
-class _StoredTransposedType(LinearType):
-    """A linear layer that stores W^T."""
+class _StoredTransposedType(LayerType):
+    """A layer that stores W^T."""
 
     def read(self, host: Any) -> Tensor:
         return self.parameter(host).T
@@ -95,7 +95,7 @@ class _StoredTransposedType(LinearType):
         return global_shape(self.parameter(host))[::-1]
 
 
-class TransposedLinearType(_StoredTransposedType):
+class TransposedLinearType(_StoredTransposedType, LinearType):
     """``Conv1D`` of GPT-2."""
 
     def is_plain_matmul(self, host: Any, call: object) -> bool:
@@ -125,13 +125,13 @@ class ReadLinearType(LinearType):
 class EmbeddingType(_StoredTransposedType):
     """``nn.Embedding``: the linear map of one-hot vectors, stored as W^T."""
 
-    is_embedding, maps_features = True, False
-
-    def is_plain_matmul(self, host: Any, call: object) -> bool:
-        return False
+    is_embedding = True
 
     def apply(self, host: Any, x: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(x, weight.T, host.padding_idx)
+
+    def apply_pointwise(self, host: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(hidden, weight)
 
 
 class ConvType(LayerType):
@@ -156,7 +156,7 @@ def layer_of(host: nn.Module) -> LayerType:
         return layer
     raise TypeError(
         f"{type(host).__name__} is no known linear layer (nn.Linear, nn.Conv1d/2d/3d, nn.Embedding, transformers' "
-        f"Conv1D). Choose other targets, or teach it with lightning_peft.structure.layer_types.layer_of.register."
+        f"Conv1D). Choose other targets, or teach it with lightning_peft.core.layer_of.register."
     )
 
 

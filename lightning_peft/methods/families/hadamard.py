@@ -55,7 +55,7 @@ class HadamardUpdate(WeightUpdate):
         self.t1, self.t2 = (parameter_like(weight, rank, rank, *kernel) if has_cores else None for _ in range(2))
         terms = rank * (rank + 1 if shift else rank)
         cheap = 2 * terms * (out + features) < out * features
-        self.skinny = isinstance(self.layer, LinearType) and not tanh and (cheap or self.layer.is_embedding)
+        self.skinny = not tanh and ((cheap and isinstance(self.layer, LinearType)) or self.layer.is_embedding)
         self.reset_parameters()
 
     jacobian: Tensor | None
