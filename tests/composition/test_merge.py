@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import CASES, Case
 from models import MODELS, logits, tokens
-from test_switching import stir
+from test_named_adapters import stir
 from torch import nn
 from torch.utils.data import DataLoader
 from trainer_models import Module, trainer

@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 from models import MODELS, logits, tokens
-from test_switching import stir
+from test_named_adapters import stir
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

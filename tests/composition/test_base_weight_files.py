@@ -7,8 +7,8 @@ import pytest
 import torch
 from models import MODELS, tokens
 from safetensors.torch import load_file, save_file
-from test_merging import Normed, normed
-from test_switching import stir
+from test_merge import Normed, normed
+from test_named_adapters import stir
 from torch import nn
 from torch.utils.data import DataLoader
 from trainer_models import Module, trainer

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from models import MODELS, logits, tokens
-from test_switching import stir
+from test_named_adapters import stir
 
 import lightning_peft as lp
 from lightning_peft.composition.combine import combined

@@ -43,9 +43,9 @@ def command(folder, strategy, *more):
 
 
 def environment(**more):
-    here = Path(__file__)
+    tests = Path(__file__).parents[2]
     own = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_", "PL_"))}
-    return own | {"PYTHONPATH": f"{here.parent}{os.pathsep}{here.parents[1]}", "OMP_NUM_THREADS": "1", **more}
+    return own | {"PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "OMP_NUM_THREADS": "1", **more}
 
 
 def start(folder, strategy, *more, **slow):

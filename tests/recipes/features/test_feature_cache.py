@@ -218,7 +218,7 @@ def test_a_killed_run_resumes_and_ends_with_the_bits_of_an_undisturbed_one(tmp_p
         return [sys.executable, "-m", "lightning_peft", "features", *words, *places]
 
     here = Path(__file__)
-    environment = {**os.environ, "PYTHONPATH": f"{here.parent}{os.pathsep}{here.parents[2]}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{here.parent}{os.pathsep}{here.parents[3]}", "OMP_NUM_THREADS": "1"}
     killed = subprocess.Popen(command("killed"), env=environment | {"SLOW": "0.03"}, start_new_session=True)
     while not list((tmp_path / "killed").rglob("*.safetensors")):
         assert killed.poll() is None

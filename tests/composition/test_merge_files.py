@@ -9,8 +9,8 @@ import torch
 from models import MODELS, logits
 from processes import together
 from safetensors.torch import load_file, save_file
-from test_saving_memory import Billion, memory
-from test_switching import stir
+from test_named_adapters import stir
+from test_sharded_save_memory import Billion, memory
 from torch import nn
 
 import lightning_peft as lp

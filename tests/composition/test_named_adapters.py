@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import MODELS, logits, tokens
 from safetensors.torch import load_file, save
-from test_adapter_files import edit_json
+from test_save_load import edit_json
 from torch import nn
 from torch.utils.data import DataLoader
 from trainer_models import Module, trainer

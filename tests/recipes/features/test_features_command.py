@@ -17,7 +17,7 @@ from lightning_peft.cli.main import main
 from lightning_peft.recipes.features import features
 from lightning_peft.recipes.features.estimators import build_estimator
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)

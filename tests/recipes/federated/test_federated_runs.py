@@ -14,7 +14,7 @@ import pytest
 import yaml
 from federated_models import write_points
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("flwr") is None, reason="the extra 'federated' is not installed"),

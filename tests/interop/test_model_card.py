@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import MODELS, logits
 from safetensors.torch import load_file
-from test_interop import adapted, disturbed
+from test_peft_folder import adapted, disturbed
 from torch import nn
 
 import lightning_peft as lp

@@ -8,8 +8,8 @@ import torch
 from cases import CASES
 from models import MODELS, tokens
 from safetensors.torch import load_file
-from test_adapter_files import edit_json, edit_tensors
-from test_switching import stir
+from test_named_adapters import stir
+from test_save_load import edit_json, edit_tensors
 from torch import nn
 from torch.utils.data import DataLoader
 from trainer_models import Module, trainer
