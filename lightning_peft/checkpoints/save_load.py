@@ -81,7 +81,7 @@ def load_values(
     target = {strip_wrapper_names(k): v for k, v in adapter_state(model, only=only).items()}
     for key, value in state.items():
         assign(target[key], value)
-    require_record(model).untrained = False
+    require_record(model).mark_trained()
 
 
 def align_state(

@@ -130,6 +130,7 @@ class OneEpoch(pl.Callback):
         trainer.should_stop = True
 
 
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
 @pytest.mark.parametrize("kind", METHODS)
 def test_a_resumed_run_equals_the_uninterrupted_one(kind, tmp_path):
     def fitted(*callbacks, path=None):
