@@ -61,7 +61,7 @@ def check_host(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
         )
     if "forward" in vars(host):
         raise TypeError(f"forward of {name} was replaced on the instance, which hides any adapter; inject before that.")
-    if any(isinstance(p, DTensor) for part in host.modules() if not is_split(part) for p in part._parameters.values()):
+    if any(isinstance(p, DTensor) and not is_split(part) for part in host.modules() for p in part._parameters.values()):
         raise TypeError(f"{name} is sharded already, so adapters would train on each rank alone; inject, then shard.")
     if not isinstance(host, AdaptedModule) and hasattr(host, ADAPTERS_ATTRIBUTE):
         raise TypeError(f"{name} has an attribute {ADAPTERS_ATTRIBUTE!r} of its own, where its adapters would live.")

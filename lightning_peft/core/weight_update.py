@@ -40,7 +40,8 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
         cls = type(self)
         if cls.delta is WeightUpdate.delta and cls.updated is WeightUpdate.updated:
             raise TypeError(f"{cls.__name__} must define delta() or updated(weight).")
-        self.layer, self.weight_cache = layer_of(host), WeightCache()
+        self.layer = layer_of(host)
+        self.weight_cache: WeightCache | None = None  # in evaluation on the CPU alone
         out, *rest = self.layer.shape(host)
         self.part, *ends = rows or ("", 0, out)
         self.rows = (ends[0], ends[1])
@@ -75,11 +76,11 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
 
     def train(self, mode: bool = True) -> WeightUpdate:
         if mode:
-            self.weight_cache.clear()
+            self.invalidate_cache()
         return super().train(mode)
 
     def invalidate_cache(self) -> None:
-        self.weight_cache.clear()
+        self.weight_cache = None
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
         if self.layer.weight_read_by_parent:
@@ -126,13 +127,14 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
 
     def _cached_forward(self, host: Any, adapters: Sequence[Any], x: Tensor) -> Tensor | None:
         factors = [factor for adapter in adapters for factor in adapter.factor_tensors()]
-        weight = self.weight_cache.get(host.weight, factors)
+        cache = self.weight_cache = self.weight_cache or WeightCache()
+        weight = cache.get(host.weight, factors)
         if weight is None:
             if not (updates := self._parametrizations(host, adapters)):
                 return None
             weight = updated_weight(self.layer.read(host), updates)
-            self.weight_cache.set(host.weight, factors, weight)
-            if self.weight_cache.weight is None and not rebuilding_is_cheaper(updates, x, weight):
+            cache.set(host.weight, factors, weight)
+            if cache.weight is None and not rebuilding_is_cheaper(updates, x, weight):
                 return None
         return F.linear(x, weight, host.bias)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .base_model import matches
-from .layer_types import layer_of
+from .layer_types import layer_of, read_weight_attribute
 
 _FUSED = ("c_attn", "attn.qkv", "qkv_proj")  # query, key and value in one weight, one below the other
 _KEYS_AND_VALUES = "crossattention.c_attn"  # of GPT-2: fused, but without the query
@@ -32,6 +32,11 @@ class Rows(NamedTuple):
 def is_fused(name: str) -> bool:
     """Return whether a layer of this name computes query, key and value at once."""
     return any(matches(name, pattern) for pattern in _FUSED)
+
+
+def has_parts(name: str, host: nn.Module) -> bool:
+    """Return whether a role can mean some rows of a layer, or a weight that its parent reads, and not a call."""
+    return is_fused(name) or read_weight_attribute(type(host)) is not None
 
 
 def lacks_query(name: str) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..structure.base_model import ADAPTERS_ATTRIBUTE
 from .base_model import base_modules, base_parameters, matches, name_pattern
-from .fused_rows import Rows, requested_rows
+from .fused_rows import Rows, has_parts, requested_rows
 from .roles import ROLES
 
 
@@ -31,7 +31,7 @@ class Target(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """A module that ``select`` or ``select_modules`` returned, and the targets that it was asked for.
+    """A module with several parts that ``select`` or ``select_modules`` returned, and the targets that were asked for.
 
     Args:
         name: Dotted name of the module.
@@ -49,7 +49,7 @@ _selections: ContextVar[list[Selection] | None] = ContextVar("selections", defau
 
 @contextmanager
 def record_selections() -> Iterator[list[Selection]]:
-    """Context that yields a list of all that is selected within: injection compares it with what adapters change."""
+    """Context that lists selected modules with several parts: injection compares what adapters change in them."""
     selections: list[Selection] = []
     token = _selections.set(selections)
     try:
@@ -101,7 +101,7 @@ def select_modules(model: nn.Module, targets: Sequence[str], exclude: Sequence[s
         raise ValueError(f"exclude={list(exclude)!r} leaves nothing of targets={list(targets)!r}.")
     selected = {name: module for name, module in modules.items() if name in chosen}
     if (selections := _selections.get()) is not None:
-        selections += [Selection(name, host, targets) for name, host in selected.items()]
+        selections += [Selection(name, host, targets) for name, host in selected.items() if has_parts(name, host)]
     return selected
 
 
