@@ -18,6 +18,7 @@ from ..core.injection_record import active_methods, get_record, require_record
 from ..core.method import Method
 from ..core.weight_backup import check_not_merged
 from ..quantization.quantize import KINDS, quantize_once
+from ..structure.transformers_api import checkpoint_without_reentry
 from ..summary import summary
 from .distributed import prepare_strategy, start_evaluation, start_strategy
 from .distributed.base_consistency import check_one_base
@@ -29,7 +30,7 @@ from .optimizer_steps import SteppingCallback
 from .precision import check_precision_plugin, warn_of_narrow, widen_trained
 from .print_summary import print_summary
 from .rng_resume import ResumingCallback
-from .train_mode import checkpoint_without_reentry, set_mode
+from .train_mode import set_mode
 
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 
