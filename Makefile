@@ -13,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test lint format clean
+.PHONY: help quickstart test test-newest test-oldest lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -26,6 +26,23 @@ test: $(VENV)/.installed-test ## Run the quick tests, then the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(SLOW_WORKERS) -m slow || test $$? -eq 5  # 5: no test is marked slow
 
+# Of torch, the pinned build: newer ones may be no CPU builds. All else is asked for anew each time.
+test-newest: ## Run the quick tests on the newest release of everything but torch
+	$(PYTHON) -m venv $(VENV)-newest
+	grep '^torch==' constraints.txt > $(VENV)-newest/torch.txt
+	$(VENV)-newest/bin/python -m pip install --constraint $(VENV)-newest/torch.txt torch
+	$(VENV)-newest/bin/python -m pip install --constraint $(VENV)-newest/torch.txt \
+		--upgrade --upgrade-strategy eager --editable '.[test]'
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/pytest -n $(WORKERS)
+
+# What old releases call has since been deprecated by others, which is no matter of this package.
+test-oldest: ## Run the quick tests on the lowest versions that pyproject.toml names
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python .ci/lowest.py > $(VENV)-oldest/lowest.txt
+	$(VENV)-oldest/bin/python -m pip install --constraint $(VENV)-oldest/lowest.txt torch
+	$(VENV)-oldest/bin/python -m pip install --constraint $(VENV)-oldest/lowest.txt --editable '.[test]'
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/pytest -n $(WORKERS) -W ignore::DeprecationWarning
+
 lint: $(VENV)/.installed-dev ## Check style, formatting and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -37,7 +54,7 @@ format: $(VENV)/.installed-dev ## Rewrite files to the project's style
 
 clean: ## Remove caches and build products
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
-	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	find . -path './$(VENV)*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # torch comes first and alone: a later requirement on it then keeps the build that is installed.
 $(VENV)/.installed-torch: constraints.txt

@@ -1,6 +1,7 @@
 """Base models of the tests: small, offline, three blocks so that late binding shows, the same weights each time."""
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -254,3 +255,16 @@ def tokens(rows: int = 2, length: int = 7) -> Tensor:
 
 def logits(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Return what the installed release of transformers calls the key-value cache that a model takes."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
+def cache_of(output: Any) -> Any:
+    """Return the key-value cache that a model of transformers returned."""
+    from transformers import Cache
+
+    (cache,) = (value for value in output.values() if isinstance(value, Cache))
+    return cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..structure.roles import blocks
+from ..structure.transformers_api import without_checkpointing
 from .fake_model import fake_tensor_like, shapes_only
 
 
@@ -31,25 +32,12 @@ def saved_bytes(model: nn.Module, step: Callable[[Any, Any], Tensor], batch: Any
     with shapes_only(model) as copied:
         rows = tree_map_only(Tensor, fake_tensor_like, batch)
         saved = _Saved(list(blocks(copied).values()))
-        with _run_once(copied) as switched, saved:
+        with without_checkpointing(copied) as switched, saved:
             loss = step(copied, rows)
         for x in _attributes(loss):
             saved.keep(x)
         saved.leave_out([*copied.parameters(), *copied.buffers(), *filter(torch.is_tensor, tree_leaves(rows))])
     return saved.checkpointed() if checkpointed or switched else saved.total()
-
-
-@contextmanager
-def _run_once(model: nn.Module) -> Iterator[bool]:
-    """Context without the checkpointing of transformers' models, which hides what blocks save; says if it was on."""
-    switched = [part for part in model.modules() if vars(part).get("gradient_checkpointing")]
-    try:
-        for part in switched:
-            part.gradient_checkpointing = False  # type: ignore[assignment]
-        yield bool(switched)
-    finally:
-        for part in switched:
-            part.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 class _Saved(ExitStack):

@@ -27,6 +27,7 @@ from ..core.injection_record import get_record
 from ..core.method import methods_by_name
 from ..training.callback import PEFTStrategy
 from ..training.distributed import without_values
+from ..training.saved_arguments import check_names
 from .commands import COMMANDS
 from .run_report import write_report
 from .trainer import PEFTTrainer
@@ -88,6 +89,15 @@ class PEFTCLI(LightningCLI):
         kwargs.setdefault("save_config_kwargs", {"overwrite": True})
         kwargs["auto_configure_optimizers"] = False
         super().__init__(*args, **kwargs)
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the arguments of a checkpoint, as LightningCLI does, which imports what they name."""
+        subcommand = self.config.get("subcommand")
+        path = self.config[subcommand].get("ckpt_path") if subcommand else None
+        if path and Path(path).is_file():
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            check_names(checkpoint.get(pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY))
+        super()._parse_ckpt_path()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the method, the optimizer, and what follows a fit."""

@@ -14,6 +14,7 @@ from ..analysis.memory_plan import Plan, plan
 from ..analysis.plan_table import layouts, table
 from ..core.console import echo
 from ..quantization.meta_quantize import quantize_shapes
+from ..structure.transformers_api import from_config
 from ..training.callback import PEFTStrategy
 from ..training.distributed import without_values
 from ..training.train_mode import set_mode
@@ -90,7 +91,7 @@ def _lengths(model: nn.Module, data: Any, tokens: list[int] | None) -> list[int]
     Raises:
         ValueError: The model has fewer positions.
     """
-    known = [getattr(getattr(part, "config", None), "max_position_embeddings", None) for part in model.modules()]
+    known = [from_config(part, "max_position_embeddings") for part in model.modules()]
     most = min((number for number in known if isinstance(number, int) and number > 0), default=None)
     longest = getattr(data, "max_length", None) or min(_LONGEST, most or _LONGEST)
     lengths = sorted(set(tokens or [max(1, longest // part) for part in (4, 2, 1)]))

@@ -19,6 +19,7 @@ from ..core.injection_record import adapters_of, methods_in_same_group, require_
 from ..core.method import Method, to_dict
 from ..ops.fsdp1_parameters import check_known_shards
 from ..ops.sharded_tensors import writes_files
+from ..structure.transformers_api import from_config
 from ..summary import BASE, row, summary
 from . import modules_to_save as saved
 from .model_card import CARD, Facts, card, check_own
@@ -87,7 +88,7 @@ def _facts(base: Base, method: Method, metrics: Mapping[str, float]) -> Facts:
     kind = next(cls for cls in type(base.network).__mro__ if not issubclass(cls, FSDPModule))  # which renames classes
     methods = _exported(base.model, method)
     rows = [row(base.model, other) for other in methods] + [one for one in counts.rows if one[0] == BASE]
-    labels = getattr(getattr(base.network, "config", None), "num_labels", None)
+    labels = from_config(base.network, "num_labels")
     return Facts(
         method=to_dict(method),
         kind=(kind.__name__, kind.__module__.startswith("transformers.")),
@@ -152,7 +153,7 @@ def _described(base: Base, family: PeftFormat, method: Method, trained: State) -
     config = {
         "peft_type": family.kind,
         "task_type": task,
-        "base_model_name_or_path": getattr(getattr(base.network, "config", None), "name_or_path", None) or None,
+        "base_model_name_or_path": from_config(base.network, "name_or_path") or None,
         "inference_mode": True,
         **settings,
         **more,

@@ -11,6 +11,7 @@ from torch import nn
 from ..checkpoints.adapter_state import strip_wrapper_names
 from ..structure.base_model import base_modules, matches
 from ..structure.selection import literal
+from ..structure.transformers_api import has_input_embeddings
 
 
 def network(model: nn.Module) -> tuple[str, nn.Module]:
@@ -28,7 +29,7 @@ def network(model: nn.Module) -> tuple[str, nn.Module]:
 
 def _is_pretrained(module: Any) -> bool:
     named = isinstance(getattr(type(module), "base_model_prefix", None), str)
-    return named and callable(getattr(module, "get_input_embeddings", None)) and hasattr(module, "config")
+    return named and has_input_embeddings(module) and hasattr(module, "config")
 
 
 def joined(*names: str) -> str:

@@ -12,6 +12,7 @@ from ..methods import PrefixTuning
 from ..methods.prompting.prefix import Prefix
 from ..ops.sharded_tensors import full_tensor
 from ..structure.selection import select_modules
+from ..structure.transformers_api import is_encoder_decoder
 from .peft_format import Base, File, PeftFormat, State, check_supported
 from .prompts import VIRTUAL
 
@@ -67,7 +68,7 @@ class PrefixFormat(PeftFormat):
 
 
 def _check_not_halved(base: Base) -> None:
-    halves = getattr(getattr(base.network, "config", None), "is_encoder_decoder", False)
+    halves = is_encoder_decoder(base.network)
     check_supported(halves, "A prefix for an encoder-decoder model", "it prefixes the decoder's own attention alone")
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from ..core.method import check_setting
-from ..methods.prompting.virtual_tokens import Insertion, backbones, names_of
+from ..methods.prompting.virtual_tokens import Insertion, names_of
+from ..structure.transformers_api import backbones, is_encoder_decoder
 from ..tasks.module import TaskModule, mean_loss
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -144,8 +145,7 @@ def hidden_states(network: nn.Module) -> Iterator[States]:
 
 
 def _stacks(host: Any) -> list[nn.Module]:
-    halves = getattr(host.config, "is_encoder_decoder", False)
-    return [host.get_encoder(), host.get_decoder()] if halves else [host]
+    return [host.get_encoder(), host.get_decoder()] if is_encoder_decoder(host) else [host]
 
 
 def twin(module: _Module) -> _Module:

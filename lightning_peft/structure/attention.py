@@ -15,6 +15,7 @@ from ..ops.multi_head_attention import multi_head_attention
 from .fused_rows import fused_rows, is_fused
 from .layer_types import layer_of
 from .roles import ROLES
+from .transformers_api import attention_heads, attention_implementation
 
 
 class AttentionCalls(TorchFunctionMode):
@@ -150,11 +151,12 @@ def head_count(host: nn.Module, name: str) -> int:
     Raises:
         TypeError: It says nothing about heads.
     """
-    for holder in (host, getattr(host, "config", None)):
-        for attribute in ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead"):
-            if isinstance(count := getattr(holder, attribute, None), int):
-                return count
-    raise TypeError(f"{name} ({type(host).__name__}) does not say how many heads it has; give the method heads=....")
+    count = attention_heads(host)
+    if count is None:
+        raise TypeError(
+            f"{name} ({type(host).__name__}) does not say how many heads it has; give the method heads=...."
+        )
+    return count
 
 
 def check_interceptable(model: nn.Module, name: str) -> None:
@@ -168,10 +170,10 @@ def check_interceptable(model: nn.Module, name: str) -> None:
         TypeError: Says how to load the model instead.
     """
     host = model.get_submodule(name)
-    kind, around = _implementation(host), name
+    kind, around = attention_implementation(host), name
     while kind is None and around:
         around = around.rpartition(".")[0]
-        kind = _implementation(model.get_submodule(around))
+        kind = attention_implementation(model.get_submodule(around))
     if kind not in (None, "sdpa"):
         raise TypeError(
             f"{name} ({type(host).__name__}) uses attn_implementation={kind!r}, where added keys would be silently "
@@ -183,11 +185,6 @@ def check_interceptable(model: nn.Module, name: str) -> None:
             f"{name} ({type(host).__name__}) has fused_attn=False, where added keys would be silently ignored; call "
             f"timm.layers.set_fused_attn(True) before the model is built."
         )
-
-
-def _implementation(module: nn.Module) -> str | None:
-    kind: str | None = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    return kind
 
 
 def _child(model: nn.Module, name: str, role: str) -> str | None:

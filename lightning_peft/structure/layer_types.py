@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ops.sharded_tensors import global_shape
+from .transformers_api import CONV1D
 
 
 class LayerType(ABC):
@@ -163,7 +164,7 @@ def layer_of(host: nn.Module) -> LayerType:
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)  # not sharded, not quantized; the last is a plain one's shape
 _LINEAR, _READ, _EMBEDDING, _CONV = LinearType(), ReadLinearType(), EmbeddingType(), ConvType()
 # Classes of layers, or of their weights, by name, so that nothing is imported.
-FOREIGN: dict[str, LayerType] = {"transformers.pytorch_utils.Conv1D": TransposedLinearType()}
+FOREIGN: dict[str, LayerType] = {CONV1D: TransposedLinearType()}
 
 
 def _foreign(host: nn.Module) -> LayerType | None:

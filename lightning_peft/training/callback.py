@@ -9,7 +9,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from ..core.adapted_module import adapters
@@ -18,18 +17,20 @@ from ..core.injection_record import active_methods, get_record, require_record
 from ..core.method import Method
 from ..core.weight_backup import check_not_merged
 from ..quantization.quantize import KINDS, quantize_once
+from ..structure.transformers_api import checkpoint_without_reentry
 from ..summary import summary
 from .distributed import prepare_strategy, start_evaluation, start_strategy
 from .distributed.base_consistency import check_one_base
 from .distributed.ddp import ignore_base_in_ddp
 from .frozen_cache_hooks import SHARDING, CachingCallback
+from .lightning_api import spawns_processes
 from .lightning_checkpoint import install_checkpoint_hooks
 from .module_hooks import after_build, ensure_injected, install_optimizer_hook
 from .optimizer_steps import SteppingCallback
 from .precision import check_precision_plugin, warn_of_narrow, widen_trained
 from .print_summary import print_summary
 from .rng_resume import ResumingCallback
-from .train_mode import checkpoint_without_reentry, set_mode
+from .train_mode import set_mode
 
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 
@@ -100,7 +101,7 @@ class PEFTStrategy(SteppingCallback, ResumingCallback, CachingCallback):
         self._backend = "torchao" if shards and self.quantize == "nf4" else None  # whose codes can be split
         prepare_strategy(trainer.strategy, self.full_checkpoint, self.lr_factors)
         fresh = not any(True for _ in adapters(pl_module)) and get_record(pl_module) is None
-        if fresh and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and stage == "fit":
+        if fresh and spawns_processes(trainer) and stage == "fit":
             raise RuntimeError(
                 "A spawned process cannot hand adapters back to this one. Use strategy='ddp', or call this callback's "
                 "apply(module) before fit."

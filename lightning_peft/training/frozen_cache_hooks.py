@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_info
 
 from .frozen_cache import FrozenCache
+from .lightning_api import is_compiled
 
 SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
@@ -38,7 +39,7 @@ class CachingCallback(pl.Callback):
         self._close()  # the learning-rate finder trains within fit
         if isinstance(trainer.strategy, SHARDING):
             raise TypeError("cache_frozen=True works on whole models, and the Trainer's strategy shards; use ddp.")
-        if pl_module._compiler_ctx is not None:
+        if is_compiled(pl_module):
             raise TypeError("The module is compiled, and cache_frozen=True cuts parts of it out; do not compile it.")
         self._cache = FrozenCache(pl_module, self.cache_folder)
         self._first_epoch, self._has_warned = trainer.current_epoch, False

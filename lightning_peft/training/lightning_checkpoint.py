@@ -17,6 +17,7 @@ from ..checkpoints.metadata import adapter_metadata, inject_from_metadata
 from ..checkpoints.reader import KEY
 from ..core.injection_record import get_record
 from .module_hooks import wrap_hook
+from .saved_arguments import check_saved_arguments
 
 _Module = TypeVar("_Module", bound=pl.LightningModule)
 
@@ -61,9 +62,11 @@ def load_from_checkpoint(
         kwargs: For the class's own ``load_from_checkpoint``: ``map_location``, or arguments that were not saved.
 
     Raises:
-        ValueError: The checkpoint was written without PEFTStrategy, or for another base.
+        ValueError: The checkpoint was written without PEFTStrategy, or for another base, or names code that the program
+            has not imported itself.
     """
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    check_saved_arguments(checkpoint)
     shell = {key: value for key, value in checkpoint.items() if key != KEY} | {"state_dict": {}}
     file = io.BytesIO()
     torch.save(shell, file)

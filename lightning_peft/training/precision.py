@@ -11,6 +11,7 @@ from lightning.pytorch.plugins.precision import BitsandbytesPrecision, MixedPrec
 from torch import nn
 
 from ..structure.base_model import base_modules, base_parameters
+from .lightning_api import trainer_of
 
 
 def check_precision_plugin(plugin: Any) -> None:
@@ -28,7 +29,8 @@ def widen_trained(module: pl.LightningModule) -> None:
 
     Gradient scaling refuses others; in bfloat16, small steps would be lost.
     """
-    plugin = module._trainer.precision_plugin if module._trainer is not None else None
+    trainer = trainer_of(module)
+    plugin = None if trainer is None else trainer.precision_plugin
     if isinstance(plugin, MixedPrecision):
         for part in base_modules(module).values():
             own = dict(part.named_parameters(recurse=False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from typing import Literal
 
@@ -11,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.adapted_module import adapters
 from ..structure.base_model import ADAPTERS_ATTRIBUTE, base_parameters
+from ..structure.transformers_api import is_checkpointing
 
 
 def set_mode(module: nn.Module, frozen: Literal["eval", "train"]) -> None:
@@ -26,7 +26,7 @@ def set_mode(module: nn.Module, frozen: Literal["eval", "train"]) -> None:
             for inner in part.modules():
                 if isinstance(inner, _BatchNorm):
                     inner.eval()
-                elif vars(inner).get("gradient_checkpointing"):
+                elif is_checkpointing(inner):
                     _recompute(inner)
             for _, _, _, adapter in adapters(part):
                 adapter.train()
@@ -43,13 +43,3 @@ def _recompute(block: nn.Module) -> None:
             )
     else:
         block.training = True
-
-
-def checkpoint_without_reentry(module: nn.Module) -> None:
-    """Let transformers' gradient checkpointing work below frozen embeddings, where the reentrant kind gives none."""
-    for part in module.modules():
-        function = vars(part).get("_gradient_checkpointing_func")
-        if isinstance(function, functools.partial) and function.keywords.get("use_reentrant", True):
-            part._gradient_checkpointing_func = functools.partial(  # type: ignore[assignment]
-                function.func, *function.args, **{**function.keywords, "use_reentrant": False}
-            )

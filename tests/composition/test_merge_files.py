@@ -109,6 +109,7 @@ def test_refusals_leave_nothing_behind(tmp_path):
         assert not any(True for _ in lp.adapters(empty))
 
 
+@pytest.mark.usefixtures("ordinary_path")
 @pytest.mark.parametrize("base", ["llama", "gpt2", "encoder", "bert"])
 def test_merged_for_a_while_the_base_comes_back_to_the_bit(base):
     net = MODELS[base]().bfloat16() if base == "gpt2" else MODELS[base]()
@@ -133,7 +134,8 @@ def test_merged_for_a_while_the_base_comes_back_to_the_bit(base):
     assert torch.equal(logits(net(**inputs)), expected)
     with pytest.raises(ValueError, match="'idle.*' takes no part and would be lost"):
         lp.merge(net)
-    torch.testing.assert_close(logits(lp.merge(lp.remove_adapter(net, "idle"))(**inputs)), found, rtol=0, atol=0)
+    merged = lp.merge(lp.remove_adapter(net, "idle")).requires_grad_(False)  # frozen weights may take other kernels
+    torch.testing.assert_close(logits(merged(**inputs)), found, rtol=0, atol=0)
 
 
 def making(folder):

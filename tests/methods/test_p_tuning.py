@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from models import MODELS, VOCABULARY, WIDTH, logits, tokens
+from models import MODELS, VOCABULARY, WIDTH, cache_argument, cache_of, logits, tokens
 from torch import nn
 
 import lightning_peft as lp
@@ -331,10 +331,11 @@ def test_a_row_that_is_continued_may_have_all_placeholders_or_none():
     with torch.no_grad():
         whole = model(torch.cat([ROWS, tokens(2, 3)], 1)).logits
         first = model(ROWS, use_cache=True)
-        rest = model(tokens(2, 3), past_key_values=first.past_key_values).logits
+        rest = model(tokens(2, 3), **{cache_argument(model): cache_of(first)}).logits
     torch.testing.assert_close(rest, whole[:, 7:], atol=1e-5, rtol=1e-5)
+    cache = cache_of(model(ROWS, use_cache=True))
     with pytest.raises(ValueError, match="1 placeholders"):
-        model(torch.tensor([[-1], [4]]), past_key_values=model(ROWS, use_cache=True).past_key_values)
+        model(torch.tensor([[-1], [4]]), **{cache_argument(model): cache})
 
 
 def test_embedded_rows_are_refused():

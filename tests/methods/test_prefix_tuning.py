@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
-from models import MODELS, WIDTH, logits, tokens
+from models import MODELS, WIDTH, cache_argument, cache_of, logits, tokens
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -50,7 +50,7 @@ def pairs(model, heads):
     ]
 
 
-def cache_of(found):
+def filled_cache(found):
     from transformers import DynamicCache
 
     cache = DynamicCache()
@@ -68,16 +68,18 @@ def test_a_prefix_equals_keys_and_values_in_a_cache(name, padded, shift):
     base, x = MODELS[name]().double(), tokens()
     mask = LEFT if padded else torch.ones_like(x)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = cache_of(pairs(model, 2 if name == "llama" else 4))
+    cache = filled_cache(pairs(model, 2 if name == "llama" else 4))
     long = torch.cat([torch.ones(2, 3, dtype=torch.long), mask], 1)
     with torch.no_grad():
-        expected = base(x, attention_mask=long, position_ids=positions + 3 * shift, past_key_values=cache).logits
+        expected = base(
+            x, attention_mask=long, position_ids=positions + 3 * shift, **{cache_argument(base): cache}
+        ).logits
         found = model(x, attention_mask=mask, position_ids=positions).logits
         first = model(x[:, :4], attention_mask=mask[:, :4], position_ids=positions[:, :4], use_cache=True)
-        steps, past = [first.logits], first.past_key_values
+        steps, past = [first.logits], cache_of(first)
         for end in range(5, 8):
             call = {"attention_mask": mask[:, :end], "position_ids": positions[:, end - 1 : end]}
-            steps.append(model(x[:, end - 1 : end], past_key_values=past, use_cache=True, **call).logits)
+            steps.append(model(x[:, end - 1 : end], use_cache=True, **call, **{cache_argument(model): past}).logits)
     kept = mask.bool()
     differences = [(y[kept] - expected[kept]).abs().max().item() for y in (found, torch.cat(steps, 1))]
     print(f"{name}: max difference {differences}")
@@ -89,10 +91,11 @@ def test_positions_that_are_not_given_move_on_too(name):
     model = fill(lp.inject(MODELS[name](), lp.PrefixTuning(**PLAIN, shift_positions=True)))
     x, base = tokens(), MODELS[name]()
     with torch.no_grad():
-        expected = base(x, past_key_values=cache_of(pairs(model, 2 if name == "llama" else 4))).logits
+        cache = filled_cache(pairs(model, 2 if name == "llama" else 4))
+        expected = base(x, **{cache_argument(base): cache}).logits
         torch.testing.assert_close(model(x).logits, expected)
         first = model(x[:, :5], use_cache=True)
-        last = model(x[:, 5:], past_key_values=first.past_key_values).logits
+        last = model(x[:, 5:], **{cache_argument(model): cache_of(first)}).logits
         torch.testing.assert_close(last, expected[:, 5:])
         embedded = model(inputs_embeds=base.get_input_embeddings()(x)).logits
         torch.testing.assert_close(embedded, expected)
@@ -126,8 +129,10 @@ def test_a_backbone_with_a_rule_for_positions_must_be_given_them():
         model(tokens())
     positions, long = (LEFT.cumsum(1) - 1).clamp(min=0), torch.cat([torch.ones(2, 3, dtype=torch.long), LEFT], 1)
     with torch.no_grad():
-        cache = cache_of(pairs(model, 4))
-        expected = base(tokens(), attention_mask=long, position_ids=positions + 3, past_key_values=cache).logits
+        cache = filled_cache(pairs(model, 4))
+        expected = base(
+            tokens(), attention_mask=long, position_ids=positions + 3, **{cache_argument(base): cache}
+        ).logits
         found = model(tokens(), attention_mask=LEFT, position_ids=positions).logits
     torch.testing.assert_close(found[LEFT.bool()], expected[LEFT.bool()])
     settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "attention_mask": LEFT}
@@ -143,10 +148,10 @@ def test_the_decoders_own_prefix_equals_one_in_an_encoder_decoder_cache():
         nn.init.zeros_(one.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
     fill(lp.inject(model, lp.PrefixTuning(**PLAIN, targets=["decoder.*.SelfAttention"])))
     assert [name.split(".")[0] for name in prefixes(model)] == ["decoder", "decoder"]
-    cache = EncoderDecoderCache(cache_of(pairs(model, 4)), DynamicCache())
+    cache = EncoderDecoderCache(filled_cache(pairs(model, 4)), DynamicCache())
     x = tokens()
     with torch.no_grad():
-        expected = base(x, decoder_input_ids=x, past_key_values=cache).logits
+        expected = base(x, decoder_input_ids=x, **{cache_argument(base): cache}).logits
         found = model(x, decoder_input_ids=x).logits
     print(f"t5: max difference {(found - expected).abs().max().item():.1e}")
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -216,6 +221,7 @@ def test_the_formula_of_the_perceptron():
 
 
 @needs_peft
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # peft passes it
 @pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_prefix_tuning_equals_peft(name, projection):
@@ -249,8 +255,8 @@ def test_prefix_tuning_equals_peft(name, projection):
         kept = LEFT.bool()
         shifted = {**left, "position_ids": left["position_ids"] + 3}  # peft drops what is given with a warning
         mask = torch.cat([torch.ones(2, 3, dtype=torch.long), LEFT], 1)
-        past = cache_of(pairs(model, count))
-        reference = theirs.base_model(x, **{**shifted, "attention_mask": mask}, past_key_values=past).logits
+        past = filled_cache(pairs(model, count))
+        reference = theirs.base_model(x, **{**shifted, "attention_mask": mask, cache_argument(model): past}).logits
         differences.append((model(x, **left).logits - reference)[kept].abs().max().item())
     print(f"{name}, projection={projection}: max differences {differences}")
     assert max(differences) <= 2e-6

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.adapter import Call
+from ...structure.transformers_api import cached_tokens
 from .prompt import Prompt, PromptSite
 from .prompt_encoders import Encoder
 from .virtual_tokens import embedded
@@ -73,11 +74,11 @@ def fill_template(
         ValueError: A row has another number of placeholders than n; while a row is continued it may have none.
     """
     call = dict(call)
-    ids, past = call.get("input_ids"), call.get("past_key_values")
+    ids = call.get("input_ids")
     if ids is None:
         raise ValueError(f"The template {template!r} needs input_ids, got rows that are embedded already.")
     here = ids == placeholder
-    continued = past is not None and past.get_seq_length() > 0
+    continued = cached_tokens(host, call) > 0
     counts = here.sum(1)
     right = (counts == len(prompt)) | (counts == 0 if continued else counts < 0)
     advice = f"template {template!r} has {len(prompt)} pseudo tokens; build rows with lightning_peft.Template."

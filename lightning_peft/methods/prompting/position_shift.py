@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ...core.adapter import Adapter, Call
-from .virtual_tokens import backbones, names_of
+from ...structure.transformers_api import backbones, cached_tokens, from_config, is_encoder_decoder
+from .virtual_tokens import names_of
 
 
 class ShiftedPositions(Adapter):
@@ -41,9 +42,7 @@ class ShiftedPositions(Adapter):
                     f"which shift_positions then moves on by {self.length}."
                 )
             tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
-            past = call.get("past_key_values")
-            seen = 0 if past is None else past.get_seq_length()
-            positions = (torch.arange(tokens.shape[1], device=tokens.device) + seen)[None]
+            positions = (torch.arange(tokens.shape[1], device=tokens.device) + cached_tokens(host, call))[None]
         call["position_ids"] = positions + self.length
         return inner(**call)
 
@@ -56,8 +55,7 @@ def shifted_positions(model: nn.Module, length: int, method: str) -> Iterator[tu
     """
     found = list(backbones(model))
     for name, host in found:
-        config = host.config
-        by_distance = getattr(config, "is_encoder_decoder", False) or getattr(config, "alibi", False)
+        by_distance = is_encoder_decoder(host) or from_config(host, "alibi")
         if "position_ids" not in names_of(host) or by_distance:
             raise TypeError(
                 f"{name or 'The model'} ({type(host).__name__}) takes no position_ids, since it derives positions or "

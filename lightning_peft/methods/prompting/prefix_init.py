@@ -14,8 +14,9 @@ from ...core.adapter import Adapter, Call
 from ...core.eval_mode import evaluating
 from ...core.method import check_setting
 from ...structure.attention import AttentionCalls
+from ...structure.transformers_api import backbones, is_encoder_decoder
 from .prefix import Prefix
-from .virtual_tokens import backbones, names_of
+from .virtual_tokens import names_of
 
 STEPS, LEARNING_RATE = 500, 1e-4  # of the fit, as in the authors' code
 
@@ -73,7 +74,7 @@ def _computed(model: nn.Module, names: Sequence[str], words: Sequence[int]) -> d
                 "input_ids" in names_of(host), "init", "text", f"'random', as {name or 'the model'} reads no tokens"
             )
             ids = torch.tensor([words], device=next(host.parameters()).device)
-            host(input_ids=ids, **({"decoder_input_ids": ids} if host.config.is_encoder_decoder else {}))
+            host(input_ids=ids, **({"decoder_input_ids": ids} if is_encoder_decoder(host) else {}))
     missing = [name for name in names if name not in found]
     check_setting(not missing, "init", "text", f"'random', since no transformers backbone calls {missing[:3]}")
     return found

@@ -15,9 +15,10 @@ from ...core.method import check_setting
 from ...core.per_row import BatchableAdapter, BatchableModuleAdapter
 from ...structure.layer_types import is_called_linear, layer_of, read_weight_attribute
 from ...structure.selection import select_modules
+from ...structure.transformers_api import backbones, is_encoder_decoder
 from .row_tasks import TaskAdapter
 from .strip_outputs import strip_virtual_tokens
-from .virtual_tokens import Insertion, backbones, names_of, prepend_to_backbone, prepend_to_blocks, prepend_to_embedded
+from .virtual_tokens import Insertion, names_of, prepend_to_backbone, prepend_to_blocks, prepend_to_embedded
 
 Insert = Callable[..., Any]
 
@@ -163,7 +164,7 @@ def place_prompts(
         table = host.get_input_embeddings()
         if not isinstance(table, nn.Embedding):
             raise TypeError(f"{name or type(host).__name__} embeds no tokens; give the method targets.")
-        if not getattr(host.config, "is_encoder_decoder", False):
+        if not is_encoder_decoder(host):
             yield name, make(PromptSite(host, table.weight, table, prepend_to_backbone))
             continue
         below = {module: below for below, module in host.named_modules(prefix=name)}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.method import Method, check_setting
+from ...structure.transformers_api import from_config
 
 COMMON = 5000  # how many tokens of a vocabulary count as its most common
 
@@ -27,7 +28,7 @@ def token_ids(model: nn.Module, text: str, tokenizer: str = "", field: str = "in
     """
     from transformers import AutoTokenizer
 
-    named = [getattr(getattr(m, "config", None), "_name_or_path", "") for m in model.modules()]
+    named = [from_config(m, "_name_or_path") for m in model.modules()]
     source = tokenizer or next(filter(None, named), "")
     check_setting(bool(source), "tokenizer", tokenizer, "a folder or name, since the model does not tell its own")
     ids: list[int] = AutoTokenizer.from_pretrained(source)(text, add_special_tokens=False)["input_ids"]

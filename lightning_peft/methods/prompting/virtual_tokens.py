@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...core.adapter import Call
-from ...structure.base_model import base_modules
+from ...structure.transformers_api import POSITIONS, cached_tokens, from_config
 from .strip_outputs import strip_virtual_tokens
 
 
@@ -72,13 +72,18 @@ def prepend_to_backbone(host: Any, inner: Call, call: Mapping[str, Any], prompt:
     call = dict(call)
     length, mask = prompt.shape[-2], call.get("attention_mask")
     if mask is not None and mask.dim() != 2:
-        raise ValueError(f"attention_mask must be (batch, tokens) where virtual tokens enter, got {tuple(mask.shape)}.")
+        raise ValueError(
+            f"attention_mask must be (batch, tokens) where virtual tokens enter, got {tuple(mask.shape)}; generate "
+            f"makes such a mask for a cache of a fixed size: leave its cache_implementation alone."
+        )
     where = Insertion(length, mask)
+    cached = cached_tokens(host, call)
+    if cached > 0:
+        _check_cache(host, call, cached, length)
     if mask is not None:
         call["attention_mask"] = where.mask(mask)
-    past = call.get("past_key_values")
-    if past is not None and past.get_seq_length() > 0:
-        for name in ("position_ids", "cache_position"):
+    if cached > 0:
+        for name in POSITIONS:
             if call.get(name) is not None:
                 call[name] = call[name] + length
         return inner(**call)
@@ -162,27 +167,6 @@ def names_of(host: nn.Module) -> list[str]:
     return list(inspect.signature(type(host).forward).parameters)[1:]
 
 
-def backbones(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield (name, module) of the outermost transformers backbones: no head, input embeddings known.
-
-    Where a decoder-only backbone is a mere shell around its decoder (OPT), heads call the decoder; so does this.
-    """
-    found: list[str] = []
-    for name, module in [("", model), *base_modules(model).items()]:
-        if _embeds(module) and getattr(module, "base_model", None) is module:
-            if any(name.startswith(f"{other}." if other else "") for other in found):
-                continue
-            found.append(name)
-            shell = not getattr(module.config, "is_encoder_decoder", False) and _embeds(
-                getattr(module, "decoder", None)
-            )
-            yield (f"{name}.decoder".lstrip("."), module.decoder) if shell else (name, module)
-
-
-def _embeds(module: Any) -> bool:
-    return callable(getattr(module, "get_input_embeddings", None))
-
-
 def _lead(mask: Tensor) -> Tensor | None:
     """Return how much padding each row (batch, 1) begins with; None if it is known that none does."""
     lead = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
@@ -197,8 +181,20 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, flat.flatten()).view(*flat.shape, *x.shape[2:])
 
 
+def _check_cache(host: Any, call: Mapping[str, Any], cached: Any, length: int) -> None:
+    """Refuse a cache that does not hold the virtual tokens and all tokens before those of the call."""
+    mask = call.get("attention_mask")
+    tokens = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    if mask is not None and cached != (expected := length + mask.shape[1] - tokens.shape[1]):
+        raise ValueError(
+            f"The cache given to {type(host).__name__} holds {cached} tokens, expected {expected}: {length} virtual "
+            f"tokens and what attention_mask {tuple(mask.shape)} covers before the {tokens.shape[1]} tokens of this "
+            f"call. Let generate build the cache itself, without an assistant model, or use use_cache=False."
+        )
+
+
 def _check_length(host: Any, tokens: int) -> None:
-    most = getattr(getattr(host, "config", None), "max_position_embeddings", None)
+    most = from_config(host, "max_position_embeddings")
     if most is not None and tokens > most > 0:
         raise ValueError(
             f"{tokens} positions, virtual tokens included, are more than the model's {most}; shorten the text."

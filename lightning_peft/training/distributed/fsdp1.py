@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -20,6 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, Sha
 from torch.optim import Optimizer
 
 from ...ops.fsdp1_parameters import annotate_shards, shard_of
+from ..lightning_api import saves_shards, torch_optimizer
 from . import fsdp1_state as flat_states
 from .base_consistency import check_one_base
 from .fsdp1_precision import OwnTypes
@@ -140,16 +140,16 @@ class FSDP1Strategy(FSDPStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds; of what is sharded, nothing is gathered but what trains."""
         state = flat_states.module_state(self.lightning_module)  # type: ignore[arg-type]
-        return flat_states.spread_out(state) if self._state_dict_type == "sharded" else flat_states.gathered(state)
+        return flat_states.spread_out(state) if saves_shards(self) else flat_states.gathered(state)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return an optimizer's state as a single process would have it."""
-        own = getattr(optimizer, "_optimizer", optimizer)
-        return flat_states.optimizer_state(own, sharded=self._state_dict_type == "sharded")
+        own = torch_optimizer(optimizer)
+        return flat_states.optimizer_state(own, sharded=saves_shards(self))
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a file or a folder."""
-        if self._state_dict_type == "full" or storage_options is not None:
+        if not saves_shards(self) or storage_options is not None:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         path = Path(self.broadcast(filepath))
@@ -160,7 +160,7 @@ class FSDP1Strategy(FSDPStrategy):
         self.barrier()
         write_folder(checkpoint, path)
 
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a file or folder of any number of processes; a file may come from a run without sharding.
 
         Raises:

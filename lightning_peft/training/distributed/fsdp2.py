@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -22,6 +21,7 @@ from torch.optim import Optimizer
 from ...checkpoints.adapter_state import check_state
 from ...core.injection_record import get_record
 from ...structure.base_model import base_parameters
+from ..lightning_api import saves_shards, tensor_parallel_size, torch_optimizer
 from .base_consistency import check_one_base
 from .base_weights import BaseWeights, read_into, start_adapters
 from .replicated import average_gradients, broadcast_trained
@@ -81,7 +81,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         Raises:
             ValueError: Layers would be split over some of the processes, and sharded over others.
         """
-        processes, split = self.num_nodes * self.num_processes, self._tensor_parallel_size
+        processes, split = self.num_nodes * self.num_processes, tensor_parallel_size(self)
         if split not in (1, processes):
             raise ValueError(f"tensor_parallel_size={split} with {processes} processes; expected {processes}, or 1.")
         self._data_parallel_size = processes // split
@@ -90,7 +90,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         """Shard the model, then build the optimizers."""
         module: Any = self.lightning_module
-        if self._tensor_parallel_size != 1:
+        if tensor_parallel_size(self) != 1:
             parallelize(module, self.device_mesh["tensor_parallel"])
         elif not any(isinstance(part, FSDPModule) for part in module.modules()):
             self._shard(module)
@@ -106,12 +106,12 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the state for a folder as Lightning does, for a file as one process would save it."""
-        if self._save_distributed_checkpoint:
+        if saves_shards(self):
             return super().optimizer_state(optimizer)
-        state = whole_optimizer_state(getattr(optimizer, "_optimizer", optimizer))
+        state = whole_optimizer_state(torch_optimizer(optimizer))
         return state if self.global_rank == 0 else {}
 
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a folder of any number of processes, or a file of any strategy.
 
         Raises:
