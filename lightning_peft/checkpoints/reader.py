@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core.adapter_folder import CONFIG, read_adapter
 from .adapter_state import adapter_state, check_state, strip_wrapper_names
-from .key_prefix import differing_prefixes
+from .key_prefix import align_keys
 from .metadata import check_format
 from .save_load import align_state
 
@@ -46,8 +46,8 @@ class AdapterFile:
         if self.packed:
             return align_state(model, self.state, self.path)
         names = {strip_wrapper_names(key) for key in adapter_state(model)}
-        ours, theirs = differing_prefixes(names, self.state)
-        state = {_replace_prefix(key, theirs, ours): value for key, value in self.state.items()}
+        aligned = align_keys(self.state, names)
+        state = {aligned.get(key, key): value for key, value in self.state.items()}
         check_state(model, state, self.path)
         return {name: state[name] for name in names}
 
@@ -86,7 +86,3 @@ def _of_checkpoint(path: Path) -> AdapterFile:
     check_format(checkpoint[KEY], str(path))
     state = {strip_wrapper_names(key): value for key, value in checkpoint["state_dict"].items()}
     return AdapterFile(str(path), dict(checkpoint[KEY]), state, packed=False)
-
-
-def _replace_prefix(key: str, old: str, new: str) -> str:
-    return new + key.removeprefix(old) if key.startswith(old) else key

@@ -15,6 +15,7 @@ from ..core.method import Method
 from ..ops.fsdp1_parameters import check_known_shards
 from ..ops.sharded_tensors import assign, full_tensor, writes_files
 from .adapter_state import adapter_state, check_state, strip_wrapper_names, unpacked
+from .key_prefix import align_keys
 from .metadata import adapter_metadata, inject_from_metadata
 
 
@@ -92,29 +93,11 @@ def align_state(
     Raises:
         ValueError: It does not fit; says how.
     """
-    state = _aligned(
-        state, {strip_wrapper_names(k): v for k, v in adapter_state(model, packed=True, only=only).items()}
-    )
+    keys = align_keys(state, map(strip_wrapper_names, adapter_state(model, packed=True, only=only)))
+    if len(keys) == len(state):  # else some lie elsewhere; they stay as they are, and ``check_state`` names them
+        state = {keys[key]: value for key, value in state.items()}
     state = unpacked(model, state, only)
     check_state(model, state, source, only)
     if extra := state.keys() - {strip_wrapper_names(key) for key in adapter_state(model, only=only)}:
         raise ValueError(f"{source} has values of {sorted(extra)[:5]}, which this model has not or does not train.")
     return state
-
-
-def _aligned(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state under this model's names, if they differ by the name of an enclosing module alone."""
-    if not state or not target or state.keys() == target.keys():
-        return dict(state)
-    one = next(iter(state))
-    for other in target:
-        if other.endswith(f".{one}"):
-            renamed = {other.removesuffix(one) + k: v for k, v in state.items()}
-        elif one.endswith(f".{other}"):
-            prefix = one.removesuffix(other)
-            renamed = {k.removeprefix(prefix) if k.startswith(prefix) else f"?{k}": v for k, v in state.items()}
-        else:
-            continue
-        if renamed.keys() == target.keys():
-            return renamed
-    return dict(state)

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.base_weight_files import BaseWeightFiles, trim_malloc
 from ..checkpoints.metadata import inject_from_metadata
 from ..checkpoints.reader import read_adapter_file
+from ..checkpoints.safetensors_files import TensorFiles
 from ..core.adapter_folder import is_taken
 from ..core.inject import detach
 from ..core.injection_record import get_record
 from ..structure.base_model import ADAPTERS_ATTRIBUTE
-from .base_weight_files import WeightFiles, trim_malloc
 from .merge import mergeable
-from .safetensors_files import TensorFiles
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def merge_files(
         raise ValueError(
             "merge_files needs a fresh network without values: build it in lightning_peft.without_values()."
         )
-    stored, weights = read_adapter_file(adapter), WeightFiles(model, TensorFiles(base))
+    stored, weights = read_adapter_file(adapter), _base_files(model, base)
     try:
         inject_from_metadata(model, stored.description, stored.path, strict=False)
         state, found = stored.state_for(model), mergeable(model)
@@ -87,7 +87,17 @@ def merge_files(
     return target
 
 
-def _merge_host(name: str, found: Any, state: Mapping[str, Tensor], weights: WeightFiles) -> None:
+def _base_files(model: nn.Module, base: str | os.PathLike[str]) -> BaseWeightFiles:
+    weights = BaseWeightFiles(model, TensorFiles(base))
+    if weights.missing:
+        raise ValueError(
+            f"{base} lacks {weights.missing[0]}; it has {', '.join(weights.files.keys()[:3])}. Give the files of the "
+            f"same model; where a new head was trained, merge into the loaded model, which is then written whole."
+        )
+    return weights
+
+
+def _merge_host(name: str, found: Any, state: Mapping[str, Tensor], weights: BaseWeightFiles) -> None:
     """Merge the adapters of one host, which has values for that time alone."""
     own = [(host, key, adapter) for other, host, key, adapter in found if other == name]
     host = own[0][0]
@@ -110,7 +120,7 @@ def _merge_host(name: str, found: Any, state: Mapping[str, Tensor], weights: Wei
 
 
 @contextmanager
-def _values(name: str, host: Any, weights: WeightFiles) -> Iterator[tuple[dict[str, str], dict[str, Tensor]]]:
+def _values(name: str, host: Any, weights: BaseWeightFiles) -> Iterator[tuple[dict[str, str], dict[str, Tensor]]]:
     """Context in which a host has the values of the files; gives their whole names, and buffers that are in no file."""
     parameters, buffers = dict(host._parameters), dict(host._buffers)
     names = {part: f"{name}.{part}".lstrip(".") for part, held in (parameters | buffers).items() if held is not None}

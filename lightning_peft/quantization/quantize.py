@@ -155,7 +155,7 @@ def _quantize(host: Any, library: str | None) -> None:
         _store(host, weight, library)
 
 
-def complete(host: nn.Module) -> None:
+def quantize_late(host: nn.Module) -> None:
     """Quantize the weight of a layer that had no values when the model was quantized, and has them now."""
     original = original_of(host)
     if original is not None and original.values is None:

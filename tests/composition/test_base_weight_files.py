@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from trainer_models import Module, trainer
 
 import lightning_peft as lp
+from lightning_peft.checkpoints.safetensors_files import TensorFiles
 from lightning_peft.cli.main import main
-from lightning_peft.composition.safetensors_files import TensorFiles
 from lightning_peft.training.distributed.base_weights import start_adapters
 
 

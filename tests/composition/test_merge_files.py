@@ -14,7 +14,7 @@ from test_sharded_save_memory import Billion, memory
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.composition.safetensors_files import TensorFiles
+from lightning_peft.checkpoints.safetensors_files import TensorFiles
 
 METHODS = [
     lp.LoRA(rank=2, targets=["all-linear"]),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...checkpoints.key_prefix import differing_prefixes
+from ...checkpoints.key_prefix import align_keys
 from ...structure.base_model import ADAPTERS_ATTRIBUTE
 from .adapter_tensors import Contents, read_contents
 from .norms import Pair, between, between_pairs, plain, together
@@ -46,8 +47,7 @@ def compare_adapters(one: str | os.PathLike[str], other: str | os.PathLike[str])
         ValueError: A file is damaged, or holds no adapter.
     """
     first, second = read_contents(one), read_contents(other)
-    ours, theirs = differing_prefixes(_hosts(first), _hosts(second))
-    left, right = _side(first, "", ""), _side(second, theirs, ours)
+    left, right = _side(first, {}), _side(second, align_keys(_hosts(second), _hosts(first)))
     shared = [key for key in left.tensors if key in right.tensors]
     pairs = [(*left.tensors[key], right.tensors[key][1]) for key in shared]
     alike = [(name, a, b) for name, a, b in pairs if a.shape == b.shape]
@@ -84,15 +84,13 @@ def _slot(host: str) -> str:
     return f"{host}.{ADAPTERS_ATTRIBUTE}".lstrip(".")
 
 
-def _side(held: Contents, old: str, new: str) -> _Side:
-    """Return a file's contents under names that begin with ``new`` instead of ``old``."""
-
-    def renamed(name: str) -> str:
-        return new + name.removeprefix(old) if name.startswith(old) else name
-
-    tensors, pairs = {(-1, renamed(key), "", ""): (key, value) for key, value in held.rest.items()}, dict[Key, Pair]()
+def _side(held: Contents, aligned: Mapping[str, str]) -> _Side:
+    """Return a file's contents, with ``aligned`` names in place of those of ``_hosts``."""
+    tensors = {(-1, aligned.get(key, key), "", ""): (key, value) for key, value in held.rest.items()}
+    pairs = dict[Key, Pair]()
     for place in held.places:
-        host = renamed(_slot(place.host)).removesuffix(ADAPTERS_ATTRIBUTE).rstrip(".")
+        slot = _slot(place.host)
+        host = aligned.get(slot, slot).removesuffix(ADAPTERS_ATTRIBUTE).rstrip(".")
         for name, value in place.tensors.items():
             tensors[place.number, host, place.part, name] = place.keys[name], value
         if place.pair is not None:

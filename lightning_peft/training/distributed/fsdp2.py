@@ -19,11 +19,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ...checkpoints.adapter_state import check_state
+from ...checkpoints.base_weight_files import BaseWeightFiles
 from ...core.injection_record import get_record
 from ...structure.base_model import base_parameters
 from ..lightning_api import saves_shards, tensor_parallel_size, torch_optimizer
 from .base_consistency import check_one_base
-from .base_weights import BaseWeights, read_into, start_adapters
+from .base_weights import find_base_weights, read_into, start_adapters
 from .replicated import average_gradients, broadcast_trained
 from .sharded_state import own_optimizer_state, own_state, saved_tensors, whole_optimizer_state
 from .sharding_plan import plan_units
@@ -161,7 +162,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             )
         broadcast_trained(module, self.root_device)
 
-    def _base_weights(self, module: nn.Module) -> BaseWeights | None:
+    def _base_weights(self, module: nn.Module) -> BaseWeightFiles | None:
         """Return where parameters without values get them.
 
         Raises:
@@ -173,9 +174,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         path = getattr(module, "base_weights", None) if self.base_weights == "auto" else self.base_weights
         if path is None:
             raise ValueError(f"{empty[0]} has no values (meta device); give FSDP2Strategy(base_weights=FOLDER).")
-        weights = BaseWeights(path)
-        weights.find(module)
-        return weights
+        return find_base_weights(module, path)
 
 
 def _nothing(module: pl.LightningModule) -> None:

@@ -1,4 +1,7 @@
-"""Safetensors files, one tensor at a time: read, and replaced in place by another of its type and shape."""
+"""``TensorFiles`` reads safetensors files one tensor at a time, and replaces tensors in place.
+
+The header is parsed here, since the library of this format neither writes into a file nor tells where a tensor lies.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,12 @@ from torch import Tensor
 _TYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I8": torch.int8,
     "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _CHUNK = 2**20
 _INDEX = "*.safetensors.index.json"
-# What else may hold the weights: a copy would be of others than the files beside it.
+# Files that may hold the same weights in other formats: they would be stale beside a changed copy, so none is copied.
 _OTHERS = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
 
 
