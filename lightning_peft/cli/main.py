@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import traceback
 import types
 from argparse import SUPPRESS
 from collections.abc import Iterator
@@ -47,7 +48,8 @@ _PLAN_TRAINER_ARGS = {
     "plugins": {"class_path": "lightning.pytorch.plugins.environments.LightningEnvironment"},
 }
 
-_TOOLS, _OF_FIT = ("merge", "export", "import", "plan"), ("ckpt_path", "weights_only")
+_PACKAGE = Path(__file__).parents[1]
+_TOOLS, _FIT_ONLY_KEYS = ("merge", "export", "import", "plan"), ("ckpt_path", "weights_only")
 
 
 class PEFTParser(LightningArgumentParser):
@@ -56,7 +58,7 @@ class PEFTParser(LightningArgumentParser):
     def add_method_arguments(self, theclass: Any, themethod: str, *args: Any, **kwargs: Any) -> Any:
         """Add what a method takes, and to a tool what ``fit`` alone has in the config file that it writes."""
         added = super().add_method_arguments(theclass, themethod, *args, **kwargs)
-        for key in _OF_FIT if themethod in _TOOLS else ():
+        for key in _FIT_ONLY_KEYS if themethod in _TOOLS else ():
             self.add_argument(f"--{key}", type=Any, help=SUPPRESS)
         return added
 
@@ -178,23 +180,25 @@ def main(args: ArgsType = None) -> None:
         else:
             PEFTCLI(args=args)
     except Exception as error:
-        own = next((e for e in _chain(error) if _is_own(e)), None)
-        if own is None:
+        refusal = next(filter(_is_refusal, _causes(error)), None)
+        if refusal is None:
             raise
-        raise SystemExit(f"lightning-peft: {type(own).__name__}: {own}") from None
+        raise SystemExit(f"lightning-peft: {type(refusal).__name__}: {refusal}") from None
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that it was raised from: jsonargparse wraps what a class says of its arguments."""
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
 
 
-def _is_own(error: BaseException) -> bool:
-    """Whether this package refused something: then its message says what to do, and a traceback says no more."""
-    if not isinstance(error, (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError, RuntimeError)):
-        return False
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).startswith("lightning_peft")
+def _is_refusal(error: BaseException) -> bool:
+    """Whether a ``raise`` statement of this package made an error: its message says what to do, a traceback no more.
+
+    What the interpreter or another library raises, even in a call from here, is unforeseen and keeps its traceback.
+    """
+    raised_at = traceback.extract_tb(error.__traceback__)[-1]
+    is_raise = (raised_at.line or "").startswith("raise")
+    expected = isinstance(error, (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError, RuntimeError))
+    return expected and is_raise and Path(raised_at.filename).is_relative_to(_PACKAGE)

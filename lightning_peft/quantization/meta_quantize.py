@@ -1,4 +1,8 @@
-"""What a quantized base stores, in shapes alone, since a plan has no values to quantize."""
+"""``quantize_shapes`` gives layers without values the storage of quantized ones, for the memory plan.
+
+``quantize`` keeps the full weight of such layers on the meta device until values are read into it; here nothing is read
+later, and the shapes of codes and scales are what counts.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..structure.layer_types import is_called_linear, layer_of
+from ..structure.layer_types import layer_of
 from ..structure.quantized import Int8Linear, NF4Linear
-from ..structure.selection import select_modules
 from .nf4 import BLOCK
+from .quantize import quantizable_layers
 
-_BLOCKS = 256  # whose scales have one in common
+_BLOCKS = 256  # blocks whose scales share one second-level scale
 
 
 def quantize_shapes(model: nn.Module, kind: str) -> nn.Module:
-    """Turn the layers that ``quantize`` takes into such as it makes of them, in place and without values.
+    """Turn the layers that ``quantize`` would change into quantized ones, in place and without values.
 
     ``nf4`` stores 4 bits for each value + 8 for each 64 of them + 32 for each 256 times 64; ``int8`` 8 bits for each
     value + 32 for each row.
@@ -28,12 +32,11 @@ def quantize_shapes(model: nn.Module, kind: str) -> nn.Module:
         kind: ``nf4`` or ``int8``.
 
     Raises:
-        TypeError: A layer of the blocks is none that is called.
-        ValueError: A layer is of a shape that nf4 does not store.
+        TypeError: A layer of the blocks cannot be quantized.
+        ValueError: A layer is of a shape that nf4 does not store, or shares its weight.
+        RuntimeError: Adapters were injected already.
     """
-    for name, host in select_modules(model, ["all-linear"]).items():
-        if not is_called_linear(host):
-            raise TypeError(f"{name} is a {type(host).__name__}, no linear layer that is called, and has no {kind}.")
+    for name, host in quantizable_layers(model).items():
         _store(name, host, kind)
     return model
 
@@ -48,11 +51,11 @@ def _store(name: str, host: Any, kind: str) -> None:
     if weight.numel() % BLOCK:
         raise ValueError(f"{name} of shape {tuple(weight.shape)} has no nf4, which takes blocks of {BLOCK} values.")
     host.__class__ = NF4Linear
-    host.encode(weight, _stored_in_4_bits(weight))
+    host.encode(weight, _empty_nf4(weight))
 
 
-def _stored_in_4_bits(weight: Tensor) -> Any:
-    """Return what torchao's ``NF4Tensor`` holds."""
+def _empty_nf4(weight: Tensor) -> Any:
+    """Return empty tensors of the shapes that torchao's ``NF4Tensor`` holds, by its names."""
     numbers, blocks = weight.numel(), weight.numel() // BLOCK
     scales = next(n for n in itertools.count(-(-blocks // _BLOCKS)) if blocks % n == 0)
     return SimpleNamespace(

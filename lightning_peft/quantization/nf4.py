@@ -1,4 +1,7 @@
-"""Which library stores a weight as NormalFloat of 4 bits, and how: blocks of 64 values, their scales in 8 bits."""
+"""NF4 (NormalFloat of 4 bits) by bitsandbytes or torchao: ``library_for`` chooses one, ``store`` calls it.
+
+Both store blocks of 64 values, and the scales of blocks in 8 bits.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""A frozen base in 4 or 8 bits: QLoRA, https://arxiv.org/abs/2305.14314.
+"""``quantize`` stores the linear layers of a frozen base in 4 or 8 bits (QLoRA, https://arxiv.org/abs/2305.14314).
 
-A layer stays the object that it was: it changes its class and its weight, and keeps name, bias, hooks and references.
+A layer stays the same object: it changes its class and its weight, and keeps name, bias, hooks and references.
+``dequantize`` goes back.
 """
 
 from __future__ import annotations
@@ -64,20 +65,26 @@ def quantize(
         raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}.")
     if backend is not None and (kind == "int8" or backend not in nf4.LIBRARIES):
         raise ValueError(f"backend={backend!r} does not fit: nf4 has {', '.join(nf4.LIBRARIES)}; int8 needs none.")
-    if get_record(model) is not None or any(adapters(model)):
-        raise RuntimeError("This model is adapted already; quantize before inject.")
-    hosts = select_modules(model, list(targets))
-    held = count_owners(model)
-    readers = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
-    read = {id(module) for reader in readers for module in reader.modules()}
-    for name, host in hosts.items():
-        _check_quantizable(name, host, read=id(host) in read, shared=held[id(getattr(host, "weight", None))] > 1)
+    hosts = quantizable_layers(model, targets)
     if any(host.get_parameter("weight").is_meta for host in hosts.values()):
         backend = "torchao" if kind == "nf4" else None
     library = nf4.library_for(hosts, backend) if kind == "nf4" else None
     for host in hosts.values():
         _quantize(host, library)
     return model
+
+
+def quantizable_layers(model: nn.Module, targets: Sequence[str] = ("all-linear",)) -> dict[str, nn.Module]:
+    """Return the layers that ``quantize`` would change, by name; errors are those of ``quantize``."""
+    if get_record(model) is not None or any(adapters(model)):
+        raise RuntimeError("This model is adapted already; quantize before inject.")
+    hosts = select_modules(model, list(targets))
+    owners = count_owners(model)
+    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    read = {id(module) for encoder in encoders for module in encoder.modules()}
+    for name, host in hosts.items():
+        _check_quantizable(name, host, read=id(host) in read, shared=owners[id(getattr(host, "weight", None))] > 1)
+    return hosts
 
 
 def quantize_once(model: nn.Module, kind: str, backend: str | None = None) -> None:
@@ -113,12 +120,12 @@ def dequantize(model: nn.Module) -> float:
     hosts = quantized_layers(model)
     if not hosts:
         raise ValueError("There is nothing to dequantize: no layer of this model is quantized.")
-    known = [original for original in map(original_of, hosts) if original is not None]
+    originals = [original for original in map(original_of, hosts) if original is not None]
     for host in hosts:
         _dequantize(host)
-    if len(known) < len(hosts):
+    if len(originals) < len(hosts):
         return math.nan
-    return math.sqrt(sum(o.squared_error for o in known) / max(sum(o.squared_norm for o in known), 1e-300))
+    return math.sqrt(sum(o.squared_error for o in originals) / max(sum(o.squared_norm for o in originals), 1e-300))
 
 
 def _check_quantizable(name: str, host: Any, read: bool, shared: bool) -> None:
@@ -173,8 +180,8 @@ def _store(host: Any, weight: Tensor, library: str | None) -> None:
             host.__class__ = Int8Linear
         host.encode(weight)
     error = (layer_of(host).read(host).float() - weight.float()).square().sum().item()
-    norm, known = weight.float().square().sum().item(), original_of(host)
-    remember(host, None if known is None else dataclasses.replace(known, squared_error=error, squared_norm=norm))
+    norm, original = weight.float().square().sum().item(), original_of(host)
+    remember(host, None if original is None else dataclasses.replace(original, squared_error=error, squared_norm=norm))
 
 
 def _dequantize(host: Any) -> None:

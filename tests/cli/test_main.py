@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import lightning_peft as lp
-from lightning_peft.cli.main import PEFTCLI, main
+from lightning_peft.checkpoints.key_prefix import align_keys
+from lightning_peft.cli.main import COMMANDS, PEFTCLI, main
+from lightning_peft.core.adapted_module import method_name
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +141,15 @@ def test_what_does_not_fit_the_model_ends_in_one_paragraph(arguments, extra, sai
         main(["fit", *arguments, *extra])
     assert "\n" not in str(end.value)
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_bug_of_this_package_keeps_its_traceback(monkeypatch):
+    monkeypatch.setitem(COMMANDS, "inspect", lambda arguments: method_name(*arguments))
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        main(["inspect", "key"])
+    monkeypatch.setitem(COMMANDS, "inspect", lambda arguments: align_keys(arguments, None))
+    with pytest.raises(TypeError, match="'NoneType' object is not iterable"):
+        main(["inspect", "key"])
 
 
 def test_help_explains_each_field():
