@@ -5,21 +5,14 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from configurations import FITS, LLAMA, RECIPES, ROOT
 
 from lightning_peft.cli.main import main
 from lightning_peft.tasks.pretrained import locate
 
-ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-RECIPES = [config for config in CONFIGS if config.parent.name == "recipes"]  # their own tests run them
-TRAINERS = [config for config in CONFIGS if config.parent.name == "trainer"]  # run in two processes
-FITS = [config for config in CONFIGS if config not in [*RECIPES, *TRAINERS]]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-LLAMA = """{model_type: llama, vocab_size: 30522, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 3,
-num_attention_heads: 2}"""
 
 
 @pytest.mark.parametrize("config", [*FITS, *RECIPES], ids=lambda path: path.name)

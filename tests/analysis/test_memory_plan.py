@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import CASES
 from models import MODELS, logits
+from sampling import Laws
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -70,7 +71,7 @@ def compare(model, step, batch, name):
 
 
 @pytest.mark.usefixtures("_no_onednn")
-@pytest.mark.parametrize("case", [case for case in CASES if case.model in ("bert", "llama")], ids=str)
+@Laws()(lambda case: case.model in ("bert", "llama"))
 def test_the_estimate_is_what_a_step_saves(case):
     model = MODELS[case.model]().train()
     lp.inject(model, case.methods)

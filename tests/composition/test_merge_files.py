@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_edits import stir
+from billion import Billion, memory
 from models import MODELS, logits
 from processes import together
 from safetensors.torch import load_file, save_file
-from test_named_adapters import stir
-from test_sharded_save_memory import Billion, memory
 from torch import nn
 
 import lightning_peft as lp

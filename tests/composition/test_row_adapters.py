@@ -5,8 +5,8 @@ import functools
 
 import pytest
 import torch
+from adapter_edits import stir
 from models import MODELS, logits, tokens
-from test_named_adapters import stir
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import MODELS, logits, tokens
 from safetensors.torch import load_file, save_file
-from test_lora import LAYERS, Net, fill, needs_peft, only
+from single_layers import LAYERS, Net, fill, needs_peft, only
 from torch import nn
 from trainer_models import Module, Resumable, data, module, trainer
 
