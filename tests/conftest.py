@@ -4,8 +4,25 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from pathlib import Path
 
+import evaluated
 import pytest
 import torch
+
+evaluated.install()
+
+
+def pytest_assertion_pass():
+    evaluated.add()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    before = evaluated.count
+    result = yield
+    if evaluated.count == before:
+        advice = "leave it out where it does not apply (if all tests say so: `make clean`, for modules compiled before)"
+        pytest.fail(f"{pyfuncitem.name} evaluated no assertion, so that it could not fail: {advice}", pytrace=False)
+    return result
 
 
 @pytest.fixture(autouse=True)

