@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,6 +10,12 @@ import pytest
 import torch
 
 evaluated.install()
+gc.disable()  # until tests are collected: what they import stays, so that to look for garbage only takes time
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_assertion_pass():

@@ -141,6 +141,7 @@ def test_what_does_not_fit_the_model_ends_in_one_paragraph(arguments, extra, sai
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_help_explains_each_field():
     command = [sys.executable, "-m", "lightning_peft", "fit", "--peft.method.help", "LoRA"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout

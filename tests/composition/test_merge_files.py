@@ -11,6 +11,7 @@ from billion import Billion, memory
 from models import MODELS, logits
 from processes import together
 from safetensors.torch import load_file, save_file
+from sampling import diagonal
 from torch import nn
 
 import lightning_peft as lp
@@ -45,9 +46,13 @@ def sharded(state, folder):
     return folder
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("base", ["llama", "gpt2", "bert", "encoder"])
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@diagonal(
+    ("method", "base", "dtype"),
+    METHODS,
+    ["llama", "gpt2", "bert", "encoder"],
+    [torch.float32, torch.bfloat16],
+    ids=lambda value: getattr(value, "name", None),
+)
 def test_files_are_merged_as_the_model_is(method, base, dtype, tmp_path):
     if base == "encoder" and method.name == "lora":
         method = replace(method, targets=["attention.query", "attention.value"])

@@ -141,6 +141,7 @@ def test_copies_and_pickles_switch_apart(folders, tmp_path):
     assert torch.equal(out(lp.activate(read, "my_ia3")), folders["ia3"][1])
 
 
+@pytest.mark.slow
 def test_a_compiled_model_follows():
     torch._dynamo.reset()
     net, inputs = MODELS["bert"](), MODELS["bert"].inputs()

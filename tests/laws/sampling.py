@@ -1,5 +1,6 @@
-"""Which cases of a law the quick suite runs: pairs of model, method and law, each of them once, not the full product."""
+"""Which cases of a law the quick suite runs: pairs of model, method and law, not the full product."""
 
+import itertools
 from collections import Counter, defaultdict
 
 import pytest
@@ -8,6 +9,17 @@ from cases import CASES
 
 def method_of(case):
     return str(case).removeprefix(f"{case.model}-")
+
+
+def diagonal(names, *values, ids=None):
+    """Return a mark for the product of ``values``; all of it is slow but a diagonal, on which each value comes up."""
+    values = [list(each) for each in values]
+    longest = max(map(len, values))
+    quick = {tuple((i + i // len(each)) % len(each) for each in values) for i in range(longest)}
+    product = itertools.product(*(range(len(each)) for each in values))
+    sets = [(index, [each[i] for each, i in zip(values, index, strict=True)]) for index in product]
+    marked = [pytest.param(*one, marks=() if index in quick else pytest.mark.slow) for index, one in sets]
+    return pytest.mark.parametrize(names, marked, ids=ids)
 
 
 class Laws:
