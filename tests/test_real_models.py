@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from installed import needs
 
 import lightning_peft as lp
 
-pytest.importorskip("transformers")
+pytestmark = needs("transformers")
 
 
 def test_adapters_of_a_really_trained_llama_change_little_by_little(shared):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from test_configs import ROOT, TRAINERS
+from configurations import ROOT, TRAINERS
 
 HERE = ["--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true", "--trainer.num_nodes", "1"]
 ORDINARY = {name: v for name, v in os.environ.items() if not name.startswith(("SLURM_", "MASTER_", "PL_"))}

@@ -5,11 +5,10 @@ import math
 
 import pytest
 import torch
-from cases import CASES
+from adapter_edits import edit_json, edit_tensors, stir
 from models import MODELS, tokens
 from safetensors.torch import load_file
-from test_named_adapters import stir
-from test_save_load import edit_json, edit_tensors
+from sampling import Laws
 from torch import nn
 from torch.utils.data import DataLoader
 from trainer_models import Module, trainer
@@ -47,7 +46,7 @@ def live(net):
     }
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@Laws()()
 def test_what_any_method_saves_can_be_read_and_equals_itself(case, tmp_path):
     net = made(case.model, list(case.methods))
     folder = lp.save_adapter(net, tmp_path / "one")

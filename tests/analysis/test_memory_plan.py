@@ -2,11 +2,11 @@
 
 import dataclasses
 
-import harness
 import pytest
 import torch
 from cases import CASES
 from models import MODELS, logits
+from sampling import Laws
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -61,6 +61,8 @@ def _no_onednn():
 
 
 def compare(model, step, batch, name):
+    import harness
+
     before = {n: (p.data_ptr(), p.requires_grad, type(p)) for n, p in model.named_parameters()}
     measured, estimated = harness.saved_bytes(step, model, batch), saved_bytes(model, step, batch)
     print(f"{name}: {estimated:,} bytes estimated, {measured:,} measured")
@@ -70,7 +72,7 @@ def compare(model, step, batch, name):
 
 
 @pytest.mark.usefixtures("_no_onednn")
-@pytest.mark.parametrize("case", [case for case in CASES if case.model in ("bert", "llama")], ids=str)
+@Laws()(lambda case: case.model in ("bert", "llama"))
 def test_the_estimate_is_what_a_step_saves(case):
     model = MODELS[case.model]().train()
     lp.inject(model, case.methods)
@@ -125,6 +127,8 @@ def test_autocast_is_counted():
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_quantized_base_is_counted_as_it_is_stored(kind, dtype):
+    import harness
+
     real = lp.quantize(llama(dtype=dtype).train(), kind)
     stored = {id(x): x for m in real.modules() if hasattr(m, "weight") and is_quantized(m)
               for x in [m.weight, *m.buffers(), *state_of(m)]}  # fmt: skip
@@ -268,7 +272,7 @@ def test_code_that_reads_values_is_named():
         y = model(batch["x"]).sum()
         return y if float(y) > 0 else -y
 
-    with pytest.raises(ValueError, match=r"test_planning.py:\d+ asks for a value of a floating tensor") as caught:
+    with pytest.raises(ValueError, match=r"test_memory_plan.py:\d+ asks for a value of a floating tensor") as caught:
         saved_bytes(nn.Linear(2, 2), step, {"x": torch.ones(1, 2)})
     assert isinstance(caught.value.__cause__, DataDependentOutputException)
     assert torch.backends.mkldnn.enabled

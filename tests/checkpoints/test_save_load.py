@@ -1,11 +1,9 @@
 """Adapter folders: whole or refused, and the model unchanged when they are."""
 
-import json
-
 import pytest
 import torch
+from adapter_edits import edit_json, edit_tensors
 from models import MODELS, logits, tokens
-from safetensors.torch import load_file, save_file
 from torch import nn
 from trainer_models import Module
 
@@ -27,20 +25,6 @@ def folder(tmp_path):
     for *_, adapter in lp.adapters(net):
         nn.init.normal_(adapter.b)
     return lp.save_adapter(net, tmp_path / "adapter")
-
-
-def edit_json(folder, **changes):
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**config, **changes}))
-
-
-def edit_tensors(folder, change):
-    import hashlib
-
-    state = load_file(folder / WEIGHTS)
-    change(state)
-    save_file(state, folder / WEIGHTS)
-    edit_json(folder, sha256=hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest())
 
 
 def flip(folder):

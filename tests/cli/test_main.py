@@ -152,6 +152,7 @@ def test_a_bug_of_this_package_keeps_its_traceback(monkeypatch):
         main(["inspect", "key"])
 
 
+@pytest.mark.slow
 def test_help_explains_each_field():
     command = [sys.executable, "-m", "lightning_peft", "fit", "--peft.method.help", "LoRA"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -7,7 +7,7 @@ import re
 import pytest
 import yaml
 from cli_models import Net, Numbers
-from test_configs import CONFIGS, LLAMA, ROOT
+from configurations import CONFIGS, LLAMA, ROOT
 
 from lightning_peft.cli.main import main
 from lightning_peft.cli.trainer import PEFTTrainer

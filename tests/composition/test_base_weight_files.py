@@ -5,10 +5,10 @@ import sys
 import cli_models
 import pytest
 import torch
+from adapter_edits import stir
 from models import MODELS, tokens
+from normed import Normed, normed
 from safetensors.torch import load_file, save_file
-from test_merge import Normed, normed
-from test_named_adapters import stir
 from torch import nn
 from torch.utils.data import DataLoader
 from trainer_models import Module, trainer

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from adapter_edits import stir
 from models import MODELS, logits, tokens
-from test_named_adapters import stir
 
 import lightning_peft as lp
 from lightning_peft.composition.combine import combined

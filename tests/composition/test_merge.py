@@ -6,9 +6,11 @@ import io
 import lightning.pytorch as pl
 import pytest
 import torch
+from adapter_edits import stir
 from cases import CASES, Case
 from models import MODELS, logits, tokens
-from test_named_adapters import stir
+from normed import normed
+from sampling import Laws
 from torch import nn
 from torch.utils.data import DataLoader
 from trainer_models import Module, trainer
@@ -56,7 +58,7 @@ def run(model, case):
 
 @pytest.mark.usefixtures("ordinary_path")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("case", MERGEABLE, ids=str)
+@Laws()(cases=MERGEABLE)
 def test_unmerging_gives_back_the_very_bits(case, dtype):
     model = stirred(case, dtype)
     before, state, y = now(model), bits(model.state_dict()), run(model, case)
@@ -319,29 +321,6 @@ def test_a_narrow_bias_is_rounded_once():
     expected = (bias.double() * scales.detach().double()).float().bfloat16()
     assert not torch.equal(expected, bias * scales.detach().bfloat16())
     assert torch.equal(lp.merge(net)[0].bias, expected)
-
-
-class Normed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.norm, self.head = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3, bias=False)
-
-    def forward(self, x):
-        return self.head(self.norm(self.first(x)))
-
-
-def normed(scale=1.0):
-    """A model with a named adapter that has a norm, its statistics and a head of its own."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = Normed().eval()
-    lp.add_adapter(net, lp.LoRA(rank=2, targets=["first"]), "task", also_train=["norm", "head"])
-    lp.activate(net, "task")
-    stir(net, 0)
-    for *_, adapter in lp.adapters(net):
-        for buffer in adapter.buffers():
-            buffer.add_(scale) if buffer.is_floating_point() else buffer.add_(7)
-    return net
 
 
 def test_statistics_and_heads_of_an_adapter_are_taken_out_again():

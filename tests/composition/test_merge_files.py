@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_edits import stir
+from billion import Billion, memory
 from models import MODELS, logits
 from processes import together
 from safetensors.torch import load_file, save_file
-from test_named_adapters import stir
-from test_sharded_save_memory import Billion, memory
+from sampling import diagonal
 from torch import nn
 
 import lightning_peft as lp
@@ -45,9 +46,13 @@ def sharded(state, folder):
     return folder
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("base", ["llama", "gpt2", "bert", "encoder"])
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@diagonal(
+    ("method", "base", "dtype"),
+    METHODS,
+    ["llama", "gpt2", "bert", "encoder"],
+    [torch.float32, torch.bfloat16],
+    ids=lambda value: getattr(value, "name", None),
+)
 def test_files_are_merged_as_the_model_is(method, base, dtype, tmp_path):
     if base == "encoder" and method.name == "lora":
         method = replace(method, targets=["attention.query", "attention.value"])

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from adapter_edits import edit_json, stir
 from models import MODELS, logits, tokens
 from safetensors.torch import load_file, save
-from test_save_load import edit_json
 from torch import nn
 from torch.utils.data import DataLoader
 from trainer_models import Module, trainer
@@ -26,13 +26,6 @@ METHODS = {
     "bottleneck": lp.Bottleneck(size=3, train_norms=False),
     "prefix": lp.PrefixTuning(length=2, hidden_size=4),
 }
-
-
-def stir(net, seed):
-    generator = torch.Generator().manual_seed(seed)
-    for *_, adapter in lp.adapters(net):
-        for p in adapter.parameters():
-            p.data.add_(0.2 * torch.randn(p.shape, generator=generator))
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +141,7 @@ def test_copies_and_pickles_switch_apart(folders, tmp_path):
     assert torch.equal(out(lp.activate(read, "my_ia3")), folders["ia3"][1])
 
 
+@pytest.mark.slow
 def test_a_compiled_model_follows():
     torch._dynamo.reset()
     net, inputs = MODELS["bert"](), MODELS["bert"].inputs()

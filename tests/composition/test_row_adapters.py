@@ -5,8 +5,8 @@ import functools
 
 import pytest
 import torch
+from adapter_edits import stir
 from models import MODELS, logits, tokens
-from test_named_adapters import stir
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -137,6 +137,7 @@ def test_beams_are_neighbours_and_generate_works():
     require_each_its_own_text(net, ids, "ab")
 
 
+@pytest.mark.slow
 def test_rows_and_narrow_types_and_compilation():
     torch._dynamo.reset()
     net = model("bert", KINDS["lora"])

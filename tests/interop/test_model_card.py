@@ -8,8 +8,8 @@ import re
 import pytest
 import torch
 from models import MODELS, logits
+from peft_models import adapted, disturbed
 from safetensors.torch import load_file
-from test_peft_folder import adapted, disturbed
 from torch import nn
 
 import lightning_peft as lp

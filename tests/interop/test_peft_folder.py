@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import MODELS, Model, logits
+from models import MODELS, logits
+from peft_models import BASES, adapted, disturbed
 from safetensors.torch import load_file
 from torch import nn
 
@@ -18,29 +19,7 @@ pytestmark = [
 ]
 
 
-def tagger():
-    from transformers import BertForTokenClassification
-
-    return BertForTokenClassification(MODELS["bert"]().config)
-
-
-BASES = {**MODELS, "tagger": Model(tagger, positions="absolute")}
 TRANSFORMERS = ("bert", "llama", "gpt2", "t5")
-
-
-def disturbed(model):
-    """Give everything that trains, and nothing else, other values."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    return model.eval()
-
-
-def adapted(name, method, also_train=()):
-    torch.manual_seed(0)
-    return disturbed(lp.inject(BASES[name](), method, also_train))
 
 
 def through_peft(name, folder):

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import MODELS
+from parallel_laws import quiet
 from processes import together
-from test_fsdp1 import quiet
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy

@@ -3,7 +3,8 @@
 import dataclasses
 from dataclasses import dataclass
 
-from models import MODELS
+import torch
+from models import MODELS, logits
 
 import lightning_peft as lp
 
@@ -18,6 +19,17 @@ class Case:
     def __str__(self) -> str:
         return f"{self.model}-{'+'.join(_label(m) for m in self.methods)}"
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether something is added to a host; else parameters of the base are all that trains."""
+        base_alone = (lp.BitFit, lp.FullFineTuning, lp.OutputLayers, lp.LastLayers)
+        return not all(isinstance(m, base_alone) and not getattr(m, "add_missing", False) for m in self.methods)
+
+    @property
+    def updates_weights(self) -> bool:
+        """Whether an adapter is a `WeightUpdate`."""
+        return any(isinstance(m, lp.LoRA | lp.AdaLoRA | lp.FedPara | lp.KronA) for m in self.methods)
+
 
 FIELDS = ("encoder", "init", "decompose", "tanh", "personalized", "factor", "residual", "bias", "bias_and_scale")
 
@@ -25,6 +37,7 @@ FIELDS = ("encoder", "init", "decompose", "tanh", "personalized", "factor", "res
 def _label(method: lp.Method) -> str:
     changed = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.name in FIELDS}
     extra = [v if isinstance(v, str) else k for k, v in changed.items() if v not in ("kaiming", "random", False, None)]
+    extra += ["all"] if getattr(method, "targets", None) == ["all-linear"] else []
     return "-".join([type(method).__name__, *extra])
 
 
@@ -102,3 +115,27 @@ def prompt_methods(model: str) -> list[Case]:
 
 
 CASES = [case for model in MODELS for case in methods_for(model)]
+
+
+def adapted(case):
+    torch.manual_seed(1)
+    return lp.inject(MODELS[case.model](), list(case.methods))
+
+
+def disturb(model):
+    """Give every trained tensor values that matter."""
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with torch.no_grad():
+                parameter.add_(torch.randn_like(parameter), alpha=0.3 if ".peft." in name else 0.05)
+    return model
+
+
+def call(model, case, padding=None):
+    inputs = MODELS[case.model].inputs(padding)
+    dtype = next(model.parameters()).dtype
+    return logits(model(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}))
+
+
+run = torch.no_grad()(call)

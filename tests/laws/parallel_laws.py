@@ -3,6 +3,7 @@
 ``strategy`` is a function that makes the Trainer's strategy, or its name; a new one for each Trainer.
 """
 
+import logging
 import warnings
 
 import lightning.pytorch as pl
@@ -180,3 +181,9 @@ def same_everywhere(tensors):
         if any(not torch.equal(one, every[0]) for one in every):
             names.append(name)
     return names
+
+
+def quiet():
+    warnings.simplefilter("ignore")  # torch's own, of FSDP1
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.distributed.init_process_group("gloo")

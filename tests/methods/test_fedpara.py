@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import MODELS, tokens
-from test_lora import LAYERS, Net, fill, only
+from single_layers import LAYERS, Net, fill, only
 from torch import nn
 
 import lightning_peft as lp

@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from installed import needs
 from models import MODELS, VOCABULARY, WIDTH, cache_argument, cache_of, logits, tokens
 from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.methods.prompting.prompt_encoders import MLP, BiLSTM, LSTMThenMLP
 
-pytest.importorskip("transformers")
+pytestmark = needs("transformers")
 
 TEMPLATE = "[P:2] {subject} [P] {object}"
 COUNT = 3
@@ -227,6 +228,7 @@ def test_repetition_is_penalized_with_a_placeholder_of_the_vocabulary():
     assert out.shape[1] == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "llama"])
 @pytest.mark.parametrize("encoder", ["lstm", "mlp", "none"])
 def test_it_compiles_whole_and_refuses_wrong_rows_there_too(encoder, name):

@@ -6,7 +6,9 @@ import lightning.pytorch as pl
 import models
 import pytest
 import torch
+from installed import needs
 from lightning.pytorch.callbacks import ModelCheckpoint
+from sampling import diagonal
 from torch.utils.data import DataLoader
 from trainer_models import Module, data, module, trainer
 
@@ -14,9 +16,8 @@ import lightning_peft as lp
 from lightning_peft.core.fingerprint import fingerprint
 from lightning_peft.quantization.quantize import quantized_layers
 
-pytest.importorskip("bitsandbytes")
-pytest.importorskip("torchao")
 pytestmark = [
+    needs("bitsandbytes", "torchao"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
@@ -38,8 +39,7 @@ def fit(quantize, epochs, *callbacks, path=None, place="init", net=None):
     return net
 
 
-@pytest.mark.parametrize("place", ["init", "configure_model"])
-@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+@diagonal(("place", "quantize"), ["init", "configure_model"], ["nf4", "int8"])
 def test_resuming_ends_with_the_same_weights(width, quantize, place, tmp_path):
     whole = fit(quantize, 2)
     fit(quantize, 1, ModelCheckpoint(tmp_path, save_last=True))

@@ -10,6 +10,7 @@ import weakref
 import models
 import pytest
 import torch
+from installed import needs
 from models import MODELS, logits, tokens
 from torch import nn
 
@@ -21,8 +22,7 @@ from lightning_peft.structure.layer_types import layer_of
 from lightning_peft.structure.quantized import Int8Linear, QuantizedType
 from lightning_peft.structure.selection import select_modules
 
-pytest.importorskip("bitsandbytes")
-pytest.importorskip("torchao")
+pytestmark = needs("bitsandbytes", "torchao")
 
 WAYS = [("nf4", "bitsandbytes"), ("nf4", "torchao"), ("int8", None)]
 # The authors' table, as printed in bitsandbytes.

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 import lightning_peft as lp
 from lightning_peft.cli.main import main
@@ -36,6 +35,8 @@ LIMITED = ("train", "validation")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tokenizer, and four questions about eight nouns."""
+    from transformers import PreTrainedTokenizerFast
+
     folder = tmp_path_factory.mktemp("nouns")
     words = [*SPECIAL.values(), *WORDS]
     built = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))  # noqa: S106
@@ -243,6 +244,8 @@ def test_gradients_reach_the_student_alone_and_twins_share_what_is_frozen(pair):
 
 
 def test_an_encoder_and_a_decoder_show_their_tokens_alone():
+    from transformers import T5Config, T5ForConditionalGeneration
+
     config = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
     model = T5ForConditionalGeneration(config).eval()
     lp.inject(model, lp.PromptTuning(length=3))

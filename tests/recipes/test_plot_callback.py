@@ -41,7 +41,7 @@ def test_each_method_gets_the_pictures_that_fit(method, base, expected, tmp_path
     for name in names(folder):
         content = (folder / name).read_bytes()
         assert content[:8] == b"\x89PNG\r\n\x1a\n"
-        assert min(struct.import_state(">II", content[16:24])) > 100
+        assert min(struct.unpack(">II", content[16:24])) > 100
 
 
 def test_the_last_pictures_show_the_trained_adapters(tmp_path):

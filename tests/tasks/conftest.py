@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 WORDS = [
     "good",
@@ -31,6 +30,8 @@ WORDS = [
 
 
 def save_tokenizer(folder: Path, special: dict[str, str], template: processors.TemplateProcessing, *names: str) -> str:
+    from transformers import PreTrainedTokenizerFast
+
     words = [*dict.fromkeys(special.values()), *WORDS]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=special["unk_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

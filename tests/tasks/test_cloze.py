@@ -9,7 +9,6 @@ import torch
 from lightning import Trainer, seed_everything
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerFast
 
 import lightning_peft as lp
 from lightning_peft.tasks import Cloze, ClozeDataModule
@@ -26,6 +25,8 @@ MASK = 4
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, [MASK] 4, then the words."""
+    from transformers import PreTrainedTokenizerFast
+
     folder = tmp_path_factory.mktemp("cloze")
     words = [*SPECIAL.values(), *WORDS, *PEOPLE, *HOMES, *BOSSES]
     built = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIAL["unk_token"]))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from sampling import diagonal
 
 import lightning_peft as lp
 from lightning_peft.losses import Likelihoods
@@ -172,8 +173,7 @@ def data_module(files: dict[str, Any], tokenizer: str, mixed: bool) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("when", ["inside", "end"])
+@diagonal(("mixed", "when"), [False, True], ["inside", "end"])
 def test_a_resumed_run_sees_the_same_wordings_and_ends_with_the_same_weights(
     t5: dict[str, Any], files: dict[str, Any], encoder_tokenizer: str, tmp_path: Path, when: str, mixed: bool
 ) -> None:

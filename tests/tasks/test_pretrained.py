@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from lightning import seed_everything
-from transformers import AutoModelForCausalLM
 
 from lightning_peft.tasks.pretrained import (
     build_config,
@@ -89,6 +88,8 @@ def test_a_seed_makes_random_weights_and_new_heads_repeatable(tmp_path: Path, be
 
 
 def test_a_model_is_in_train_mode_and_of_the_asked_data_type(tmp_path: Path, llama: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM
+
     AutoModelForCausalLM.from_config(build_config(llama)).to(torch.bfloat16).save_pretrained(tmp_path)
     for dtype, expected in (("float32", torch.float32), ("auto", torch.bfloat16), ("float16", torch.float16)):
         model = build_model("AutoModelForCausalLM", str(tmp_path), None, dtype)

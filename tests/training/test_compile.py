@@ -6,6 +6,7 @@ from cases import CASES, Case
 from models import MODELS
 from parallel_laws import Rows, Task, difference, fit, gradients, gradients_alone
 from processes import together
+from sampling import Laws
 from torch import nn
 
 import lightning_peft as lp
@@ -17,7 +18,7 @@ FEW = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@Laws()()
 def test_a_compiled_model_is_adapted_in_the_same_places(case):
     names = []
     for wrap in (lambda net: net, torch.compile):  # which compiles nothing until it is called

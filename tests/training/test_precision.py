@@ -5,10 +5,10 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, Case, adapted, call, disturb
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, MixedPrecision, TransformerEnginePrecision
 from parallel_laws import Task, fit
-from test_contract import adapted, call, disturb
+from sampling import Laws
 from torch.utils._pytree import tree_leaves, tree_map
 from trainer_models import data, module, trainer
 
@@ -16,7 +16,7 @@ import lightning_peft as lp
 from lightning_peft.core.adapted_module import AdaptedModule
 
 FAMILIES = [case for case in CASES if case.model in ("bert", "llama", "fused_vit")]
-WITHOUT_CACHE = [case for case in CASES if case.model not in ("t5", "bart")]  # whose attention takes one, as an object
+law = Laws()
 
 
 class Types(pl.Callback):
@@ -114,7 +114,7 @@ def test_plugins_that_replace_layers_are_refused(plugin):
         tuner.fit(module(), data())
 
 
-@pytest.mark.parametrize("case", WITHOUT_CACHE, ids=str)
+@law(lambda case: case.has_adapters and case.model not in ("t5", "bart"))  # whose attention takes a cache, as an object
 def test_wide_adapters_on_a_narrow_base_compute_what_float64_does(case):
     """Each host alone, with the inputs that it sees in the model and a random gradient of its output."""
     model = disturb(adapted(case)).bfloat16().train()
@@ -162,7 +162,7 @@ def doubled(inputs):
     return tree_map(lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, inputs)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.model == "bert"], ids=str)
+@law(lambda case: case.model == "bert")
 def test_adapters_that_were_made_narrow_train(case):
     model = disturb(adapted(case)).bfloat16().train()
     for *_, adapter in lp.adapters(model):

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import MODELS, VOCABULARY, WIDTH, logits, tokens
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from trainer_models import Module, trainer
 
 import lightning_peft as lp
@@ -164,6 +163,8 @@ def test_a_backbone_that_is_recomputed_as_a_whole_asks_for_its_tasks():
 @pytest.mark.parametrize("name", ["llama", "t5"])
 @pytest.mark.parametrize("method", METHODS)
 def test_compiles_whole_and_only_once_for_all_tasks(name, method):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     torch._dynamo.reset()
     model = adapted(name, method)
     count = CompileCounterWithBackend("aot_eager")

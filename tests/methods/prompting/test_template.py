@@ -1,10 +1,11 @@
 """Templates: what they read, where they refuse, and the ids that words get."""
 
 import pytest
+from installed import needs
 
 import lightning_peft as lp
 
-pytest.importorskip("transformers")
+pytestmark = needs("transformers")
 
 PSEUDO = -1
 

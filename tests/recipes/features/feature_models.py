@@ -7,10 +7,11 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BertModel
 
 
-def bert(seed: int = 0) -> BertModel:
+def bert(seed: int = 0) -> nn.Module:
+    from transformers import BertConfig, BertModel
+
     sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
     with torch.random.fork_rng():
         torch.manual_seed(seed)

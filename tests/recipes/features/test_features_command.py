@@ -5,11 +5,9 @@ import json
 import sys
 from pathlib import Path
 
-import joblib
 import pytest
 import torch
 from feature_models import Numbers, Slow
-from sklearn.linear_model import LogisticRegression
 from torch.utils.data import DataLoader
 
 import lightning_peft as lp
@@ -36,6 +34,9 @@ def xy(loader):
 
 
 def test_the_report_is_that_of_the_classifier_on_the_features(tmp_path):
+    import joblib
+    from sklearn.linear_model import LogisticRegression
+
     report, data = run(tmp_path), Numbers()
     loaders = {"train": data.train_dataloader(), "validation": data.val_dataloader(), "test": data.test_dataloader()}
     reference = LogisticRegression(max_iter=1000).fit(*xy(loaders["train"]))

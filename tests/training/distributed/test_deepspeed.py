@@ -18,7 +18,7 @@ from trainer_models import data, module, trainer
 import lightning_peft as lp
 from lightning_peft.training.distributed import prepare_strategy, start_strategy
 
-KINDS = ("LoRA-decompose", "IA3", "LastLayers", "PrefixTuning", "PromptTuning")
+KINDS = ("LoRA-decompose-all", "IA3", "LastLayers", "PrefixTuning", "PromptTuning")
 absent = importlib.util.find_spec("deepspeed") is None
 
 

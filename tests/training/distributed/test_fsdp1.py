@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import logging
 import os
 import warnings
 
@@ -22,7 +21,7 @@ from lightning_peft.ops.fsdp1_parameters import shard_of
 from lightning_peft.training.distributed.fsdp1_wrapping import check_flattens
 from lightning_peft.training.distributed.sharding_plan import plan_units
 
-KINDS = ("LoRA-decompose", "LastLayers", "BitFit", "FullFineTuning", "PrefixTuning", "PromptTuning")
+KINDS = ("LoRA-decompose-all", "LastLayers", "BitFit", "FullFineTuning", "PrefixTuning", "PromptTuning")
 
 
 def whole(parameter, tensor):
@@ -44,12 +43,6 @@ class KeepClipped(Keep):
         super().on_before_optimizer_step(trainer, pl_module, None)
 
 
-def quiet():
-    warnings.simplefilter("ignore")  # torch's own, of FSDP1
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.distributed.init_process_group("gloo")
-
-
 def first_gradients(case, strategy, keep=Keep, **settings):
     keep = keep()
     laws.fit(case, strategy, keep, max_steps=1, **settings)
@@ -61,7 +54,7 @@ def size(path):
 
 
 def all_laws(folder, chosen):
-    quiet()
+    laws.quiet()
     found = {}
     for number, case in enumerate(c for c in methods_for("llama") if str(c).removeprefix("llama-") in chosen):
         off = [laws.difference(first_gradients(case, lp.FSDP1Strategy), laws.gradients_alone(case))]
@@ -85,8 +78,8 @@ def test_gradients_are_those_of_one_process_and_runs_resume_to_the_bit(tmp_path)
 
 
 def modes(folder):
-    quiet()
-    case = next(c for c in methods_for("llama") if str(c) == "llama-LoRA-decompose")
+    laws.quiet()
+    case = next(c for c in methods_for("llama") if str(c) == "llama-LoRA-decompose-all")
     subset = next(c for c in methods_for("llama") if str(c) == "llama-BitFit")
     alone, found = laws.gradients_alone(case), {}
     kept = functools.partial(lp.FSDP1Strategy, reshard_after_forward=False)
@@ -116,7 +109,7 @@ class Types(pl.Callback):
 
 def life(folder):
     """A module's life in one Trainer after the other, over a base in bfloat16."""
-    quiet()
+    laws.quiet()
     types, model = Types(), module()
     model.net.bfloat16()
     start = copy.deepcopy(model)
@@ -201,7 +194,7 @@ class End(Start):
 
 
 def from_ddp(folder):
-    quiet()
+    laws.quiet()
     found = []
     for method in (lp.LoRA(rank=2), lp.LastLayers(count=1)):
         case, start, end = Case("llama", (method,)), Start(), End()

@@ -286,7 +286,7 @@ def test_checkpoints_go_from_two_processes_to_one_and_three_and_to_ddp(tmp_path)
 
 def refusals(folder):
     start()
-    folder = Path(folder)
+    folder, found = Path(folder), []
     base_of(LORA, folder)
     strategies = {"meta device": FULL(), "matches|no class": FULL(wrap_modules=["Blok"])}
     with lp.without_values():
@@ -296,21 +296,26 @@ def refusals(folder):
         runs = trainer(lp.PEFTStrategy(lp.LoRA(), show_summary=False), strategy=strategy, devices=2, max_steps=1)
         with pytest.raises(ValueError, match=message):
             runs.fit(module, DataLoader(Rows("llama"), batch_size=2))
+        found.append(message)
     other = Task("llama")
     other.net.model.norm.weight.data += dist.get_rank()
     runs = trainer(lp.PEFTStrategy(lp.LoRA(), show_summary=False), strategy=FULL(), devices=2, max_steps=1)
     with pytest.raises(ValueError, match="frozen base of process 1 is not that of process 0"):
         runs.fit(other, DataLoader(Rows("llama"), batch_size=2))
+    found.append("another base")
     for name, strategy in (("full", FULL), ("sharded", SHARDED)):
         fit(LORA, strategy, ModelCheckpoint(folder, filename=name), max_epochs=1)
         for rank, targets, message in ((4, ["q_proj", "v_proj"], "has another shape of"), (2, ["k_proj"], "lacks")):
             with pytest.raises(ValueError, match=message):
                 fit(Case("llama", (lp.LoRA(rank=rank, targets=targets),)), strategy, path=folder / f"{name}.ckpt")
+            found.append(f"{name} {message}")
+    return found
 
 
 @pytest.mark.slow
 def test_what_would_go_wrong_silently_is_refused(tmp_path):
-    together(refusals, str(tmp_path))
+    files = [f"{name} {message}" for name in ("full", "sharded") for message in ("has another shape of", "lacks")]
+    assert together(refusals, str(tmp_path)) == [["meta device", "matches|no class", "another base", *files]] * 2
 
 
 class OwnSharding(Task):
@@ -393,10 +398,11 @@ def test_compiled_and_recomputed_models_have_the_same_gradients():
 
 def sharded_by_nobody():
     start()
-    with pytest.raises(ValueError, match="peft.lora.a trains and is not sharded, so each process would train its own"):
+    with pytest.raises(ValueError, match="peft.lora.a trains and is not sharded") as caught:
         fit(
             LORA, functools.partial(ModelParallelStrategy, data_parallel_size=2, tensor_parallel_size=1), make=Unsharded
         )
+    return str(caught.value)
 
 
 class Unsharded(Task):
@@ -408,7 +414,9 @@ class Unsharded(Task):
 
 @pytest.mark.slow
 def test_adapters_that_nobody_keeps_equal_are_refused():
-    together(sharded_by_nobody)
+    own, other = together(sharded_by_nobody)
+    assert "each process would train its own" in own
+    assert "each process would train its own" in other
 
 
 @pytest.mark.slow
