@@ -12,7 +12,7 @@ from ..plots.adapter_values import Contents
 from ..plots.runs import METRICS
 from ..plots.style import matplotlib
 from ..tasks.pretrained import build_tokenizer
-from ..training.frozen_cache_hooks import SHARDING
+from ..training.distributed.lightning_strategies import SHARDING
 
 
 class PlotCallback(pl.Callback):

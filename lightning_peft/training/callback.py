@@ -1,42 +1,31 @@
-"""The callback: drives methods through a Trainer's life and keeps checkpoints small. It knows no method."""
+"""``PEFTStrategy``: the Lightning Callback that trains adapters; what happens at each hook of a Trainer, in order."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
 from typing import Any, Literal
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
 
-from ..core.adapted_module import adapters
 from ..core.fingerprint import fingerprint
-from ..core.injection_record import active_methods, get_record, require_record
+from ..core.injection_record import require_record
 from ..core.method import Method
-from ..core.weight_backup import check_not_merged
-from ..quantization.quantize import KINDS, quantize_once
-from ..structure.transformers_api import checkpoint_without_reentry
+from ..quantization.quantize import KINDS
 from ..summary import summary
-from .distributed import prepare_strategy, start_evaluation, start_strategy
-from .distributed.base_consistency import check_one_base
-from .distributed.ddp import ignore_base_in_ddp
-from .frozen_cache_hooks import SHARDING, CachingCallback
-from .lightning_api import spawns_processes
-from .lightning_checkpoint import install_checkpoint_hooks
-from .module_hooks import after_build, ensure_injected, install_optimizer_hook
-from .optimizer_steps import SteppingCallback
-from .precision import check_precision_plugin, warn_of_narrow, widen_trained
+from .distributed.base_consistency import check_base_unchanged
+from .distributed.lightning_strategies import ignore_base_in_ddp, prepare_strategy, start_evaluation, start_strategy
+from .frozen_cache import FrozenCache
+from .injection import as_methods, ensure_injected, inject_once_built
+from .lightning_checkpoint import install_checkpoint_hooks, warn_of_untrained
+from .mode_and_precision import check_precision_plugin, check_trained, quantize_base, set_mode, widen_trained
+from .optimizer_hook import install_optimizer_hook
+from .optimizer_steps import OptimizerSteps
 from .print_summary import print_summary
-from .rng_resume import ResumingCallback
-from .train_mode import set_mode
-
-_AVERAGING = (StochasticWeightAveraging, WeightAveraging)
+from .rng_resume import RngResume
 
 
-class PEFTStrategy(SteppingCallback, ResumingCallback, CachingCallback):
-    """Fine-tunes with one method or several, in any stage of any Trainer; checkpoints hold adapter state only.
+class PEFTStrategy(Callback):
+    """A Callback, despite its name: fine-tunes with one method or several; checkpoints hold adapter state only.
 
     The base is frozen and adapted as soon as the network exists: in ``setup``, or after the module's own
     ``configure_model`` or ``setup`` where it builds its network there. What the user injected before is kept.
@@ -52,9 +41,8 @@ class PEFTStrategy(SteppingCallback, ResumingCallback, CachingCallback):
             dropout. ``train``: its dropout is active. Frozen batch norm keeps its statistics in both.
         check_base: Whether a checkpoint must have been trained on this very base.
         full_checkpoint: Whether checkpoints hold the frozen base as well.
-        quantize: Stores the linear layers of the blocks in few bits before injection, one after the other: ``nf4``
-            (QLoRA, https://arxiv.org/abs/2305.14314) with double quantization, or ``int8``. Norms, embeddings and the
-            head keep their type.
+        quantize: Stores the blocks' linear layers in few bits before injection, one after the other: ``nf4`` (QLoRA,
+            https://arxiv.org/abs/2305.14314) with double quantization, or ``int8``. All else keeps its type.
         show_summary: Whether to print once what trains.
         cache_frozen: Whether to cache what the frozen modules return that run before anything that trains, by row, in
             the first epoch, and to skip them from then on; to the bit the same as without. Random modules are refused.
@@ -78,10 +66,7 @@ class PEFTStrategy(SteppingCallback, ResumingCallback, CachingCallback):
         cache_frozen: bool = False,
         cache_folder: str | None = None,
     ) -> None:
-        super().__init__(cache_frozen, cache_folder)
-        self.methods: Sequence[Method] = [method] if isinstance(method, Method) else list(method or ())
-        if method is not None and not (self.methods and all(isinstance(m, Method) for m in self.methods)):
-            raise TypeError(f"method must be a Method such as LoRA(rank=8), or a list of them, got {method!r}.")
+        self.methods = as_methods(method)
         if frozen_mode not in ("eval", "train"):
             raise ValueError(f"frozen_mode must be 'eval' or 'train', got {frozen_mode!r}.")
         if cache_frozen and frozen_mode == "train":
@@ -91,38 +76,21 @@ class PEFTStrategy(SteppingCallback, ResumingCallback, CachingCallback):
         if quantize not in (None, *KINDS):
             raise ValueError(f"quantize must be one of {', '.join(KINDS)} or None, got {quantize!r}.")
         self.full_checkpoint, self.show_summary, self.quantize = full_checkpoint, show_summary, quantize
-        self._backend: str | None = None
-        self._base: str | None = None
+        self.cache_frozen, self.cache_folder = cache_frozen, cache_folder
+        self._steps, self._rng = OptimizerSteps(), RngResume()
+        self._cache: FrozenCache | None = None  # while a training with cache_frozen runs
+        self._base_fingerprint: str | None = None
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Arrange for injection at the earliest moment the network exists."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Adapt the module at the earliest moment its network exists."""
         check_precision_plugin(trainer.precision_plugin)
-        shards = isinstance(trainer.strategy, SHARDING)
-        self._backend = "torchao" if shards and self.quantize == "nf4" else None  # whose codes can be split
         prepare_strategy(trainer.strategy, self.full_checkpoint, self.lr_factors)
-        fresh = not any(True for _ in adapters(pl_module)) and get_record(pl_module) is None
-        if fresh and spawns_processes(trainer) and stage == "fit":
-            raise RuntimeError(
-                "A spawned process cannot hand adapters back to this one. Use strategy='ddp', or call this callback's "
-                "apply(module) before fit."
-            )
-        averaging = [i for i, c in enumerate(trainer.callbacks) if isinstance(c, _AVERAGING)]  # type: ignore[attr-defined]
-        if fresh and averaging and averaging[0] < trainer.callbacks.index(self):  # type: ignore[attr-defined]
-            raise ValueError("Weight averaging copies the module in its own setup; list PEFTStrategy before it.")
-        if fresh and averaging and is_overridden("configure_model", pl_module):
-            pl_module.configure_model()  # else what averaging copies next has no network
-            self.apply(pl_module)
-            return
-        hook = next((h for h in ("configure_model", "setup") if is_overridden(h, pl_module)), None)
-        if hook is None or not fresh:
-            self.apply(pl_module)
-        else:
-            after_build(pl_module, hook, self.apply)
+        inject_once_built(trainer, self, pl_module, stage, self.apply)
 
-    def apply(self, pl_module: pl.LightningModule) -> None:
+    def apply(self, pl_module: LightningModule) -> None:
         """Adapt a module now; what ``setup`` does as soon as the network exists. Calling it again changes nothing."""
         if self.quantize is not None:
-            quantize_once(pl_module, self.quantize, self._backend)
+            quantize_base(pl_module, self.quantize)
         ensure_injected(pl_module, self.methods, self.also_train)
         widen_trained(pl_module)
         if not self.full_checkpoint:
@@ -130,66 +98,103 @@ class PEFTStrategy(SteppingCallback, ResumingCallback, CachingCallback):
         install_optimizer_hook(pl_module, self.lr_factors, self.no_decay)
         ignore_base_in_ddp(pl_module)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show what trains."""
-        check_not_merged(pl_module)
-        if isinstance(trainer.strategy, DDPStrategy):
-            check_one_base(pl_module)
-        if not any(p.requires_grad for p in pl_module.parameters()):
-            raise ValueError(
-                "Nothing trains: no adapter takes part. Call lightning_peft.activate(model, name) for those that shall."
-            )
-        warn_of_narrow(pl_module)
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check what trains, show it, and restore random generators before the first data loader draws its seed."""
+        check_trained(pl_module)
+        start_strategy(trainer.strategy, pl_module)
         if self.show_summary:
             print_summary(summary(pl_module))
-        checkpoint_without_reentry(pl_module)
-        start_strategy(trainer.strategy, pl_module, active_methods(require_record(pl_module)))
-        self._base = fingerprint(pl_module)
-        super().on_fit_start(trainer, pl_module)
+        self._base_fingerprint = fingerprint(pl_module)
+        self._rng.start_fit()
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put frozen modules into their mode; from now on, adapters are trained ones."""
-        set_mode(pl_module, self.frozen_mode)  # a run resumed inside an epoch never starts it
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the mode of frozen modules, start counting steps, and start the cache."""
+        set_mode(pl_module, self.frozen_mode)  # here too: a run resumed inside an epoch never starts it
         require_record(pl_module).mark_trained()
-        super().on_train_start(trainer, pl_module)
+        self._steps.start(trainer, pl_module)
+        self._close_cache()  # the learning-rate finder trains within fit
+        if self.cache_frozen:
+            self._cache = FrozenCache(trainer, pl_module, self.cache_folder)
+        self._rng.start_training()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a run that goes on has to know."""
-        return {**super().state_dict(), "quantize": self.quantize}
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the mode of frozen modules, and have the cache compared."""
+        if self._cache is not None:
+            self._cache.start_epoch()
+        set_mode(pl_module, self.frozen_mode)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what ``state_dict`` returned.
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any) -> None:
+        """Start a step of the cache."""
+        if self._cache is not None:
+            self._cache.begin(batch, trains=True)
 
-        Raises:
-            ValueError: Training would go on over a base in other bits.
-        """
-        before = state_dict.get("quantize")
-        if before != self.quantize:
-            raise ValueError(f"The checkpoint was trained with quantize={before!r}, this run has {self.quantize!r}.")
-        super().load_state_dict(state_dict)
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
+        """Refuse what caching does not fit, before anything changes."""
+        if self._cache is not None:
+            self._cache.check_first(trainer)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn where adapters that nobody trained or loaded are evaluated."""
-        start_evaluation(trainer.strategy, pl_module)
-        if trainer.state.fn != "fit" and isinstance(trainer.strategy, DDPStrategy):
-            check_one_base(pl_module)
-        record = get_record(pl_module)
-        if record is not None and record.untrained and not self.full_checkpoint and trainer.state.fn != "fit":
-            warnings.warn("Fresh adapters are evaluated: give ckpt_path, or call load_adapter before.", stacklevel=2)
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Complete gradients that tensor parallelism left in parts."""
+        self._steps.after_backward()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Add the gradients of penalties, and find parameters without a gradient."""
+        self._steps.before_step(pl_module, optimizer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """End a step of the cache, and let methods follow the optimizer's step."""
+        if self._cache is not None:
+            self._cache.check_first(trainer)
+            self._cache.end()
+        self._rng.end_batch(trainer.is_last_batch)
+        self._steps.end_batch(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn once if rows come that are not in the cache."""
+        if self._cache is not None:
+            self._cache.warn_of_misses(trainer.current_epoch)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if adapters are evaluated that nobody trained or loaded."""
+        within_fit = trainer.state.fn == "fit"
+        start_evaluation(trainer.strategy, pl_module, within_fit)
+        if not self.full_checkpoint and not within_fit:
+            warn_of_untrained(pl_module)
 
     on_test_start = on_predict_start = on_validation_start
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put frozen modules into their mode."""
-        super().on_train_epoch_start(trainer, pl_module)
-        checkpoint_without_reentry(pl_module)  # which may have been turned on since
-        set_mode(pl_module, self.frozen_mode)
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any) -> None:
+        """Start a step of the cache."""
+        if self._cache is not None:
+            self._cache.begin(batch, trains=False)
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make sure that the base is what it was."""
-        super().on_fit_end(trainer, pl_module)
-        if self._base is not None and fingerprint(pl_module) != self._base:
-            raise RuntimeError(
-                "Frozen base weights changed during fit, so the adapter does not fit the base that it started from. "
-                "Something other than the optimizer writes to them."
-            )
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """End a step of the cache."""
+        if self._cache is not None:
+            self._cache.end()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the cache, and raise if the base is not what it was."""
+        self._close_cache()
+        self._rng.end_fit()
+        check_base_unchanged(pl_module, self._base_fingerprint)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the model as it was before training."""
+        self._close_cache()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the random generators' states, and what the base is quantized to."""
+        return {**self._rng.state_dict(), "quantize": self.quantize}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume from what ``state_dict`` returned; a ``ValueError`` if the base is quantized to other bits now."""
+        before = state_dict.get("quantize")
+        if before != self.quantize:
+            raise ValueError(f"The checkpoint was trained with quantize={before!r}, this run has {self.quantize!r}.")
+        self._rng.load_state_dict(state_dict)
+
+    def _close_cache(self) -> None:
+        if self._cache is not None:
+            self._cache.close()
+            self._cache = None

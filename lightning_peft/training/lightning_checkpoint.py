@@ -1,4 +1,4 @@
-"""Lightning checkpoints that hold adapters only: what is written into them, and what is checked on the way back."""
+"""``on_save_checkpoint``, ``on_load_checkpoint`` and ``load_from_checkpoint`` for checkpoints of adapters alone."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _Module = TypeVar("_Module", bound=pl.LightningModule)
 
 
 def install_checkpoint_hooks(module: pl.LightningModule, check_base: bool) -> None:
-    """Make checkpoints hold what training can change, and loading strict about it."""
+    """Wrap the hooks of a module, so that its checkpoints hold what training can change, and fit it when they load."""
     keep_adapters_only(module)
 
-    def saved(self: pl.LightningModule, own: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
-        own(checkpoint)
-        checkpoint[KEY] = adapter_metadata(self)
+    def save(module: pl.LightningModule, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+        original(checkpoint)
+        checkpoint[KEY] = adapter_metadata(module)
 
-    def loaded(self: pl.LightningModule, own: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
-        check_checkpoint(self, checkpoint, check_base)
-        own(checkpoint)
+    def load(module: pl.LightningModule, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+        check_checkpoint(module, checkpoint, check_base)
+        original(checkpoint)
 
-    wrap_hook(module, "on_save_checkpoint", saved)
-    wrap_hook(module, "on_load_checkpoint", loaded)
+    wrap_hook(module, "on_save_checkpoint", save)
+    wrap_hook(module, "on_load_checkpoint", load)
 
 
 def check_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any], check_base: bool) -> None:
@@ -48,6 +48,13 @@ def check_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any], che
     inject_from_metadata(module, checkpoint[KEY], "The checkpoint", strict=check_base)
     if "state_dict" in checkpoint:  # strategies that load in shards have taken it out
         check_state(module, checkpoint["state_dict"], "The checkpoint")
+
+
+def warn_of_untrained(module: pl.LightningModule) -> None:
+    """Warn before an evaluation of adapters that nobody trained or loaded."""
+    record = get_record(module)
+    if record is not None and record.untrained:
+        warnings.warn("Fresh adapters are evaluated: give ckpt_path, or call load_adapter before.", stacklevel=2)
 
 
 def load_from_checkpoint(
@@ -67,9 +74,9 @@ def load_from_checkpoint(
     """
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     check_saved_arguments(checkpoint)
-    shell = {key: value for key, value in checkpoint.items() if key != KEY} | {"state_dict": {}}
+    without_values = {key: value for key, value in checkpoint.items() if key != KEY} | {"state_dict": {}}
     file = io.BytesIO()
-    torch.save(shell, file)
+    torch.save(without_values, file)
     file.seek(0)
     with warnings.catch_warnings():  # Lightning builds the module from its saved arguments; values follow below
         warnings.filterwarnings("ignore", "(Found keys that are in the model state dict|The state dict in)")

@@ -1,11 +1,12 @@
-"""The callback's part at each optimizer step: penalties before it, what methods do after it, and their metrics."""
+"""``OptimizerSteps``: penalties and checks before each optimizer step, ``after_step`` and metrics after it."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -13,56 +14,87 @@ from ..core.adapter import Adapter
 from ..core.injection_record import active_methods, adapters_of, require_record
 from ..core.method import Method
 from ..core.tensor_parallel import reduce_partial_gradients
-from .param_groups import add_gradient, check_gradients
 
 
-class SteppingCallback(pl.Callback):
-    """Lets the methods whose adapters take part follow training, step by step."""
+class OptimizerSteps:
+    """Calls what the active methods do before and after each optimizer step."""
 
-    _step, _total_steps = 0, 0
-    _adapters: list[tuple[Method, dict[str, Adapter]]]  # looked up once, not at each step
-    _unchecked: set[int]
-    _split: list[Any]  # what trains and is no plain tensor
+    def __init__(self) -> None:
+        self._step, self._total_steps = 0, 0
+        self._adapters: list[tuple[Method, dict[str, Adapter]]] = []  # looked up once, not at each step
+        self._unchecked = set[int]()  # ids of trained parameters whose first gradient was not looked at yet
+        self._sharded: list[nn.Parameter] = []
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take up the count of steps, which a checkpoint may have set."""
-        self._adapters = [
-            (method, adapters_of(pl_module, method)) for method in active_methods(require_record(pl_module))
-        ]
+    def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Look up adapters and trained parameters, and take over the count of steps, which a checkpoint may have set.
+
+        Raises:
+            ValueError: A method cannot work in a run of so many steps.
+        """
+        self._adapters = [(method, adapters_of(module, method)) for method in active_methods(require_record(module))]
         self._step, total = trainer.global_step, trainer.estimated_stepping_batches
         self._total_steps = -1 if math.isinf(total) else int(total)
         for method, _ in self._adapters:
             method.check_run(self._total_steps)
-        self._unchecked = {id(p) for p in pl_module.parameters() if p.requires_grad}
-        self._split = [p for p in pl_module.parameters() if p.requires_grad and isinstance(p, DTensor)]
-        super().on_train_start(trainer, pl_module)
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._unchecked = set(map(id, trained))
+        self._sharded = [parameter for parameter in trained if isinstance(parameter, DTensor)]
 
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sum up what tensor parallelism left in parts."""
-        reduce_partial_gradients(self._split)
+    def after_backward(self) -> None:
+        """Sum up gradients of which tensor parallelism left a part on each process."""
+        if self._sharded:
+            reduce_partial_gradients(self._sharded)
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Add the gradients of penalties; before the first step, find parameters without one."""
-        for method, found in self._adapters:
-            penalty = method.penalty(list(found.values()))
+    def before_step(self, module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Add the gradients of penalties.
+
+        Raises:
+            ValueError: Before the first step, a trained parameter has no gradient.
+        """
+        for method, adapters in self._adapters:
+            penalty = method.penalty(list(adapters.values()))
             if penalty is not None:
                 add_gradient(penalty, optimizer)
         if self._unchecked:
-            self._unchecked -= check_gradients(pl_module, optimizer, self._unchecked)
+            self._unchecked -= check_gradients(module, optimizer, self._unchecked)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Let methods follow each optimizer step."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+    def end_batch(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Call the methods' ``after_step`` if the optimizer has stepped, and log their metrics."""
         if trainer.global_step == self._step:
             return  # gradients accumulate
         steps = range(self._step + 1, trainer.global_step + 1)  # one, or several where a module steps by itself
         self._step = trainer.global_step
-        for method, found in self._adapters:
+        for method, adapters in self._adapters:
             for step in steps:
-                method.after_step(list(found.values()), step, self._total_steps)
+                method.after_step(list(adapters.values()), step, self._total_steps)
             if self._step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-                pl_module.log_dict(dict(method.metrics(found)), on_step=True, on_epoch=False)
+                module.log_dict(dict(method.metrics(adapters)), on_step=True, on_epoch=False)
+
+
+def check_gradients(module: nn.Module, optimizer: Optimizer, unchecked: set[int]) -> set[int]:
+    """Return the ids of those unchecked parameters that an optimizer has, now checked.
+
+    Raises:
+        ValueError: One has no gradient; names it.
+    """
+    checked = {id(p) for group in optimizer.param_groups for p in group["params"]} & unchecked
+    names = [name for name, p in module.named_parameters() if id(p) in checked and p.grad is None and p.numel()]
+    if names:
+        raise ValueError(
+            f"{len(names)} trained parameters got no gradient in the first step: {', '.join(names[:5])}. Their "
+            f"modules do not take part in the loss; leave them out of targets or also_train. With gradient "
+            f"checkpointing, use use_reentrant=False."
+        )
+    return checked
+
+
+def add_gradient(penalty: Tensor, optimizer: Optimizer) -> None:
+    """Add a penalty's gradient to those of an optimizer's parameters.
+
+    Gradients are unscaled by then, and DDP's hooks do not run: every process computes the same penalty.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

@@ -1,71 +1,82 @@
-"""Optimizers hold exactly the parameters that train, in groups that a method or the user asks for."""
+"""``group_rule`` and ``patched_add_param_group``: groups of parameters by ``lr_factors`` and ``no_decay``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-_FUSIBLE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
-Rule = Callable[[Tensor], dict[str, float]]  # what is special about a parameter's group: lr_factor, weight_decay
+from ..checkpoints.adapter_state import strip_wrapper_names
+from ..core.adapted_module import adapters
+from ..structure.base_model import ADAPTERS_ATTRIBUTE, matches
+
+Rule = Callable[[Tensor], dict[str, float]]  # the special settings of a parameter's group: lr_factor, weight_decay
 
 
-def keep_trainable(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
-    """Edit optimizers in place: frozen parameters leave, trainable ones that none holds join.
+def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze parameters by globs of their names, or by the names of methods."""
+    parameters, aliases = dict(module.named_parameters()), _names_without_projection(module)
+    for pattern in patterns:
+        for parameter in _matching(pattern, parameters, aliases):
+            parameter.requires_grad_(False)
+
+
+def group_rule(module: nn.Module, lr_factors: dict[str, float], no_decay: Sequence[str]) -> Rule:
+    """Return a function from a trainable parameter to the special settings of its group.
 
     Raises:
-        ValueError: A trainable parameter is in no optimizer and there are several to choose from.
+        ValueError: A pattern matches no trainable parameter.
     """
-    held = set[int]()
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if not parameter.requires_grad:
-                    optimizer.state.pop(parameter, None)
-            group["params"][:] = [parameter for parameter in group["params"] if parameter.requires_grad]
-            held |= {id(parameter) for parameter in group["params"]}
-    missing = {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) not in held}
-    if missing and len(optimizers) > 1:
+    parameters = {strip_wrapper_names(name): p for name, p in module.named_parameters() if p.requires_grad}
+    aliases = _names_without_projection(module)
+    special: dict[int, dict[str, float]] = {}
+    settings = [(p, "lr_factor", f) for p, f in lr_factors.items()] + [(p, "weight_decay", 0.0) for p in no_decay]
+    for pattern, field, value in settings:
+        for parameter in _matching(pattern, parameters, aliases):
+            special.setdefault(id(parameter), {})[field] = value
+
+    def rule(parameter: Tensor) -> dict[str, float]:
+        return special.get(id(parameter), {})
+
+    return rule
+
+
+def _names_without_projection(module: nn.Module) -> dict[str, str]:
+    """Return other names of adapters' parameters: by the name of the method, such as lora for lora_query."""
+    return {
+        strip_wrapper_names(
+            f"{host}.{ADAPTERS_ATTRIBUTE}.{key}.{name}".lstrip(".")
+        ): f"{host}.{ADAPTERS_ATTRIBUTE}.{key.removesuffix(f'_{adapter.part}')}.{name}"
+        for host, _, key, adapter in adapters(module)
+        for name, _ in adapter.named_parameters()
+    }
+
+
+def _matching(pattern: str, parameters: dict[str, nn.Parameter], aliases: dict[str, str]) -> list[nn.Parameter]:
+    """Return parameters by a glob of their names or the name of their method."""
+    names = {name: (name, aliases.get(name, name)) for name in parameters}
+    matching = [
+        parameters[name]
+        for name, both in names.items()
+        if any(matches(either, pattern) or f".{ADAPTERS_ATTRIBUTE}.{pattern}." in f".{either}" for either in both)
+    ]
+    if not matching:
         raise ValueError(
-            f"configure_optimizers returns {len(optimizers)} optimizers and none holds {', '.join(list(missing)[:5])}; "
-            f"give these parameters to one of them."
+            f"{pattern!r} is no trainable parameter or method. Parameters: {', '.join(list(parameters)[:10])}."
         )
-    if missing and optimizers:
-        optimizers[0].param_groups[0]["params"].extend(missing.values())
-
-
-def fuse(optimizers: Sequence[Optimizer]) -> None:
-    """Let torch's own optimizers step over all tensors in one kernel, unless their user chose an implementation.
-
-    Adapters are many small tensors, over which the default takes three times as long.
-    """
-    for optimizer in optimizers:
-        for group in optimizer.param_groups if type(optimizer) in _FUSIBLE else ():
-            free = group.get("fused") is None and group.get("foreach") is None
-            other = group.get("capturable") or group.get("differentiable")
-            plain = all(type(p) is nn.Parameter and p.device.type in ("cpu", "cuda") for p in group["params"])
-            if free and plain and not other:
-                group["fused"] = True
-
-
-def optimizers_in(configured: Any) -> list[Optimizer]:
-    """Return the optimizers in whatever form ``configure_optimizers`` returned them."""
-    if isinstance(configured, Optimizer):
-        return [configured]
-    if isinstance(configured, Mapping):
-        return optimizers_in(configured.get("optimizer"))
-    if isinstance(configured, (list, tuple)):
-        return [optimizer for part in configured for optimizer in optimizers_in(part)]
-    return []
+    return matching
 
 
 @contextmanager
 def patched_add_param_group(rule: Rule) -> Iterator[None]:
     """Context in which new optimizers split their groups by a rule, so that schedulers see the final groups."""
+    # A module builds optimizers of any class, and schedulers over them, in one call; groups cannot be split later. The
+    # patch holds for the whole process: an optimizer that another thread builds meanwhile comes here as well, but the
+    # rule knows nothing of its parameters and leaves its groups as they are. Two modules that build at once would nest
+    # the patches in an order that may not be undone in reverse; Lightning builds one Trainer's at a time.
     original = Optimizer.add_param_group
 
     def add_param_group(self: Optimizer, param_group: dict[str, Any]) -> None:
@@ -111,27 +122,12 @@ def _unscale(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             group["lr"] = group.pop("lr_before_factor")
 
 
-def check_gradients(module: nn.Module, optimizer: Optimizer, unchecked: set[int]) -> set[int]:
-    """Return which parameters of an optimizer (by id, of those unchecked) were looked at.
-
-    Raises:
-        ValueError: One has no gradient; names it.
-    """
-    here = {id(p) for group in optimizer.param_groups for p in group["params"]} & unchecked
-    names = [name for name, p in module.named_parameters() if id(p) in here and p.grad is None and p.numel()]
-    if names:
-        raise ValueError(
-            f"{len(names)} trained parameters got no gradient in the first step: {', '.join(names[:5])}. Their "
-            f"modules do not take part in the loss; leave them out of targets or also_train. With gradient "
-            f"checkpointing, use use_reentrant=False."
-        )
-    return here
-
-
-def add_gradient(penalty: Tensor, optimizer: Optimizer) -> None:
-    """Add a penalty's gradient to those of an optimizer's parameters; unscaled, and unseen by DDP's hooks."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if gradient is not None:
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+def check_groups(optimizer: Optimizer, rule: Rule) -> None:
+    """Raise if an optimizer holds a parameter in a group without the parameter's special settings."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if any(group.get(field) != value for field, value in rule(parameter).items()):
+                raise ValueError(
+                    "The optimizer was built before lr_factors and no_decay could group its parameters; build it "
+                    "inside configure_optimizers (PEFTCLI does)."
+                )

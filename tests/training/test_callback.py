@@ -1,7 +1,9 @@
 """The callback through a Trainer's life."""
 
+import copy
 import csv
 import itertools
+import pickle
 
 import lightning.pytorch as pl
 import pytest
@@ -385,3 +387,14 @@ def test_a_run_without_a_last_step_trains():
     net = module()
     trainer(strategy(), Stop(), epochs=-1).fit(net, data())
     assert all(adapter.b.abs().sum() > 0 for *_, adapter in lp.adapters(net))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda strategy: pickle.loads(pickle.dumps(strategy))])
+def test_the_callback_can_be_copied_and_its_checkpoint_keeps_its_keys(copied):
+    strategy = copied(lp.PEFTStrategy(lp.LoRA(rank=2), show_summary=False))
+    assert type(strategy).__bases__ == (pl.Callback,)
+    net, tuner = module(), trainer(strategy)
+    tuner.fit(net, data())
+    assert lp.summary(net).trainable > 0
+    assert tuner._checkpoint_connector.dump_checkpoint()["callbacks"].keys() == {"PEFTStrategy"}
+    assert strategy.state_dict().keys() == {"states", "mid_epoch", "quantize"}

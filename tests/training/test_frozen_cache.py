@@ -568,7 +568,7 @@ def test_traces_follow_values_and_tell_of_uses():
         use()
         assert notes.found == {(1, 0)}
     notes.found.clear()
-    notes.over = True
+    notes.past_trunk = True
     assert not isinstance(b + 1, UseTrackingTensor)
     assert notes.found == {(1, 0)}
 

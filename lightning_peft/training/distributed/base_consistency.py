@@ -1,4 +1,4 @@
-"""Every process has to bring the same frozen base: what sends nothing of it would not notice another."""
+"""Checks that every process holds the same frozen base, of which nothing is ever sent, and that no step changed it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,22 @@ def check_one_base(module: nn.Module) -> None:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, _digest(module))
-    others = [rank for rank, digest in enumerate(found) if digest != found[0]]
+    digests: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, _digest(module))
+    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:
         raise ValueError(
-            f"The frozen base of process {others[0]} is not that of process 0 ({found[others[0]]}, {found[0]}). Load "
-            f"the same weights in every process; what is drawn at random needs seed_everything before it is built."
+            f"The frozen base of process {others[0]} is not that of process 0 ({digests[others[0]]}, {digests[0]}). "
+            f"Load the same weights in every process; what is drawn at random needs seed_everything before it is built."
+        )
+
+
+def check_base_unchanged(module: nn.Module, before: str | None) -> None:
+    """Raise a ``RuntimeError`` if the base has another fingerprint than before, where it had one."""
+    if before is not None and fingerprint(module) != before:
+        raise RuntimeError(
+            "Frozen base weights changed during fit, so the adapter does not fit the base that it started from. "
+            "Something other than the optimizer writes to them."
         )
 
 

@@ -1,29 +1,32 @@
-"""Lightning's own strategies for sharding: which of them adapters can live with, and what they have to be told."""
+"""Lightning's own strategies: which of them adapters can live with, and what they have to be told."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ...checkpoints.adapter_state import frozen_names
 from ...core.adapted_module import adapters, disable_fast_path
-from ...core.injection_record import adapters_of
-from ...core.method import Method
+from ...core.injection_record import active_methods, adapters_of, require_record
+from .base_consistency import check_one_base
 from .fsdp1 import FSDP1Strategy
 from .fsdp2 import FSDP2Strategy
 from .replicated import broadcast_adapters
 
+SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+
 
 def prepare_strategy(strategy: Strategy, full_checkpoint: bool, lr_factors: Mapping[str, float]) -> None:
-    """Have DeepSpeed (ZeRO 1 and 2) write what trains alone; loading it stays strict about adapters.
+    """Have DeepSpeed (ZeRO 1 and 2) write only what trains; loading it stays strict about adapters.
 
     DeepSpeed writes a module's ``state_dict()``, which holds no frozen base, and beside it fragments of all that is
     frozen, which are left out here.
 
     Args:
-        strategy: A Trainer's, before it has set up anything.
+        strategy: A Trainer's strategy, before it has set up anything.
         full_checkpoint: Whether checkpoints hold the frozen base as well.
         lr_factors: Factors of the learning rate; a factor of 0 freezes.
 
@@ -52,33 +55,66 @@ def prepare_strategy(strategy: Strategy, full_checkpoint: bool, lr_factors: Mapp
     strategy.exclude_frozen_parameters = not full_checkpoint
 
 
-def start_strategy(strategy: Strategy, module: nn.Module, methods: Sequence[Method]) -> None:
-    """Give all processes the first one's buffers of adapters, which DeepSpeed, unlike DDP, does not send.
+def start_strategy(strategy: Strategy, module: nn.Module) -> None:
+    """Check at the start of fit that all processes train the same adapters over the same base.
 
     Raises:
-        ValueError: A method adds a penalty, whose gradients DeepSpeed would not take: it has averaged them by then. Or
-            nobody would average gradients.
+        ValueError: The processes' bases differ, nobody would average gradients, or a method adds a penalty whose
+            gradients DeepSpeed would not take.
     """
-    if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):
+    if isinstance(strategy, DDPStrategy):  # DeepSpeed's is one as well
+        check_one_base(module)
+    if isinstance(strategy, DeepSpeedStrategy):
+        _start_deepspeed(strategy, module)
+    elif isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):
         _check_averaging(strategy, module)
-    if not isinstance(strategy, DeepSpeedStrategy):
-        return
-    for method in methods:
+
+
+def start_evaluation(strategy: Strategy, module: nn.Module, within_fit: bool) -> None:
+    """Check the base of each process before an evaluation of its own, as the start of fit does.
+
+    DeepSpeed removes all hooks before it evaluates, so those of torch's encoders are put back.
+
+    Args:
+        strategy: The Trainer's strategy.
+        module: The module that is evaluated.
+        within_fit: Whether this is the validation of a fit.
+    """
+    if isinstance(strategy, DDPStrategy) and not within_fit:
+        check_one_base(module)
+    if isinstance(strategy, DeepSpeedStrategy):
+        disable_fast_path(module.modules())
+
+
+def ignore_base_in_ddp(module: nn.Module) -> None:
+    """Let DDP send what trains, adapters whole: no frozen weights at its start, no frozen buffers before each step."""
+    module.__dict__["_ddp_params_and_buffers_to_ignore"] = _FrozenNames(module)
+
+
+class _FrozenNames:
+    """Iterates over the names of what the frozen base of a module holds, looked up at each iteration.
+
+    DDP asks when it wraps the module; until then more of it may be unfrozen.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(frozen_names(self.module))
+
+
+def _start_deepspeed(strategy: DeepSpeedStrategy, module: nn.Module) -> None:
+    """Send the first process's buffers of adapters to the others, which DDP does by itself and DeepSpeed does not."""
+    for method in active_methods(require_record(module)):
         if method.penalty(list(adapters_of(module, method).values())) is not None:
             raise ValueError(
                 f"{type(method).__name__} adds a penalty to the gradients, which DeepSpeed has put away by then. Use "
                 f"DDP or lightning_peft.FSDP2Strategy()."
             )
     if strategy.world_size > 1:
-        broadcast_adapters(
-            [buffer for *_, adapter in adapters(module) for buffer in adapter.buffers()], strategy.root_device
-        )
-
-
-def start_evaluation(strategy: Strategy, module: nn.Module) -> None:
-    """Put back the hooks of torch's encoders, which DeepSpeed removes with all others before it evaluates."""
-    if isinstance(strategy, DeepSpeedStrategy):
-        disable_fast_path(module.modules())
+        buffers = [buffer for *_, adapter in adapters(module) for buffer in adapter.buffers()]
+        broadcast_adapters(buffers, strategy.root_device)
 
 
 def _check_averaging(strategy: ModelParallelStrategy, module: nn.Module) -> None:

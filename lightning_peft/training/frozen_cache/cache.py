@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from ..distributed.lightning_strategies import SHARDING
+from ..lightning_api import is_compiled
 from .first_step import check_first_step
 from .frozen_parts import Trunk
 from .record_replay import CachedStep, Recording, Replay
@@ -24,18 +30,30 @@ class FrozenCache:
     call hold of it, padding included. In the first step of an epoch that could do without the trunk, and wherever rows
     meet a batch of another size for the first time, the trunk runs nevertheless: its bits must be those of the cache.
 
+    Each process caches its own rows; where a sampler deals them anew in each epoch, it knows few of them at first.
+
     Args:
-        model: Model that is ready to train.
+        trainer: Trainer that starts to train.
+        module: Its module.
         folder: Where the file goes; by default the system's folder for temporary files.
+
+    Raises:
+        TypeError: The module is sharded or compiled.
+        ValueError: All of it trains.
     """
 
-    def __init__(self, model: nn.Module, folder: str | None = None) -> None:
-        self.trunk, self.kept = Trunk(model), KeptRows(folder)
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, folder: str | None = None) -> None:
+        if isinstance(trainer.strategy, SHARDING):
+            raise TypeError("cache_frozen=True works on whole models, and the Trainer's strategy shards; use ddp.")
+        if is_compiled(module):
+            raise TypeError("The module is compiled, and cache_frozen=True cuts parts of it out; do not compile it.")
+        self.trunk, self.kept = Trunk(module), KeptRows(folder)
         self.step: CachedStep | None = None
         self.sizes = set[tuple[bool, int, int]]()  # of batches that rows were kept in and read into, once compared
         self.starts_epoch = self.is_full = False
         self.hits = self.misses = 0
         self.shapes = set[Any]()  # of batches, without their rows
+        self.first_epoch, self.has_warned = trainer.current_epoch, False
         self.trunk.attach()
 
     def close(self) -> None:
@@ -61,24 +79,35 @@ class FrozenCache:
             self.step.mode.keep()
         self.trunk.step = self.step = None
 
-    def check_first(self, batches: float) -> str | None:
-        """Look at what the first step has told, before anything changes; return what it costs.
+    def check_first(self, trainer: pl.Trainer) -> None:
+        """Check the first step after its forward pass, before anything changes, and print what caching costs.
 
-        Args:
-            batches: How many the cache will hold.
+        Raises:
+            ValueError: Caching saves nothing or does not fit; says why.
         """
         if self.step is None or self.step.checked or self.kept.calls:
-            return None
+            return
         self.step.checked = True
         recording = self.step.mode if isinstance(self.step.mode, Recording) else None
-        return check_first_step(self.step, recording, self.trunk, self.kept.store, batches)
+        counts = [trainer.num_training_batches, *(n for n in trainer.num_val_batches if math.isfinite(n))]
+        rank_zero_info(check_first_step(self.step, recording, self.trunk, self.kept.store, sum(counts)))
 
-    def report(self) -> str | None:
-        """Return what is to be said of an epoch in which rows should have been known."""
+    def warn_of_misses(self, epoch: int) -> None:
+        """Warn once at the end of an epoch in which rows should have been known and were not."""
+        if self.has_warned or epoch == self.first_epoch:
+            return
         if self.is_full:
-            return f"The disk of {self.kept.store.folder} is full: the frozen trunk runs for rows that are not cached."
-        if not self.misses:
-            return None
+            message = (
+                f"The disk of {self.kept.store.folder} is full: the frozen trunk runs for rows that are not cached."
+            )
+        elif self.misses:
+            message = self._explain_misses()
+        else:
+            return
+        warnings.warn(message, stacklevel=2)
+        self.has_warned = True
+
+    def _explain_misses(self) -> str:
         if len(self.shapes) > 1:
             why = (
                 f"batches had {len(self.shapes)} shapes, and a row is known in the shape alone that it had. Pad all "

@@ -16,7 +16,7 @@ from processes import together
 from trainer_models import data, module, trainer
 
 import lightning_peft as lp
-from lightning_peft.training.distributed import prepare_strategy, start_strategy
+from lightning_peft.training.distributed.lightning_strategies import prepare_strategy, start_strategy
 
 KINDS = ("LoRA-decompose-all", "IA3", "LastLayers", "PrefixTuning", "PromptTuning")
 absent = importlib.util.find_spec("deepspeed") is None
@@ -135,4 +135,4 @@ def test_what_deepspeed_would_lose_is_refused():
     method = lp.AdaLoRA(initial_rank=4, target_rank=2)
     model = lp.inject(module(), method)
     with pytest.raises(ValueError, match="AdaLoRA adds a penalty"):
-        start_strategy(Engineless(2), model, [method])
+        start_strategy(Engineless(2), model)

@@ -18,7 +18,7 @@ from lightning_peft.core.injection_record import adapters_of
 from lightning_peft.core.tensor_parallel import reduce_partial_gradients
 from lightning_peft.quantization.quantize import quantize
 from lightning_peft.training.distributed.tensor_parallel import parallelize
-from lightning_peft.training.param_groups import add_gradient
+from lightning_peft.training.optimizer_steps import add_gradient
 
 CASES = [
     *methods_for("llama"),

@@ -1,0 +1,111 @@
+"""``inject_once_built`` and ``ensure_injected``: when a Trainer's module is adapted, and what it may hold by then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+from ..core.adapted_module import adapters
+from ..core.inject import inject
+from ..core.injection_record import InjectionRecord, get_record, set_record
+from ..core.method import Method
+from ..core.weight_backup import check_not_merged
+from ..structure.base_model import base_parameters
+from .lightning_api import spawns_processes
+from .module_hooks import call_after
+
+_AVERAGING = (StochasticWeightAveraging, WeightAveraging)
+
+
+def inject_once_built(
+    trainer: pl.Trainer,
+    callback: pl.Callback,
+    module: pl.LightningModule,
+    stage: str,
+    apply: Callable[[pl.LightningModule], None],
+) -> None:
+    """Call ``apply(module)`` at the earliest moment at which the module's network exists.
+
+    That is now, or after the module's own ``configure_model`` or ``setup`` where it builds its network there.
+
+    Args:
+        trainer: Trainer that sets the callback up.
+        callback: The callback that injects.
+        module: Module to adapt.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+        apply: What injects; it may be called again.
+
+    Raises:
+        RuntimeError: Adapters would be injected in a spawned process, which cannot hand them back.
+        ValueError: Weight averaging, listed before the callback, has copied a module without adapters.
+    """
+    if get_record(module) is not None or next(adapters(module), None) is not None:
+        apply(module)
+        return
+    if spawns_processes(trainer) and stage == "fit":
+        raise RuntimeError(
+            "A spawned process cannot hand adapters back to this one. Use strategy='ddp', or call this callback's "
+            "apply(module) before fit."
+        )
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    averaging = next((index for index, c in enumerate(callbacks) if isinstance(c, _AVERAGING)), None)
+    if averaging is not None and averaging < callbacks.index(callback):
+        raise ValueError("Weight averaging copies the module in its own setup; list PEFTStrategy before it.")
+    builds = is_overridden("configure_model", module)
+    if averaging is not None and builds:
+        module.configure_model()  # else what averaging copies next has no network
+    elif builds or is_overridden("setup", module):
+        call_after(module, "configure_model" if builds else "setup", apply)
+        return
+    apply(module)
+
+
+def as_methods(method: Method | Sequence[Method] | None) -> list[Method]:
+    """Return one method, several or none as a list; a ``TypeError`` if it is something else."""
+    methods = [method] if isinstance(method, Method) else list(method or ())
+    if method is not None and not (methods and all(isinstance(m, Method) for m in methods)):
+        raise TypeError(f"method must be a Method such as LoRA(rank=8), or a list of them, got {method!r}.")
+    return methods
+
+
+def ensure_injected(module: pl.LightningModule, methods: Sequence[Method], also_train: Sequence[str]) -> None:
+    """Inject methods, or take over what the user injected into this module or a module below it.
+
+    Raises:
+        TypeError: The module is sharded already.
+        ValueError: Something else was injected, or no method is given and nothing was.
+        RuntimeError: Adapters below are merged into the weights.
+    """
+    record = get_record(module)
+    if record is None:
+        below = [inner for part in module.modules() if (inner := get_record(part)) is not None]
+        if not below:
+            _check_injectable(module, methods)
+            inject(module, methods, also_train)
+            return
+        check_not_merged(module)
+        record = InjectionRecord.around(below, base_parameters(module))
+        set_record(module, record)
+    if methods and record.methods not in (list(methods), [method.finalized() for method in methods]):
+        raise ValueError(
+            f"The model holds {record.methods}, PEFTStrategy was given {list(methods)}. Pass the same methods, or call "
+            f"lightning_peft.detach(model) first."
+        )
+
+
+def _check_injectable(module: pl.LightningModule, methods: Sequence[Method]) -> None:
+    """Raise where there is nothing to inject, or where every process would draw adapters of its own."""
+    if not methods:
+        raise ValueError(
+            "PEFTStrategy without a method trains what was injected before, and nothing was: give it a method, or "
+            "call lightning_peft.inject, or add_adapter and activate, first."
+        )
+    if any(isinstance(part, (FSDPModule, FullyShardedDataParallel)) for part in module.modules()):
+        raise TypeError(
+            "The model is sharded and has no adapters yet; each rank would train its own. Call "
+            "lightning_peft.inject(self, method) in configure_model, before fully_shard."
+        )
