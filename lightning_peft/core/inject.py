@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..structure.base_model import base_modules, base_parameters
-from ..structure.quantized import check_not_repacked, keep_differentiable
+from ..structure.bitsandbytes_api import check_not_repacked, keep_differentiable
 from ..structure.selection import Selection, literal, record_selections, select_parameters
 from .adapted_module import active_adapters, adapter_key, adapters, attach, disable_fast_path, remove, restore_fast_path
 from .adapter import Adapter

@@ -7,7 +7,6 @@ later, and the shapes of codes and scales are what counts.
 from __future__ import annotations
 
 import itertools
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from ..structure.layer_types import layer_of
 from ..structure.quantized import Int8Linear, NF4Linear
+from ..structure.torchao_api import StoredNF4
 from .nf4 import BLOCK
 from .quantize import quantizable_layers
 
@@ -54,14 +54,14 @@ def _store(name: str, host: Any, kind: str) -> None:
     host.encode(weight, _empty_nf4(weight))
 
 
-def _empty_nf4(weight: Tensor) -> Any:
-    """Return empty tensors of the shapes that torchao's ``NF4Tensor`` holds, by its names."""
+def _empty_nf4(weight: Tensor) -> StoredNF4:
+    """Return empty tensors of the shapes of what ``to_nf4`` returns."""
     numbers, blocks = weight.numel(), weight.numel() // BLOCK
     scales = next(n for n in itertools.count(-(-blocks // _BLOCKS)) if blocks % n == 0)
-    return SimpleNamespace(
-        quantized_data=weight.new_empty(numbers // 2, dtype=torch.uint8),
-        quantized_scalers=weight.new_empty(blocks, dtype=torch.int8),
-        quantization_factor=weight.new_empty(scales, dtype=torch.float32),
-        scaler_mean=weight.new_empty((), dtype=torch.float32),
-        nf4=weight.new_empty(16, dtype=torch.float32),
+    return StoredNF4(
+        codes=weight.new_empty(numbers // 2, dtype=torch.uint8),
+        codes8=weight.new_empty(scales, blocks // scales, dtype=torch.int8),
+        factor=weight.new_empty(scales, dtype=torch.float32),
+        mean=weight.new_empty((), dtype=torch.float32),
+        codebook=weight.new_empty(16, dtype=torch.float32),
     )

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..structure.bitsandbytes_api import make_linear_4bit
 from ..structure.layer_types import layer_of
 from ..structure.quantized import NF4Linear
+from ..structure.torchao_api import to_nf4
 
 LIBRARIES = ("bitsandbytes", "torchao")
 BLOCK = 64
@@ -32,7 +34,7 @@ def store(host: Any, weight: Tensor, library: str) -> None:
         library: One of ``LIBRARIES``.
     """
     if library == "bitsandbytes":
-        _bitsandbytes(host, weight)
+        make_linear_4bit(host, weight.float() if weight.dtype == torch.float64 else weight)
     else:
         _torchao(host, weight)
 
@@ -83,35 +85,11 @@ def _runs(library: str, device: str) -> bool:
     return bool(x.grad is not None and x.grad.isfinite().all())
 
 
-def _bitsandbytes(host: Any, weight: Tensor) -> None:
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    if weight.dtype == torch.float64:
-        weight = weight.float()
-    empty = Linear4bit(
-        host.in_features, host.out_features, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
-    )
-    vars(host).update({name: value for name, value in vars(empty).items() if name not in vars(host)})
-    host.__class__ = Linear4bit
-    # In eval mode some processors would store the weight anew, rounded, and without gradients for the input.
-    host.support_avx512bf16_for_cpu = False
-    host.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True).to(weight.device)
-    host.quant_state = host.weight.quant_state  # survives there when a move makes a new parameter
-
-
 def _torchao(host: Any, weight: Tensor) -> None:
     blocks = weight.numel() // BLOCK
     if not isinstance(host, NF4Linear):
         host.__class__ = NF4Linear
-    host.encode(weight, _to_nf4()(weight.float(), BLOCK, math.gcd(blocks, 256)))
-
-
-def _to_nf4() -> Any:
-    try:
-        from torchao.quantization import to_nf4
-    except ImportError:
-        from torchao.dtypes.nf4tensor import to_nf4  # until torchao 0.17
-    return to_nf4
+    host.encode(weight, to_nf4(weight.float(), BLOCK, math.gcd(blocks, 256)))
 
 
 @contextlib.contextmanager

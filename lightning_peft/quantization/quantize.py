@@ -19,6 +19,7 @@ from ..core.adapted_module import AdaptedModule, adapted_class, adapters
 from ..core.injection_record import get_record
 from ..core.weight_update import WeightUpdate
 from ..structure.base_model import count_owners
+from ..structure.bitsandbytes_api import forget_state
 from ..structure.layer_types import TransposedLinearType, is_called_linear, layer_of
 from ..structure.quantized import (
     Int8Linear,
@@ -188,8 +189,7 @@ def _dequantize(host: Any) -> None:
     original = original_of(host)
     weight = layer_of(host).read(host).detach()
     cls = nn.Linear if original is None else original.cls
-    for name in ("quant_state", "state"):  # of bitsandbytes
-        vars(host).pop(name, None)
+    forget_state(host)
     if isinstance(host, QuantizedLinear):
         host._buffers.clear()
     remember(host, None)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.sharded_tensors import sample_values
+from . import bitsandbytes_api, torchao_api
 from .layer_types import FOREIGN, LinearType, is_called_linear, layer_of
 
 _ORIGINAL = "_peft_original"
@@ -129,15 +129,14 @@ class NF4Linear(QuantizedLinear):
     Its own tensor type is not kept: it cannot be copied where a weight has few blocks.
     """
 
-    def encode(self, weight: Tensor, nf4: Any) -> None:
-        """Store a weight of shape (out, in), given as torchao's ``NF4Tensor`` too."""
-        codes8, factor = nf4.quantized_scalers.view(len(nf4.quantization_factor), -1), nf4.quantization_factor
-        flat = ~factor.isfinite()  # blocks that are all alike: nothing is left to scale
-        self.weight = nn.Parameter(nf4.quantized_data.view(len(weight), -1), requires_grad=False)  # (out, in / 2)
-        self.register_buffer("codes8", codes8.masked_fill(flat[:, None], 0))
-        self.register_buffer("factor", factor.masked_fill(flat, 1.0))
-        self.register_buffer("mean", nf4.scaler_mean)
-        self.register_buffer("codebook", nf4.nf4)
+    def encode(self, weight: Tensor, nf4: torchao_api.StoredNF4) -> None:
+        """Store a weight of shape (out, in), of which torchao made ``nf4``."""
+        flat = ~nf4.factor.isfinite()  # blocks that are all alike: nothing is left to scale
+        self.weight = nn.Parameter(nf4.codes.view(len(weight), -1), requires_grad=False)  # (out, in / 2)
+        self.register_buffer("codes8", nf4.codes8.masked_fill(flat[:, None], 0))
+        self.register_buffer("factor", nf4.factor.masked_fill(flat, 1.0))
+        self.register_buffer("mean", nf4.mean)
+        self.register_buffer("codebook", nf4.codebook)
 
     @staticmethod
     def decode(*stored: Tensor) -> Tensor:
@@ -162,54 +161,13 @@ class _Product(torch.autograd.Function):
         return grad @ weight.to(grad.dtype), None, None
 
 
-def check_not_repacked(modules: Mapping[str, nn.Module]) -> None:
-    """Raise where bitsandbytes has stored weights anew for inference on the CPU, which no gradient passes."""
-    for name, module in modules.items():
-        if getattr(vars(module).get("quant_state"), "packing_format_for_cpu", False):
-            raise ValueError(f"{name} was repacked by bitsandbytes for inference; load the model again, then inject.")
-
-
-def keep_differentiable(modules: Iterable[nn.Module]) -> None:
-    """Keep bitsandbytes from storing weights anew in eval mode: rounded, and without gradients for the input."""
-    for module in modules:
-        if "support_avx512bf16_for_cpu" in vars(module):
-            vars(module)["support_avx512bf16_for_cpu"] = False
-
-
-def _linear_4bit(host: Any) -> Tensor:
-    from bitsandbytes import functional
-
-    data, state = host.weight.detach(), getattr(host.weight, "quant_state", None) or host.quant_state
-    if state is None:  # not quantized yet: moving it to a device does that
-        return cast(Tensor, data)
-    if getattr(state, "packing_format_for_cpu", False):  # what a forward in eval mode makes of it on some processors
-        data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.deepcopy(state))
-    return cast(Tensor, functional.dequantize_4bit(data, state))
-
-
-def _linear_8bit(host: Any) -> Tensor:
-    codes: Tensor = host.weight.detach()
-    if codes.is_floating_point():
-        return codes
-    scale: Tensor = host.weight.SCB if host.state.SCB is None else host.state.SCB
-    return codes * (scale[:, None] / 127)
-
-
-def _torchao(host: Any) -> Tensor:
-    return cast(Tensor, getattr(host.weight, "get_original_weight", host.weight.dequantize)())
-
-
 def _own(host: Any) -> Tensor:
     return cast(Tensor, host.decode(*host.stored()))
 
 
 _OWN = QuantizedType(_own)
 layer_of.register(QuantizedLinear)(lambda host: _OWN)
-FOREIGN["bitsandbytes.nn.modules.Linear4bit"] = QuantizedType(_linear_4bit)
-FOREIGN["bitsandbytes.nn.modules.Linear8bitLt"] = QuantizedType(_linear_8bit)
-for _name in (
-    "torchao.utils.TorchAOBaseTensor",
-    "torchao.quantization.quantize_.workflows.nf4.nf4_tensor.NF4Tensor",
-    "torchao.dtypes.nf4tensor.NF4Tensor",  # until torchao 0.17
-):
-    FOREIGN[_name] = QuantizedType(_torchao)  # the type of the weight, in a layer of torch
+FOREIGN[bitsandbytes_api.LINEAR_4BIT] = QuantizedType(bitsandbytes_api.read_4bit)
+FOREIGN[bitsandbytes_api.LINEAR_8BIT] = QuantizedType(bitsandbytes_api.read_8bit)
+for _name in torchao_api.WEIGHTS:
+    FOREIGN[_name] = QuantizedType(torchao_api.read)
