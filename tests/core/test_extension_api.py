@@ -116,6 +116,7 @@ def test_it_works_on_convolutions_and_embeddings_or_says_no(kind):
     torch.testing.assert_close(lp.merge(model)(x), live, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", METHODS)
 def test_it_compiles_whole(kind):
     model = build("llama", kind)

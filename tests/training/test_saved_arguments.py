@@ -73,6 +73,7 @@ def test_names_that_are_no_import_pass():
         {"file": "data.csv", "of": ["a b.c", "1.5", "intruder", "torch.nn.Linear", "json.txt", 3, None, {"x": "v1.2"}]}
     )
     check_names(None)
+    assert "intruder" not in sys.modules
 
 
 @pytest.mark.usefixtures("intruder")
