@@ -18,10 +18,11 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 from torch.optim import Optimizer
 
-from ...ops.fsdp1_parameters import annotate_shards, shard_of
+from ...ops.sharded_tensors import shard_of
 from ..lightning_api import saves_shards, torch_optimizer
 from . import fsdp1_state as flat_states
 from .base_consistency import check_one_base
+from .fsdp1_parameters import annotate_shards
 from .fsdp1_precision import OwnTypes
 from .fsdp1_wrapping import check_flattens, flatten_inside
 from .fsdp2 import DataType

@@ -10,7 +10,7 @@ from lightning.pytorch.plugins.precision import FSDPPrecision, Precision
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from ...ops.fsdp1_parameters import shard_of
+from ...ops.sharded_tensors import shard_of
 
 
 class OwnTypes(FSDPPrecision):

@@ -16,8 +16,7 @@ from torch.optim import Optimizer
 
 from ...checkpoints.adapter_state import base_names, check_state, drop_base
 from ...core.injection_record import get_record
-from ...ops.fsdp1_parameters import shard_of
-from ...ops.sharded_tensors import full_tensor, writes_files
+from ...ops.sharded_tensors import full_tensor, shard_of, writes_files
 from .sharded_state import own_state
 
 
@@ -79,9 +78,9 @@ def optimizer_state(optimizer: Optimizer, sharded: bool) -> dict[str, Any]:
             if not isinstance(kind, torch.dtype):
                 result[name] = kind
                 continue
-            parameter, part = parameters[index], shard_of(parameters[index])
+            parameter, shard = parameters[index], shard_of(parameters[index])
             local = own.get(name, torch.zeros(parameter.shape, dtype=kind, device=parameter.device))
-            values = part.gather(local) if part is not None else local
+            values = shard.full(local) if shard is not None else local
             result[name] = _split(values) if sharded else values.cpu() if writes_files() else None
         entries[index] = result
     packed["state"] = {index: entries[index] for index in sorted(entries)}
