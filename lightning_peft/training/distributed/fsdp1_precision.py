@@ -1,4 +1,4 @@
-"""Precision under FSDP1 that leaves the frozen base the type it has."""
+"""``OwnTypes``: Lightning's precision under FSDP1, without its casts of the frozen base."""
 
 from __future__ import annotations
 
