@@ -1,6 +1,7 @@
 """Imports point one way, rooms say what they are for, and the public surface is what is exported."""
 
 import ast
+import re
 from pathlib import Path
 
 import lightning_peft as lp
@@ -87,6 +88,13 @@ def test_only_the_trainers_side_imports_lightning():
     allowed = {"training", "tasks", "recipes", "cli"}
     users = {name for name in FILES if "lightning" in {target.split(".")[0] for target in imported(name)}}
     assert {room(name) for name in users} == allowed
+
+
+def test_fsdp1_is_known_at_the_edge_alone():
+    words = re.compile(r"fsdp1|import .*\bFullyShardedDataParallel\b", re.IGNORECASE)
+    users = {name for name, path in FILES.items() if words.search(f"{path.name} {path.read_text()}")}
+    assert "lightning_peft.training.distributed.fsdp1_parameters" in users
+    assert {room(name) for name in users - {"lightning_peft"}} == {"training"}
 
 
 def test_methods_know_neither_injection_nor_each_other():

@@ -6,17 +6,35 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..core.adapter_folder import read_adapter, write_adapter
 from ..core.inject import detach
 from ..core.injection_record import get_record, methods_named, require_record
 from ..core.method import Method
-from ..ops.fsdp1_parameters import check_known_shards
-from ..ops.sharded_tensors import assign, full_tensor, writes_files
+from ..ops.sharded_tensors import assign, full_tensor, shard_of, writes_files
 from .adapter_state import adapter_state, check_state, strip_wrapper_names, unpacked
 from .key_prefix import align_keys
 from .metadata import adapter_metadata, inject_from_metadata
+
+_WRAPPED, _FLATTENED = "_fsdp_wrapped_module.", "_flat_param"  # in names that FullyShardedDataParallel gives
+
+
+def check_known_shards(model: nn.Module) -> None:
+    """Raise where a wrapper spreads parameters over processes and they do not say what they are parts of.
+
+    Raises:
+        TypeError: Values that are read of them would be parts, without a shape.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    flattened = any(name.endswith(_FLATTENED) for name in names)
+    spread = dist.is_initialized() and dist.get_world_size() > 1 and any(_WRAPPED in name for name in names)
+    if flattened or (spread and all(shard_of(parameter) is None for parameter in model.parameters())):
+        raise TypeError(
+            f"{type(model).__name__} was wrapped in FullyShardedDataParallel by other code, so shapes and values of "
+            f"its parameters are not known here. Shard it by a strategy of lightning_peft, or by torch's fully_shard."
+        )
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
@@ -33,7 +51,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | N
 
     Raises:
         ValueError: The name is unknown, or parameters of the base train, which belong to no name.
-        TypeError: The model was sharded by FSDP1 without ``FSDP1Strategy``.
+        TypeError: A wrapper shards the model and does not say how; strategies of this package do.
     """
     check_known_shards(model)
     only = None if name is None else methods_named(require_record(model), name)

@@ -13,11 +13,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..checkpoints.adapter_state import strip_wrapper_names
 from ..checkpoints.metadata import adapter_metadata
+from ..checkpoints.save_load import check_known_shards
 from ..core.adapter import Adapter
 from ..core.adapter_folder import WEIGHTS, replace_file
 from ..core.injection_record import adapters_of, methods_in_same_group, require_record
 from ..core.method import Method, to_dict
-from ..ops.fsdp1_parameters import check_known_shards
 from ..ops.sharded_tensors import writes_files
 from ..structure.transformers_api import from_config
 from ..summary import BASE, row, summary
@@ -60,7 +60,7 @@ def export_peft(
     Raises:
         ValueError: Nothing was injected, or HF PEFT has nothing that computes the same; says what and why.
         FileExistsError: The folder has a README.md of somebody else.
-        TypeError: The model was sharded by FSDP1 without ``FSDP1Strategy``.
+        TypeError: A wrapper shards the model and does not say how; strategies of this package do.
     """
     folder, record = Path(folder), require_record(model)
     check_known_shards(model)

@@ -1,6 +1,8 @@
-"""Tensors of which each process holds a part (DTensors, FSDP1's parameters): to read and write; who writes files."""
+"""``full_tensor``, ``local_shard``, ``assign``: tensors of which each process holds a part; who writes files."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -8,7 +10,37 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from .fsdp1_parameters import shard_of
+_SHARD = "_peft_shard"
+
+
+class Shard(Protocol):
+    """What a process holds of a whole tensor, where the type of the tensor does not say it as ``DTensor`` does.
+
+    A strategy that replaces parameters by parts of them sets one on each such parameter, by ``set_shard``.
+    """
+
+    @property
+    def global_shape(self) -> torch.Size:
+        """Shape of the whole."""
+
+    def full(self, held: Tensor) -> Tensor:
+        """Return the whole of what this process holds; all processes have to call it."""
+
+    def local(self, values: Tensor) -> Tensor:
+        """Return of the whole what this process holds."""
+
+    def sample(self, held: Tensor, positions: Tensor) -> Tensor:
+        """Return the elements of the whole at these positions; all processes have to call it."""
+
+
+def set_shard(tensor: Tensor, shard: Shard) -> None:
+    """Say what this very tensor is a part of; operations on it do not hand that on."""
+    setattr(tensor, _SHARD, shard)
+
+
+def shard_of(tensor: Tensor) -> Shard | None:
+    """Return what ``set_shard`` has set on this very tensor, or None."""
+    return getattr(tensor, _SHARD, None)
 
 
 def writes_files() -> bool:
@@ -17,26 +49,26 @@ def writes_files() -> bool:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor with all of its values; of a sharded one, all processes have to ask for it."""
-    if (part := shard_of(tensor)) is not None:
-        return part.gather(tensor)
+    """Return a tensor with all of its values; for a sharded one, all processes have to call it."""
+    if (shard := shard_of(tensor)) is not None:
+        return shard.full(tensor)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def global_shape(tensor: Tensor) -> torch.Size:
     """Return the shape of the whole."""
-    part = shard_of(tensor)
-    return tensor.shape if part is None else part.shape
+    shard = shard_of(tensor)
+    return tensor.shape if shard is None else shard.global_shape
 
 
 def local_shard(target: Tensor, values: Tensor) -> Tensor:
     """Return values of the whole as a tensor is sharded; each process takes its own part, and none sends anything."""
-    if (part := shard_of(target)) is not None:
-        return part.cut(values)
+    if (shard := shard_of(target)) is not None:
+        return shard.local(values)
     if not isinstance(target, DTensor):
         return values
-    own = values.to(target.device_mesh.device_type)
-    return distribute_tensor(own, target.device_mesh, target.placements, src_data_rank=None)
+    moved = values.to(target.device_mesh.device_type)
+    return distribute_tensor(moved, target.device_mesh, target.placements, src_data_rank=None)
 
 
 @torch.no_grad()
@@ -48,23 +80,24 @@ def assign(target: Tensor, values: Tensor) -> None:
 def sample_values(tensor: Tensor, count: int) -> Tensor:
     """Return up to ``count`` values of the whole, evenly spread, in the order of its elements."""
     size = global_shape(tensor).numel()
-    positions = torch.arange(0, size, max(1, size // count))[:count]
-    if (part := shard_of(tensor)) is not None:
-        inside = (positions >= part.start) & (positions < part.start + tensor.numel())
-        found = torch.zeros(len(positions), dtype=tensor.dtype, device=tensor.device)
-        found[inside.to(tensor.device)] = tensor.detach()[(positions[inside] - part.start).to(tensor.device)]
-        dist.all_reduce(found, group=part.group)
-        return found
+    step = max(1, size // count)
+    if (shard := shard_of(tensor)) is not None:
+        return shard.sample(tensor, torch.arange(0, size, step)[:count])
     if not isinstance(tensor, DTensor):
-        return tensor.detach().reshape(-1)[:: max(1, size // count)][:count]
-    local, place = tensor.to_local().detach(), tensor.device_mesh
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, place, tensor.placements)
-    found = torch.zeros(len(positions), dtype=local.dtype, device=local.device)
-    coordinates = zip(place.get_coordinate() or [], tensor.placements, strict=True)
-    if all(c == 0 for c, kind in coordinates if kind == Replicate()):  # of equal copies, one counts
+        return tensor.detach().reshape(-1)[::step][:count]
+    return _sample_dtensor(tensor, torch.arange(0, size, step)[:count])
+
+
+def _sample_dtensor(tensor: DTensor, positions: Tensor) -> Tensor:
+    """Return the elements at these positions: each process contributes those that it holds."""
+    local, mesh = tensor.to_local().detach(), tensor.device_mesh
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
+    values = torch.zeros(len(positions), dtype=local.dtype, device=local.device)
+    coordinates = zip(mesh.get_coordinate() or [], tensor.placements, strict=True)
+    if all(c == 0 for c, placement in coordinates if placement == Replicate()):  # of equal copies, one counts
         indices = [i - start for i, start in zip(torch.unravel_index(positions, tensor.shape), offset, strict=True)]
         inside = torch.stack([(i >= 0) & (i < n) for i, n in zip(indices, shape, strict=True)]).all(0)
-        found[inside.to(local.device)] = local[tuple(i[inside].to(local.device) for i in indices)]
-    for dimension in range(place.ndim):
-        dist.all_reduce(found, group=place.get_group(dimension))
-    return found
+        values[inside.to(local.device)] = local[tuple(i[inside].to(local.device) for i in indices)]
+    for dimension in range(mesh.ndim):
+        dist.all_reduce(values, group=mesh.get_group(dimension))
+    return values

@@ -1,4 +1,4 @@
-"""What trains, on the screen."""
+"""``print_summary``: the summary of what trains, as a table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def print_summary(counts: Summary) -> None:
     table, console = Table("trains"), Console()
     for heading in ("places", "parameters"):
         table.add_column(heading, justify="right")
-    for what, places, parameters in counts.rows:
-        table.add_row(what, f"{places:,}", f"{parameters:,}")
+    for name, places, parameters in counts.rows:
+        table.add_row(name, f"{places:,}", f"{parameters:,}")
     console.print(table)
     console.print(counts.caption)

@@ -16,7 +16,7 @@ from trainer_models import trainer
 import lightning_peft as lp
 from lightning_peft.core.adapted_module import AdaptedModule, adapted_class
 from lightning_peft.training.frozen_cache.frozen_parts import Trunk
-from lightning_peft.training.frozen_cache.row_store import Form, RowStore, row_keys
+from lightning_peft.training.frozen_cache.row_store import RowLayout, RowStore, row_keys
 from lightning_peft.training.frozen_cache.use_tracing import UseTrackingTensor, trace
 
 ROWS = torch.randint(3, VOCABULARY, (16, 7), generator=torch.Generator().manual_seed(0))
@@ -268,8 +268,8 @@ def test_only_what_is_used_is_kept():
     class Look(pl.Callback):
         def on_train_epoch_end(self, tuner, net):
             cache = tuner.callbacks[0]._cache
-            found.append([(cache.kept.calls[call].name, leaf) for call, leaf in cache.kept.needed])
-            assert cache.kept.store.size == 16 * 7 * WIDTH * 4
+            found.append([(cache.index.calls[call].name, leaf) for call, leaf in cache.index.needed])
+            assert cache.index.store.size == 16 * 7 * WIDTH * 4
 
     fit(MODELS["bert"](), lp.LastLayers(count=1), True, callbacks=[Look()])
     assert found == [[("net.bert.encoder.layer.1", 0)]] * 3
@@ -542,15 +542,15 @@ class Notes:
     def __init__(self):
         self.past_trunk, self.found = False, set()
 
-    def use(self, places):
-        self.found |= set(places)
+    def note_use(self, outputs):
+        self.found |= set(outputs)
 
 
 def test_traces_follow_values_and_tell_of_uses():
     notes, weight = Notes(), nn.Parameter(torch.ones(3))
     a, b = trace(torch.ones(2, 3), [(0, 0)], notes), trace(torch.ones(2, 3), [(1, 0)], notes)
     both = F.relu(a * 2) + b[:, :1]
-    assert both.places == {(0, 0), (1, 0)}
+    assert both.outputs == {(0, 0), (1, 0)}
     assert (a.shape, a.dtype, a.size(0), len(a)) == ((2, 3), torch.float32, 2, 2)
     assert not isinstance(a.new_zeros(2), UseTrackingTensor)
     assert not isinstance(torch.zeros_like(a), UseTrackingTensor)
@@ -590,16 +590,16 @@ TENSORS = {
 @pytest.mark.parametrize("name", TENSORS)
 def test_rows_come_back_as_they_lay_in_memory(name, tmp_path):
     x = TENSORS[name]
-    store, form = RowStore(str(tmp_path)), Form.of(x, 4)
-    start = [store.write(x[:2] if form.by_row else x), store.write(x[2:])]
+    store, layout = RowStore(str(tmp_path)), RowLayout.of(x, 4)
+    start = [store.write(x[:2] if layout.by_row else x), store.write(x[2:])]
     order = [2, 0, 3, 1]
-    places = [start[i // 2] + i % 2 * form.row_bytes for i in order] if form.by_row else start[:1]
-    found, expected = store.read(form, places), x[order] if form.by_row else x
+    starts = [start[i // 2] + i % 2 * layout.row_bytes for i in order] if layout.by_row else start[:1]
+    found, expected = store.read(layout, starts), x[order] if layout.by_row else x
     assert torch.equal(found, expected)
     assert found.stride() == x.stride() or name in ("expanded",)
     assert found.dtype == x.dtype
     assert list(tmp_path.iterdir()) == []
-    assert form.absent(3).shape == ((3, *x.shape[1:]) if form.by_row else x.shape)
+    assert layout.blank(3).shape == ((3, *x.shape[1:]) if layout.by_row else x.shape)
     store.close()
 
 

@@ -22,14 +22,14 @@ from ...structure.quantized import original_of
 @contextmanager
 def without_values() -> Iterator[None]:
     """Context in which modules are built with parameters on the meta device, and buffers as they are."""
-    handle = register_module_parameter_registration_hook(_emptied)
+    handle = register_module_parameter_registration_hook(_to_meta)
     try:
         yield
     finally:
         handle.remove()
 
 
-def _emptied(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
     if parameter is None or parameter.is_meta:
         return None
     return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
@@ -60,15 +60,15 @@ def find_base_weights(module: nn.Module, path: str | os.PathLike[str]) -> BaseWe
 
 @torch.no_grad()
 def read_into(unit: nn.Module, name: str, weights: BaseWeightFiles, device: torch.device) -> None:
-    """Give the base parameters of a unit their values where they have none, quantized if they are to be.
+    """Read the base parameters of a unit that are on the meta device, and quantize them if their layer is quantized.
 
-    What trains and is in no file starts anew.
+    A parameter that trains and is in no file is initialized by its module.
 
     Args:
         unit: Module; units further inside have their values.
-        name: Of the unit.
-        weights: Where to read.
-        device: Where to put them.
+        name: Name of the unit.
+        weights: Files of the base.
+        device: Device to put the values on.
 
     Raises:
         ValueError: A parameter trains, is in no file, and its module has no ``reset_parameters``.

@@ -1,4 +1,4 @@
-"""FSDP1 (FullyShardedDataParallel) for a frozen base with adapters, from a Trainer's configuration alone."""
+"""``FSDP1Strategy``: FullyShardedDataParallel for a frozen base with adapters, set in the Trainer alone."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 from torch.optim import Optimizer
 
-from ...ops.fsdp1_parameters import annotate_shards, shard_of
+from ...ops.sharded_tensors import shard_of
 from ..lightning_api import saves_shards, torch_optimizer
 from . import fsdp1_state as flat_states
 from .base_consistency import check_one_base
+from .fsdp1_parameters import annotate_shards
 from .fsdp1_precision import OwnTypes
 from .fsdp1_wrapping import check_flattens, flatten_inside
 from .fsdp2 import DataType
@@ -111,24 +112,24 @@ class FSDP1Strategy(FSDPStrategy):
         check_flattens(model, units)
         check_one_base(model)
         rank_zero_info(f"\n{units}")
-        whole = list(units.replicated.values())
-        for parameter in whole:
+        replicated = list(units.replicated.values())
+        for parameter in replicated:
             parameter.data = parameter.data.to(self.root_device)
         broadcast_trained(model, self.root_device)
-        kept = {id(p) for p in whole}
-        shapes = {p: p.shape for p in model.parameters() if id(p) not in kept}
-        flatten_inside(model, units, lambda unit: self._flatten(unit, whole))
-        root = vars(model)[_ROOT] = self._flatten(model, whole)
+        ignored = {id(p) for p in replicated}
+        shapes = {p: p.shape for p in model.parameters() if id(p) not in ignored}
+        flatten_inside(model, units, lambda unit: self._flatten(unit, replicated))
+        root = vars(model)[_ROOT] = self._flatten(model, replicated)
         annotate_shards(shapes, group, self.root_device)
         return root
 
-    def _flatten(self, module: nn.Module, whole: list[nn.Parameter]) -> FullyShardedDataParallel:
+    def _flatten(self, module: nn.Module, ignored: list[nn.Parameter]) -> FullyShardedDataParallel:
         return FullyShardedDataParallel(
             module,
             sharding_strategy=self.sharding_strategy,
             mixed_precision=self.mixed_precision_config,
             device_id=self.root_device,
-            ignored_states=whole,
+            ignored_states=ignored,
             use_orig_params=True,
         )
 
@@ -144,8 +145,7 @@ class FSDP1Strategy(FSDPStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return an optimizer's state as a single process would have it."""
-        own = torch_optimizer(optimizer)
-        return flat_states.optimizer_state(own, sharded=saves_shards(self))
+        return flat_states.optimizer_state(torch_optimizer(optimizer), sharded=saves_shards(self))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a file or a folder."""

@@ -1,4 +1,4 @@
-"""Precision under FSDP1 that leaves the frozen base the type it has."""
+"""``OwnTypes``: Lightning's precision under FSDP1, without its casts of the frozen base."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning.pytorch.plugins.precision import FSDPPrecision, Precision
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from ...ops.fsdp1_parameters import shard_of
+from ...ops.sharded_tensors import shard_of
 
 
 class OwnTypes(FSDPPrecision):

@@ -1,4 +1,4 @@
-"""Which modules FSDP1 flattens, and what it cannot."""
+"""``flatten_inside``, ``check_flattens``: FSDP1 in the place of each unit of a sharding plan."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from .sharding_plan import Units
 def flatten_inside(model: nn.Module, units: Units, flatten: Callable[[nn.Module], nn.Module]) -> None:
     """Put ``flatten(unit)`` in the place of each unit of a plan; the children of the whole are left to its root."""
     for unit in _inside(units):
-        places = [
+        parents = [
             (parent, key) for parent in model.modules() for key, child in parent._modules.items() if child is unit
         ]
         flat = flatten(unit)
-        for parent, key in places:
+        for parent, key in parents:
             parent._modules[key] = flat
 
 
 def check_flattens(model: nn.Module, units: Units) -> None:
-    """Refuse what FSDP1 cannot lay out in a row."""
+    """Raise for units that FSDP1 cannot flatten."""
     replicated = {id(p) for p in units.replicated.values()}
     seen = set(replicated)
     for unit in [*_inside(units), model]:
-        own = {n: p for n, p in unit.named_parameters() if id(p) not in seen}
-        seen |= {id(p) for p in own.values()}
-        kinds = {p.dtype for p in own.values()}
-        wrong = [n for n, p in own.items() if not _flattens(p)]
+        parameters = {n: p for n, p in unit.named_parameters() if id(p) not in seen}
+        seen |= {id(p) for p in parameters.values()}
+        kinds = {p.dtype for p in parameters.values()}
+        wrong = [n for n, p in parameters.items() if not _flattens(p)]
         if len(kinds) > 1 or wrong:
-            what = f"{wrong[0]} is of {own[wrong[0]].dtype}, on {own[wrong[0]].device}" if wrong else f"types {kinds}"
+            first = parameters[wrong[0]] if wrong else None
+            reason = f"types {kinds}" if first is None else f"{wrong[0]} is of {first.dtype}, on {first.device}"
             raise TypeError(
                 f"FSDP1 flattens each unit into one tensor of one floating type with values; in {type(unit).__name__}, "
-                f"{what}. Use FSDP2Strategy, or list modules of one type in wrap_modules."
+                f"{reason}. Use FSDP2Strategy, or list modules of one type in wrap_modules."
             )
 
 

@@ -1,4 +1,4 @@
-"""FSDP2 for a frozen base with adapters, from a Trainer's configuration alone."""
+"""``FSDP2Strategy``: ``fully_shard`` for a frozen base with adapters, set in the Trainer alone."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._replicated = [p for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
         builds = is_overridden("configure_model", module)
         if not builds:  # Lightning insists on a hook in which its user shards
-            module.__dict__["configure_model"] = types.MethodType(_nothing, module)
+            module.__dict__["configure_model"] = types.MethodType(_noop_hook, module)
         try:
             super().setup(trainer)
         finally:
@@ -129,8 +129,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         module.load_state_dict(own_state(module, state), strict=module.strict_loading)
         for optimizer, saved in zip(self.optimizers, checkpoint.pop("optimizer_states", []), strict=False):
             optimizer.load_state_dict(own_optimizer_state(optimizer, saved))
-        found: dict[str, Any] = checkpoint
-        return found
+        return dict(checkpoint)
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Average the gradients of what is not sharded."""
@@ -148,25 +147,25 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self.param_dtype is not None:
             policy = MixedPrecisionPolicy(param_dtype=getattr(torch, self.param_dtype), reduce_dtype=torch.float32)
         start_adapters(module, self.root_device)
-        whole = list(units.replicated.values())
+        replicated = list(units.replicated.values())
         for name, unit in units.modules.items():
             if weights is not None:
                 read_into(unit, name, weights, self.root_device)
-            broadcast_trained(unit, self.root_device, without=whole)
+            broadcast_trained(unit, self.root_device, without=replicated)
             fully_shard(
                 unit,
                 mesh=mesh,
                 reshard_after_forward=None if self.reshard_after_forward else False,  # what is around blocks stays
                 mp_policy=policy,
-                ignored_params=set(whole),
+                ignored_params=set(replicated),
             )
         broadcast_trained(module, self.root_device)
 
     def _base_weights(self, module: nn.Module) -> BaseWeightFiles | None:
-        """Return where parameters without values get them.
+        """Return the files that parameters on the meta device are read from; None if there are no such parameters.
 
         Raises:
-            ValueError: Nowhere; the base would be random.
+            ValueError: No files were given; the base would be random.
         """
         empty = [name for name, p in base_parameters(module).items() if p.is_meta]
         if not empty:
@@ -177,8 +176,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         return find_base_weights(module, path)
 
 
-def _nothing(module: pl.LightningModule) -> None:
-    """Stand for a hook."""
+def _noop_hook(module: pl.LightningModule) -> None:
+    """Do nothing; Lightning only asks whether the hook is there."""
 
 
 for _name in ("fsdp2", "fsdp2strategy", "lightning_peft.fsdp2strategy"):  # Lightning reads a bare class path as a name

@@ -1,4 +1,4 @@
-"""Tensors that every process holds whole beside sharded ones: equal at the start, and by equal gradients ever after."""
+"""``broadcast_trained``, ``average_gradients``: tensors that every process holds whole stay equal."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def broadcast_adapters(tensors: Sequence[Tensor], device: torch.device) -> None:
         tensors: On any device, in the same order everywhere.
         device: Where the processes' backend sends from.
     """
-    for own in _by_type(tensors):
-        _exchange(own, device, lambda flat: dist.broadcast(flat, 0))
+    for same_type in _by_type(tensors):
+        _exchange(same_type, device, lambda flat: dist.broadcast(flat, 0))
 
 
 def broadcast_trained(module: nn.Module, device: torch.device, without: Collection[nn.Parameter] = ()) -> None:
@@ -30,19 +30,19 @@ def broadcast_trained(module: nn.Module, device: torch.device, without: Collecti
         device: Where the processes' backend sends from.
         without: Parameters to leave out.
     """
-    left = {id(p) for p in without}
+    excluded = {id(p) for p in without}
     trained = {id(p): p for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor)}
-    own = [p for key, p in trained.items() if key not in left]
-    held = trained.keys() - left
-    beside = (part for part in module.modules() if any(id(p) in held for p in part.parameters(recurse=False)))
-    broadcast_adapters([*own, *(buffer for part in beside for buffer in part.buffers(recurse=False))], device)
+    parameters = {key: p for key, p in trained.items() if key not in excluded}
+    owners = (part for part in module.modules() if any(id(p) in parameters for p in part.parameters(recurse=False)))
+    buffers = (buffer for owner in owners for buffer in owner.buffers(recurse=False))
+    broadcast_adapters([*parameters.values(), *buffers], device)
 
 
 @torch.no_grad()
 def average_gradients(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Replace gradients by their means over a group; one that no process has stays None.
+    """Replace gradients by their means over a group; a gradient that no process has stays None.
 
-    Calling it again after more was added to them gives the mean of the sums.
+    Calling it again after more was added to the gradients gives the mean of the sums.
     """
     if not parameters or group.size() == 1:
         return
@@ -50,11 +50,11 @@ def average_gradients(parameters: Sequence[Tensor], group: dist.ProcessGroup) ->
     missing = [p for p in parameters if p.grad is None]
     for parameter in missing:
         parameter.grad = torch.zeros_like(parameter)
-    for own in _by_type([p.grad for p in parameters if p.grad is not None] + [has]):
-        _exchange(own, has.device, lambda flat: dist.all_reduce(flat.div_(group.size()), group=group))
+    for same_type in _by_type([p.grad for p in parameters if p.grad is not None] + [has]):
+        _exchange(same_type, has.device, lambda flat: dist.all_reduce(flat.div_(group.size()), group=group))
     if missing:
-        for parameter, found in zip(parameters, has.tolist(), strict=True):
-            if not found:
+        for parameter, count in zip(parameters, has.tolist(), strict=True):
+            if not count:
                 parameter.grad = None
 
 
@@ -64,7 +64,7 @@ def _by_type(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def _exchange(tensors: Sequence[Tensor], device: torch.device, send: Callable[[Tensor], object]) -> None:
-    """Send tensors of one type as one."""
+    """Send tensors of one type as one flat tensor, and copy what comes back into them."""
     flat = torch.cat([tensor.detach().reshape(-1).to(device) for tensor in tensors])
     send(flat)
     for tensor, values in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):

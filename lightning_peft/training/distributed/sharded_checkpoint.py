@@ -1,4 +1,4 @@
-"""Checkpoints that are folders: each process writes and reads its part."""
+"""``write_folder``, ``read_folder``: checkpoints to which each process writes its part of each tensor."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor import empty as empty_rows
 
 from ...ops.sharded_tensors import writes_files
 
-_REST = "meta.pt"  # as Lightning names the file for what is no tensor of the model or an optimizer
+_REST = "meta.pt"  # Lightning's name of the file for all but the tensors of the model and of optimizers
 _MODEL = "state_dict"
 
 
 def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a Lightning checkpoint; tensors that are DTensors go to disk from where they are."""
+    """Write a Lightning checkpoint; each process writes its part of tensors that are DTensors."""
     rest = dict(checkpoint)
     tensors: dict[str, Any] = {_MODEL: rest.pop(_MODEL)}
     states = rest.pop("optimizer_states", [])
@@ -41,7 +41,7 @@ def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def read_folder(path: Path, device: torch.device, weights_only: bool | None, with_optimizers: bool) -> dict[str, Any]:
-    """Return what ``write_folder`` was given; each process reads some rows of each tensor.
+    """Return the checkpoint that ``write_folder`` has written; each process reads some rows of each tensor.
 
     Raises:
         ValueError: Something else wrote the folder.
@@ -51,24 +51,25 @@ def read_folder(path: Path, device: torch.device, weights_only: bool | None, wit
     if with_optimizers and states is None:
         raise ValueError(f"{path} was not written by FSDP1Strategy; resume under the strategy that wrote it.")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    found: dict[str, Any] = {}
-    for key, entry in FileSystemReader(path).read_metadata().state_dict_metadata.items():
-        if key.startswith(f"{_MODEL}.") or with_optimizers:
-            found[key] = None
-            if isinstance(entry, TensorStorageMetadata):
-                kind = entry.properties.dtype
-                found[key] = (
-                    empty_rows(*entry.size, dtype=kind, device_mesh=mesh, placements=[Shard(0)])
-                    if entry.size
-                    else torch.empty((), dtype=kind)
-                )
-    load(found, checkpoint_id=path)
-    rest[_MODEL] = {k.removeprefix(f"{_MODEL}."): v for k, v in found.items() if k.startswith(f"{_MODEL}.")}
-    for key, value in found.items():
-        if not key.startswith(f"{_MODEL}."):
-            optimizer, index, name = key.split(".", 2)
-            states[int(optimizer.removeprefix("optimizer_"))]["state"][int(index)][name] = value  # type: ignore[index]
+    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    is_model = {key: key.startswith(f"{_MODEL}.") for key in entries}
+    values = {key: _empty(entry, mesh) for key, entry in entries.items() if is_model[key] or with_optimizers}
+    load(values, checkpoint_id=path)
+    rest[_MODEL] = {key.removeprefix(f"{_MODEL}."): value for key, value in values.items() if is_model[key]}
+    for key in [key for key in values if not is_model[key]]:
+        optimizer, index, name = key.split(".", 2)
+        states[int(optimizer.removeprefix("optimizer_"))]["state"][int(index)][name] = values[key]  # type: ignore[index]
     return rest
+
+
+def _empty(entry: Any, mesh: DeviceMesh) -> Tensor | None:
+    """Return a tensor to load an entry of a folder into, of which each process holds some rows; None for other data."""
+    if not isinstance(entry, TensorStorageMetadata):
+        return None
+    dtype = entry.properties.dtype
+    if not entry.size:
+        return torch.empty((), dtype=dtype)
+    return empty_rows(*entry.size, dtype=dtype, device_mesh=mesh, placements=[Shard(0)])
 
 
 def _without_tensors(entries: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Which modules are sharded, each as one unit that is gathered when it computes, and what stays whole."""
+"""``plan_units``: which modules are sharded, each as one unit that is gathered when it computes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Units:
     """A plan for sharding a model.
 
     Args:
-        modules: What is sharded, by name; what is inside of another comes before it.
+        modules: Modules that are sharded, by name; a module inside of another comes before it.
         replicated: Parameters that every process holds whole.
-        lines: What the plan says, as text.
+        lines: The plan as text.
     """
 
     modules: dict[str, nn.Module]
@@ -52,47 +52,47 @@ def plan_units(module: nn.Module, wrap_modules: Sequence[str] | None, processes:
     around = {n: m for n, m in module.named_children() if n not in chosen and any(True for _ in m.parameters())}
     units = inside_out | around
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    loose = dict(module.named_parameters(recurse=False))
-    whole = any(True for _ in adapters(module)) or any(p.requires_grad for p in loose.values())
-    replicated = loose | (trained if whole else {})
-    own = _own(units, {id(p) for p in replicated.values()})
-    for name, parameters in own.items():
+    outside = dict(module.named_parameters(recurse=False))
+    replicate = any(True for _ in adapters(module)) or any(p.requires_grad for p in outside.values())
+    replicated = outside | (trained if replicate else {})
+    sharded = _parameters_by_unit(units, {id(p) for p in replicated.values()})
+    for name, parameters in sharded.items():
         if len(types := {p.dtype for p in parameters if p.requires_grad}) > 1:
             raise ValueError(f"Parameters of {name} train in several types ({types}); give them one, or list their "
                              f"modules in wrap_modules.")  # fmt: skip
-    return Units(units, replicated, _lines(units, own, replicated, processes))
+    return Units(units, replicated, _lines(units, sharded, replicated, processes))
 
 
 def _chosen(module: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
-    modules, found = base_modules(module), dict[str, nn.Module]()
+    modules, chosen = base_modules(module), dict[str, nn.Module]()
     for pattern in patterns:
-        here = {n: m for n, m in modules.items() if type(m).__name__ == pattern or matches(n, pattern)}
-        if not here:
+        matching = {n: m for n, m in modules.items() if type(m).__name__ == pattern or matches(n, pattern)}
+        if not matching:
             kinds = {type(m).__name__ for m in modules.values() if any(True for _ in m.parameters())}
             close = difflib.get_close_matches(pattern, kinds, n=5) or sorted(kinds)
             raise ValueError(f"wrap_modules: {pattern!r} is no class or name of a module here. Classes: {close}.")
-        found |= here
-    return found
+        chosen |= matching
+    return chosen
 
 
-def _own(units: dict[str, nn.Module], without: set[int]) -> dict[str, list[nn.Parameter]]:
+def _parameters_by_unit(units: dict[str, nn.Module], without: set[int]) -> dict[str, list[nn.Parameter]]:
     """Return what each unit shards: parameters of no unit further inside."""
-    seen, own = set(without), dict[str, list[nn.Parameter]]()
+    seen, sharded = set(without), dict[str, list[nn.Parameter]]()
     for name, unit in units.items():
-        own[name] = [p for p in unit.parameters() if id(p) not in seen]
-        seen |= {id(p) for p in own[name]}
-    return own
+        sharded[name] = [p for p in unit.parameters() if id(p) not in seen]
+        seen |= {id(p) for p in sharded[name]}
+    return sharded
 
 
 def _lines(
     units: dict[str, nn.Module],
-    own: dict[str, list[nn.Parameter]],
+    sharded: dict[str, list[nn.Parameter]],
     replicated: dict[str, nn.Parameter],
     processes: int,
 ) -> tuple[str, ...]:
-    kinds = Counter((type(units[n]).__name__, _contents(parameters)) for n, parameters in own.items())
+    kinds = Counter((type(units[n]).__name__, _contents(parameters)) for n, parameters in sharded.items())
     lines = [f"{count} x {name}: {contents}" for (name, contents), count in kinds.items()]
-    part = sum(p.nbytes for parameters in own.values() for p in parameters) // processes
+    part = sum(p.nbytes for parameters in sharded.values() for p in parameters) // processes
     lines += [f"whole on each process: {_contents(list(replicated.values()))}"] if replicated else []
     return "sharded units", *lines, f"each of {processes} processes holds {size(part)} of the units"
 

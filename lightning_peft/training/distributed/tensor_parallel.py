@@ -1,4 +1,4 @@
-"""Tensor parallelism by roles: which layers of a Llama-like model are split, and which models cannot be."""
+"""``parallelize``: tensor parallelism of Llama-like models, whose layers are found by their roles."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         return model
     attention, feedforward = _places(model, (*_COLUMNS, _OUTPUT)), _places(model, (_UP, _DOWN))
     holders = (*attention.values(), *feedforward.values())
-    found = [(role, name) for places in holders for role, names in places.items() for name in names]
-    _check_layers(model, [name for _, name in found])
+    layers = [(role, name) for places in holders for role, names in places.items() for name in names]
+    _check_layers(model, [name for _, name in layers])
     for name, places in attention.items():
         _check_attention(model, name, places, mesh.size())
     for name, places in feedforward.items():
         _check_feedforward(model, name, places, mesh.size())
     for name, host, key, adapter in adapters(model):
         check_tensor_parallel_support(host, name, key, adapter)
-    for role, name in found:
+    for role, name in layers:
         _split(model.get_submodule(name), mesh, RowwiseParallel() if role in (_OUTPUT, _DOWN) else ColwiseParallel())
     broadcast_values((*model.parameters(), *model.buffers()), mesh)
     shard_adapters(model, mesh)
@@ -74,19 +74,19 @@ def _split(host: nn.Module, mesh: DeviceMesh, style: ParallelStyle) -> None:
 
 def _places(model: nn.Module, roles: Sequence[str]) -> dict[str, Places]:
     """Return the layers of these roles by the module that holds them; each such module must have all."""
-    found: defaultdict[str, dict[str, list[str]]] = defaultdict(dict)
+    by_holder: defaultdict[str, dict[str, list[str]]] = defaultdict(dict)
     for role in roles:
         for name in ROLES[role](model):
-            found[name.rpartition(".")[0]].setdefault(role, []).append(name)
-    for holder, places in found.items():
+            by_holder[name.rpartition(".")[0]].setdefault(role, []).append(name)
+    for holder, places in by_holder.items():
         if missing := [role for role in roles if role not in places]:
             raise TypeError(f"{holder or 'The model'} holds {_first(places)} and no {missing[0]}. {_ADVICE}")
         single = [role for role in roles if role != _UP]
         if double := [role for role in single if len(places[role]) > 1]:
             raise TypeError(f"{holder or 'The model'} holds {len(places[double[0]])} layers of {double[0]}. {_ADVICE}")
-    if not found:
+    if not by_holder:
         raise TypeError(f"{type(model).__name__} has no layers of {roles[0]}. {_ADVICE}")
-    return dict(found)
+    return dict(by_holder)
 
 
 def _first(places: Places) -> str:
@@ -95,7 +95,7 @@ def _first(places: Places) -> str:
 
 def _check_layers(model: nn.Module, names: Sequence[str]) -> None:
     """Raise where a layer is no plain linear one, or shares its weight."""
-    held = count_owners(model)
+    owners = count_owners(model)
     for name in names:
         if is_fused(name):
             raise TypeError(f"{name} computes query, key and value at once; its rows are not split by heads. {_ADVICE}")
@@ -103,20 +103,21 @@ def _check_layers(model: nn.Module, names: Sequence[str]) -> None:
         kind = getattr(host, "_host_class", type(host))
         if kind is not nn.Linear or type(host.weight) is not nn.Parameter:
             raise TypeError(f"{name} is a {kind.__name__} with a {type(host.weight).__name__}, not a plain nn.Linear.")
-        if any(held[id(p)] > 1 for p in host._parameters.values() if p is not None):
+        if any(owners[id(p)] > 1 for p in host._parameters.values() if p is not None):
             raise TypeError(f"{name} shares a parameter with another module, and both would have to be split alike.")
 
 
 def _check_attention(model: nn.Module, name: str, places: Places, size: int) -> None:
     """Raise unless each process can compute some of the heads, without knowing of the others."""
     attention = model.get_submodule(name)
-    _check_own(attention, name, places)
+    _check_only_projections(attention, name, places)
     head_dim, read = getattr(attention, "head_dim", None), _names_read(attention)
     counts = sorted(word for word in read if "head" in word and not any(part in word for part in ("dim", "size")))
     if not isinstance(head_dim, int) or "head_dim" not in read or counts:
-        how = f"reads {counts[0]}" if counts else "does not go by head_dim"
+        reason = f"reads {counts[0]}" if counts else "does not go by head_dim"
         raise TypeError(
-            f"{name} ({type(attention).__name__}) {how}: with a part of the heads it would be silently wrong. {_ADVICE}"
+            f"{name} ({type(attention).__name__}) {reason}: with a part of the heads it would be silently wrong. "
+            f"{_ADVICE}"
         )
     for role in _COLUMNS:
         _check_divides(model, places[role][0], head_dim, "heads", size)
@@ -134,7 +135,7 @@ def _names_read(module: nn.Module) -> set[str]:
 
 def _check_feedforward(model: nn.Module, name: str, places: Places, size: int) -> None:
     """Raise unless each process can compute some of the features between the layers, alone."""
-    _check_own(model.get_submodule(name), name, places)
+    _check_only_projections(model.get_submodule(name), name, places)
     down: Any = model.get_submodule(places[_DOWN][0])
     for up in places[_UP]:
         if (width := model.get_submodule(up).out_features) != down.in_features:
@@ -142,7 +143,7 @@ def _check_feedforward(model: nn.Module, name: str, places: Places, size: int) -
         _check_divides(model, up, 1, "features", size)
 
 
-def _check_own(holder: nn.Module, name: str, places: Places) -> None:
+def _check_only_projections(holder: nn.Module, name: str, places: Places) -> None:
     """Raise where a module holds parameters or norms beside its projections."""
     inside = tuple(f"{layer.rpartition('.')[2]}." for layers in places.values() for layer in layers)
     norms = [n for n, module in holder.named_modules() if type(module).__name__.endswith("Norm")]
@@ -150,8 +151,8 @@ def _check_own(holder: nn.Module, name: str, places: Places) -> None:
         raise TypeError(f"{name} has {others[0]}, which would act on a part of the features alone. {_ADVICE}")
 
 
-def _check_divides(model: nn.Module, name: str, unit: int, what: str, size: int) -> None:
+def _check_divides(model: nn.Module, name: str, unit: int, unit_name: str, size: int) -> None:
     host: Any = model.get_submodule(name)
     if host.out_features % (unit * size):
         count = host.out_features // unit
-        raise ValueError(f"{name} computes {count} {what}, which {size} processes cannot share equally.")
+        raise ValueError(f"{name} computes {count} {unit_name}, which {size} processes cannot share equally.")

@@ -1,4 +1,4 @@
-"""What a frozen trunk returns, kept by row: computed once, and put in place of later calls."""
+"""``FrozenCache``: outputs of the frozen trunk, kept by row, that replace later calls of the trunk."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_flatten
 
 from ..distributed.lightning_strategies import SHARDING
 from ..lightning_api import is_compiled
+from .cached_step import CachedStep, Replay
 from .first_step import check_first_step
 from .frozen_parts import Trunk
-from .record_replay import CachedStep, Recording, Replay
-from .row_index import KeptRows
+from .recording import Recording
+from .row_index import RowIndex
 from .row_store import row_keys
 
 
@@ -47,9 +48,9 @@ class FrozenCache:
             raise TypeError("cache_frozen=True works on whole models, and the Trainer's strategy shards; use ddp.")
         if is_compiled(module):
             raise TypeError("The module is compiled, and cache_frozen=True cuts parts of it out; do not compile it.")
-        self.trunk, self.kept = Trunk(module), KeptRows(folder)
+        self.trunk, self.index = Trunk(module), RowIndex(folder)
         self.step: CachedStep | None = None
-        self.sizes = set[tuple[bool, int, int]]()  # of batches that rows were kept in and read into, once compared
+        self.compared_sizes = set[tuple[bool, int, int]]()  # whether a step trains, batch size on writing, on reading
         self.starts_epoch = self.is_full = False
         self.hits = self.misses = 0
         self.shapes = set[Any]()  # of batches, without their rows
@@ -57,20 +58,20 @@ class FrozenCache:
         self.trunk.attach()
 
     def close(self) -> None:
-        """Leave the model as it was, and the disk."""
+        """Remove the probes from the model, and the file from the disk."""
         self.trunk.step = self.step = None
         self.trunk.remove()
-        self.kept.store.close()
+        self.index.store.close()
 
     def start_epoch(self) -> None:
-        """Have the next batch of known rows compared, and count anew."""
+        """Have the next batch of known rows compared with what the trunk returns, and restart the counts."""
         self.trunk.check_frozen()
         self.starts_epoch, self.hits, self.misses = True, 0, 0
         self.shapes.clear()
 
     def begin(self, batch: Any, trains: bool) -> None:
         """Start a training or validation step; nothing is known before the first one that trains."""
-        self.step = CachedStep(batch, trains, self.choose) if trains or self.kept.calls else None
+        self.step = CachedStep(batch, trains, self.choose_mode) if trains or self.index.calls else None
         self.trunk.step = self.step
 
     def end(self) -> None:
@@ -85,12 +86,12 @@ class FrozenCache:
         Raises:
             ValueError: Caching saves nothing or does not fit; says why.
         """
-        if self.step is None or self.step.checked or self.kept.calls:
+        if self.step is None or self.step.checked or self.index.calls:
             return
         self.step.checked = True
         recording = self.step.mode if isinstance(self.step.mode, Recording) else None
         counts = [trainer.num_training_batches, *(n for n in trainer.num_val_batches if math.isfinite(n))]
-        rank_zero_info(check_first_step(self.step, recording, self.trunk, self.kept.store, sum(counts)))
+        rank_zero_info(check_first_step(self.step, recording, self.trunk, self.index.store, sum(counts)))
 
     def warn_of_misses(self, epoch: int) -> None:
         """Warn once at the end of an epoch in which rows should have been known and were not."""
@@ -98,7 +99,7 @@ class FrozenCache:
             return
         if self.is_full:
             message = (
-                f"The disk of {self.kept.store.folder} is full: the frozen trunk runs for rows that are not cached."
+                f"The disk of {self.index.store.folder} is full: the frozen trunk runs for rows that are not cached."
             )
         elif self.misses:
             message = self._explain_misses()
@@ -118,25 +119,35 @@ class FrozenCache:
         share = self.misses / (self.hits + self.misses)
         return f"{share:.0%} of the epoch's rows were not in the cache of the frozen trunk: {why}."
 
-    def choose(self, step: CachedStep, args: Any) -> Recording | Replay:
-        """Return what a step is to do, at its first call of the trunk."""
-        batch = dict(step.batch) if isinstance(step.batch, Mapping) else step.batch
-        leaves, spec = tree_flatten((batch, args))
-        tensors = [x for x in leaves if isinstance(x, Tensor)]
-        kinds = {x.device.type for x in tensors}
-        casts = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)]
-        rows, keys = row_keys(tensors, [step.trains, casts, spec, [x for x in leaves if not isinstance(x, Tensor)]])
-        entries = [self.kept.index.get(key) for key in keys]
+    def choose_mode(self, step: CachedStep, args: Any) -> Recording | Replay:
+        """Return the mode of a step, at its first call of the trunk: Replay if all of its rows are known."""
+        rows, keys, shapes = _keys_of(step, args)
+        entries = [self.index.entries.get(key) for key in keys]
         known = [entry for entry in entries if entry is not None]
         if step.trains:
             self.hits, self.misses = self.hits + len(known), self.misses + rows - len(known)
-            self.shapes.add(tuple(x.shape[1:] for x in tensors))
+            self.shapes.add(shapes)
         if not known or len(known) < rows or len({id(block.calls) for block, _ in known}) > 1:
-            self.is_full = self.kept.store.room() <= 0
+            self.is_full = self.index.store.room() <= 0
             new = {} if self.is_full else {i: keys[i] for i, entry in enumerate(entries) if entry is None}
-            return Recording(step, rows, self.trunk, self.kept, new)
-        replay, sizes = Replay(step, self.kept, known), {(step.trains, block.rows, rows) for block, _ in known}
-        if self.starts_epoch or sizes - self.sizes:
-            self.starts_epoch, self.sizes = False, self.sizes | sizes
-            return Recording(step, rows, self.trunk, self.kept, {}, expected=replay)
+            return Recording(step, rows, self.trunk, self.index, new)
+        replay, sizes = Replay(step, self.index, known), {(step.trains, block.rows, rows) for block, _ in known}
+        if self.starts_epoch or sizes - self.compared_sizes:
+            self.starts_epoch, self.compared_sizes = False, self.compared_sizes | sizes
+            return Recording(step, rows, self.trunk, self.index, {}, expected=replay)
         return replay
+
+
+def _keys_of(step: CachedStep, args: Any) -> tuple[int, list[bytes], Any]:
+    """Return the number of rows, their keys, and the shapes of the tensors without their rows.
+
+    A key depends on the row in the batch and in the arguments of the trunk's first call, and on autocast, which changes
+    what modules return.
+    """
+    batch = dict(step.batch) if isinstance(step.batch, Mapping) else step.batch  # pytree opens dicts alone
+    leaves, spec = tree_flatten((batch, args))
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    devices = sorted({x.device.type for x in tensors})
+    casts = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in devices]
+    rows, keys = row_keys(tensors, [step.trains, casts, spec, [x for x in leaves if not isinstance(x, Tensor)]])
+    return rows, keys, tuple(x.shape[1:] for x in tensors)

@@ -1,4 +1,4 @@
-"""The frozen trunk: what runs before anything that trains, found in a model and cut out of its steps."""
+"""``Trunk``: the largest frozen modules of a model, with probes that let a step run, record or skip them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.distributed.tensor import DTensor
 from ...core.adapted_module import AdaptedModule, attach, remove
 from ...core.adapter import Adapter, Call
 from ...structure.base_model import ADAPTERS_ATTRIBUTE
-from .use_tracing import used
+from .use_tracing import mark_used
 
 KEY = "_frozen_trunk"  # of its adapters on their hosts
 
 
 class Step(Protocol):
-    """What happens in one training or validation step."""
+    """One training or validation step, as the probes see it."""
 
     past_trunk: bool  # whether something that trains has started
 
@@ -34,12 +34,12 @@ class Step(Protocol):
         """Note that a frozen part was called after that."""
 
 
-class Part(Adapter):
-    """Surrounds a frozen part or one that trains; no part of the model, and inert in copies of it.
+class Probe(Adapter):
+    """Adapter that surrounds the calls of one module; it is not saved, and does nothing in copies of the model.
 
     Args:
         name: Name of the host.
-        trunk: What the host is cut out of.
+        trunk: The trunk that the step is asked from.
     """
 
     persistent = False
@@ -56,8 +56,8 @@ class Part(Adapter):
         return {**self.__dict__, "trunk": None}
 
 
-class FrozenPart(Part):
-    """Lets the step decide whether the host runs."""
+class FrozenProbe(Probe):
+    """Lets the step decide whether a frozen module runs."""
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
         step = None if self.trunk is None else self.trunk.step
@@ -65,17 +65,17 @@ class FrozenPart(Part):
             return step.call(self.name, inner, args, kwargs)
         if step is not None:
             step.run_late(self.name)
-            args, kwargs = used((args, kwargs))
+            args, kwargs = mark_used((args, kwargs))
         return inner(*args, **kwargs)
 
 
-class TrainedPart(Part):
-    """Ends the trunk where the host begins."""
+class TrainedProbe(Probe):
+    """Ends the trunk of a step where a module that trains is called."""
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
         if self.trunk is not None and self.trunk.step is not None:
             self.trunk.step.end_trunk(self.name)
-            args, kwargs = used((args, kwargs))
+            args, kwargs = mark_used((args, kwargs))
         return inner(*args, **kwargs)
 
 
@@ -93,7 +93,7 @@ class Trunk:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.step: Step | None = None
-        self.frozen, self.trained = parts(model)
+        self.frozen, self.trained = find_parts(model)
         if not self.frozen:
             raise ValueError("cache_frozen=True has nothing to cache: each module of the model trains.")
         for name, module in model.named_modules():
@@ -102,13 +102,13 @@ class Trunk:
             _check_part(name, module)
 
     def attach(self) -> None:
-        """Surround the parts."""
-        for kind, found in ((FrozenPart, self.frozen), (TrainedPart, self.trained)):
-            for name, host in found.items():
-                attach(host, KEY, kind(name, self))
+        """Attach the probes."""
+        for probe, hosts in ((FrozenProbe, self.frozen), (TrainedProbe, self.trained)):
+            for name, host in hosts.items():
+                attach(host, KEY, probe(name, self))
 
     def remove(self) -> None:
-        """Leave the model as it was."""
+        """Remove the probes."""
         for host in (self.frozen | self.trained).values():
             if isinstance(host, AdaptedModule) and KEY in host.peft:
                 remove(host, KEY)
@@ -144,11 +144,11 @@ class Trunk:
     def only_looks_up(self, names: list[str]) -> bool:
         """Return whether these parts hold embeddings and norms alone, which cost less than what is read back."""
         modules = [module for name in names for module in self.frozen[name].modules()]
-        found = [m for m in modules if not isinstance(m, nn.Embedding)]
-        return not any(p.dim() > 1 for m in found for p in m._parameters.values() if p is not None)
+        others = [m for m in modules if not isinstance(m, nn.Embedding)]
+        return not any(p.dim() > 1 for m in others for p in m._parameters.values() if p is not None)
 
 
-def parts(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+def find_parts(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """Return the largest called modules in which nothing trains, and those in which all, or an adapter, trains."""
     frozen, trained, seen = dict[str, nn.Module](), dict[str, nn.Module](), set[int]()
 
@@ -174,9 +174,9 @@ def _is_called(module: nn.Module) -> bool:
 
 
 def _trains_itself(module: nn.Module) -> bool:
-    own: Mapping[str, Tensor | None] = module._parameters
-    below = module.peft.parameters() if isinstance(module, AdaptedModule) else ()
-    return any(p is not None and p.requires_grad for p in (*own.values(), *below))
+    direct: Mapping[str, Tensor | None] = module._parameters
+    adapters = module.peft.parameters() if isinstance(module, AdaptedModule) else ()
+    return any(p is not None and p.requires_grad for p in (*direct.values(), *adapters))
 
 
 def _check_kind(name: str, module: nn.Module) -> None:

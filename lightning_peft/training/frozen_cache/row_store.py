@@ -1,4 +1,4 @@
-"""Rows of tensors in a temporary file, found again by what they were computed from."""
+"""``RowStore``: rows of tensors in a temporary file; ``row_keys``: digests by which they are found again."""
 
 from __future__ import annotations
 
@@ -18,19 +18,28 @@ RESERVE = 2**30  # bytes of a disk that stay free
 
 
 @dataclass(frozen=True)
-class Form:
-    """How a tensor of any number of rows lies in memory: kernels may take another path for other strides."""
+class RowLayout:
+    """How a tensor of any number of rows lies in memory: kernels may take another path for other strides.
 
-    shape: tuple[int, ...]  # of one row; of all where it holds no rows
+    Args:
+        shape: Shape of one row; of the whole tensor where it holds no rows.
+        by_row: Whether the first axis holds rows.
+        strides: Strides of the tensor where rows are outermost, else None.
+        order: The axes in the order in which they lie in memory.
+        dtype: Type of the values.
+        device: Device of the tensor.
+    """
+
+    shape: tuple[int, ...]
     by_row: bool
-    strides: tuple[int, ...] | None  # where rows are outermost, else None
-    order: tuple[int, ...]  # of the axes in memory
+    strides: tuple[int, ...] | None
+    order: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
     @classmethod
-    def of(cls, tensor: Tensor, rows: int) -> Form:
-        """Return the form of a tensor, in which ``rows`` along the first axis are rows."""
+    def of(cls, tensor: Tensor, rows: int) -> RowLayout:
+        """Return the layout of a tensor; its first axis holds rows if it is as long as there are rows."""
         by_row = tensor.dim() > 0 and len(tensor) == rows
         strides = tensor.stride()
         if 0 in strides:  # expanded values are stored one by one
@@ -52,14 +61,14 @@ class Form:
             return torch.empty_strided(size, self.strides, dtype=self.dtype)
         return torch.empty_permuted(size, self.order, dtype=self.dtype)
 
-    def absent(self, rows: int) -> Tensor:
-        """Return a tensor whose values are not to be used, and ruin what uses them."""
-        blank = self.empty(rows).to(self.device)
-        return blank.fill_(torch.nan) if self.dtype.is_floating_point or self.dtype.is_complex else blank.zero_()
+    def blank(self, rows: int) -> Tensor:
+        """Return a tensor whose values must not be used: not a number where the type has it, so that a use shows."""
+        tensor = self.empty(rows).to(self.device)
+        return tensor.fill_(torch.nan) if self.dtype.is_floating_point or self.dtype.is_complex else tensor.zero_()
 
 
 class RowStore:
-    """Keeps rows in a file without a name, which is gone with the process.
+    """Keeps rows in a temporary file without a name, which the system removes when the process ends.
 
     Args:
         folder: Where; by default the system's folder for temporary files.
@@ -73,53 +82,58 @@ class RowStore:
         self.size = 0
 
     def close(self) -> None:
-        """Give the room on the disk back."""
+        """Close the file, which frees its space on the disk."""
         self.file.close()
 
     def room(self) -> int:
-        """Return how many bytes more fit."""
+        """Return how many more bytes fit on the disk."""
         return shutil.disk_usage(self.folder).free - RESERVE
 
     def write(self, rows: Tensor) -> int:
-        """Append rows; return where they begin."""
-        begin, waiting = self.size, _view(_bytes(rows))
+        """Append rows, and return where they begin."""
+        begin, remaining = self.size, _view(_bytes(rows))
         self.file.seek(begin)
-        while len(waiting):
-            waiting = waiting[self.file.write(waiting) :]
+        while len(remaining):
+            remaining = remaining[self.file.write(remaining) :]
         self.size = self.file.tell()
         return begin
 
-    def read(self, form: Form, places: Sequence[int]) -> Tensor:
-        """Return the rows that begin at these places, as one tensor; what is one for all begins at one place."""
-        whole = form.empty(len(places))
-        direct = whole[:1].is_contiguous()
-        rows = whole if direct else torch.empty(whole.shape, dtype=form.dtype)
-        for row, place in zip(rows if form.by_row else [rows], places, strict=True):
-            self.file.seek(place)
-            waiting = _view(row.reshape(-1).view(torch.uint8))
-            while len(waiting):
-                waiting = waiting[self.file.readinto(waiting) or _ended() :]
-        return (whole if direct else whole.copy_(rows)).to(form.device)
+    def read(self, layout: RowLayout, starts: Sequence[int]) -> Tensor:
+        """Return the rows that begin at these positions of the file, as one tensor.
+
+        Args:
+            layout: Layout of the tensor.
+            starts: Where each row begins; one position for a tensor without rows.
+        """
+        tensor = layout.empty(len(starts))
+        direct = tensor[:1].is_contiguous()  # then bytes are read into the tensor, else into a copy
+        rows = tensor if direct else torch.empty(tensor.shape, dtype=layout.dtype)
+        for row, start in zip(rows if layout.by_row else [rows], starts, strict=True):
+            self.file.seek(start)
+            remaining = _view(row.reshape(-1).view(torch.uint8))
+            while len(remaining):
+                remaining = remaining[self.file.readinto(remaining) or _raise_truncated() :]
+        return (tensor if direct else tensor.copy_(rows)).to(layout.device)
 
 
 def row_keys(tensors: Sequence[Tensor], rest: Any) -> tuple[int, list[bytes]]:
-    """Return the number of rows, and for each a digest of all that belongs to it.
+    """Return the number of rows, and for each row a digest of all that its outputs depend on.
 
     Args:
-        tensors: Those with as many rows as the first count by row, others as a whole, in each row's digest.
-        rest: Plain data that counts for each row.
+        tensors: Those with as many rows as the first enter row by row, others as a whole into each digest.
+        rest: Plain data that enters each digest.
     """
     rows = next((len(x) for x in tensors if x.dim()), 0)
-    common, of_rows = hashlib.blake2b(repr(rest).encode(), digest_size=16), []
+    common, row_bytes = hashlib.blake2b(repr(rest).encode(), digest_size=16), []
     for x in tensors:
         by_row = x.dim() > 0 and len(x) == rows
         common.update(repr((by_row, x.dtype, tuple(x.shape[1:] if by_row else x.shape))).encode())
         if by_row:
-            of_rows.append(_bytes(x))
+            row_bytes.append(_bytes(x))
         else:
             common.update(_view(_bytes(x.reshape(1, x.numel()))))
     keys = []
-    for row in torch.cat(of_rows, 1) if of_rows else ():
+    for row in torch.cat(row_bytes, 1) if row_bytes else ():
         digest = common.copy()
         digest.update(_view(row))
         keys.append(digest.digest())
@@ -135,5 +149,5 @@ def _view(x: Tensor) -> memoryview:
     return memoryview(x.view(-1).numpy())  # type: ignore[arg-type]
 
 
-def _ended() -> int:
+def _raise_truncated() -> int:
     raise RuntimeError("The file of cached rows ended early; something else has written to it.")

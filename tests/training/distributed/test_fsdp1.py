@@ -17,7 +17,7 @@ from trainer_models import data, module, trainer
 
 import lightning_peft as lp
 from lightning_peft.checkpoints.adapter_state import strip_wrapper_names
-from lightning_peft.ops.fsdp1_parameters import shard_of
+from lightning_peft.ops.sharded_tensors import shard_of
 from lightning_peft.training.distributed.fsdp1_wrapping import check_flattens
 from lightning_peft.training.distributed.sharding_plan import plan_units
 
@@ -25,8 +25,8 @@ KINDS = ("LoRA-decompose-all", "LastLayers", "BitFit", "FullFineTuning", "Prefix
 
 
 def whole(parameter, tensor):
-    part = shard_of(parameter)
-    return tensor.clone() if part is None else part.gather(torch.zeros_like(parameter) if tensor is None else tensor)
+    shard = shard_of(parameter)
+    return tensor.clone() if shard is None else shard.full(torch.zeros_like(parameter) if tensor is None else tensor)
 
 
 class Keep(laws.Keep):
