@@ -123,7 +123,7 @@ class PEFTStrategy(Callback):
             self._cache.start_epoch()
         set_mode(pl_module, self.frozen_mode)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start a step of the cache."""
         if self._cache is not None:
             self._cache.begin(batch, trains=True)
@@ -141,7 +141,7 @@ class PEFTStrategy(Callback):
         """Add the gradients of penalties, and find parameters without a gradient."""
         self._steps.before_step(pl_module, optimizer)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """End a step of the cache, and let methods follow the optimizer's step."""
         if self._cache is not None:
             self._cache.check_first(trainer)
@@ -163,7 +163,7 @@ class PEFTStrategy(Callback):
 
     on_test_start = on_predict_start = on_validation_start
 
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any) -> None:
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, *_: Any, **__: Any) -> None:
         """Start a step of the cache."""
         if self._cache is not None:
             self._cache.begin(batch, trains=False)

@@ -1,4 +1,4 @@
-"""What runs before anything that trains: found in a model, computed once for each row, skipped from then on."""
+"""The frozen trunk, which runs before anything that trains, is computed once for each row and skipped from then on."""
 
 from .cache import FrozenCache
 
