@@ -24,11 +24,6 @@ class AdaptedModule:
     peft: nn.ModuleDict
     peft_order: tuple[str, ...]  # keys of the active adapters, inner before outer; written by this file alone
 
-    def active_adapters(self) -> Iterator[Any]:
-        """Yield the active adapters, inner before outer."""
-        for key in self.peft_order:
-            yield self.peft[key]
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         build, (cls, *args), *rest = reduced
@@ -45,28 +40,34 @@ def adapted_class(cls: Any) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return InnerCall(self, cls.forward, [self.peft[key] for key in self.peft_order])(*args, **kwargs)
 
-    read, bias = read_weight_attribute(cls), read_bias_attribute(cls)
-
-    def effective_weight(self: Any) -> Any:
-        weight = self._parameters[read]
-        for adapter in self.active_adapters():
-            weight = adapter.effective_weight(weight)
-        return weight
-
-    def effective_bias(self: Any) -> Any:
-        value = self._parameters[bias]
-        for adapter in self.active_adapters():
-            value = adapter.effective_bias(value)
-        return value
-
     # The same name: libraries look models up by it (loss functions, wrapping policies, saved configurations).
     namespace = {"forward": forward, "_host_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    if read is not None:
-        namespace |= {read: property(effective_weight), bias: property(effective_bias)}
-    if issubclass(cls, nn.Sequential):  # calls its children in turn and indexes them by their count, without adapters
+    if (weight_name := read_weight_attribute(cls)) is not None:
+        namespace |= _effective_properties(weight_name, read_bias_attribute(cls))
+    if issubclass(cls, nn.Sequential):
+        # It calls all of its children in turn: iteration leaves out the ``ModuleDict`` of the adapters, which is the
+        # last child. Negative indices and slices count from the length, which leaves it out for that reason.
         namespace["__iter__"] = lambda self: iter([child for child in cls.__iter__(self) if child is not self.peft])
         namespace["__len__"] = lambda self: cls.__len__(self) - 1
     return type(cls.__name__, (AdaptedModule, cls), namespace)
+
+
+def _effective_properties(weight_name: str, bias_name: str) -> dict[str, property]:
+    """Return properties in place of a weight and a bias that the parent module reads: with the active adapters."""
+
+    def effective_weight(self: Any) -> Any:
+        weight = self._parameters[weight_name]
+        for key in self.peft_order:
+            weight = self.peft[key].effective_weight(weight)
+        return weight
+
+    def effective_bias(self: Any) -> Any:
+        bias = self._parameters[bias_name]
+        for key in self.peft_order:
+            bias = self.peft[key].effective_bias(bias)
+        return bias
+
+    return {weight_name: property(effective_weight), bias_name: property(effective_bias)}
 
 
 def _rebuild(cls: Any) -> nn.Module:
@@ -117,6 +118,11 @@ def adapter_key(name: str, adapter: Adapter) -> str:
 def method_name(key: str, adapter: Adapter) -> str:
     """Return the name of the method that ``adapter_key`` was given."""
     return key.removesuffix(f"_{adapter.part}") if adapter.part else key
+
+
+def replaced_names(placed: Iterable[tuple[str, Adapter]]) -> set[str]:
+    """Return the names of base parameters that adapters, given as (name of the host, adapter), replace during calls."""
+    return {f"{name}.{key}".lstrip(".") for name, adapter in placed for key in adapter.replaces}
 
 
 def attach(host: Any, key: str, adapter: Adapter, active: bool = True) -> None:

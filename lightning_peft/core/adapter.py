@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 Call = Callable[..., Any]
 Axes = tuple[str | None, ...]
@@ -119,7 +120,8 @@ class InnerCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.adapters:
             return self.forward(self.host, *args, **kwargs)
-        return self.adapters[-1](self.host, self.without_outermost(), *args, **kwargs)
+        *remaining, outermost = self.adapters
+        return outermost(self.host, InnerCall(self.host, self.forward, remaining), *args, **kwargs)
 
     def without_outermost(self) -> InnerCall:
         """Return the call inside of the outermost adapter that remains."""
@@ -135,3 +137,8 @@ def parameter_like(weight: Tensor, *shape: int) -> nn.Parameter:
     """
     dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
     return nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype))
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Return whether a tensor has values: on the meta device, and while memory is planned, it has a shape alone."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))

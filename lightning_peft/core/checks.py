@@ -27,7 +27,11 @@ def check_names(names: Sequence[str]) -> None:
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"Two methods are named {twice[0]!r}; give one of them another name.")
     for name in names:
-        _check_name(name)
+        if not name or "." in name or name.startswith("_") or hasattr(nn.ModuleDict, name):
+            raise ValueError(
+                f"A method cannot be named {name!r}: choose a name without dots, which does not begin with _ and is "
+                f"not one that torch uses."
+            )
 
 
 def check_trainable(model: nn.Module, name: str) -> None:
@@ -36,14 +40,6 @@ def check_trainable(model: nn.Module, name: str) -> None:
     quantized = key == "weight" and is_quantized(model.get_submodule(owner))
     if quantized or not model.get_parameter(name).is_floating_point():
         raise TypeError(f"{name} is stored in few bits and cannot train; leave it out, or dequantize it.")
-
-
-def _check_name(name: str) -> None:
-    if not name or "." in name or name.startswith("_") or hasattr(nn.ModuleDict, name):
-        raise ValueError(
-            f"A method cannot be named {name!r}: choose a name without dots, which does not begin with _ and is not "
-            f"one that torch uses."
-        )
 
 
 def check_host(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,6 +12,23 @@ from torch import nn
 from ..ops.sharded_tensors import global_shape
 from ..structure.base_model import base_parameters
 from ..structure.quantized import original_of, sample
+from .adapted_module import adapters, method_name, replaced_names
+from .method import Method
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Fingerprints of a base whose weights hold merged adapters.
+
+    Args:
+        base: Fingerprint without the adapters.
+        now: Fingerprint with them.
+        beside: Names of parameters that neither counts: they train, or adapters replace them.
+    """
+
+    base: str | None
+    now: str | None
+    beside: set[str]
 
 
 def fingerprint(model: nn.Module, trained: Collection[str] | None = None) -> str | None:
@@ -44,3 +62,13 @@ def digest(found: Iterable[tuple[tuple[int, ...], torch.Tensor]]) -> str:
     if samples:
         shapes.update(torch.cat(samples).view(torch.int16).numpy().tobytes())
     return shapes.hexdigest()[:16]
+
+
+def trained_or_replaced_names(model: nn.Module, methods: Sequence[Method]) -> set[str]:
+    """Return the names of the base parameters to leave out of a fingerprint.
+
+    These train, or the adapters of the methods replace them during calls.
+    """
+    trained = {name for name, parameter in base_parameters(model).items() if parameter.requires_grad}
+    names = {method.name for method in methods}
+    return trained | replaced_names((host, a) for host, _, key, a in adapters(model) if method_name(key, a) in names)

@@ -13,10 +13,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..structure.base_model import base_modules, base_parameters
 from ..structure.quantized import check_not_repacked, keep_differentiable
 from ..structure.selection import Selection, literal, record_selections, select_parameters
-from .adapted_module import active_adapters, adapter_key, adapters, attach, disable_fast_path, remove, restore_fast_path
+from .adapted_module import (
+    active_adapters,
+    adapter_key,
+    adapters,
+    attach,
+    disable_fast_path,
+    remove,
+    replaced_names,
+    restore_fast_path,
+)
 from .adapter import Adapter
 from .checks import check_host, check_names, check_selection, check_shared_host, check_trainable
-from .injection_record import InjectionRecord, check_not_paused, get_record, replaced_names, set_record
+from .injection_record import InjectionRecord, check_not_paused, get_record, set_record
 from .method import Method
 from .own_parameters import OwnParameters
 from .tensor_parallel import check_tensor_parallel_support, mesh_of, shard_adapters

@@ -8,27 +8,12 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..structure.base_model import base_parameters
 from .adapted_module import adapters, method_name
 from .adapter import Adapter
+from .fingerprint import Merged
 from .method import Method
 
 _RECORD = "_peft_injection"
-
-
-@dataclass(frozen=True)
-class Merged:
-    """Fingerprints of a base that holds merged adapters for now.
-
-    Args:
-        base: Fingerprint without the adapters.
-        now: Fingerprint with them.
-        beside: Names of parameters that neither counts: they train, or adapters replace them.
-    """
-
-    base: str | None
-    now: str | None
-    beside: set[str]
 
 
 @dataclass
@@ -168,12 +153,9 @@ def set_record(model: nn.Module, record: InjectionRecord | None) -> None:
 
 
 def require_record(model: nn.Module) -> InjectionRecord:
-    """Return the record on this module; a ``ValueError`` if nothing was injected into it."""
-    record = get_record(model)
-    if record is None:
-        raise ValueError(
-            f"Nothing was injected into this {type(model).__name__}; pass the very module given to inject."
-        )
+    """Return the record on this module; raise a ``ValueError`` if nothing was injected into it."""
+    if (record := get_record(model)) is None:
+        raise ValueError(f"Nothing was injected into this {type(model).__name__}; pass the module given to inject.")
     return record
 
 
@@ -205,23 +187,6 @@ def adapters_of(model: nn.Module, *methods: Method) -> dict[str, Adapter]:
         for name, _, key, adapter in adapters(model)
         if method_name(key, adapter) in names
     }
-
-
-def replaced_names(placed: Iterable[tuple[str, Adapter]]) -> set[str]:
-    """Return the names of base parameters that adapters, given as (name of the host, adapter), replace during calls."""
-    return {f"{name}.{key}".lstrip(".") for name, adapter in placed for key in adapter.replaces}
-
-
-def names_replaced_by(model: nn.Module, methods: Sequence[Method]) -> set[str]:
-    """Return the names of base parameters that the adapters of these methods replace during calls."""
-    names = {method.name for method in methods}
-    return replaced_names((host, a) for host, _, key, a in adapters(model) if method_name(key, a) in names)
-
-
-def trained_or_replaced_names(model: nn.Module, methods: Sequence[Method]) -> set[str]:
-    """Return the names of parameters that a fingerprint of the base leaves out: they train, or are replaced."""
-    trained = {name for name, parameter in base_parameters(model).items() if parameter.requires_grad}
-    return trained | names_replaced_by(model, methods)
 
 
 def trained_by(model: nn.Module, methods: Iterable[Method]) -> list[str]:

@@ -95,7 +95,7 @@ def changed_hosts(model: nn.Module) -> list[tuple[str, Any, WeightBackup]]:
 
 def check_not_merged(model: nn.Module) -> None:
     """Raise where adapters are merged into a model's weights."""
-    if changed_hosts(model):
+    if any(_KEPT in vars(module) for module in model.modules()):
         raise RuntimeError("Adapters are merged into this model's weights for now; call unmerge(model) first.")
 
 

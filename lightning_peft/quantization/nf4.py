@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..structure.layer_types import layer_of
-from ..structure.quantized import NF4Linear
+from ..structure.quantized_linear import NF4Linear
 
 LIBRARIES = ("bitsandbytes", "torchao")
 BLOCK = 64

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..structure.base_model import ADAPTERS_ATTRIBUTE
 from .base_model import base_modules, base_parameters, matches, name_pattern
 from .fused_rows import Rows, has_parts, requested_rows
 from .roles import ROLES
@@ -112,7 +111,9 @@ def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         ValueError: A pattern matches no parameter; names what the model has.
     """
     parameters, modules = base_parameters(model), base_modules(model)
-    shared = {name: next(n for n, p in parameters.items() if p is parameter) for name, parameter in _all(model)}
+    first_names = {id(parameter): name for name, parameter in parameters.items()}
+    every_name = dict(model.named_parameters(remove_duplicate=False))  # of a shared parameter, all its names
+    shared = {name: first_names[id(p)] for name, p in every_name.items() if id(p) in first_names}
     chosen = set[str]()
     for pattern in _listed(patterns, "also_train", empty=True):
         if pattern in ROLES:
@@ -127,12 +128,6 @@ def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 def literal(name: str) -> str:
     """Return a glob that means a name, even where that is a role, too."""
     return f"[{name[0]}]{name[1:]}" if name in ROLES else name
-
-
-def _all(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if f".{ADAPTERS_ATTRIBUTE}." not in f".{name}":
-            yield name, parameter
 
 
 def _listed(patterns: Sequence[str], what: str, empty: bool = False) -> Sequence[str]:

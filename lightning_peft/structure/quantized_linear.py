@@ -1,0 +1,90 @@
+"""``Int8Linear`` and ``NF4Linear``: linear layers over frozen codes and statistics, decoded anew in each pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class QuantizedLinear(nn.Linear):
+    """Linear layer over frozen codes and statistics; both passes decode them anew, so no decoded weight is kept."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _Product.apply(x, self.decode, self.stored())  # type: ignore[no-untyped-call]
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def stored(self) -> list[Tensor]:
+        """Return codes and statistics."""
+        return [self.weight, *self._buffers.values()]  # type: ignore[list-item]
+
+    @staticmethod
+    def decode(*stored: Tensor) -> Tensor:
+        """Return the weight as (out, in), in float32."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, new in self._buffers.items():
+            old = before[name]
+            if old is not None and new is not None and new.dtype != old.dtype:  # rounded statistics: other weights
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+class Int8Linear(QuantizedLinear):
+    """W = scale * codes, with codes from -127 to 127 and one scale for each row."""
+
+    def encode(self, weight: Tensor) -> None:
+        """Store a weight of shape (out, in)."""
+        scale = weight.float().abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        self.weight = nn.Parameter((weight / scale).round().to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale)  # (out, 1)
+
+    @staticmethod
+    def decode(*stored: Tensor) -> Tensor:
+        codes, scale = stored
+        return codes * scale
+
+
+class NF4Linear(QuantizedLinear):
+    """W = codebook[codes] * absmax of 64 values, with absmax = codes8 / factor + mean; quantized by torchao.
+
+    Its own tensor type is not kept: it cannot be copied where a weight has few blocks.
+    """
+
+    def encode(self, weight: Tensor, nf4: Any) -> None:
+        """Store a weight of shape (out, in), given as torchao's ``NF4Tensor`` too."""
+        codes8, factor = nf4.quantized_scalers.view(len(nf4.quantization_factor), -1), nf4.quantization_factor
+        flat = ~factor.isfinite()  # blocks that are all alike: nothing is left to scale
+        self.weight = nn.Parameter(nf4.quantized_data.view(len(weight), -1), requires_grad=False)  # (out, in / 2)
+        self.register_buffer("codes8", codes8.masked_fill(flat[:, None], 0))
+        self.register_buffer("factor", factor.masked_fill(flat, 1.0))
+        self.register_buffer("mean", nf4.scaler_mean)
+        self.register_buffer("codebook", nf4.nf4)
+
+    @staticmethod
+    def decode(*stored: Tensor) -> Tensor:
+        codes, codes8, factor, mean, codebook = stored
+        absmax = (codes8 / factor[:, None]).flatten() + mean
+        values = codebook[torch.stack([codes >> 4, codes & 15], -1).int()]  # the first value is in the high half
+        return (values.view(len(absmax), -1) * absmax[:, None]).view(len(codes), -1)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T for a frozen W that is decoded in each pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, decode: Callable[..., Tensor], stored: list[Tensor]) -> Tensor:
+        ctx.decode = decode
+        ctx.save_for_backward(*stored)
+        return F.linear(x, decode(*stored).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        weight: Tensor = ctx.decode(*ctx.saved_tensors)
+        return grad @ weight.to(grad.dtype), None, None
