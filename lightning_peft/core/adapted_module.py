@@ -1,4 +1,4 @@
-"""Swaps the class of a module for a cached subclass whose ``forward`` runs its adapters around the original one."""
+"""``attach`` swaps a module's class for a cached subclass whose ``forward`` runs its adapters around the original."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..structure.base_model import ADAPTERS_ATTRIBUTE
 from ..structure.layer_types import read_bias_attribute, read_weight_attribute
 from .adapter import Adapter, InnerCall
 
-# Of torch: what reads weights of its children, or packs its input, unless told otherwise.
+# Modules of torch that read the weights of their children in eval mode, or pack padded input into nested tensors.
 _READERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
@@ -27,14 +27,14 @@ class AdaptedModule:
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         build, (cls, *args), *rest = reduced
-        if cls is not adapted_class(self._host_class):  # sharding put a class of its own in front
+        if cls is not adapted_class(self._host_class):  # FSDP2 put its own subclass in front
             return build, (cls, *args), *rest
         return _rebuild, (self._host_class,), *rest
 
 
 @functools.cache
 def adapted_class(cls: Any) -> type[nn.Module]:
-    """Return the class of hosts whose own class is ``cls``."""
+    """Return the subclass of ``cls`` that runs adapters."""
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -76,9 +76,9 @@ def _rebuild(cls: Any) -> nn.Module:
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Adapter]]:
-    """Yield (host's name, host, adapter's name, adapter); found by type, never by the spelling of a name.
+    """Yield (host's name, host, adapter's key, adapter); hosts are found by type, never by the spelling of a name.
 
-    Adapters that are there during one run alone are left out.
+    Temporary adapters, which exist during one run only, are left out.
     """
     hosts: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, AdaptedModule)]
     for name, host in hosts:
@@ -88,18 +88,18 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Adapter]]:
 
 
 def list_base_modules(model: nn.Module) -> list[Any]:
-    """Return the modules of the base, the root included, quickly: without names, and without a look into adapters."""
-    found, seen = [model], {id(model)}
-    for module in found:  # which grows
+    """Return the modules of the base, the root included; faster than ``base_modules``, as it builds no names."""
+    modules, seen = [model], {id(model)}
+    for module in modules:  # the list grows during the loop
         for name, child in module._modules.items():
             if (
                 child is not None
                 and id(child) not in seen
                 and not (name == ADAPTERS_ATTRIBUTE and isinstance(module, AdaptedModule))
             ):
-                found.append(child)
+                modules.append(child)
                 seen.add(id(child))
-    return found
+    return modules
 
 
 def active_adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
@@ -111,12 +111,12 @@ def active_adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
 
 
 def adapter_key(name: str, adapter: Adapter) -> str:
-    """Return the name under which an adapter of a method lies in its host."""
+    """Return the key, in ``host.peft``, of an adapter that belongs to the method of this name."""
     return f"{name}_{adapter.part}" if adapter.part else name
 
 
 def method_name(key: str, adapter: Adapter) -> str:
-    """Return the name of the method that ``adapter_key`` was given."""
+    """Return the name of the method that an adapter belongs to; the inverse of ``adapter_key``."""
     return key.removesuffix(f"_{adapter.part}") if adapter.part else key
 
 
@@ -126,15 +126,15 @@ def replaced_names(placed: Iterable[tuple[str, Adapter]]) -> set[str]:
 
 
 def attach(host: Any, key: str, adapter: Adapter, active: bool = True) -> None:
-    """Give a host an adapter, which surrounds those that are active already; an inactive one is only stored."""
+    """Add an adapter to a host, outside of the active ones; an inactive adapter is stored and not called."""
     if not isinstance(host, AdaptedModule):
         host.peft, host.peft_order = nn.ModuleDict(), ()
-        kind: Any = type(host)
-        host.__class__ = adapted_class(kind)
-    own = itertools.chain(host._parameters.values(), host.parameters())  # most hosts have some, and no search is needed
-    device = next((p.device for p in own if p is not None), None)
-    slot: Any = host.peft
-    slot[key] = adapter if all(p.device == device for p in adapter.parameters()) else adapter.to(device)
+        cls: Any = type(host)
+        host.__class__ = adapted_class(cls)
+    # Most hosts hold a parameter themselves; only the others need a search of their children.
+    parameters = itertools.chain(host._parameters.values(), host.parameters())
+    device = next((p.device for p in parameters if p is not None), None)
+    host.peft[key] = adapter if all(p.device == device for p in adapter.parameters()) else adapter.to(device)
     if active:
         host.peft_order += (key,)
     if adapter.training != host.training:
@@ -142,24 +142,24 @@ def attach(host: Any, key: str, adapter: Adapter, active: bool = True) -> None:
 
 
 def set_active(host: Any, keys: Sequence[str]) -> None:
-    """Let the adapters of these keys, and no others, surround the calls of a host, inner before outer."""
+    """Activate the adapters of these keys, and no others, inner before outer."""
     host.peft_order = tuple(keys)
 
 
 def remove(host: Any, key: str) -> None:
-    """Undo ``attach``; without adapters a host is what it was."""
+    """Undo ``attach``; once its last adapter is removed, the host has its original class again."""
     host.peft.pop(key)
-    host.peft_order = tuple(other for other in host.peft_order if other != key)
+    host.peft_order = tuple(active for active in host.peft_order if active != key)
     if not host.peft:
         host.__class__ = host._host_class
         del host.peft, host.peft_order
 
 
 def disable_fast_path(modules: Iterable[nn.Module]) -> None:
-    """Have torch's encoders call what they hold in eval mode, with plain tensors.
+    """Keep torch's encoders from bypassing adapted children in eval mode.
 
-    Unless hooked, encoder layers read the weights of their children; the encoder packs padded rows into nested tensors,
-    with which torch's attention runs no code but its own and no gradient comes back.
+    Unless a hook is registered, encoder layers read the weights of their children and do not call them. The encoder
+    packs padded rows into nested tensors, for which torch's attention runs a fused kernel that has no gradient.
     """
     for module in modules:
         if not isinstance(module, _READERS) or not any(adapters(module)):
@@ -182,8 +182,8 @@ def restore_fast_path(module: nn.Module) -> None:
 
 
 def _noop_hook(module: nn.Module, args: Any) -> None:
-    """Change nothing."""
+    """Change nothing; torch skips its fast path where any hook is registered."""
 
 
 def _nested_tensor_was_on(module: nn.Module, args: Any) -> None:
-    """Change nothing; tells that an encoder packed rows before."""
+    """Change nothing; its registration records, through copies and files, that ``use_nested_tensor`` was True."""

@@ -131,7 +131,7 @@ class InjectionPlan:
             more = _placements(model, modules, copies)
             if extra := replaced_names((placement.name, placement.adapter) for placement in more) - trained:
                 raise ValueError(
-                    f"{min(extra)} ends in the name of one that trains and would train, too; rename one of them."
+                    f"{min(extra)} ends in the name of a parameter that trains and would train too; rename one of them."
                 )
             methods, placements, trained = [*methods, copies], placements + more, set()
         plan = cls(model, record, modules, methods, also_train, placements, trained, active)
@@ -177,7 +177,7 @@ class InjectionPlan:
 
 
 def _placements(model: nn.Module, modules: dict[str, nn.Module], method: Method) -> list[Placement]:
-    """Return the adapters of a method with their hosts, if they change what the method selected and nothing else."""
+    """Return the adapters of a method with their hosts; raise if they change more than the method selected."""
     selections: list[Selection]
     with record_selections() as selections:
         placed = list(method.adapters(model))

@@ -1,4 +1,4 @@
-"""Parameters that FSDP1 has flattened: each process holds a run of their elements, in the order of the ranks."""
+"""``FlatShard``: the elements of an FSDP1-flattened parameter that each process holds, in the order of the ranks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
-_PART = "_peft_part"
+_SHARD = "_peft_part"
 
 
 @dataclass(frozen=True)
 class FlatShard:
-    """Which elements of a whole a process holds.
+    """Elements of a parameter that this process holds.
 
     Args:
-        shape: Of the whole.
-        counts: How many elements each process holds, by rank.
-        group: The processes.
+        shape: Shape of the full parameter.
+        counts: Number of elements that each process holds, by rank.
+        group: Processes that hold them.
     """
 
     shape: torch.Size
@@ -32,53 +32,52 @@ class FlatShard:
         """The first element that this process holds."""
         return sum(self.counts[: self.group.rank()])
 
-    def gather(self, own: Tensor) -> Tensor:
-        """Return the whole; all processes have to ask for it.
+    def gather(self, shard: Tensor) -> Tensor:
+        """Return the full parameter; all processes have to call it.
 
         Raises:
-            RuntimeError: The parameter is gathered at this moment.
+            RuntimeError: FSDP1 has gathered the parameter, as during a step.
         """
-        if own.numel() != self.counts[self.group.rank()]:
+        if shard.numel() != self.counts[self.group.rank()]:
             raise RuntimeError("A parameter is read while FSDP1 has it gathered; read it between two steps.")
-        longest = torch.zeros(max(self.counts), dtype=own.dtype, device=own.device)
-        longest[: own.numel()] = own.detach().reshape(-1)
-        every = [torch.empty_like(longest) for _ in self.counts]
-        dist.all_gather(every, longest, group=self.group)
-        return torch.cat([part[:count] for part, count in zip(every, self.counts, strict=True)]).view(self.shape)
+        padded = torch.zeros(max(self.counts), dtype=shard.dtype, device=shard.device)
+        padded[: shard.numel()] = shard.detach().reshape(-1)
+        shards = [torch.empty_like(padded) for _ in self.counts]
+        dist.all_gather(shards, padded, group=self.group)
+        return torch.cat([x[:count] for x, count in zip(shards, self.counts, strict=True)]).view(self.shape)
 
     def cut(self, values: Tensor) -> Tensor:
-        """Return this process's elements of the whole."""
+        """Return this process's elements of a full tensor."""
         return values.reshape(-1)[self.start : self.start + self.counts[self.group.rank()]]
 
 
 def annotate_shards(shapes: Mapping[nn.Parameter, torch.Size], group: dist.ProcessGroup, device: torch.device) -> None:
-    """Note on parameters that were just flattened what they are parts of.
+    """Attach a ``FlatShard`` to parameters that FSDP1 has just flattened.
 
     Args:
-        shapes: What they were before, in the same order everywhere.
-        group: Over which processes they are spread.
-        device: Where the processes' backend sends from.
+        shapes: Shapes of the parameters before, in the same order on all processes.
+        group: Processes that hold the shards.
+        device: Device that the backend of the group sends from.
     """
-    own = torch.tensor([p.numel() for p in shapes], device=device)
-    every = [torch.empty_like(own) for _ in range(group.size())]
-    dist.all_gather(every, own, group=group)
-    counts = torch.stack(every).t().tolist()
-    for (parameter, shape), found in zip(shapes.items(), counts, strict=True):
-        if sum(found) != shape.numel():
-            raise RuntimeError(f"FSDP1 holds {sum(found)} of {shape.numel()} elements; use FSDP2Strategy.")
-        setattr(parameter, _PART, FlatShard(shape, tuple(found), group))
+    local_counts = torch.tensor([p.numel() for p in shapes], device=device)
+    by_rank = [torch.empty_like(local_counts) for _ in range(group.size())]
+    dist.all_gather(by_rank, local_counts, group=group)
+    for (parameter, shape), counts in zip(shapes.items(), torch.stack(by_rank).t().tolist(), strict=True):
+        if sum(counts) != shape.numel():
+            raise RuntimeError(f"FSDP1 holds {sum(counts)} of {shape.numel()} elements; use FSDP2Strategy.")
+        setattr(parameter, _SHARD, FlatShard(shape, tuple(counts), group))
 
 
 def shard_of(tensor: Tensor) -> FlatShard | None:
-    """Return which part of a whole this very parameter is, or None where it is no part."""
-    return getattr(tensor, _PART, None)
+    """Return the ``FlatShard`` of a parameter; None unless FSDP1 has flattened it."""
+    return getattr(tensor, _SHARD, None)
 
 
 def check_known_shards(model: nn.Module) -> None:
-    """Raise where FSDP1 has flattened parameters and nothing is noted on them.
+    """Raise where FSDP1 has flattened parameters that have no ``FlatShard``.
 
     Raises:
-        TypeError: What is read of them would be a part, without a shape.
+        TypeError: Their values would be read as flat shards, without a shape.
     """
     flattened = [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
     hidden = [name for name, _ in model.named_parameters() if name.endswith("_flat_param")]

@@ -60,7 +60,7 @@ class LayerType(ABC):
         self.read(host)[first : first + len(rows)].copy_(rows)
 
     def is_plain_matmul(self, host: Any, call: object) -> bool:
-        """Return whether ``call``, the host's forward, computes exactly the product with its weight, and adds its bias."""
+        """Return whether ``call``, the host's forward, computes x W^T + bias and nothing else."""
         return False
 
     def factorizes(self, host: Any) -> bool:
@@ -112,8 +112,7 @@ class ReadLinearType(LinearType):
         return cast("nn.Parameter | None", host._parameters[read_bias_attribute(type(host))])
 
     def parameter(self, host: Any) -> Tensor:
-        name = read_weight_attribute(type(host)) or "weight"
-        weight: Tensor | None = host._parameters[name]  # the attribute is a property that returns the updated weight
+        weight: Tensor | None = host._parameters[read_weight_attribute(type(host)) or "weight"]  # not the property
         if weight is None:
             raise TypeError("This nn.MultiheadAttention has separate projections (kdim, vdim); they cannot be adapted.")
         return weight

@@ -1,4 +1,4 @@
-"""Linear layers whose weight is stored in few bits: our own, and what is known about those of other libraries."""
+"""``QuantizedType``: layer types whose weight is stored in few bits, of this package, bitsandbytes and torchao."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _ORIGINAL = "_peft_original"
 
 @dataclass(frozen=True)
 class Original:
-    """What a quantized layer keeps of the weight that it had.
+    """Facts about a layer's original weight that ``quantize`` keeps on the layer.
 
     Args:
-        cls: Class of the layer.
-        dtype: Type of the weight.
-        shape: Shape of the weight, as the layer stored it.
-        values: Up to 64 of its values, for fingerprints; None as long as it has none.
+        cls: Class of the layer before.
+        dtype: Type of the original weight.
+        shape: Shape of the original weight, as the layer stored it.
+        values: Up to 64 of its values, for fingerprints; None while the weight has no values (meta device).
         transposed: Whether the layer stored its weight as (in, out).
         squared_error: Sum of the squared differences between quantized and original weight.
         squared_norm: Sum of the squares of the original weight.
@@ -46,20 +46,20 @@ def sample(weight: Tensor) -> Tensor:
 
 
 def original_of(host: nn.Module) -> Original | None:
-    """Return what a layer that ``quantize`` changed keeps of its weight; a plain attribute, so copies have it too."""
+    """Return the ``Original`` of a layer that ``quantize`` changed, or None; copies of the layer have it too."""
     return vars(host).get(_ORIGINAL)
 
 
 def remember(host: nn.Module, original: Original | None) -> None:
-    """Keep the original of a layer; None forgets it."""
+    """Set the ``Original`` of a layer; None removes it."""
     vars(host)[_ORIGINAL] = original
 
 
 class QuantizedType(LinearType):
-    """A linear layer whose weight has to be computed from what it stores.
+    """Linear layers whose weight has to be computed from codes and statistics.
 
     Args:
-        dequantized: Computes the weight of a host, as (out, in), in a floating type.
+        dequantized: Function that computes the weight of a host, as (out, in), in a floating type.
     """
 
     def __init__(self, dequantized: Callable[[Any], Tensor]) -> None:
@@ -73,24 +73,24 @@ class QuantizedType(LinearType):
         return torch.Size((host.out_features, host.in_features))
 
     def write(self, host: Any, rows: Tensor, first: int = 0) -> None:
-        """Refuse: what ``read`` returns is not what is stored."""
+        """Raise a ``TypeError``, since the layer stores codes and not the weight that ``read`` returns."""
         raise TypeError(f"{type(host).__name__} stores its weight in few bits; dequantize before merging.")
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a module is a linear layer whose weight is stored in few bits."""
+    """Return whether a module is a linear layer whose weight is stored in few bits."""
     return is_called_linear(module) and isinstance(layer_of(module), QuantizedType)
 
 
 def check_not_repacked(modules: Mapping[str, nn.Module]) -> None:
-    """Raise where bitsandbytes has stored weights anew for inference on the CPU, which no gradient passes."""
+    """Raise where bitsandbytes has repacked weights for inference on the CPU, which stops all gradients."""
     for name, module in modules.items():
         if getattr(vars(module).get("quant_state"), "packing_format_for_cpu", False):
             raise ValueError(f"{name} was repacked by bitsandbytes for inference; load the model again, then inject.")
 
 
 def keep_differentiable(modules: Iterable[nn.Module]) -> None:
-    """Keep bitsandbytes from storing weights anew in eval mode: rounded, and without gradients for the input."""
+    """Keep bitsandbytes from repacking weights in eval mode: they would be rounded, and inputs get no gradients."""
     for module in modules:
         if "support_avx512bf16_for_cpu" in vars(module):
             vars(module)["support_avx512bf16_for_cpu"] = False
@@ -102,7 +102,7 @@ def _linear_4bit(host: Any) -> Tensor:
     data, state = host.weight.detach(), getattr(host.weight, "quant_state", None) or host.quant_state
     if state is None:  # not quantized yet: moving it to a device does that
         return cast(Tensor, data)
-    if getattr(state, "packing_format_for_cpu", False):  # what a forward in eval mode makes of it on some processors
+    if getattr(state, "packing_format_for_cpu", False):  # a forward in eval mode repacked it, as on some processors
         data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.deepcopy(state))
     return cast(Tensor, functional.dequantize_4bit(data, state))
 
@@ -119,12 +119,12 @@ def _torchao(host: Any) -> Tensor:
     return cast(Tensor, getattr(host.weight, "get_original_weight", host.weight.dequantize)())
 
 
-def _own(host: Any) -> Tensor:
+def _quantized_linear(host: Any) -> Tensor:
     return cast(Tensor, host.decode(*host.stored()))
 
 
-_OWN = QuantizedType(_own)
-layer_of.register(QuantizedLinear)(lambda host: _OWN)
+_QUANTIZED_LINEAR = QuantizedType(_quantized_linear)
+layer_of.register(QuantizedLinear)(lambda host: _QUANTIZED_LINEAR)
 FOREIGN["bitsandbytes.nn.modules.Linear4bit"] = QuantizedType(_linear_4bit)
 FOREIGN["bitsandbytes.nn.modules.Linear8bitLt"] = QuantizedType(_linear_8bit)
 for _name in (
@@ -132,4 +132,4 @@ for _name in (
     "torchao.quantization.quantize_.workflows.nf4.nf4_tensor.NF4Tensor",
     "torchao.dtypes.nf4tensor.NF4Tensor",  # until torchao 0.17
 ):
-    FOREIGN[_name] = QuantizedType(_torchao)  # the type of the weight, in a layer of torch
+    FOREIGN[_name] = QuantizedType(_torchao)  # class of the weight, in an ``nn.Linear``

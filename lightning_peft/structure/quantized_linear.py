@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 
 class QuantizedLinear(nn.Linear):
-    """Linear layer over frozen codes and statistics; both passes decode them anew, so no decoded weight is kept."""
+    """Linear layer over frozen codes and statistics. Both passes decode them, so no decoded weight is saved."""
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _Product.apply(x, self.decode, self.stored())  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def stored(self) -> list[Tensor]:
-        """Return codes and statistics."""
+        """Return the codes and, after them, the statistics: the arguments of ``decode``."""
         return [self.weight, *self._buffers.values()]  # type: ignore[list-item]
 
     @staticmethod
@@ -31,7 +31,7 @@ class QuantizedLinear(nn.Linear):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, new in self._buffers.items():
             old = before[name]
-            if old is not None and new is not None and new.dtype != old.dtype:  # rounded statistics: other weights
+            if old is not None and new is not None and new.dtype != old.dtype:  # rounding statistics changes weights
                 self._buffers[name] = old.to(new.device)
         return self
 
@@ -54,13 +54,13 @@ class Int8Linear(QuantizedLinear):
 class NF4Linear(QuantizedLinear):
     """W = codebook[codes] * absmax of 64 values, with absmax = codes8 / factor + mean; quantized by torchao.
 
-    Its own tensor type is not kept: it cannot be copied where a weight has few blocks.
+    torchao's ``NF4Tensor`` is not stored, since it cannot be copied where a weight has few blocks.
     """
 
     def encode(self, weight: Tensor, nf4: Any) -> None:
-        """Store a weight of shape (out, in), given as torchao's ``NF4Tensor`` too."""
+        """Store a weight of shape (out, in) from its ``NF4Tensor`` of torchao."""
         codes8, factor = nf4.quantized_scalers.view(len(nf4.quantization_factor), -1), nf4.quantization_factor
-        flat = ~factor.isfinite()  # blocks that are all alike: nothing is left to scale
+        flat = ~factor.isfinite()  # of blocks whose scales are all equal
         self.weight = nn.Parameter(nf4.quantized_data.view(len(weight), -1), requires_grad=False)  # (out, in / 2)
         self.register_buffer("codes8", codes8.masked_fill(flat[:, None], 0))
         self.register_buffer("factor", factor.masked_fill(flat, 1.0))
