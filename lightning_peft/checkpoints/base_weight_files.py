@@ -11,8 +11,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..core.fingerprint import digest
-from ..core.injection_record import require_record, trained_or_replaced_names
+from ..core.fingerprint import digest, trained_or_replaced_names
+from ..core.injection_record import require_record
 from ..structure.base_model import ADAPTERS_ATTRIBUTE, base_parameters
 from ..structure.quantized import sample
 from .key_prefix import align_keys

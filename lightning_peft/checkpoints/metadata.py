@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from ..core.active_adapters import activate
-from ..core.fingerprint import fingerprint
+from ..core.fingerprint import fingerprint, trained_or_replaced_names
 from ..core.inject import add_inactive, inject
-from ..core.injection_record import get_record, require_record, trained_or_replaced_names
+from ..core.injection_record import get_record, require_record
 from ..core.method import Method, from_dict, to_dict
 from ..core.weight_backup import check_not_merged
 

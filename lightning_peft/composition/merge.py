@@ -13,16 +13,9 @@ from torch import nn
 from ..core.active_adapters import temporary_adapters
 from ..core.adapted_module import adapters, set_active
 from ..core.adapter import Adapter
-from ..core.fingerprint import fingerprint
+from ..core.fingerprint import Merged, fingerprint, trained_or_replaced_names
 from ..core.inject import detach
-from ..core.injection_record import (
-    InjectionRecord,
-    Merged,
-    check_not_paused,
-    get_record,
-    require_record,
-    trained_or_replaced_names,
-)
+from ..core.injection_record import InjectionRecord, check_not_paused, get_record, require_record
 from ..core.weight_backup import (
     allow_loading,
     changed_hosts,

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from ..core.active_adapters import PER_ROW_KEY, paused
+from ..core.active_adapters import PER_ROW_KEY, paused, trained_by
 from ..core.adapted_module import AdaptedModule, list_base_modules, method_name, set_active
 from ..core.adapter import Adapter, Call
-from ..core.injection_record import check_not_paused, methods_named, require_record, trained_by
+from ..core.injection_record import check_not_paused, methods_named, require_record
 from ..core.per_row import BatchableAdapter, BatchableLayerAdapter
 from ..structure.layer_types import read_weight_attribute
 from .row_dispatch import BatchedLayerCall, BatchedModuleCall, RowAssignment

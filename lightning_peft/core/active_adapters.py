@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,18 +28,18 @@ from .injection_record import (
     get_record,
     methods_named,
     require_record,
-    trained_by,
 )
+from .method import Method
 from .weight_backup import check_not_merged
 
-PER_ROW_KEY = "_rows"  # under which name lies in a host what gives each row its own adapter
+PER_ROW_KEY = "_rows"  # key on a host of the temporary adapter that gives each batch row the adapter of its name
 
 
 def active(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the adapters that take part in calls, inner before outer.
+    """Return the names of the active adapters, inner before outer.
 
     Args:
-        model: The very module that was given to ``inject`` or ``add_adapter``.
+        model: The module that was given to ``inject`` or ``add_adapter``.
 
     Raises:
         ValueError: Nothing was injected into this module.
@@ -48,12 +48,13 @@ def active(model: nn.Module) -> tuple[str, ...]:
 
 
 def activate(model: nn.Module, *names: str) -> nn.Module:
-    """Let the adapters of these names, and no others, take part in calls: y = outer(... inner(host(x))).
+    """Activate the adapters of these names, and no others: y = outer(... inner(host(x))).
 
-    They train, the others do not. Idle adapters stay in the model and in its checkpoints, and cost no call anything.
+    Active adapters train, the others do not. Inactive adapters stay in the model and in its checkpoints, and no call
+    spends time on them.
 
     Args:
-        model: The very module that was given to ``inject`` or ``add_adapter``.
+        model: The module that was given to ``inject`` or ``add_adapter``.
         names: Names of methods; of two on one host, the later is the outer.
 
     Returns:
@@ -61,38 +62,39 @@ def activate(model: nn.Module, *names: str) -> nn.Module:
 
     Raises:
         ValueError: A name is unknown, is given twice, or its adapters cannot share a weight with others.
-        RuntimeError: No adapter takes part for now, within ``disabled`` or ``row_adapters``.
+        RuntimeError: Adapters are inactive within ``disabled`` or ``row_adapters``, or merged into the weights.
     """
     record = require_record(model)
     check_not_paused(record)
     methods = [method for name in names for method in methods_named(record, name)]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"activate needs one name or several different ones, got {list(names)}.")
-    idle = [method for method in record.methods if method not in methods and not adapters_of(model, method)]
-    if always := [method.name for method in idle if trained_by(model, [method])]:
-        raise ValueError(f"{always[0]!r} trains the base itself and has no adapters that could lie idle; name it, too.")
-    found: list[Any] = list(adapters(model))
-    chosen = [one for method in methods for one in found if method_name(*one[2:]) == method.name]
+    without_adapters = [m for m in record.methods if m not in methods and not adapters_of(model, m)]
+    if always_active := [method.name for method in without_adapters if trained_by(model, [method])]:
+        raise ValueError(f"{always_active[0]!r} trains the base itself and cannot be inactive; name it, too.")
+    attached = list(adapters(model))
+    chosen = [entry for method in methods for entry in attached if method_name(*entry[2:]) == method.name]
     check_shared_host([(name, adapter) for name, _, _, adapter in chosen])
     orders: dict[int, tuple[str, ...]] = {}
     for _, host, key, _ in chosen:
         orders[id(host)] = (*orders.get(id(host), ()), key)
-    taking = {id(adapter) for *_, adapter in chosen}
-    for _, host, _, adapter in found:
+    active_ids = {id(adapter) for *_, adapter in chosen}
+    for _, host, _, adapter in attached:
+        # Temporary adapters go outermost: they watch or replace the call of the host with all of its adapters.
         set_active(host, orders.get(id(host), ()) + temporary_adapters(host))
         adapter.invalidate_cache()
-        adapter.requires_grad_(id(adapter) in taking)
+        adapter.requires_grad_(id(adapter) in active_ids)
     record.set_active(names)
     return model
 
 
 def remove_adapter(model: nn.Module, name: str) -> nn.Module:
-    """Take the adapters of one name out of a model; the base and the other adapters stay as they are.
+    """Remove the adapters of one name from a model; the base and the other adapters stay as they are.
 
-    Without the last of them, the model is a plain module again, as after ``detach``.
+    Once the last adapter is removed, the model is a plain module again, as after ``detach``.
 
     Args:
-        model: The very module that was given to ``inject`` or ``add_adapter``.
+        model: The module that was given to ``inject`` or ``add_adapter``.
         name: Name of the method.
 
     Returns:
@@ -100,7 +102,7 @@ def remove_adapter(model: nn.Module, name: str) -> nn.Module:
 
     Raises:
         ValueError: The name is unknown, or the method trained parameters of the base.
-        RuntimeError: No adapter takes part for now, within ``disabled`` or ``row_adapters``.
+        RuntimeError: Adapters are inactive within ``disabled`` or ``row_adapters``, or merged into the weights.
     """
     record = require_record(model)
     check_not_paused(record)
@@ -120,7 +122,7 @@ def remove_adapter(model: nn.Module, name: str) -> nn.Module:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Context in which no adapter takes part: the outputs are those of the base, to the bit. Contexts nest.
+    """Context in which no adapter is active: the outputs are those of the base, to the bit. Contexts nest.
 
     Args:
         model: An adapted model, or a part of one.
@@ -137,7 +139,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
             f"{trained[0]} trains in the base itself, whose first values are not kept: none to go back to."
         )
     with paused(model):
-        hooked = [module for module in model.modules() if _set_back(module)]
+        hooked = [module for module in model.modules() if _restored_fast_path(module)]
         try:
             yield
         finally:
@@ -146,11 +148,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def paused(model: nn.Module, modules: Sequence[Any] | None = None) -> Iterator[None]:
-    """Context in which no adapter takes part but those that are there for a run alone.
+    """Context in which no adapter is active except temporary ones, which exist during one run only.
 
     Args:
         model: The model.
-        modules: What ``list_base_modules`` found in it, if it is known.
+        modules: Its base modules, if ``list_base_modules`` was called already.
     """
     record = get_record(model) or InjectionRecord()
     hosts = [module for module in modules or list_base_modules(model) if isinstance(module, AdaptedModule)]
@@ -162,16 +164,22 @@ def paused(model: nn.Module, modules: Sequence[Any] | None = None) -> Iterator[N
             yield
     finally:
         for host, keys in zip(hosts, before, strict=True):
-            if isinstance(host, AdaptedModule):  # not detached meanwhile
+            if isinstance(host, AdaptedModule):  # unless it was detached inside the context
                 set_active(host, keys)
 
 
+def trained_by(model: nn.Module, methods: Iterable[Method]) -> list[str]:
+    """Return the names of base parameters that methods train in place."""
+    return sorted({name for m in methods for name in m.parameters(model)} & set(require_record(model).trained))
+
+
 def temporary_adapters(host: Any) -> tuple[str, ...]:
-    """Return the names of what surrounds a host for the time of a run alone."""
+    """Return the keys of a host's adapters that exist during one run only, such as a probe of the frozen cache."""
     return tuple(key for key in host.peft_order if not host.peft[key].persistent and key != PER_ROW_KEY)
 
 
-def _set_back(module: nn.Module) -> bool:
+def _restored_fast_path(module: nn.Module) -> bool:
+    """Restore torch's fast path and return whether it had been disabled."""
     before = len(module._forward_pre_hooks)
     restore_fast_path(module)
     return len(module._forward_pre_hooks) < before

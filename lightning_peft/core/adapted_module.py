@@ -1,4 +1,4 @@
-"""Swaps the class of a module for a cached subclass whose ``forward`` runs its adapters around the original one."""
+"""``attach`` swaps a module's class for a cached subclass whose ``forward`` runs its adapters around the original."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..structure.base_model import ADAPTERS_ATTRIBUTE
 from ..structure.layer_types import read_bias_attribute, read_weight_attribute
 from .adapter import Adapter, InnerCall
 
-# Of torch: what reads weights of its children, or packs its input, unless told otherwise.
+# Modules of torch that read the weights of their children in eval mode, or pack padded input into nested tensors.
 _READERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
@@ -24,49 +24,50 @@ class AdaptedModule:
     peft: nn.ModuleDict
     peft_order: tuple[str, ...]  # keys of the active adapters, inner before outer; written by this file alone
 
-    def active_adapters(self) -> Iterator[Any]:
-        """Yield the active adapters, inner before outer."""
-        for key in self.peft_order:
-            yield self.peft[key]
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         build, (cls, *args), *rest = reduced
-        if cls is not adapted_class(self._host_class):  # sharding put a class of its own in front
+        if cls is not adapted_class(self._host_class):  # FSDP2 put its own subclass in front
             return build, (cls, *args), *rest
         return _rebuild, (self._host_class,), *rest
 
 
 @functools.cache
 def adapted_class(cls: Any) -> type[nn.Module]:
-    """Return the class of hosts whose own class is ``cls``."""
+    """Return the subclass of ``cls`` that runs adapters."""
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return InnerCall(self, cls.forward, [self.peft[key] for key in self.peft_order])(*args, **kwargs)
 
-    read, bias = read_weight_attribute(cls), read_bias_attribute(cls)
-
-    def effective_weight(self: Any) -> Any:
-        weight = self._parameters[read]
-        for adapter in self.active_adapters():
-            weight = adapter.effective_weight(weight)
-        return weight
-
-    def effective_bias(self: Any) -> Any:
-        value = self._parameters[bias]
-        for adapter in self.active_adapters():
-            value = adapter.effective_bias(value)
-        return value
-
     # The same name: libraries look models up by it (loss functions, wrapping policies, saved configurations).
     namespace = {"forward": forward, "_host_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    if read is not None:
-        namespace |= {read: property(effective_weight), bias: property(effective_bias)}
-    if issubclass(cls, nn.Sequential):  # calls its children in turn and indexes them by their count, without adapters
+    if (weight_name := read_weight_attribute(cls)) is not None:
+        namespace |= _effective_properties(weight_name, read_bias_attribute(cls))
+    if issubclass(cls, nn.Sequential):
+        # It calls all of its children in turn: iteration leaves out the ``ModuleDict`` of the adapters, which is the
+        # last child. Negative indices and slices count from the length, which leaves it out for that reason.
         namespace["__iter__"] = lambda self: iter([child for child in cls.__iter__(self) if child is not self.peft])
         namespace["__len__"] = lambda self: cls.__len__(self) - 1
     return type(cls.__name__, (AdaptedModule, cls), namespace)
+
+
+def _effective_properties(weight_name: str, bias_name: str) -> dict[str, property]:
+    """Return properties in place of a weight and a bias that the parent module reads: with the active adapters."""
+
+    def effective_weight(self: Any) -> Any:
+        weight = self._parameters[weight_name]
+        for key in self.peft_order:
+            weight = self.peft[key].effective_weight(weight)
+        return weight
+
+    def effective_bias(self: Any) -> Any:
+        bias = self._parameters[bias_name]
+        for key in self.peft_order:
+            bias = self.peft[key].effective_bias(bias)
+        return bias
+
+    return {weight_name: property(effective_weight), bias_name: property(effective_bias)}
 
 
 def _rebuild(cls: Any) -> nn.Module:
@@ -75,9 +76,9 @@ def _rebuild(cls: Any) -> nn.Module:
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Adapter]]:
-    """Yield (host's name, host, adapter's name, adapter); found by type, never by the spelling of a name.
+    """Yield (host's name, host, adapter's key, adapter); hosts are found by type, never by the spelling of a name.
 
-    Adapters that are there during one run alone are left out.
+    Temporary adapters, which exist during one run only, are left out.
     """
     hosts: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, AdaptedModule)]
     for name, host in hosts:
@@ -87,18 +88,18 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Adapter]]:
 
 
 def list_base_modules(model: nn.Module) -> list[Any]:
-    """Return the modules of the base, the root included, quickly: without names, and without a look into adapters."""
-    found, seen = [model], {id(model)}
-    for module in found:  # which grows
+    """Return the modules of the base, the root included; faster than ``base_modules``, as it builds no names."""
+    modules, seen = [model], {id(model)}
+    for module in modules:  # the list grows during the loop
         for name, child in module._modules.items():
             if (
                 child is not None
                 and id(child) not in seen
                 and not (name == ADAPTERS_ATTRIBUTE and isinstance(module, AdaptedModule))
             ):
-                found.append(child)
+                modules.append(child)
                 seen.add(id(child))
-    return found
+    return modules
 
 
 def active_adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
@@ -110,25 +111,30 @@ def active_adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
 
 
 def adapter_key(name: str, adapter: Adapter) -> str:
-    """Return the name under which an adapter of a method lies in its host."""
+    """Return the key, in ``host.peft``, of an adapter that belongs to the method of this name."""
     return f"{name}_{adapter.part}" if adapter.part else name
 
 
 def method_name(key: str, adapter: Adapter) -> str:
-    """Return the name of the method that ``adapter_key`` was given."""
+    """Return the name of the method that an adapter belongs to; the inverse of ``adapter_key``."""
     return key.removesuffix(f"_{adapter.part}") if adapter.part else key
 
 
+def replaced_names(placed: Iterable[tuple[str, Adapter]]) -> set[str]:
+    """Return the names of base parameters that adapters, given as (name of the host, adapter), replace during calls."""
+    return {f"{name}.{key}".lstrip(".") for name, adapter in placed for key in adapter.replaces}
+
+
 def attach(host: Any, key: str, adapter: Adapter, active: bool = True) -> None:
-    """Give a host an adapter, which surrounds those that are active already; an inactive one is only stored."""
+    """Add an adapter to a host, outside of the active ones; an inactive adapter is stored and not called."""
     if not isinstance(host, AdaptedModule):
         host.peft, host.peft_order = nn.ModuleDict(), ()
-        kind: Any = type(host)
-        host.__class__ = adapted_class(kind)
-    own = itertools.chain(host._parameters.values(), host.parameters())  # most hosts have some, and no search is needed
-    device = next((p.device for p in own if p is not None), None)
-    slot: Any = host.peft
-    slot[key] = adapter if all(p.device == device for p in adapter.parameters()) else adapter.to(device)
+        cls: Any = type(host)
+        host.__class__ = adapted_class(cls)
+    # Most hosts hold a parameter themselves; only the others need a search of their children.
+    parameters = itertools.chain(host._parameters.values(), host.parameters())
+    device = next((p.device for p in parameters if p is not None), None)
+    host.peft[key] = adapter if all(p.device == device for p in adapter.parameters()) else adapter.to(device)
     if active:
         host.peft_order += (key,)
     if adapter.training != host.training:
@@ -136,24 +142,24 @@ def attach(host: Any, key: str, adapter: Adapter, active: bool = True) -> None:
 
 
 def set_active(host: Any, keys: Sequence[str]) -> None:
-    """Let the adapters of these keys, and no others, surround the calls of a host, inner before outer."""
+    """Activate the adapters of these keys, and no others, inner before outer."""
     host.peft_order = tuple(keys)
 
 
 def remove(host: Any, key: str) -> None:
-    """Undo ``attach``; without adapters a host is what it was."""
+    """Undo ``attach``; once its last adapter is removed, the host has its original class again."""
     host.peft.pop(key)
-    host.peft_order = tuple(other for other in host.peft_order if other != key)
+    host.peft_order = tuple(active for active in host.peft_order if active != key)
     if not host.peft:
         host.__class__ = host._host_class
         del host.peft, host.peft_order
 
 
 def disable_fast_path(modules: Iterable[nn.Module]) -> None:
-    """Have torch's encoders call what they hold in eval mode, with plain tensors.
+    """Keep torch's encoders from bypassing adapted children in eval mode.
 
-    Unless hooked, encoder layers read the weights of their children; the encoder packs padded rows into nested tensors,
-    with which torch's attention runs no code but its own and no gradient comes back.
+    Unless a hook is registered, encoder layers read the weights of their children and do not call them. The encoder
+    packs padded rows into nested tensors, for which torch's attention runs a fused kernel that has no gradient.
     """
     for module in modules:
         if not isinstance(module, _READERS) or not any(adapters(module)):
@@ -176,8 +182,8 @@ def restore_fast_path(module: nn.Module) -> None:
 
 
 def _noop_hook(module: nn.Module, args: Any) -> None:
-    """Change nothing."""
+    """Change nothing; torch skips its fast path where any hook is registered."""
 
 
 def _nested_tensor_was_on(module: nn.Module, args: Any) -> None:
-    """Change nothing; tells that an encoder packed rows before."""
+    """Change nothing; its registration records, through copies and files, that ``use_nested_tensor`` was True."""

@@ -1,4 +1,4 @@
-"""``Adapter``: a module that is called in place of a base module, its host, and receives the own call of the host."""
+"""``Adapter``: a module called in place of a base module, its host; it receives the host's forward as ``inner``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 Call = Callable[..., Any]
 Axes = tuple[str | None, ...]
@@ -37,9 +38,9 @@ class Adapter(nn.Module, ABC):
     exclusive = False
     """Whether no other adapter may update the same rows of its host's weight."""
     replaces: Sequence[str] = ()
-    """Names of parameters of the host that the adapter's own replace during calls."""
+    """Names of parameters of the host in whose place the adapter's tensors are used during calls."""
     unmergeable = "no weight of the host expresses it"
-    """Reason that an error gives where ``merge`` is not implemented."""
+    """Reason that the error message gives where ``merge`` is not implemented."""
     local_tensors: tuple[str, ...] = ()
     """Names of tensors that stay with a client in federated training."""
     plot_tensors: Mapping[str, str] = {}
@@ -48,7 +49,7 @@ class Adapter(nn.Module, ABC):
     """For each tensor, which side of the host's weight each dimension runs along: ``"out"``, ``"in"`` or None.
     Tensors that are left out run along neither. None for the whole mapping: not supported under tensor parallelism."""
     persistent = True
-    """Whether it is part of the model and its files, and not there during one run alone."""
+    """Whether it is part of the model and its files; temporary adapters exist during one run only."""
     part = ""
     """Suffix of its key where a method puts several adapters on one host."""
     rows: tuple[int, int] | None = None
@@ -81,10 +82,10 @@ class Adapter(nn.Module, ABC):
         """Drop cached values; called when the set of active adapters on the host has changed."""
 
     def finalize(self) -> None:
-        """Replace what only training needs by what ``export_state`` returns, as parameters of these names."""
+        """Replace parameters that only training needs by the tensors of ``export_state``, under their names."""
 
     def export_state(self) -> dict[str, Tensor]:
-        """Return the tensors that an adapter file holds of this adapter."""
+        """Return the tensors of this adapter that an adapter file holds."""
         return self.state_dict(keep_vars=True)
 
     def import_state(self, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -92,6 +93,8 @@ class Adapter(nn.Module, ABC):
         return dict(packed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        """Move tensors as ``nn.Module`` does, but keep the type where ``fn`` would make it narrower."""
+
         def keep_width(tensor: Tensor) -> Tensor:
             new = fn(tensor)
             if tensor.is_floating_point() and new.is_floating_point() and new.element_size() < tensor.element_size():
@@ -108,7 +111,7 @@ class InnerCall:
     Args:
         host: The adapted module.
         forward: Forward function of the host's own class.
-        adapters: The remaining adapters, inner before outer. Adapters that can be computed together look at them.
+        adapters: The remaining adapters, inner before outer. Adapters read them to compute several at once.
     """
 
     __slots__ = ("adapters", "forward", "host")
@@ -119,10 +122,11 @@ class InnerCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.adapters:
             return self.forward(self.host, *args, **kwargs)
-        return self.adapters[-1](self.host, self.without_outermost(), *args, **kwargs)
+        *remaining, outermost = self.adapters
+        return outermost(self.host, InnerCall(self.host, self.forward, remaining), *args, **kwargs)
 
     def without_outermost(self) -> InnerCall:
-        """Return the call inside of the outermost adapter that remains."""
+        """Return the call without the outermost of the remaining adapters."""
         return InnerCall(self.host, self.forward, self.adapters[:-1])
 
 
@@ -135,3 +139,8 @@ def parameter_like(weight: Tensor, *shape: int) -> nn.Parameter:
     """
     dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
     return nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype))
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Return whether a tensor has values: on the meta device, and while memory is planned, it has a shape alone."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))

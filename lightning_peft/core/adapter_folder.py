@@ -1,4 +1,4 @@
-"""The folder of an adapter: ``adapter_model.safetensors`` and ``adapter_config.json``, whole or not there at all."""
+"""``write_adapter`` and ``read_adapter``: a folder of ``adapter_model.safetensors`` and ``adapter_config.json``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def write_adapter(folder: str | os.PathLike[str], description: Mapping[str, Any], state: Mapping[str, Tensor]) -> Path:
-    """Write an adapter's description and tensors; one that is there is replaced only once the new one is complete."""
+    """Write an adapter's description and tensors; each file replaces an older one only once it is complete."""
     weights = save({name: _with_storage(tensor, state) for name, tensor in state.items()})
     config = {"library": "lightning_peft", **description, "sha256": hashlib.sha256(weights).hexdigest()}
     folder = Path(folder)
@@ -30,13 +30,18 @@ def write_adapter(folder: str | os.PathLike[str], description: Mapping[str, Any]
 
 
 def _with_storage(tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """Return a tensor that shares its storage with no other entry, as files have it; views of one tensor share it."""
-    storages = [other.untyped_storage().data_ptr() for other in state.values() if other is not tensor]
+    """Return a tensor that shares its storage with no other entry, as safetensors files require; views are copied."""
+    storages = [entry.untyped_storage().data_ptr() for entry in state.values() if entry is not tensor]
     return tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the description and the tensors of an adapter folder, checked to be whole."""
+    """Return the description and the tensors of an adapter folder.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged, of another library, or does not belong to the other file.
+    """
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -60,12 +65,12 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write plain data, as ``replace_file`` does."""
+    """Write plain data as JSON by ``replace_file``."""
     replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
+    """Write a file so that a reader sees the old content or the new content, never a part of it."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -81,5 +86,5 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def is_taken(path: Path) -> bool:
-    """Whether something is there that a new folder would replace; an empty folder is nothing."""
+    """Return whether the path exists and is not an empty folder, so that a new folder would replace something."""
     return path.exists() and (not path.is_dir() or any(path.iterdir()))

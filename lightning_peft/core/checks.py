@@ -1,4 +1,4 @@
-"""Checks before an injection. Each refuses something that would be silently wrong without the check."""
+"""``check_host``, ``check_selection``, ``check_shared_host``...: each refuses an injection that would fail silently."""
 
 from __future__ import annotations
 
@@ -23,11 +23,15 @@ from .weight_update import WeightUpdate
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise where methods share a name, or a child module cannot be called so."""
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(f"Two methods are named {twice[0]!r}; give one of them another name.")
+    """Raise where methods share a name, or a name cannot be that of a child module."""
+    if duplicates := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"Two methods are named {duplicates[0]!r}; give one of them another name.")
     for name in names:
-        _check_name(name)
+        if not name or "." in name or name.startswith("_") or hasattr(nn.ModuleDict, name):
+            raise ValueError(
+                f"A method cannot be named {name!r}: choose a name without dots, which does not begin with _ and is "
+                f"not one that torch uses."
+            )
 
 
 def check_trainable(model: nn.Module, name: str) -> None:
@@ -38,23 +42,14 @@ def check_trainable(model: nn.Module, name: str) -> None:
         raise TypeError(f"{name} is stored in few bits and cannot train; leave it out, or dequantize it.")
 
 
-def _check_name(name: str) -> None:
-    if not name or "." in name or name.startswith("_") or hasattr(nn.ModuleDict, name):
-        raise ValueError(
-            f"A method cannot be named {name!r}: choose a name without dots, which does not begin with _ and is not "
-            f"one that torch uses."
-        )
-
-
 def check_host(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
     """Raise if an adapter on this host could not work; each case fails silently without this check."""
-    kind = type(host).__name__
     if isinstance(host, nn.modules.linear.NonDynamicallyQuantizableLinear) and not _shows_weight(adapter):
         raise TypeError(
             f"{name} belongs to nn.MultiheadAttention, which reads its weight and never calls it; target other layers."
         )
     if isinstance(host, (nn.ModuleList, nn.ModuleDict)) or type(host).forward is nn.Module.forward:
-        raise TypeError(f"{name} is a {kind}, which is never called; target the modules inside.")
+        raise TypeError(f"{name} is a {type(host).__name__}, which is never called; target the modules inside.")
     if isinstance(host, torch.jit.ScriptModule):
         raise TypeError(
             f"{name} is a ScriptModule, whose calls cannot be surrounded; adapt the module before scripting."
@@ -70,7 +65,7 @@ def check_host(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
 
 
 def check_selection(selections: Sequence[Selection], placed: Sequence[tuple[str, Adapter]]) -> None:
-    """Raise where a method selected some rows of a layer, or a weight that is never called, and changes another thing.
+    """Raise where a method selected rows of a layer, or a weight that is read, and its adapters change something else.
 
     A role can mean some rows of a fused layer (query in GPT-2's ``c_attn``), or a weight that its parent reads
     (``nn.MultiheadAttention``); what was selected by a glob means the module as a whole.
@@ -96,14 +91,14 @@ def _check_requests(name: str, requests: Sequence[Selection], placed: Sequence[A
     rows = [r for s in requests for r in requested_rows(name, host, s.targets, [t for t in s.targets if t in ROLES])]
     if None in rows:
         return
-    wanted = {row for part in rows if part is not None for row in range(part.start, part.stop)}
+    selected = {row for part in rows if part is not None for row in range(part.start, part.stop)}
     for adapter in placed:
-        if not wanted.issuperset(range(*(adapter.rows or (0, layer_of(host).shape(host)[0])))):
-            parts = ", ".join(f"{part.part} {part.start}:{part.stop}" for part in rows if part is not None)
+        if not selected.issuperset(range(*(adapter.rows or (0, layer_of(host).shape(host)[0])))):
+            described = ", ".join(f"{part.part} {part.start}:{part.stop}" for part in rows if part is not None)
             raise ValueError(
                 f"{type(adapter).__name__} changes all rows of {name}, which computes query, key and value at once, "
-                f"and its targets {list(requests[0].targets)} mean the rows {parts}. Give WeightUpdate.__init__ the "
-                f"rows that select returns, or target the layer by a glob."
+                f"and its targets {list(requests[0].targets)} mean the rows {described}. Give WeightUpdate.__init__ "
+                f"the rows that select returns, or target the layer by a glob."
             )
 
 
@@ -127,13 +122,13 @@ def check_shared_host(placed: Sequence[tuple[str, Adapter]]) -> None:
         replaced.update(f"{name}.{key}" for key in adapter.replaces)
         if isinstance(adapter, WeightUpdate) or "weight" in adapter.replaces:
             updates[name].append(adapter)
-    if twice := [key for key, count in replaced.items() if count > 1]:
-        raise ValueError(f"Two adapters have {twice[0]} of their own; only one of them can take part at a time.")
+    if duplicates := [key for key, count in replaced.items() if count > 1]:
+        raise ValueError(f"Two adapters replace {duplicates[0]}; only one of them can be active at a time.")
     for name, adapter in [(n, a) for n, a in placed if a.exclusive]:
-        company = [a for a in updates[name] if a is not adapter]
-        others = [a for a in company if "" in (a.part, adapter.part) or a.part == adapter.part]
-        if others:
+        on_same_host = [a for a in updates[name] if a is not adapter]
+        on_same_rows = [a for a in on_same_host if "" in (a.part, adapter.part) or a.part == adapter.part]
+        if on_same_rows:
             raise ValueError(
                 f"{type(adapter).__name__} at {name} rewrites the whole weight and cannot share it with "
-                f"{type(others[0]).__name__}; give the methods different targets."
+                f"{type(on_same_rows[0]).__name__}; give the methods different targets."
             )

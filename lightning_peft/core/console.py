@@ -1,4 +1,4 @@
-"""What commands print."""
+"""``echo`` prints a result of a command."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import sys
 
 
 def echo(text: str) -> None:
-    """Print a result now, also where the output goes to a file."""
+    """Print a line and flush it, so that it appears at once where the output goes to a file."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""A model evaluates for a while."""
+"""``evaluating``: context in which a model is in evaluation mode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Context in which all of a model is in evaluation mode; afterwards each module is in its own again."""
+    """Context in which every module of a model is in evaluation mode; afterwards each has its former mode again."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

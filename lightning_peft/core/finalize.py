@@ -1,4 +1,4 @@
-"""The end of training: encoders that only training needs give way to the vectors that they compute."""
+"""``finalize`` replaces encoders that only training needs by the vectors that they compute."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from .injection_record import adapters_of, require_record
 
 
 def finalize(model: nn.Module) -> nn.Module:
-    """Replace encoders that only training needs (of prefix tuning, P-tuning) by what they compute, for good.
+    """Replace encoders that only training needs (of prefix tuning, P-tuning) by the tensors that they compute.
 
-    The model computes the same, faster and with fewer parameters. It can be trained on in this form, by a new
-    optimizer: one that was built before knows the encoders. ``save_adapter`` writes this form in any case.
+    The model computes the same, faster and with fewer parameters. It can be trained further in this form, with a new
+    optimizer: an older one holds the parameters of the encoders. ``save_adapter`` writes this form in any case.
 
     Args:
-        model: The very module that was given to ``inject`` (with a Trainer: the LightningModule).
+        model: The module that was given to ``inject`` (with a Trainer: the LightningModule).
 
     Returns:
         The model; unchanged if no method has such an encoder.
 
     Raises:
         ValueError: Nothing was injected into this module.
-        RuntimeError: What an adapter holds now is not what its encoder computed.
+        RuntimeError: The tensors of a finalized adapter are not those that its encoder computed.
     """
     record = require_record(model)
     for method in record.methods:

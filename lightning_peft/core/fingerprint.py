@@ -1,9 +1,10 @@
-"""Which base model an adapter belongs to, as a short digest of its values."""
+"""``fingerprint``: a short digest of a base model's values, which tells whether an adapter belongs to the base."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,19 +12,36 @@ from torch import nn
 from ..ops.sharded_tensors import global_shape
 from ..structure.base_model import base_parameters
 from ..structure.quantized import original_of, sample
+from .adapted_module import adapters, method_name, replaced_names
+from .method import Method
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Fingerprints of a base whose weights hold merged adapters.
+
+    Args:
+        base: Fingerprint without the adapters.
+        now: Fingerprint with them.
+        beside: Names of parameters that neither counts: they train, or adapters replace them.
+    """
+
+    base: str | None
+    now: str | None
+    beside: set[str]
 
 
 def fingerprint(model: nn.Module, trained: Collection[str] | None = None) -> str | None:
     """Return a short digest of the frozen base: shapes and up to 64 values of each parameter, rounded to bfloat16.
 
-    Names do not enter, nor does the type that values are stored in; of a weight that ``quantize`` changed it is the
-    original that counts. None where values are not at hand (meta). Of a sharded model, all processes have to ask.
+    Names do not enter, nor does the type that values are stored in; a weight that ``quantize`` changed enters by its
+    original values. None for a model on the meta device. All processes of a sharded model have to call it.
 
     Args:
         model: Base model, adapted or not.
         trained: Names of the base parameters to leave out; those that require a gradient if not given.
     """
-    found: list[tuple[tuple[int, ...], torch.Tensor]] = []
+    samples: list[tuple[tuple[int, ...], torch.Tensor]] = []
     for name, parameter in base_parameters(model).items():
         if not (parameter.requires_grad if trained is None else name in trained):
             owner, _, key = name.rpartition(".")
@@ -31,16 +49,26 @@ def fingerprint(model: nn.Module, trained: Collection[str] | None = None) -> str
             if parameter.is_meta:
                 return None
             values = sample(parameter) if original is None or original.values is None else original.values
-            found.append((tuple(original.shape if original else global_shape(parameter)), values))
-    return digest(found)
+            samples.append((tuple(original.shape if original else global_shape(parameter)), values))
+    return digest(samples)
 
 
-def digest(found: Iterable[tuple[tuple[int, ...], torch.Tensor]]) -> str:
-    """Return the fingerprint of parameters, given the shape and the sample of each."""
-    shapes, samples = hashlib.sha256(), []
-    for shape, values in found:
-        shapes.update(str(shape).encode())
-        samples.append(values)
-    if samples:
-        shapes.update(torch.cat(samples).view(torch.int16).numpy().tobytes())
-    return shapes.hexdigest()[:16]
+def digest(samples: Iterable[tuple[tuple[int, ...], torch.Tensor]]) -> str:
+    """Return the fingerprint of parameters, given the shape and the sampled values of each."""
+    sha256, sampled_values = hashlib.sha256(), []
+    for shape, values in samples:
+        sha256.update(str(shape).encode())
+        sampled_values.append(values)
+    if sampled_values:
+        sha256.update(torch.cat(sampled_values).view(torch.int16).numpy().tobytes())
+    return sha256.hexdigest()[:16]
+
+
+def trained_or_replaced_names(model: nn.Module, methods: Sequence[Method]) -> set[str]:
+    """Return the names of the base parameters to leave out of a fingerprint.
+
+    These train, or the adapters of the methods replace them during calls.
+    """
+    trained = {name for name, parameter in base_parameters(model).items() if parameter.requires_grad}
+    names = {method.name for method in methods}
+    return trained | replaced_names((host, a) for host, _, key, a in adapters(model) if method_name(key, a) in names)

@@ -13,10 +13,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..structure.base_model import base_modules, base_parameters
 from ..structure.bitsandbytes_api import check_not_repacked, keep_differentiable
 from ..structure.selection import Selection, literal, record_selections, select_parameters
-from .adapted_module import active_adapters, adapter_key, adapters, attach, disable_fast_path, remove, restore_fast_path
+from .adapted_module import (
+    active_adapters,
+    adapter_key,
+    adapters,
+    attach,
+    disable_fast_path,
+    remove,
+    replaced_names,
+    restore_fast_path,
+)
 from .adapter import Adapter
 from .checks import check_host, check_names, check_selection, check_shared_host, check_trainable
-from .injection_record import InjectionRecord, check_not_paused, get_record, replaced_names, set_record
+from .injection_record import InjectionRecord, check_not_paused, get_record, set_record
 from .method import Method
 from .own_parameters import OwnParameters
 from .tensor_parallel import check_tensor_parallel_support, mesh_of, shard_adapters
@@ -122,7 +131,7 @@ class InjectionPlan:
             more = _placements(model, modules, copies)
             if extra := replaced_names((placement.name, placement.adapter) for placement in more) - trained:
                 raise ValueError(
-                    f"{min(extra)} ends in the name of one that trains and would train, too; rename one of them."
+                    f"{min(extra)} ends in the name of a parameter that trains and would train too; rename one of them."
                 )
             methods, placements, trained = [*methods, copies], placements + more, set()
         plan = cls(model, record, modules, methods, also_train, placements, trained, active)
@@ -168,7 +177,7 @@ class InjectionPlan:
 
 
 def _placements(model: nn.Module, modules: dict[str, nn.Module], method: Method) -> list[Placement]:
-    """Return the adapters of a method with their hosts, if they change what the method selected and nothing else."""
+    """Return the adapters of a method with their hosts; raise if they change more than the method selected."""
     selections: list[Selection]
     with record_selections() as selections:
         placed = list(method.adapters(model))

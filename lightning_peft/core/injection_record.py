@@ -1,34 +1,19 @@
-"""``InjectionRecord``: what was injected into a model, changed through its own methods alone, and queries on it."""
+"""``InjectionRecord``: the methods injected into a model and their state, changed only by its methods; and queries."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..structure.base_model import base_parameters
 from .adapted_module import adapters, method_name
 from .adapter import Adapter
+from .fingerprint import Merged
 from .method import Method
 
 _RECORD = "_peft_injection"
-
-
-@dataclass(frozen=True)
-class Merged:
-    """Fingerprints of a base that holds merged adapters for now.
-
-    Args:
-        base: Fingerprint without the adapters.
-        now: Fingerprint with them.
-        beside: Names of parameters that neither counts: they train, or adapters replace them.
-    """
-
-    base: str | None
-    now: str | None
-    beside: set[str]
 
 
 @dataclass
@@ -45,8 +30,8 @@ class InjectionRecord:
       first of them has the group's name.
     * ``trained`` are the names of parameters of the base that train. They, and the parameters of active adapters, are
       exactly those with ``requires_grad``.
-    * The record of a module around an adapted one (``around``) shares ``methods``, ``active`` and ``method_groups``
-      with the inner record, so these are changed in place.
+    * The record that ``around`` returns shares ``methods``, ``active`` and ``method_groups`` with the inner record,
+      so these are changed in place.
     * ``required_grad`` remembers ``requires_grad`` of each parameter of the base before the injection, for ``detach``.
 
     Args:
@@ -56,7 +41,7 @@ class InjectionRecord:
         required_grad: ``requires_grad`` of base parameters before the injection.
         active: Names of the active methods and groups.
         method_groups: Names of methods by the name of their group.
-        paused: Whether no adapter is active for now, inside ``disabled`` or ``row_adapters``.
+        paused: Whether no adapter is active, inside ``disabled`` or ``row_adapters``.
         merged: Fingerprints while adapters are merged into the base's weights, else None.
         untrained: Whether no adapter was trained or loaded yet.
         shows_base: Whether ``state_dict()`` includes the frozen base although a hook leaves it out.
@@ -81,11 +66,11 @@ class InjectionRecord:
             inner: Records of the adapted modules.
             base: Parameters of the base by their name in the outer module.
         """
-        only = inner[0] if len(inner) == 1 else None
+        shared = inner[0] if len(inner) == 1 else None
         return cls(
-            methods=only.methods if only else [method for record in inner for method in record.methods],
-            active=only.active if only else [name for record in inner for name in record.active],
-            method_groups=only.method_groups if only else {k: v for r in inner for k, v in r.method_groups.items()},
+            methods=shared.methods if shared else [method for record in inner for method in record.methods],
+            active=shared.active if shared else [name for record in inner for name in record.active],
+            method_groups=shared.method_groups if shared else {k: v for r in inner for k, v in r.method_groups.items()},
             also_train=[pattern for record in inner for pattern in record.also_train],
             trained=[name for name, parameter in base.items() if parameter.requires_grad],
             required_grad=dict.fromkeys(base, True),
@@ -93,7 +78,7 @@ class InjectionRecord:
 
     @property
     def switched(self) -> bool:
-        """Whether adapters are inactive, were put into another order, or share a name."""
+        """Whether adapters are inactive, were put into another order, or share a group's name."""
         return bool(self.method_groups) or self.active != [method.name for method in self.methods]
 
     def add(self, methods: Sequence[Method], also_train: Sequence[str], trained: set[str], active: bool) -> None:
@@ -111,28 +96,28 @@ class InjectionRecord:
         removed = methods_named(self, name)
         self.methods[:] = [method for method in self.methods if method not in removed]
         self.method_groups.pop(name, None)
-        self.active[:] = [other for other in self.active if other != name]
+        self.active[:] = [active for active in self.active if active != name]
 
     def set_active(self, names: Sequence[str]) -> None:
         """Set the names of the active methods and groups, inner before outer."""
         self.active[:] = names
 
     def restore(self, methods: Sequence[Method], method_groups: Mapping[str, Sequence[str]]) -> None:
-        """Set the order of methods, and their groups, to those of a file."""
+        """Set the methods, in their order, and the groups to those that a file describes."""
         self.methods[:] = methods
         self.method_groups.clear()
         self.method_groups.update({name: list(names) for name, names in method_groups.items()})
 
     def finalize(self) -> None:
-        """Replace methods by those without what only training needs."""
+        """Replace each method by the one of its finalized adapters; see ``Method.finalized``."""
         self.methods[:] = [method.finalized() for method in self.methods]
 
     def mark_trained(self) -> None:
-        """Note that adapters were trained or loaded."""
+        """Record that adapters were trained or loaded."""
         self.untrained = False
 
     def set_merged(self, merged: Merged | None) -> None:
-        """Note that active adapters were merged into the base's weights, or None: that they left them."""
+        """Record that active adapters were merged into the base's weights; None records that they were unmerged."""
         self.merged = merged
 
     @contextmanager
@@ -168,28 +153,25 @@ def set_record(model: nn.Module, record: InjectionRecord | None) -> None:
 
 
 def require_record(model: nn.Module) -> InjectionRecord:
-    """Return the record on this module; a ``ValueError`` if nothing was injected into it."""
-    record = get_record(model)
-    if record is None:
-        raise ValueError(
-            f"Nothing was injected into this {type(model).__name__}; pass the very module given to inject."
-        )
+    """Return the record on this module; raise a ``ValueError`` if nothing was injected into it."""
+    if (record := get_record(model)) is None:
+        raise ValueError(f"Nothing was injected into this {type(model).__name__}; pass the module given to inject.")
     return record
 
 
 def methods_named(record: InjectionRecord, name: str) -> list[Method]:
-    """Return the methods of a name or group; a ``ValueError`` where there are none."""
-    members = {other for names in record.method_groups.values() for other in names[1:]}
-    known = [method.name for method in record.methods if method.name not in members]
-    if name not in known:
-        raise ValueError(f"This model has no adapter named {name!r}; it has {', '.join(map(repr, known))}.")
+    """Return the methods of a name or group; raise a ``ValueError`` if the model has no such name."""
+    members = {member for names in record.method_groups.values() for member in names[1:]}
+    names = [method.name for method in record.methods if method.name not in members]
+    if name not in names:
+        raise ValueError(f"This model has no adapter named {name!r}; it has {', '.join(map(repr, names))}.")
     return [method for method in record.methods if method.name in record.method_groups.get(name, [name])]
 
 
 def methods_in_same_group(record: InjectionRecord, method: Method) -> list[Method]:
     """Return the methods in the group of this one; of a method without a group, all others without a group."""
-    group_of = {other: group for group, names in record.method_groups.items() for other in names}
-    return [other for other in record.methods if group_of.get(other.name) == group_of.get(method.name)]
+    group_of = {member: group for group, names in record.method_groups.items() for member in names}
+    return [member for member in record.methods if group_of.get(member.name) == group_of.get(method.name)]
 
 
 def active_methods(record: InjectionRecord) -> list[Method]:
@@ -207,31 +189,9 @@ def adapters_of(model: nn.Module, *methods: Method) -> dict[str, Adapter]:
     }
 
 
-def replaced_names(placed: Iterable[tuple[str, Adapter]]) -> set[str]:
-    """Return the names of base parameters that adapters, given as (name of the host, adapter), replace during calls."""
-    return {f"{name}.{key}".lstrip(".") for name, adapter in placed for key in adapter.replaces}
-
-
-def names_replaced_by(model: nn.Module, methods: Sequence[Method]) -> set[str]:
-    """Return the names of base parameters that the adapters of these methods replace during calls."""
-    names = {method.name for method in methods}
-    return replaced_names((host, a) for host, _, key, a in adapters(model) if method_name(key, a) in names)
-
-
-def trained_or_replaced_names(model: nn.Module, methods: Sequence[Method]) -> set[str]:
-    """Return the names of parameters that a fingerprint of the base leaves out: they train, or are replaced."""
-    trained = {name for name, parameter in base_parameters(model).items() if parameter.requires_grad}
-    return trained | names_replaced_by(model, methods)
-
-
-def trained_by(model: nn.Module, methods: Iterable[Method]) -> list[str]:
-    """Return the names of the base's own parameters that methods train."""
-    return sorted({name for m in methods for name in m.parameters(model)} & set(require_record(model).trained))
-
-
 def check_not_paused(record: InjectionRecord) -> None:
     """Raise where adapters cannot be added, removed or switched now."""
     if record.merged is not None:
         raise RuntimeError("Adapters are merged into the weights and cannot change; call unmerge(model) first.")
     if record.paused:
-        raise RuntimeError("Adapters cannot change where they take no part: leave disabled() or row_adapters() first.")
+        raise RuntimeError("Adapters cannot change while they are inactive: leave disabled() or row_adapters() first.")

@@ -1,4 +1,4 @@
-"""Where adapters go and what they are: a method is a recipe, and is itself the configuration."""
+"""``Method``: a frozen dataclass that is both the user's configuration and the factory of adapters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .adapter import Adapter
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A recipe for fine-tuning: settings only. All state lives in the adapters, so that checkpoints carry it.
+    """Recipe for fine-tuning. It holds settings only; all state is in the adapters, so that checkpoints contain it.
 
     Args:
         name: Name of the adapters on their hosts, and in files.
@@ -24,7 +24,7 @@ class Method(ABC):
     name: str
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
-        """Yield (host's dotted name, adapter). The whole model is in sight, so adapters may share tensors."""
+        """Yield (host's dotted name, adapter) for all adapters of a model, which may share tensors."""
         return ()
 
     def parameters(self, model: nn.Module) -> Iterable[str]:
@@ -32,7 +32,7 @@ class Method(ABC):
         return ()
 
     def finalized(self) -> Method:
-        """Return the method of the same adapters without what only training needs; see ``Adapter.finalize``."""
+        """Return the method of the same adapters once they are finalized; see ``Adapter.finalize``."""
         return self
 
     def check_run(self, total_steps: int) -> None:
@@ -43,10 +43,10 @@ class Method(ABC):
         return None
 
     def after_step(self, adapters: Sequence[Adapter], step: int, total_steps: int) -> None:
-        """Do what follows optimizer step ``step`` (from 1) of ``total_steps`` (-1: unknown); gradients remain."""
+        """Run after optimizer step ``step`` (from 1) of ``total_steps`` (-1: unknown), before gradients are zeroed."""
 
     def pair_of(self, host: str, packed: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Return A (rank, in) and B (out, rank), if the update of a host is B A, from what a file holds of it."""
+        """Return A (rank, in) and B (out, rank) if the update of a host is B A, from its tensors in an adapter file."""
         return None
 
     def metrics(self, adapters: Mapping[str, Adapter]) -> Mapping[str, Tensor]:
@@ -63,18 +63,18 @@ def to_dict(method: Method) -> dict[str, Any]:
 def from_dict(data: Mapping[str, Any]) -> Method:
     """Return the method that ``to_dict`` described.
 
-    Only classes that the program has imported itself are found; a file never causes an import.
+    Only classes that the program has imported are found; a file never causes an import.
 
     Raises:
         ValueError: No such method is known, or it does not take these fields.
     """
     fields = dict(data)
     name = fields.pop("method", None)
-    known = methods_by_name()
-    if name not in known:
-        raise ValueError(f"Method {name!r} is not known here; import its module first. Known: {', '.join(known)}.")
+    classes = methods_by_name()
+    if name not in classes:
+        raise ValueError(f"Method {name!r} is not known here; import its module first. Known: {', '.join(classes)}.")
     try:
-        return known[name](**fields)
+        return classes[name](**fields)
     except TypeError as error:
         raise ValueError(
             f"The stored settings do not fit {name}: {error}. A newer version may have written them."
@@ -82,7 +82,7 @@ def from_dict(data: Mapping[str, Any]) -> Method:
 
 
 def methods_by_name() -> dict[str, type[Method]]:
-    """Return every method that the program has imported."""
+    """Return the classes of all methods that the program has imported."""
     return {cls.__name__: cls for cls in _subclasses(Method)}
 
 
@@ -93,6 +93,6 @@ def _subclasses(cls: type[Method]) -> Iterator[type[Method]]:
 
 
 def check_setting(condition: bool, field: str, value: object, expected: str) -> None:
-    """Raise a ``ValueError`` for a setting that is not what it must be."""
+    """Raise a ``ValueError`` that says what was given and what was expected, unless the condition holds."""
     if not condition:
         raise ValueError(f"{field} must be {expected}, got {value!r}.")

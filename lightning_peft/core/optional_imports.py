@@ -1,4 +1,4 @@
-"""Optional dependencies: imported on first use, with one error that names the extra."""
+"""``check_extra``: the error for an optional dependency that is not installed, which names the extra to install."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ def check_extra(package: str, need: str, extra: str) -> None:
 
     Args:
         package: Name to import it by.
-        need: Who needs what, such as "Pictures need matplotlib".
-        extra: Of lightning-peft, which brings it.
+        need: Beginning of the message, such as "Pictures need matplotlib".
+        extra: Extra of lightning-peft that installs it.
 
     Raises:
-        ImportError: It is not installed; says how to install it.
+        ImportError: The package is not installed; the message says how to install it.
     """
     if importlib.util.find_spec(package) is None:
         raise ImportError(f'{need}, which is not installed. Install it with: pip install "lightning-peft[{extra}]"')

@@ -1,4 +1,4 @@
-"""Parameters of the base that an adapter has of its own, such as the heads of tasks that share one base."""
+"""``OwnParameters`` trains copies of base parameters, such as the heads of several tasks that share one base."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .adapter import Adapter, Call, parameter_like
 from .method import Method
 from .per_row import BatchableLayerAdapter
 
-COPIES_ATTRIBUTE = "own"  # where, within an adapter, the copies lie
+COPIES_ATTRIBUTE = "own"  # child of an adapter that holds the copies; adapter files contain the name
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnParameters(Method):
-    """Trains copies of parameters, which take the place of the base's while the host is called: y = host(x; own).
+    """Trains copies of parameters, which replace the base's while the host is called: y = host(x; copies).
 
-    What ``also_train`` does to the base itself, but the base stays as it is: several tasks each have a head of their
-    own side by side, and ``disabled`` gives the base. Copies start from the base's values.
+    ``also_train`` trains the base itself; here the base stays as it is, so that several tasks can each have a head side
+    by side, and ``disabled`` gives the base. Copies start from the base's values.
 
     Args:
         name: Name of the adapters.
@@ -37,10 +37,10 @@ class OwnParameters(Method):
     targets: list[str]
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
-        by_host, holders = defaultdict[str, list[str]](list), count_owners(model)
+        by_host, owners = defaultdict[str, list[str]](list), count_owners(model)
         for name in select_parameters(model, self.targets):
             owner, _, key = name.rpartition(".")
-            if holders[id(model.get_parameter(name))] > 1:
+            if owners[id(model.get_parameter(name))] > 1:
                 raise ValueError(f"{name} is shared with another module, which would go on without the copy; untie it.")
             by_host[owner].append(key)
         for owner, keys in by_host.items():
@@ -48,11 +48,11 @@ class OwnParameters(Method):
 
 
 class OwnTensors(BatchableLayerAdapter, Adapter):
-    """Takes the place of parameters of its host, and of its buffers (statistics of a norm), for the time of a call.
+    """Replaces parameters of its host, and its buffers (statistics of a norm), during each call.
 
     Args:
         host: Module that holds the parameters itself.
-        names: Of these parameters.
+        names: Names of these parameters.
     """
 
     needs_separate_call = True
@@ -72,10 +72,10 @@ class OwnTensors(BatchableLayerAdapter, Adapter):
     def reset_parameters(self, host: Any = None) -> None:
         """Start from the host's values."""
         if any(value.is_meta for _, value in self._values()):
-            return  # loading brings values, or this is called again where there are some
+            return  # loading fills them, or this is called again once they have storage
         if host is None:
             raise TypeError(
-                "Parameters of an adapter's own start from those of the base: load the base model first, then inject."
+                "Copies of parameters start from those of the base: load the base model first, then inject."
             )
         for name, value in self._values():
             value.copy_(own_tensors(host)[name])
@@ -89,7 +89,7 @@ class OwnTensors(BatchableLayerAdapter, Adapter):
 
     @contextmanager
     def swapped_in(self, host: Any) -> Iterator[None]:
-        """Context in which the host has these values, in its own type."""
+        """Context in which the host holds the copies, cast to its types; buffers that change are copied back."""
         parameters, buffers, before = dict(host._parameters), dict(host._buffers), own_tensors(host)
         cast = {name: value.to(before[name].dtype) for name, value in self._values()}
         host._parameters.update({name: cast[name] for name in self.own._parameters})

@@ -1,4 +1,4 @@
-"""What an adapter does to each row of a batch by itself, so that the rows of one batch can have different adapters."""
+"""``BatchableLayerAdapter`` and ``BatchableModuleAdapter``: for batches whose rows have different adapters."""
 
 from __future__ import annotations
 
@@ -10,52 +10,52 @@ from torch import Tensor
 
 
 class BatchableAdapter:
-    """Part of an adapter that can stand for others of its form, given the values of each row if it has some."""
+    """Base class of adapters that can be called in place of others of equal form, given the tensors of each row."""
 
-    needs_separate_call = False  # whether the host must run for an adapter's rows alone, inside of all others
+    needs_separate_call = False  # whether the host must run for the rows of each adapter apart, inside of all others
 
     def per_example_tensors(self) -> tuple[Any, ...]:
-        """Return what tells this form from others, then a row's matrices and vectors and, after them, numbers.
+        """Return (key, *matrices and vectors, *numbers): adapters of equal key are computed in one batched call.
 
-        Nothing is returned where there is no form, so that no other adapter can stand for this one.
+        The tensors are stacked by row. An empty result means that this adapter cannot be batched with others.
         """
         return ()
 
 
 class BatchableModuleAdapter(BatchableAdapter, ABC):
-    """Part of an adapter that surrounds calls which cannot be split by rows, with values for each row."""
+    """Base class of adapters around calls that cannot be split by rows, such as a whole backbone's."""
 
     @abstractmethod
     def for_rows(self, host: Any, inner: Callable[..., Any], values: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-        """Return what ``forward`` returns, with values (rows, ...); of more rows, neighbours have the same."""
+        """Return what ``forward`` returns, with values (rows, ...); a multiple of rows repeats each for neighbours."""
 
 
 class BatchableLayerAdapter(BatchableAdapter):
-    """Part of an adapter whose call falls apart in two: forward(x) = leaving(x, host(entering(x))), row by row.
+    """Base class of adapters of the form post_forward(x, host(pre_forward(x))), independently for each batch row.
 
-    Then a host runs once for rows that have different adapters. Adapters of one form need not even run one after the
-    other: any of them can stand for all, given stacked values, with ``x`` and ``y`` as (rows, tokens, features). Values
-    of other adapters of the form may be larger: zeros behind the last entries must change nothing.
+    One forward of the host then serves rows with different adapters. Adapters of equal key are computed together: any
+    of them is called for all, given stacked values, with ``x`` and ``y`` as (rows, tokens, features). Values are padded
+    to the largest adapter of the key, so zeros behind the last entries must change nothing.
     """
 
     def pre_forward(self, host: Any, x: Tensor, *values: Any) -> Tensor:
-        """Return what the host is given.
+        """Return the input of the host.
 
         Args:
             host: The host.
-            x: Its first argument, of some rows.
-            values: Matrices (rows, ..., ...), vectors (rows, 1, ...) and numbers (rows, 1, 1), or one for all; if
-                there are none, the adapter takes its own.
+            x: First argument of the call.
+            values: Matrices (rows, ..., ...), vectors (rows, 1, ...) and numbers (rows, 1, 1), or one number for all
+                rows; without values, the adapter uses the tensors that it holds.
         """
         return x
 
     def post_forward(self, host: Any, x: Tensor, y: Tensor, *values: Any) -> Tensor:
-        """Return what the caller is given.
+        """Return the output of the call.
 
         Args:
             host: The host.
-            x: What ``pre_forward`` was given.
-            y: What the host returned.
+            x: First argument of the call, before ``pre_forward``.
+            y: Output of the host.
             values: As for ``pre_forward``.
         """
         return y

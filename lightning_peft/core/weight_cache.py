@@ -11,7 +11,7 @@ LIMIT = 2**30  # bytes that all layers together may keep
 
 
 class WeightCache:
-    """The updated weight of one layer, for evaluation on the CPU: there, comparing factors costs next to nothing."""
+    """Cache of one layer's updated weight, for evaluation on the CPU, where comparing factors costs next to nothing."""
 
     total = 0  # bytes kept by all layers
 
@@ -21,16 +21,16 @@ class WeightCache:
         self._factors: list[Tensor] = []
 
     def __reduce__(self) -> tuple[type[WeightCache], tuple[()]]:
-        return WeightCache, ()  # copies and files keep nothing
+        return WeightCache, ()  # copies and files start with an empty cache
 
     def __del__(self) -> None:
         self.clear()
 
     def get(self, base: Tensor, factors: Sequence[Tensor]) -> Tensor | None:
-        """Return the kept weight if this base weight and the values of these factors are those that it was made of.
+        """Return the cached weight if it was computed from this base weight and these values of the factors.
 
-        Values are compared because what is written through ``.data`` leaves no trace in a tensor's version; of the
-        base, which is frozen, version and place must do.
+        Values are compared because a write through ``.data`` does not change a tensor's version; of the base, which is
+        frozen, address and version are compared.
         """
         if self.weight is None or self._base != (base.data_ptr(), base._version):
             return None
@@ -38,7 +38,7 @@ class WeightCache:
         return self.weight if same else None
 
     def set(self, base: Tensor, factors: Sequence[Tensor], weight: Tensor) -> None:
-        """Keep an updated weight in place of what was kept, if there is room."""
+        """Replace the cached weight, unless the caches of all layers would exceed ``LIMIT``."""
         self.clear()
         if WeightCache.total + weight.nbytes <= LIMIT and not base.is_inference():
             WeightCache.total += weight.nbytes
@@ -46,7 +46,7 @@ class WeightCache:
             self._factors = [factor.detach().clone() for factor in factors]
 
     def clear(self) -> None:
-        """Keep nothing any longer."""
+        """Drop the cached weight."""
         if self.weight is not None:
             WeightCache.total -= self.weight.nbytes
         self.weight, self._factors = None, []

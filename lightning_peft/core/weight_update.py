@@ -57,7 +57,7 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
         return weight + self.delta()
 
     def update(self, host: Any, x: Tensor) -> Tensor:
-        """Return what the update adds to the output of the rows, without the bias."""
+        """Return the difference that the update makes to the output of the rows; the bias is no part of it."""
         if type(self).updated is WeightUpdate.updated:
             change = self.delta()
         else:
@@ -67,7 +67,7 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
         return self.layer.apply(host, x, change.to(x.dtype) if x.is_floating_point() else change)
 
     def as_parametrization(self) -> WeightUpdateSpec | None:
-        """Return a form that one product with the updated weight can take; None to use ``update``."""
+        """Return (parametrization, rows, factors) for one product with the updated weight; None to use ``update``."""
         return None
 
     def factor_tensors(self) -> Sequence[Tensor]:
@@ -84,7 +84,7 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
         if self.layer.weight_read_by_parent:
-            return inner(*args, **kwargs)  # the host reads its weight, which is the updated one
+            return inner(*args, **kwargs)  # the host reads its weight, a property that returns the updated one
         return self._forward(host, inner, *args, **kwargs)
 
     def _forward(self, host: Any, inner: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -96,12 +96,15 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
         return y + self.pad_to_host_output(host, self.update(host, x)).to(y.dtype)
 
     def pad_to_host_output(self, host: Any, update: Tensor) -> Tensor:
-        """Return the update of the rows as one of the host's whole output."""
+        """Pad the output of the rows with zeros to the width of the host's output."""
         start, stop = self.rows
         return F.pad(update, (start, self.layer.shape(host)[0] - stop)) if self.part else update
 
     def _fused_forward(self, host: Any, inner: Call, x: Tensor) -> Tensor | None:
-        """Return the output of the host with this adapter and those inside of it, if one product is cheaper."""
+        """Return the output of the host with this adapter and the remaining ones; None unless one product is cheaper.
+
+        That needs a host whose forward is a plain product, weight updates only, and a frozen base weight.
+        """
         if not isinstance(inner, InnerCall) or not self.layer.is_plain_matmul(host, inner.forward):
             return None
         adapters = [*inner.adapters, self]
@@ -117,9 +120,9 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
         return None
 
     def _parametrizations(self, host: Any, adapters: Sequence[Any]) -> list[WeightUpdateSpec]:
-        """Return the forms of all these adapters, inner before outer; none if one of them has none."""
-        forms = [adapter.as_parametrization() for adapter in adapters]
-        updates = [form for form in forms if form is not None]
+        """Return the parametrizations of all these adapters, inner before outer; an empty list if one has none."""
+        specs = [adapter.as_parametrization() for adapter in adapters]
+        updates = [spec for spec in specs if spec is not None]
         # In 16 bits, a weight would round small updates away; so would factors that sharding has cast down with it.
         wide = host.weight.dtype in (torch.float32, torch.float64)
         exact = wide and all(factor.dtype == host.weight.dtype for update in updates for factor in update.factors)

@@ -1,1 +1,1 @@
-"""Tensor functions with their own autograd, and the full and local values of sharded tensors."""
+"""Autograd functions of adapted layers, and access to the values of sharded tensors."""

@@ -1,4 +1,4 @@
-"""One product with an updated weight instead of a product and an update; saves the input, rebuilds the weight."""
+"""``updated_linear``: y = x W'^T as one product; backward rebuilds the updated weight W' from W and its factors."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from .parametrizations import Parametrization
 
-Rows = tuple[int, int]  # the first row of a weight that a form updates, and the one after the last
+Rows = tuple[int, int]  # the first row of a weight that an update changes, and the row after the last one
 
 
 @dataclass(frozen=True)
 class WeightUpdateSpec:
-    """A form, the rows of the weight that it updates, and its factors."""
+    """Update of some rows of a weight: a parametrization and its factors."""
 
     form: Parametrization
     rows: Rows
@@ -27,7 +27,7 @@ class WeightUpdateSpec:
 
 
 def rebuilding_is_cheaper(updates: Sequence[WeightUpdateSpec], x: Tensor, weight: Tensor) -> bool:
-    """Whether one product with the updated weight beats adding the updates: with many tokens for the weight's size.
+    """Return whether one product with the updated weight is cheaper than adding the updates to the output.
 
     Rebuilding a weight moves out x in numbers, adding updates moves tokens x (out + in).
     """
@@ -39,9 +39,9 @@ def rebuilding_is_cheaper(updates: Sequence[WeightUpdateSpec], x: Tensor, weight
 def updated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[WeightUpdateSpec]) -> Tensor:
     """Return x W'^T + bias, where W' is the (out, in) weight with its rows updated.
 
-    The same values and gradients as ``F.linear(x, form.updated(weight, *factors), bias)``, of which only ``x`` and,
-    where a form asks for it, the output are saved. Works in autocast's type where autocast is on; the weight is
-    updated in its own type and rounded once.
+    Values and gradients are those of ``F.linear(x, form.updated(weight, *factors), bias)``, but autograd saves only
+    ``x`` and, for parametrizations with ``saves_output``, the output. Under autocast, the product runs in autocast's
+    type; the weight is updated in its own type and rounded once.
     """
     forms, factors = _flatten(updates)
     with autocast_disabled(x) as dtype:
@@ -65,26 +65,29 @@ def dropped_low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) ->
 
 
 def _pack(flags: Tensor) -> Tensor:
-    """Return booleans, a multiple of eight, as bits."""
-    gathered = (flags.view(torch.int64) * 0x0102040810204080) >> 56  # the highest byte collects the lowest bit of each
+    """Return booleans, a multiple of eight in number, as bits: the first of eight in the lowest bit."""
+    # Eight booleans, read as one integer, are eight bytes of 0 or 1. The product adds shifted copies, so that bit i of
+    # its highest byte is byte i of the integer; the shift moves that byte down and uint8 drops the sign bits above.
+    # Byte i is boolean i on little-endian machines, the only ones that torch has wheels for; others reverse them.
+    gathered = (flags.view(torch.int64) * 0x0102040810204080) >> 56
     return gathered.to(torch.uint8)
 
 
 def _unpack(bits: Tensor, shape: torch.Size) -> Tensor:
-    """Return the first of packed bits as zeros and ones, in bytes."""
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits[:, None] >> places) & 1).flatten()[: shape.numel()].view(shape)
+    """Return the inverse of ``_pack`` as zeros and ones, in bytes; bits behind the last element are padding."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[:, None] >> shifts) & 1).flatten()[: shape.numel()].view(shape)
 
 
 @contextlib.contextmanager
 def autocast_disabled(x: Tensor) -> Any:
-    """Context without autocast; gives the type that autocast would have worked in."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    """Context without autocast; yields autocast's type, or None where autocast was off."""
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type):
         yield None
         return
-    dtype = torch.get_autocast_dtype(kind)
-    with torch.autocast(kind, enabled=False):
+    dtype = torch.get_autocast_dtype(device_type)
+    with torch.autocast(device_type, enabled=False):
         yield dtype
 
 
@@ -97,27 +100,30 @@ Forms = tuple[tuple[Parametrization, Rows, int], ...]
 
 
 def _flatten(updates: Sequence[WeightUpdateSpec]) -> tuple[Forms, list[Tensor]]:
-    """Return updates as autograd takes them, tensors apart from the rest; ``_unflatten`` joins them again."""
+    """Return (forms, factors): autograd functions take tensors as single arguments. ``_unflatten`` is the inverse."""
     forms = tuple((update.form, update.rows, len(update.factors)) for update in updates)
     return forms, [factor for update in updates for factor in update.factors]
 
 
 def _unflatten(forms: Forms, factors: Sequence[Tensor]) -> list[tuple[Parametrization, slice, Sequence[Tensor]]]:
+    """Return (parametrization, rows, factors) of each update."""
     rest = iter(factors)
     return [(form, slice(*rows), list(itertools.islice(rest, count))) for form, rows, count in forms]
 
 
 def _updated(weight: Tensor, forms: Forms, factors: Sequence[Tensor]) -> Tensor:
-    parts = _unflatten(forms, factors)
-    if len(parts) == 1 and parts[0][1] == slice(0, len(weight)):
-        return parts[0][0].updated(weight, *factors)
+    updates = _unflatten(forms, factors)
+    if len(updates) == 1 and updates[0][1] == slice(0, len(weight)):
+        return updates[0][0].updated(weight, *factors)
     new = weight.clone()
-    for form, rows, own in parts:
-        new[rows] = form.updated(new[rows], *own)
+    for form, rows, form_factors in updates:
+        new[rows] = form.updated(new[rows], *form_factors)
     return new
 
 
 class _UpdatedLinear(torch.autograd.Function):
+    """x W'^T + bias; saves x, W and the factors, and rebuilds W' in backward."""
+
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None, forms: Forms, *factors: Tensor
@@ -131,8 +137,8 @@ class _UpdatedLinear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, bias, _, forms, *factors = inputs
         ctx.forms = forms
-        keeps = any(form.saves_output for form, *_ in forms)
-        ctx.save_for_backward(x, weight, *((bias, output) if keeps else (None, None)), *factors)
+        saves_output = any(form.saves_output for form, *_ in forms)
+        ctx.save_for_backward(x, weight, *((bias, output) if saves_output else (None, None)), *factors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -144,17 +150,19 @@ class _UpdatedLinear(torch.autograd.Function):
                 by_x = (g @ _updated(weight, ctx.forms, factors).to(g.dtype)).to(x.dtype)
             g, x = g.flatten(0, -2), x.flatten(0, -2).to(g.dtype)
             by_bias = g.sum(0) if ctx.needs_input_grad[2] else None
-            found: list[Tensor] = []
-            for form, rows, own in _unflatten(ctx.forms, factors):
-                more: tuple[Any, ...] = ()
+            by_factors: list[Tensor] = []
+            for form, rows, form_factors in _unflatten(ctx.forms, factors):
+                saved: tuple[Any, ...] = ()
                 if form.saves_output:
-                    more = (weight[rows], y.flatten(0, -2)[:, rows], None if bias is None else bias[rows])
-                found += form.gradients(g[:, rows], x, *own, *more)
-            found = [gradient.to(factor.dtype) for gradient, factor in zip(found, factors, strict=True)]
-        return by_x, None, by_bias, None, None, *found
+                    saved = (weight[rows], y.flatten(0, -2)[:, rows], None if bias is None else bias[rows])
+                by_factors += form.gradients(g[:, rows], x, *form_factors, *saved)
+            by_factors = [by.to(factor.dtype) for by, factor in zip(by_factors, factors, strict=True)]
+        return by_x, None, by_bias, None, None, *by_factors
 
 
 class _DroppedLowRank(torch.autograd.Function):
+    """scale dropout(x) A^T B^T, where ``kept`` marks the inputs that were not dropped; saves it as bits."""
+
     @staticmethod
     def forward(
         x: Tensor, kept: Tensor, bits: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype

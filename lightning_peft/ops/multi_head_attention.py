@@ -1,4 +1,4 @@
-"""The function of torch's ``nn.MultiheadAttention``, around whatever stands for ``scaled_dot_product_attention``."""
+"""``multi_head_attention``: ``F.multi_head_attention_forward`` with an attention function that can be replaced."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def multi_head_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return what ``F.multi_head_attention_forward`` returns for the same arguments, with another attention inside.
+    """Return the result of ``F.multi_head_attention_forward``, with ``attend`` for ``scaled_dot_product_attention``.
 
     ``attend`` takes (batch, heads, tokens, size) and an additive mask that broadcasts to (batch, heads, tokens, keys).
-    Weights that the caller needs are those of the given tokens alone, before dropout, whatever ``attend`` adds to them.
+    Attention weights are those over the given tokens, before dropout, even if ``attend`` adds keys.
 
     Raises:
         TypeError: Static keys or values are given.
@@ -57,7 +57,7 @@ def multi_head_attention(
         q, k, v = (x.unsqueeze(1) for x in (q, k, v))
     k, v = _lengthened(k, bias_k, add_zero_attn), _lengthened(v, bias_v, add_zero_attn)
     q, k, v = (x.view(*x.shape[:2], num_heads, -1).permute(1, 2, 0, 3) for x in (q, k, v))
-    causal = is_causal and key_padding_mask is None and not need_weights  # then the mask says no more than this
+    causal = is_causal and key_padding_mask is None and not need_weights  # the mask is then the causal one alone
     mask = None if causal else _additive(attn_mask, key_padding_mask, num_heads, q.dtype, k.shape[2])
     y = attend(q, k, v, attn_mask=mask, dropout_p=dropout_p if training else 0.0, is_causal=causal)
     y = F.linear(y.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
@@ -79,30 +79,34 @@ def _projected(
 
 
 def _lengthened(x: Tensor, token: Tensor | None, zero: bool) -> Tensor:
-    """Return keys or values (tokens, batch, features) with a learned token and one of zeros behind them."""
+    """Append a learned token and, if ``zero``, a token of zeros to keys or values (tokens, batch, features)."""
     if token is not None:
         x = torch.cat([x, token.expand(1, x.shape[1], -1)])
     return F.pad(x, (0, 0, 0, 0, 0, 1)) if zero else x
 
 
 def _additive(mask: Tensor | None, padding: Tensor | None, heads: int, dtype: torch.dtype, keys: int) -> Tensor | None:
-    """Return masks, of which booleans hide, as one term of the scores (batch or 1, heads or 1, tokens or 1, keys)."""
+    """Return the sum of both masks as an additive mask (batch or 1, heads or 1, tokens or 1, keys).
+
+    True in a boolean mask hides a key.
+    """
     if mask is not None:
         mask = mask.view(-1, heads, *mask.shape[1:]) if mask.dim() == 3 else mask[None, None]
     if padding is not None:
         padding = padding.view(-1, 1, 1, padding.shape[-1])
-    found = [
+    additive = [
         torch.zeros_like(m, dtype=dtype).masked_fill(m, float("-inf")) if m.dtype == torch.bool else m
         for m in (mask, padding)
         if m is not None
     ]
-    if not found:
+    if not additive:
         return None
-    total = found[0] if len(found) == 1 else found[0] + found[1]
+    total = additive[0] if len(additive) == 1 else additive[0] + additive[1]
     return F.pad(total, (0, keys - total.shape[-1]))
 
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor | None, average: bool) -> Tensor:
+    """Return attention weights (batch, heads, tokens, keys), or their mean over heads."""
     scores: Tensor = query @ key.mT * query.shape[-1] ** -0.5
     weights = (scores if mask is None else scores + mask).softmax(-1)
     return weights.mean(1) if average else weights

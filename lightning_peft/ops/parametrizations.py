@@ -1,7 +1,7 @@
-"""How factors update a weight ``w`` of shape (out, in), and what their gradients are.
+"""``Parametrization``: how factors update a weight ``w`` of shape (out, in), and the gradients of the factors.
 
 Gradients are computed from the gradient ``g`` of the output, of shape (tokens, out), and the input ``x``, of shape
-(tokens, in). No gradient of a full weight is formed where the factors' own are cheaper.
+(tokens, in). The gradient of the full weight is formed only where the gradients of the factors are not cheaper.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ from torch import Tensor
 
 
 class Parametrization(ABC):
-    """How factors update a weight."""
+    """Update of a weight by factors."""
 
     saves_output = False  # whether gradients are computed from the output as well
-    rebuilds_full_weight = (
-        False  # whether the update by itself costs as much as the layer, so that one product is always cheaper
-    )
+    rebuilds_full_weight = False  # whether the update alone costs as much as the layer, so that one product is cheaper
 
     @abstractmethod
     def updated(self, w: Tensor, *factors: Tensor) -> Tensor:
@@ -48,7 +46,7 @@ class LowRankParametrization(Parametrization):
 
 @dataclass(frozen=True)
 class DoRAParametrization(LowRankParametrization):
-    """m (W + scale B A) / ||W + scale B A||, row by row; the norm takes part in no gradient, as in the paper."""
+    """m (W + scale B A) / ||W + scale B A||, row by row; the norm counts as constant in gradients, as in the paper."""
 
     saves_output = True
     rebuilds_full_weight = True
@@ -59,32 +57,32 @@ class DoRAParametrization(LowRankParametrization):
         return v.mul_(magnitude_over_norm(v, magnitude)[:, None])
 
     def gradients(self, g: Tensor, x: Tensor, *factors: Any) -> tuple[Tensor, ...]:
-        """Return the gradients; here the weight, the output and its bias follow the factors."""
+        """Return the gradients; ``factors`` are A, B, m and, after them, the weight, the output and the bias."""
         a, b, magnitude, w, y, bias = factors
         c = magnitude_over_norm(super().updated(w, a, b), magnitude)[:, None]
         by_a, by_b = super().gradients(g, x, a, c * b)
         by_rows = sum_over_tokens(g, y, bias).to(a.dtype)
-        by_magnitude = (by_rows / magnitude).masked_fill(magnitude == 0, 0)  # rows of zeros start there, and stay
+        by_magnitude = (by_rows / magnitude).masked_fill(magnitude == 0, 0)  # m of a zero row starts and stays at 0
         return by_a, by_b * c, by_magnitude
 
 
 def sum_over_tokens(g: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
     """Return the sums over tokens of g (y - bias)."""
-    # On the CPU in pieces that stay in its cache: a product of full size is written to fresh memory and read again.
-    whole = g.device.type != "cpu" or torch.compiler.is_compiling()
-    size = max(1, len(g)) if whole else 256
-    ones = g.new_ones(1, size)  # as a factor, it sums columns faster than sum(0)
+    # On the CPU, chunks stay in its cache; a full-size product would be written to memory and read again.
+    one_chunk = g.device.type != "cpu" or torch.compiler.is_compiling()
+    size = max(1, len(g)) if one_chunk else 256
+    ones = g.new_ones(1, size)  # a product with ones sums columns faster than sum(0)
     total = g.new_zeros(g.shape[1], dtype=torch.promote_types(g.dtype, torch.float32))
     for start in range(0, len(g), size):
-        part, row = g[start : start + size], ones[:, : len(g) - start]
-        total = total + (row @ (part * y[start : start + size])).squeeze(0)
+        chunk, row = g[start : start + size], ones[:, : len(g) - start]
+        total = total + (row @ (chunk * y[start : start + size])).squeeze(0)
         if bias is not None:
-            total = total - (row @ part).squeeze(0) * bias
+            total = total - (row @ chunk).squeeze(0) * bias
     return total
 
 
 def magnitude_over_norm(v: Tensor, magnitude: Tensor) -> Tensor:
-    """Return m / ||v|| of each row of ``v``, through whose norm no gradient flows."""
+    """Return m / ||v|| of each row of ``v``; no gradient flows through the norm."""
     norm = torch.linalg.vector_norm(v.detach().flatten(1), dim=1)
     factor: Tensor = magnitude / norm.clamp_min(torch.finfo(norm.dtype).tiny)
     return factor
@@ -102,23 +100,23 @@ class HadamardParametrization(Parametrization):
         return torch.addcmul(w, *self.pair(*factors))
 
     def pair(self, x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both matrices of the elementwise product."""
+        """Return f(X1 Y1^T) and f(X2 Y2^T) + shift."""
         return self.apply_nonlinearity(x1 @ y1.T, x2 @ y2.T)
 
-    def apply_nonlinearity(self, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
-        """Return f of both matrices, the second shifted."""
+    def apply_nonlinearity(self, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+        """Return f(W1) and f(W2) + shift."""
         if self.tanh:
-            one, two = one.tanh(), two.tanh()
-        return one, two + self.shift if self.shift else two
+            w1, w2 = w1.tanh(), w2.tanh()
+        return w1, w2 + self.shift if self.shift else w2
 
     def gradients(self, g: Tensor, x: Tensor, *factors: Any) -> tuple[Tensor, ...]:
         x1, y1, x2, y2 = factors
-        one, two = self.pair(*factors)
-        by_weight = (g.T @ x).to(one.dtype)
-        by_one, by_two = by_weight * two, by_weight * one
+        w1, w2 = self.pair(*factors)
+        by_weight = (g.T @ x).to(w1.dtype)
+        by_w1, by_w2 = by_weight * w2, by_weight * w1
         if self.tanh:
-            by_one, by_two = by_one * (1 - one.square()), by_two * (1 - (two - self.shift).square())
-        return by_one @ y1, by_one.T @ x1, by_two @ y2, by_two.T @ x2
+            by_w1, by_w2 = by_w1 * (1 - w1.square()), by_w2 * (1 - (w2 - self.shift).square())
+        return by_w1 @ y1, by_w1.T @ x1, by_w2 @ y2, by_w2.T @ x2
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..structure.layer_types import layer_of
-from ..structure.quantized import Int8Linear, NF4Linear
+from ..structure.quantized_linear import Int8Linear, NF4Linear
 from ..structure.torchao_api import StoredNF4
 from .nf4 import BLOCK
 from .quantize import quantizable_layers

@@ -22,16 +22,14 @@ from ..structure.base_model import count_owners
 from ..structure.bitsandbytes_api import forget_state
 from ..structure.layer_types import TransposedLinearType, is_called_linear, layer_of
 from ..structure.quantized import (
-    Int8Linear,
-    NF4Linear,
     Original,
-    QuantizedLinear,
     QuantizedType,
     is_quantized,
     original_of,
     remember,
     sample,
 )
+from ..structure.quantized_linear import Int8Linear, NF4Linear, QuantizedLinear
 from ..structure.selection import select_modules
 from . import nf4
 

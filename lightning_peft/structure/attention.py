@@ -1,4 +1,4 @@
-"""Attention, once for all methods: its calls, its heads, and its key and value projections."""
+"""``AttentionCalls`` and ``KeyValue``: calls of attention, and its key and value projections, for all methods."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from .transformers_api import attention_heads, attention_implementation
 
 
 class AttentionCalls(TorchFunctionMode):
-    """Context in which ``change(attend, query, key, value, ...)`` stands for ``scaled_dot_product_attention``.
+    """Context that calls ``change(attend, query, key, value, ...)`` in place of ``scaled_dot_product_attention``.
 
-    So it does inside torch's ``nn.MultiheadAttention``, where masks are additive. Enter it as
-    ``calls = AttentionCalls(change)`` and ``with calls:``; the other form loses the object when compiled.
+    This includes the attention inside torch's ``nn.MultiheadAttention``, where masks are additive. Enter it as
+    ``calls = AttentionCalls(change)`` and ``with calls:``; ``with AttentionCalls(change) as calls:`` loses the object
+    under ``torch.compile``.
 
     Args:
-        change: Function of the attention function and its arguments; heads and sizes are read from these.
+        change: Function of the attention function and of its arguments, which tell heads and sizes.
     """
 
     def __init__(self, change: Callable[..., Tensor]) -> None:
@@ -36,7 +37,7 @@ class AttentionCalls(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             self.seen = True
             return self.change(func, *args, **(kwargs or {}))
-        if func is F.multi_head_attention_forward:  # what it calls is not seen here
+        if func is F.multi_head_attention_forward:  # calls inside it do not reach this mode
             self.seen = True
             attend = functools.partial(self.change, F.scaled_dot_product_attention)
             return multi_head_attention(attend, *args, **(kwargs or {}))
@@ -46,10 +47,11 @@ class AttentionCalls(TorchFunctionMode):
 def call_changed(
     change: Callable[..., Tensor], host: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """Return ``inner(*args, **kwargs)``, the call of an attention module, as ``AttentionCalls(change)`` makes it.
+    """Return ``inner(*args, **kwargs)``, the call of an attention module, inside ``AttentionCalls(change)``.
 
     Raises:
-        RuntimeError: The host made no such call, so that the change had no effect; says how to load the model.
+        RuntimeError: The host did not call ``scaled_dot_product_attention``, so that the change had no effect; the
+            message says how to load the model.
     """
     calls = AttentionCalls(change)
     with calls:
@@ -65,12 +67,12 @@ def call_changed(
 
 @dataclass(frozen=True)
 class KeyValue:
-    """Where an attention module computes keys and values.
+    """Key and value projections of an attention module.
 
     Args:
-        key: Child whose output holds the keys; empty where torch's own attention holds the weights.
-        value: Child whose output holds the values.
-        rows: Where keys and values begin in the output of a fused child, and where they end.
+        key: Name of the child whose output holds the keys; empty for ``nn.MultiheadAttention``, which holds both.
+        value: Name of the child whose output holds the values.
+        rows: First feature of the keys, first of the values and the one after them, in the output of a fused child.
     """
 
     key: str
@@ -91,12 +93,12 @@ class KeyValue:
         return fused[..., start:middle], fused[..., middle:end]
 
     def weight(self, host: nn.Module) -> Tensor:
-        """Return a weight of the projections, for device and type."""
+        """Return the weight of a projection, for its device and type."""
         child: Any = host.get_submodule(self.key)
         return next(child.parameters()) if isinstance(child, nn.MultiheadAttention) else child.weight
 
     def inputs(self, host: nn.Module) -> tuple[int, int]:
-        """Return the numbers of features of which keys and values are computed."""
+        """Return the numbers of input features of keys and of values."""
         child: Any = host.get_submodule(self.key)
         if isinstance(child, nn.MultiheadAttention):
             return child.kdim, child.vdim
@@ -116,7 +118,7 @@ class KeyValue:
 
 
 def _projected_by_torch(host: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    packed = host.in_proj_weight  # once: adapters may compute it
+    packed = host.in_proj_weight  # read once, since adapters compute it at each access
     weights = (host.k_proj_weight, host.v_proj_weight) if packed is None else packed[host.embed_dim :].chunk(2)
     biases = (None, None) if host.in_proj_bias is None else host.in_proj_bias[host.embed_dim :].chunk(2)
     key, value = (F.linear(x.to(w.dtype), w, b) for w, b in zip(weights, biases, strict=True))
@@ -124,10 +126,10 @@ def _projected_by_torch(host: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def key_value(model: nn.Module, name: str) -> KeyValue:
-    """Find the key and value projections of an attention module.
+    """Return the key and value projections of an attention module.
 
     Raises:
-        TypeError: There are none; says what is looked for.
+        TypeError: The module has no such children; the message says which names are known.
     """
     host = model.get_submodule(name)
     if isinstance(host, nn.MultiheadAttention):
@@ -146,10 +148,10 @@ def key_value(model: nn.Module, name: str) -> KeyValue:
 
 
 def head_count(host: nn.Module, name: str) -> int:
-    """Read the number of query heads from an attention module or its configuration.
+    """Return the number of query heads, read from an attention module or its configuration.
 
     Raises:
-        TypeError: It says nothing about heads.
+        TypeError: Neither tells the number of heads.
     """
     count = attention_heads(host)
     if count is None:
@@ -160,25 +162,26 @@ def head_count(host: nn.Module, name: str) -> int:
 
 
 def check_interceptable(model: nn.Module, name: str) -> None:
-    """Refuse attention that is known not to call ``scaled_dot_product_attention``.
+    """Raise for attention that is known not to call ``scaled_dot_product_attention``.
 
     Args:
-        model: Holds the attention module; the nearest configuration around it tells, where its own does not.
+        model: Model that holds the attention module. If the configuration of the attention module does not tell, the
+            nearest configuration of a module around it does.
         name: Dotted name of the attention module.
 
     Raises:
-        TypeError: Says how to load the model instead.
+        TypeError: The attention does not call it; the message says how to load the model instead.
     """
     host = model.get_submodule(name)
-    kind, around = attention_implementation(host), name
-    while kind is None and around:
-        around = around.rpartition(".")[0]
-        kind = attention_implementation(model.get_submodule(around))
-    if kind not in (None, "sdpa"):
+    implementation, parent = attention_implementation(host), name
+    while implementation is None and parent:
+        parent = parent.rpartition(".")[0]
+        implementation = attention_implementation(model.get_submodule(parent))
+    if implementation not in (None, "sdpa"):
         raise TypeError(
-            f"{name} ({type(host).__name__}) uses attn_implementation={kind!r}, where added keys would be silently "
-            f"ignored; load the model with attn_implementation='sdpa'. For architectures without it (DeBERTa, or T5 "
-            f"before transformers 5) choose another method."
+            f"{name} ({type(host).__name__}) uses attn_implementation={implementation!r}, where added keys would be "
+            f"silently ignored; load the model with attn_implementation='sdpa'. For architectures without it "
+            f"(DeBERTa, or T5 before transformers 5) choose another method."
         )
     if getattr(host, "fused_attn", True) is False:
         raise TypeError(
@@ -188,5 +191,6 @@ def check_interceptable(model: nn.Module, name: str) -> None:
 
 
 def _child(model: nn.Module, name: str, role: str) -> str | None:
-    children = [found.rpartition(".")[2] for found in ROLES[role](model) if found.rpartition(".")[0] == name]
+    """Return the name of the first child of a module that plays a role."""
+    children = [path.rpartition(".")[2] for path in ROLES[role](model) if path.rpartition(".")[0] == name]
     return children[0] if children else None

@@ -1,4 +1,4 @@
-"""The base model's own modules and parameters, by name, beside the adapters in it."""
+"""``base_modules`` and ``base_parameters``: the modules and parameters of the base model by name, without adapters."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ ADAPTERS_ATTRIBUTE = "peft"  # the child of an adapted module below which its ad
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a glob matches the end of a dotted name: ``q_proj`` matches ``layers.0.attn.q_proj``."""
+    """Return whether a glob matches the end of a dotted name: ``q_proj`` matches ``layers.0.attn.q_proj``."""
     return fnmatchcase("." + name, "*." + pattern)
 
 
 def name_pattern(name: str) -> str:
-    """Return a name with ``*`` in place of numbers: the same for the same layer of all blocks."""
+    """Return a name with ``*`` in place of numbers, which is the same for one layer in all blocks."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
@@ -37,10 +37,10 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def own_tensors(module: nn.Module) -> dict[str, Any]:
-    """Return the parameters and buffers that a module has itself, as it has them; None where there is none."""
+    """Return the parameters and buffers registered on the module itself, not on its children; empty ones are None."""
     return {**module._parameters, **module._buffers}
 
 
 def count_owners(model: nn.Module) -> Counter[int]:
-    """Return by how many modules each parameter is held, by its id."""
+    """Return the number of modules that hold each parameter, by the parameter's id."""
     return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)

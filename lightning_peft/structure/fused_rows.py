@@ -35,17 +35,17 @@ def is_fused(name: str) -> bool:
 
 
 def has_parts(name: str, host: nn.Module) -> bool:
-    """Return whether a role can mean some rows of a layer, or a weight that its parent reads, and not a call."""
+    """Return whether a role can mean rows of a layer, or a weight that its parent reads, and not its call."""
     return is_fused(name) or read_weight_attribute(type(host)) is not None
 
 
 def lacks_query(name: str) -> bool:
-    """Return whether a fused layer of this name computes keys and values alone."""
+    """Return whether a fused layer of this name computes keys and values, and no query."""
     return matches(name, _KEYS_AND_VALUES)
 
 
 def fused_patterns(role: str) -> tuple[str, ...]:
-    """Return globs of the fused layers that compute this role along with others."""
+    """Return globs of the fused layers that compute this role, along with others."""
     return _FUSED if role in _PART_OF_ROLE else ()
 
 
@@ -53,12 +53,14 @@ def fused_rows(host: nn.Module, name: str = "") -> list[Rows]:
     """Return the rows of query, key and value in a layer that computes them at once.
 
     Raises:
-        ValueError: The weight's shape has no such parts.
+        ValueError: The weight's shape does not divide into query, key and value.
     """
     rows, width, *_ = layer_of(host).shape(host)
     if lacks_query(name):
         return [Rows("key", 0, rows // 2), Rows("value", rows // 2, rows)]
-    query = rows // 3 if rows == 3 * width else width  # with grouped heads there are fewer keys than queries
+    # With grouped heads there are fewer rows of keys than of queries. The layer does not tell its number of heads, so
+    # this assumes queries as wide as the input, which is wrong where heads * head_dim differs from the hidden size.
+    query = rows // 3 if rows == 3 * width else width
     keys = (rows - query) // 2
     if keys < 1 or query + 2 * keys != rows:
         raise ValueError(f"A fused layer of {rows} rows over {width} features has no query, key and value parts.")
@@ -66,7 +68,7 @@ def fused_rows(host: nn.Module, name: str = "") -> list[Rows]:
 
 
 def requested_rows(name: str, host: nn.Module, targets: Sequence[str], roles: Sequence[str]) -> list[Rows | None]:
-    """Return the rows of a layer that targets mean: None for all of it, which a glob always means.
+    """Return the rows of a layer that targets mean; None stands for the whole layer, which a glob always means.
 
     Args:
         name: Dotted name of the layer.
@@ -77,5 +79,5 @@ def requested_rows(name: str, host: nn.Module, targets: Sequence[str], roles: Se
     by_glob = any(matches(name, target) for target in targets if target not in roles)
     if by_glob or not (is_fused(name) or isinstance(host, nn.MultiheadAttention)):
         return [None]
-    wanted = {_PART_OF_ROLE.get(target) for target in targets}
-    return [rows for rows in fused_rows(host, name) if rows.part in wanted or "all-linear" in targets] or [None]
+    parts = {_PART_OF_ROLE.get(target) for target in targets}
+    return [rows for rows in fused_rows(host, name) if rows.part in parts or "all-linear" in targets] or [None]

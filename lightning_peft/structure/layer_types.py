@@ -1,14 +1,13 @@
-"""``LayerType`` and ``layer_of``: how each type of linear layer is applied, and its weight read and written.
+"""``LayerType`` and ``layer_of``: how each type of linear layer is applied, and how its weight is read and written.
 
-Every weight is seen in one layout, ``(out, in, *kernel)``, whatever the layer stores. Other libraries' layers join with
-``layer_of.register(TheirLayer)(lambda host: TheirType())``.
+Every weight is seen as ``(out, in, *kernel)``. Add a layer by ``layer_of.register(Layer)(lambda host: ItsType())``.
 """
 
 from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,9 @@ from .transformers_api import CONV1D
 
 
 class LayerType(ABC):
-    """What is known about one type of linear layer; holds no state, the host is passed in."""
+    """Knowledge about one type of linear layer. It holds no state; the host, a layer of that type, is passed in."""
 
-    is_embedding = False  # inputs are indices, not features
+    is_embedding = False  # its inputs are indices, not features
     weight_read_by_parent = False  # a module further out reads the weight and never calls the layer
     maps_features = False  # a call maps the last dimension of its input linearly
 
@@ -36,24 +35,22 @@ class LayerType(ABC):
 
     def parameter(self, host: Any) -> Tensor:
         """Return the weight as the host stores it."""
-        weight: Tensor = host.weight
-        return weight
+        return cast(Tensor, host.weight)
 
     def bias(self, host: Any) -> nn.Parameter | None:
         """Return the bias of the host itself."""
-        bias: nn.Parameter | None = host._parameters.get("bias")
-        return bias
+        return cast("nn.Parameter | None", host._parameters.get("bias"))
 
     def read(self, host: Any) -> Tensor:
         """Return the host's weight as (out, in, *kernel), a view where possible."""
         return self.parameter(host)
 
     def full_shape(self, host: Any) -> torch.Size:
-        """Return (out, in, *kernel) of the whole weight, sharded or not."""
+        """Return (out, in, *kernel) of the whole weight, even where each process holds a shard of it."""
         return global_shape(self.read(host))
 
     def shape(self, host: Any, rows: tuple[Any, int, int] | None = None) -> torch.Size:
-        """Return (out, in, *kernel) of the weight, or of some of its rows: (part, start, stop)."""
+        """Return (out, in, *kernel) of the weight, or of some of its rows, given as (part, start, stop)."""
         shape = self.full_shape(host)
         return shape if rows is None else torch.Size([rows[2] - rows[1], *shape[1:]])
 
@@ -63,11 +60,11 @@ class LayerType(ABC):
         self.read(host)[first : first + len(rows)].copy_(rows)
 
     def is_plain_matmul(self, host: Any, call: object) -> bool:
-        """Whether ``call``, what the host would run, is exactly the product with its weight and its bias."""
+        """Return whether ``call``, the host's forward, computes x W^T + bias and nothing else."""
         return False
 
     def factorizes(self, host: Any) -> bool:
-        """Whether ``apply`` with B A equals ``apply_pointwise`` with B after ``apply`` with A."""
+        """Return whether ``apply`` with B A equals ``apply_pointwise`` with B after ``apply`` with A."""
         return True
 
 
@@ -87,7 +84,7 @@ class LinearType(LayerType):
 
 
 class _StoredTransposedType(LayerType):
-    """A layer that stores W^T."""
+    """Base class for layers that store W^T."""
 
     def read(self, host: Any) -> Tensor:
         return self.parameter(host).T
@@ -97,14 +94,14 @@ class _StoredTransposedType(LayerType):
 
 
 class TransposedLinearType(_StoredTransposedType, LinearType):
-    """``Conv1D`` of GPT-2."""
+    """``Conv1D`` of GPT-2: y = x W^T, with W^T stored."""
 
     def is_plain_matmul(self, host: Any, call: object) -> bool:
         return getattr(call, "__qualname__", "") == "Conv1D.forward" and type(host.weight) in _PLAIN
 
 
 class ReadLinearType(LinearType):
-    """A weight that torch's attention reads from a module without calling it."""
+    """``in_proj_weight`` of torch's attention, and ``out_proj``, whose weight it reads without calling the layer."""
 
     weight_read_by_parent, maps_features = True, False
 
@@ -112,12 +109,10 @@ class ReadLinearType(LinearType):
         return False
 
     def bias(self, host: Any) -> nn.Parameter | None:
-        bias: nn.Parameter | None = host._parameters[read_bias_attribute(type(host))]
-        return bias
+        return cast("nn.Parameter | None", host._parameters[read_bias_attribute(type(host))])
 
     def parameter(self, host: Any) -> Tensor:
-        name = read_weight_attribute(type(host)) or "weight"
-        weight: Tensor | None = host._parameters[name]  # the attribute itself gives the updated one
+        weight: Tensor | None = host._parameters[read_weight_attribute(type(host)) or "weight"]  # not the property
         if weight is None:
             raise TypeError("This nn.MultiheadAttention has separate projections (kdim, vdim); they cannot be adapted.")
         return weight
@@ -136,11 +131,10 @@ class EmbeddingType(_StoredTransposedType):
 
 
 class ConvType(LayerType):
-    """``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``."""
+    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``, with a weight (out, in / groups, *kernel)."""
 
     def apply(self, host: Any, x: Tensor, weight: Tensor) -> Tensor:
-        result: Tensor = host._conv_forward(x, weight, None)  # knows the padding modes
-        return result
+        return cast(Tensor, host._conv_forward(x, weight, None))  # the host's own method knows its padding mode
 
     def apply_pointwise(self, host: Any, hidden: Tensor, weight: Tensor) -> Tensor:
         pointwise = (F.conv1d, F.conv2d, F.conv3d)[host.weight.dim() - 3]
@@ -152,75 +146,55 @@ class ConvType(LayerType):
 
 @functools.singledispatch
 def layer_of(host: nn.Module) -> LayerType:
-    """Return what is known about a layer's type; a ``TypeError`` where nothing is."""
-    if (layer := _foreign(host)) is not None:
-        return layer
+    """Return the ``LayerType`` of a layer; raise a ``TypeError`` if the layer is of no known type."""
+    if (layer_type := _foreign(host)) is not None:
+        return layer_type
     raise TypeError(
         f"{type(host).__name__} is no known linear layer (nn.Linear, nn.Conv1d/2d/3d, nn.Embedding, transformers' "
         f"Conv1D). Choose other targets, or teach it with lightning_peft.core.layer_of.register."
     )
 
 
-_PLAIN = (Tensor, nn.Parameter, FakeTensor)  # not sharded, not quantized; the last is a plain one's shape
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)  # types of weights that are neither sharded nor quantized
 _LINEAR, _READ, _EMBEDDING, _CONV = LinearType(), ReadLinearType(), EmbeddingType(), ConvType()
-# Classes of layers, or of their weights, by name, so that nothing is imported.
-FOREIGN: dict[str, LayerType] = {CONV1D: TransposedLinearType()}
+FOREIGN: dict[str, LayerType] = {CONV1D: TransposedLinearType()}  # by class name of the layer, or of its weight
 
 
 def _foreign(host: nn.Module) -> LayerType | None:
-    kinds: Any = type(host), type(host._parameters.get("weight"))
-    return _foreign_by_type(*kinds)
+    """Return the type of another library's layer, known by the class of the layer or of its weight."""
+    classes: Any = type(host), type(host._parameters.get("weight"))
+    return _foreign_by_class(*classes)
 
 
 @functools.cache
-def _foreign_by_type(*kinds: Any) -> LayerType | None:
-    names = (f"{cls.__module__}.{cls.__qualname__}" for kind in kinds for cls in kind.__mro__)
+def _foreign_by_class(*classes: Any) -> LayerType | None:
+    names = (f"{cls.__module__}.{cls.__qualname__}" for leaf in classes for cls in leaf.__mro__)
     return next((FOREIGN[name] for name in names if name in FOREIGN), None)
 
 
-@layer_of.register
-def _(host: nn.Linear) -> LayerType:
-    return _foreign(host) or _LINEAR
-
-
-@layer_of.register(nn.MultiheadAttention)
-@layer_of.register(nn.modules.linear.NonDynamicallyQuantizableLinear)
-def _(host: nn.Module) -> LayerType:
-    return _READ
-
-
-@layer_of.register
-def _(host: nn.Embedding) -> LayerType:
-    return _EMBEDDING
-
-
-@layer_of.register(nn.Conv1d)
-@layer_of.register(nn.Conv2d)
-@layer_of.register(nn.Conv3d)
-def _(host: nn.Module) -> LayerType:
-    return _CONV
-
-
-def has_values(x: Tensor) -> bool:
-    """Whether a tensor is more than a shape, which is all it is on the meta device and in a plan."""
-    return not (x.is_meta or isinstance(x, FakeTensor))
+layer_of.register(nn.Linear)(lambda host: _foreign(host) or _LINEAR)
+layer_of.register(nn.Embedding)(lambda host: _EMBEDDING)
+for _conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    layer_of.register(_conv)(lambda host: _CONV)
+for _read in (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear):
+    layer_of.register(_read)(lambda host: _READ)
 
 
 def is_called_linear(module: nn.Module) -> bool:
-    """Whether a module maps features linearly when called: not embeddings, not torch's ``out_proj``, which is read."""
+    """Return whether a call of the module maps features linearly, unlike embeddings and torch's ``out_proj``."""
     try:
         return layer_of(module).maps_features
     except TypeError:
         return False
 
 
-def read_weight_attribute(kind: type[nn.Module]) -> str | None:
-    """Return the name of the weight that torch's attention reads from modules of this type without calling them."""
-    if issubclass(kind, nn.MultiheadAttention):
+def read_weight_attribute(cls: type[nn.Module]) -> str | None:
+    """Return the name of the weight that torch's attention reads from modules of this class without calling them."""
+    if issubclass(cls, nn.MultiheadAttention):
         return "in_proj_weight"
-    return "weight" if issubclass(kind, nn.modules.linear.NonDynamicallyQuantizableLinear) else None
+    return "weight" if issubclass(cls, nn.modules.linear.NonDynamicallyQuantizableLinear) else None
 
 
-def read_bias_attribute(kind: type[nn.Module]) -> str:
+def read_bias_attribute(cls: type[nn.Module]) -> str:
     """Return the name of the bias that belongs to that weight."""
-    return (read_weight_attribute(kind) or "weight").replace("weight", "bias")
+    return (read_weight_attribute(cls) or "weight").replace("weight", "bias")

@@ -1,4 +1,4 @@
-"""Roles: what the parts of a model are for, by the names of the families that people use and by where they stand."""
+"""``ROLES``: functions that find layers by their role (``attention.query``, ``head``...), from names and positions."""
 
 from __future__ import annotations
 
@@ -30,37 +30,39 @@ _NAMES = {
         *("*[0-9].output.dense", "lin2", "down_proj", "mlp.c_proj", "fc2", "DenseReluDense.wo", "linear2"),
     ),
 }
-_GATED = {"gate_proj": "up_proj", "wi_0": "wi_1"}  # the activated one, and what it is multiplied with
+_GATED = {"gate_proj": "up_proj", "wi_0": "wi_1"}  # the activated projection, and the one it is multiplied with
 
 
 def linear_branch(model: nn.Module, down: str) -> str | None:
-    """Return the up-projection that is not activated, of a block that multiplies two before its down-projection."""
-    holder = down.rpartition(".")[0]
-    siblings = dict(model.get_submodule(holder).named_children())
-    found = next((up for gate, up in _GATED.items() if gate in siblings and up in siblings), None)
-    if found is None or layer_of(siblings[found]).shape(siblings[found])[0] != _width(model, down):
+    """Return the name of the up-projection without activation in a gated feed-forward block; None in other blocks.
+
+    Args:
+        model: Model that holds the block.
+        down: Name of the block's down-projection.
+    """
+    parent = down.rpartition(".")[0]
+    siblings = dict(model.get_submodule(parent).named_children())
+    key = next((up for gate, up in _GATED.items() if gate in siblings and up in siblings), None)
+    if key is None:
         return None
-    return f"{holder}.{found}".lstrip(".")
-
-
-def _width(model: nn.Module, name: str) -> int:
-    host = model.get_submodule(name)
-    return layer_of(host).shape(host)[1]
+    up, host = siblings[key], model.get_submodule(down)
+    same_width = layer_of(up).shape(up)[0] == layer_of(host).shape(host)[1]
+    return f"{parent}.{key}".lstrip(".") if same_width else None
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the repeated blocks of a model (encoder before decoder): equal neighbours in an outermost list."""
-    found: dict[str, nn.Module] = {}
+    """Return the repeated blocks of a model: the children, all of one class, of outermost lists and sequences."""
+    repeated: dict[str, nn.Module] = {}
     for name, module in [("", model), *base_modules(model).items()]:
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and not any(name.startswith(f"{b}.") for b in found):
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and not any(name.startswith(f"{b}.") for b in repeated):
             children = dict(module.named_children())
             if len({type(child) for child in children.values()}) == 1 and any(True for _ in module.parameters()):
-                found |= {f"{name}.{key}".lstrip("."): child for key, child in children.items()}
-    return found
+                repeated |= {f"{name}.{key}".lstrip("."): child for key, child in children.items()}
+    return repeated
 
 
 def output_layers(model: nn.Module) -> list[str]:
-    """Return the names of the weighted layers that follow the last block; without blocks, of the last layer."""
+    """Return the names of the layers with weights that follow the last block; without blocks, of the last layer."""
     modules = base_modules(model)
     leaves = [n for n, m in modules.items() if any(p.dim() > 1 for p in m.parameters(recurse=False))]
     last = next(reversed(blocks(model)), None)
@@ -72,56 +74,56 @@ def output_layers(model: nn.Module) -> list[str]:
 
 
 def head_layers(model: nn.Module) -> list[str]:
-    """Return the names of the weighted layers of a task's head: the output layers that no backbone was trained with.
+    """Return the names of the layers with weights in a task's head: the output layers that were not pretrained.
 
-    Of transformers' models these are outside the backbone and no part of what predicts its vocabulary.
+    In transformers' models these are outside of the backbone and of the layers that predict its vocabulary.
     """
-    without = tuple(itertools.chain.from_iterable(_pretrained(name, m) for name, m in _outermost_pretrained(model)))
-    return [name for name in output_layers(model) if not f".{name}.".startswith(without)]
+    pretrained = tuple(itertools.chain.from_iterable(_pretrained(name, m) for name, m in _outermost_pretrained(model)))
+    return [name for name in output_layers(model) if not f".{name}.".startswith(pretrained)]
 
 
 def _outermost_pretrained(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    found = list[str]()
+    """Yield (name, module) of the outermost models of transformers."""
+    prefixes = list[str]()
     for name, module in [("", model), *base_modules(model).items()]:
-        embeds = callable(getattr(type(module), "get_input_embeddings", None))  # torch.compile shows its model's own
-        inside = any(name.startswith(other) for other in found)
+        # Of the class, since the wrapper of torch.compile has the attributes of the model inside.
+        embeds = callable(getattr(type(module), "get_input_embeddings", None))
+        inside = any(name.startswith(prefix) for prefix in prefixes)
         if embeds and isinstance(getattr(module, "base_model", None), nn.Module) and not inside:
-            found.append(f"{name}.".lstrip("."))
+            prefixes.append(f"{name}.".lstrip("."))
             yield name, module
 
 
 def _pretrained(name: str, module: Any) -> Iterator[str]:
     """Yield prefixes of the backbone, and of all children up to the one that predicts the vocabulary."""
-    place = f".{name}." if name else "."
+    prefix = f".{name}." if name else "."
     output = module.get_output_embeddings()
-    children = {key: set(child.modules()) for key, child in module.named_children()}
-    last = max((i for i, own in enumerate(children.values()) if output in own), default=-1)
-    for i, (key, own) in enumerate(children.items()):
-        if i <= last or module.base_model in own:
-            yield f"{place}{key}."
+    modules_of = {key: set(child.modules()) for key, child in module.named_children()}
+    last = max((i for i, modules in enumerate(modules_of.values()) if output in modules), default=-1)
+    for i, (key, modules) in enumerate(modules_of.items()):
+        if i <= last or module.base_model in modules:
+            yield f"{prefix}{key}."
     if module.base_model is module:
-        yield place
+        yield prefix
 
 
 def norms(model: nn.Module) -> list[str]:
-    """Return the names of the normalization layers that have parameters, known by their type's name."""
-    own = {n: list(m.parameters(recurse=False)) for n, m in base_modules(model).items() if _is_norm(m)}
-    return [name for name, found in own.items() if found and all(p.dim() == 1 for p in found)]
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("Norm")
+    """Return the names of the normalization layers that have parameters, recognized by the name of their class."""
+    modules = {name: m for name, m in base_modules(model).items() if type(m).__name__.endswith("Norm")}
+    parameters = {name: list(module.parameters(recurse=False)) for name, module in modules.items()}
+    return [name for name, vectors in parameters.items() if vectors and all(p.dim() == 1 for p in vectors)]
 
 
 def attention_modules(model: nn.Module) -> list[str]:
-    """Return the names of the modules that hold key projections, alone or fused, and of torch's own attention."""
+    """Return the names of the modules that hold key projections, alone or fused, and of ``nn.MultiheadAttention``."""
     modules = base_modules(model)
-    torch_own = {n for n, m in modules.items() if isinstance(m, nn.MultiheadAttention)}
-    holders = {name.rpartition(".")[0] for name in _named("attention.key")(model) if name not in torch_own}
-    return [n for n in modules if n in holders | torch_own]
+    of_torch = {n for n, m in modules.items() if isinstance(m, nn.MultiheadAttention)}
+    parents = {name.rpartition(".")[0] for name in _named("attention.key")(model) if name not in of_torch}
+    return [n for n in modules if n in parents | of_torch]
 
 
 def _named(role: str) -> Callable[[nn.Module], Iterable[str]]:
+    """Return the function that yields the names of a role's layers, by the names that model families use."""
     patterns = (*_NAMES[role], *fused_patterns(role))
 
     def find(model: nn.Module) -> Iterator[str]:
@@ -138,13 +140,13 @@ def _named(role: str) -> Callable[[nn.Module], Iterable[str]]:
 
 
 def _all_linear(model: nn.Module) -> list[str]:
-    """Linear layers of the blocks; of a model without blocks, all but the output layer."""
+    """Return the names of the linear layers of the blocks; without blocks, of all but the last linear layer."""
     linear = [n for n, m in base_modules(model).items() if is_called_linear(m) or read_weight_attribute(type(m))]
     inside = tuple(f"{name}." for name in blocks(model))
     return [n for n in linear if f"{n}.".startswith(inside)] if inside else linear[:-1]
 
 
-WEIGHT_ROLES = (*_NAMES, "all-linear")  # mean weights, also those that a module reads from its children
+WEIGHT_ROLES = (*_NAMES, "all-linear")  # roles that mean weights, also those that a module reads from its children
 ROLES: dict[str, Callable[[nn.Module], Iterable[str]]] = {
     **{role: _named(role) for role in _NAMES},
     "attention": attention_modules,

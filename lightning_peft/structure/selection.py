@@ -1,4 +1,4 @@
-"""From names to modules and parameters: globs on the end of dotted names, and roles. No pattern matches nothing."""
+"""``select``: from globs on dotted names, and roles, to modules and parameters. A pattern without a match raises."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..structure.base_model import ADAPTERS_ATTRIBUTE
 from .base_model import base_modules, base_parameters, matches, name_pattern
 from .fused_rows import Rows, has_parts, requested_rows
 from .roles import ROLES
 
 
 class Target(NamedTuple):
-    """Place for one adapter.
+    """Host for one adapter.
 
     Args:
         name: Dotted name of the host.
         host: The module.
-        rows: Rows of the host's weight that are meant; None for all that the host computes.
+        rows: Rows of the host's weight that the targets mean; None for its whole output.
     """
 
     name: str
@@ -31,7 +30,7 @@ class Target(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """A module with several parts that ``select`` or ``select_modules`` returned, and the targets that were asked for.
+    """Module with several parts that ``select`` or ``select_modules`` returned, and the targets that selected it.
 
     Args:
         name: Dotted name of the module.
@@ -86,7 +85,7 @@ def select(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()
 
 
 def select_modules(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()) -> dict[str, nn.Module]:
-    """Return modules by name, in the model's order: for what acts on whole modules.
+    """Return modules by name, in the model's order, for adapters that act on whole modules.
 
     Arguments and errors are those of ``select``.
     """
@@ -106,47 +105,44 @@ def select_modules(model: nn.Module, targets: Sequence[str], exclude: Sequence[s
 
 
 def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Return names of base parameters: those below a module, or named themselves, by glob or role.
+    """Return the names of base parameters that a pattern matches, or that are in a module that it matches.
 
     Raises:
         ValueError: A pattern matches no parameter; names what the model has.
     """
     parameters, modules = base_parameters(model), base_modules(model)
-    shared = {name: next(n for n, p in parameters.items() if p is parameter) for name, parameter in _all(model)}
+    first_names = {id(parameter): name for name, parameter in parameters.items()}
+    every_name = dict(model.named_parameters(remove_duplicate=False))  # of a shared parameter, all its names
+    shared = {name: first_names[id(p)] for name, p in every_name.items() if id(p) in first_names}
     chosen = set[str]()
     for pattern in _listed(patterns, "also_train", empty=True):
         if pattern in ROLES:
             owners = set(ROLES[pattern](model))
         else:
             owners = {name for name in modules if matches(name, pattern)}
-        found = {shared[n] for n in shared if matches(n, pattern) or any(n.startswith(f"{o}.") for o in owners)}
-        chosen |= found or _nothing(pattern, modules | parameters)
+        names = {shared[n] for n in shared if matches(n, pattern) or any(n.startswith(f"{o}.") for o in owners)}
+        chosen |= names or _nothing(pattern, modules | parameters)
     return [name for name in parameters if name in chosen]
 
 
 def literal(name: str) -> str:
-    """Return a glob that means a name, even where that is a role, too."""
+    """Return a glob that matches a name, even where the name is that of a role."""
     return f"[{name[0]}]{name[1:]}" if name in ROLES else name
 
 
-def _all(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if f".{ADAPTERS_ATTRIBUTE}." not in f".{name}":
-            yield name, parameter
-
-
-def _listed(patterns: Sequence[str], what: str, empty: bool = False) -> Sequence[str]:
+def _listed(patterns: Sequence[str], field: str, empty: bool = False) -> Sequence[str]:
+    """Return the patterns; raise if they are a string or, unless ``empty`` is allowed, there are none."""
     if isinstance(patterns, str):
-        raise TypeError(f"{what} is a list of patterns; write [{patterns!r}].")
+        raise TypeError(f"{field} is a list of patterns; write [{patterns!r}].")
     if not patterns and not empty:
-        raise ValueError(f"{what} is empty; give globs such as ['query'], or roles: {', '.join(ROLES)}.")
+        raise ValueError(f"{field} is empty; give globs such as ['query'], or roles: {', '.join(ROLES)}.")
     return patterns
 
 
 def _nothing(pattern: str, named: Iterable[str]) -> set[str]:
-    """Raise: a pattern without a match is a typo more often than a wish."""
-    kinds = list(dict.fromkeys(map(name_pattern, named)))
-    ends = {kind.rpartition(".")[2] for kind in kinds} - {"*"}
-    close = [] if pattern in ROLES else difflib.get_close_matches(pattern, [*ends, *kinds, *ROLES], n=5)
-    known = f"Close names: {', '.join(close)}." if close else f"The model has: {', '.join(kinds[:40])}."
-    raise ValueError(f"{pattern!r} matches nothing in the model. {known} Roles: {', '.join(ROLES)}.")
+    """Raise a ``ValueError`` that lists close names, since a pattern without a match is mostly a typo."""
+    patterns = list(dict.fromkeys(map(name_pattern, named)))
+    ends = {name.rpartition(".")[2] for name in patterns} - {"*"}
+    close = [] if pattern in ROLES else difflib.get_close_matches(pattern, [*ends, *patterns, *ROLES], n=5)
+    advice = f"Close names: {', '.join(close)}." if close else f"The model has: {', '.join(patterns[:40])}."
+    raise ValueError(f"{pattern!r} matches nothing in the model. {advice} Roles: {', '.join(ROLES)}.")

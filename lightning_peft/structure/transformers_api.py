@@ -1,8 +1,7 @@
-"""What this package trusts of transformers: names of classes, arguments and attributes that a release may change.
+"""``backbones``, ``cached_tokens``...: all access to names in transformers that one of its releases may change.
 
-Whatever else of the package needs such a name takes it from here, and ``test_transformers_api.py``
-says in words which of them the installed release no longer has. transformers itself is never imported here: a program
-that holds one of its models or caches has imported it.
+Other modules of the package take such names from here, and ``test_transformers_api.py`` reports which of them the
+installed release no longer has. transformers is never imported here: a program that holds one of its models has it.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from torch import Tensor, nn
 from .base_model import base_modules
 
 CONV1D = "transformers.pytorch_utils.Conv1D"  # linear layer of GPT-2 whose weight is (in, out)
-POSITIONS = ("position_ids", "cache_position")  # arguments of a backbone that say where its tokens stand
+POSITIONS = ("position_ids", "cache_position")  # arguments of a backbone that hold the positions of its tokens
 _PLAIN = (Tensor, bool, int, float, str, list, Mapping)  # arguments that carry no state of earlier calls
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead")
 
 
 def is_encoder_decoder(module: Any) -> bool:
-    """Whether a model, by its configuration, has an encoder and a decoder."""
+    """Return whether a model, by its configuration, has an encoder and a decoder."""
     return bool(from_config(module, "is_encoder_decoder"))
 
 
@@ -36,20 +35,20 @@ def from_config(module: Any, name: str) -> Any:
 def backbones(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield (name, module) of the outermost transformers backbones: no head, input embeddings known.
 
-    Where a decoder-only backbone is a mere shell around its decoder (OPT), heads call the decoder; so does this.
+    Where a decoder-only backbone only wraps its decoder (OPT), heads call the decoder, so the decoder is yielded.
     """
-    found: list[str] = []
+    outermost: list[str] = []
     for name, module in [("", model), *base_modules(model).items()]:
         if has_input_embeddings(module) and getattr(module, "base_model", None) is module:
-            if any(name.startswith(f"{other}." if other else "") for other in found):
+            if any(name.startswith(f"{outer}." if outer else "") for outer in outermost):
                 continue
-            found.append(name)
-            shell = not is_encoder_decoder(module) and has_input_embeddings(getattr(module, "decoder", None))
-            yield (f"{name}.decoder".lstrip("."), module.decoder) if shell else (name, module)
+            outermost.append(name)
+            wraps_decoder = not is_encoder_decoder(module) and has_input_embeddings(getattr(module, "decoder", None))
+            yield (f"{name}.decoder".lstrip("."), module.decoder) if wraps_decoder else (name, module)
 
 
 def has_input_embeddings(module: Any) -> bool:
-    """Whether a module says which embeddings its tokens have, as every transformers model does."""
+    """Return whether a module has ``get_input_embeddings``, as every transformers model does."""
     return callable(getattr(module, "get_input_embeddings", None))
 
 
@@ -64,7 +63,7 @@ def cached_tokens(host: nn.Module, call: Mapping[str, Any]) -> Any:
         call: Arguments by name.
 
     Raises:
-        TypeError: An argument carries state of earlier calls, and does not say of how many tokens.
+        TypeError: An argument carries state of earlier calls and does not tell the number of their tokens.
     """
     for name, value in call.items():
         if value is None or isinstance(value, _PLAIN):
@@ -83,51 +82,51 @@ def cached_tokens(host: nn.Module, call: Mapping[str, Any]) -> Any:
 
 
 def _is_cache(value: Any) -> bool:
-    """Whether a value is a key-value cache; before transformers 5, some models have a class of their own for it."""
+    """Return whether a value is a key-value cache; before transformers 5, some models define separate classes."""
     package = sys.modules.get("transformers")
-    known = package is not None and isinstance(value, package.Cache)
-    return known or callable(getattr(value, "get_seq_length", None))
+    is_cache = package is not None and isinstance(value, package.Cache)
+    return is_cache or callable(getattr(value, "get_seq_length", None))
 
 
 def attention_implementation(module: Any) -> str | None:
-    """Return how a module computes attention (``sdpa``, ``eager``...); None where it does not say."""
-    kind: str | None = from_config(module, "_attn_implementation")
-    return kind
+    """Return how a module computes attention (``sdpa``, ``eager``...); None if its configuration does not tell."""
+    implementation: str | None = from_config(module, "_attn_implementation")
+    return implementation
 
 
 def attention_heads(module: nn.Module) -> int | None:
-    """Return the number of query heads of an attention module, read off it or its configuration, if one says it."""
-    for holder in (module, getattr(module, "config", None)):
+    """Return the number of query heads, read from an attention module or its configuration; None if neither tells."""
+    for source in (module, getattr(module, "config", None)):
         for attribute in _HEAD_COUNTS:
-            if isinstance(count := getattr(holder, attribute, None), int):
+            if isinstance(count := getattr(source, attribute, None), int):
                 return count
     return None
 
 
 def is_checkpointing(module: nn.Module) -> bool:
-    """Whether a module of transformers recomputes its activations in the backward pass."""
+    """Return whether a module of transformers recomputes its activations in the backward pass."""
     return bool(vars(module).get("gradient_checkpointing"))
 
 
 @contextmanager
 def without_checkpointing(model: nn.Module) -> Iterator[bool]:
-    """Context in which no module of a model recomputes its activations; says whether one does otherwise."""
-    switched: list[Any] = [part for part in model.modules() if is_checkpointing(part)]
+    """Context in which no module of a model recomputes its activations; yields whether one did before."""
+    switched: list[Any] = [module for module in model.modules() if is_checkpointing(module)]
     try:
-        for part in switched:
-            part.gradient_checkpointing = False
+        for module in switched:
+            module.gradient_checkpointing = False
         yield bool(switched)
     finally:
-        for part in switched:
-            part.gradient_checkpointing = True
+        for module in switched:
+            module.gradient_checkpointing = True
 
 
 def checkpoint_without_reentry(model: nn.Module) -> None:
     """Let gradient checkpointing work below frozen embeddings, where the reentrant kind gives no gradients."""
-    part: Any
-    for part in model.modules():
-        function = vars(part).get("_gradient_checkpointing_func")
+    module: Any
+    for module in model.modules():
+        function = vars(module).get("_gradient_checkpointing_func")
         if isinstance(function, functools.partial) and function.keywords.get("use_reentrant", True):
-            part._gradient_checkpointing_func = functools.partial(
+            module._gradient_checkpointing_func = functools.partial(
                 function.func, *function.args, **{**function.keywords, "use_reentrant": False}
             )

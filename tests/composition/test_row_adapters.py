@@ -310,7 +310,7 @@ def test_refusals():
     with lp.row_adapters(net, ["a", None, "a"]):
         with pytest.raises(ValueError, match="given 3 names, and a layer has 2 rows"):
             net(tokens(rows=2))
-        with pytest.raises(RuntimeError, match="cannot change where they take no part"):  # noqa: SIM117
+        with pytest.raises(RuntimeError, match="cannot change while they are inactive"):  # noqa: SIM117
             with lp.row_adapters(net, ["a"]):
                 pass
         with lp.disabled(net):

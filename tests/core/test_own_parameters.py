@@ -186,7 +186,7 @@ def test_a_trainer_trains_the_copies_and_not_the_base(tmp_path):
 
 def test_refusals(tasks):
     net = together(tasks)
-    with pytest.raises(ValueError, match=r"Two adapters have classifier.\w+ of their own; only one of them"):
+    with pytest.raises(ValueError, match=r"Two adapters replace classifier.\w+; only one of them"):
         lp.activate(net, "my_norms", "my_output")
     assert lp.active(net) == ()
     with pytest.raises(ValueError, match="no adapter named 'my_lora_own'"):

@@ -19,7 +19,8 @@ from lightning_peft.checkpoints.adapter_state import keep_adapters_only
 from lightning_peft.core.fingerprint import fingerprint
 from lightning_peft.quantization import nf4
 from lightning_peft.structure.layer_types import layer_of
-from lightning_peft.structure.quantized import Int8Linear, QuantizedType
+from lightning_peft.structure.quantized import QuantizedType
+from lightning_peft.structure.quantized_linear import Int8Linear
 from lightning_peft.structure.selection import select_modules
 
 pytestmark = needs("bitsandbytes", "torchao")

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors
 
-from ...core.adapter import parameter_like
+from ...core.adapter import has_values, parameter_like
 from ...structure.fused_rows import Rows
-from ...structure.layer_types import has_values
 from .low_rank import LowRankUpdate
 
 _FACTORS = ("a", "b", "e")
