@@ -1,1 +1,1 @@
-"""What an adapter holds, and what memory a training step takes."""
+"""Reports on the content of adapters, and on the memory and traffic of a training step."""

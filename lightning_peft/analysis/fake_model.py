@@ -1,4 +1,4 @@
-"""A model as shapes alone: its code runs, its numbers are neither stored nor computed."""
+"""``shapes_only`` copies a model as fake tensors: its code runs, its numbers are neither stored nor computed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_LARGE = 2**22  # numbers of one tensor: no code looks at a mask of tokens by tokens, which would take memory
+_LARGE = 2**22  # elements; larger integer tensors, like attention masks, are not computed, to save memory
 _BY_VALUE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _INDEX = torch.ops.aten.index.Tensor
 _UNFILLED = [getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "empty_strided", "new_empty")]
@@ -36,7 +36,7 @@ def shapes_only(model: Model) -> Iterator[Model]:
     So code that counts labels, looks at padding or picks rows by a mask does what it does in a real step.
 
     Args:
-        model: Any module, on any device, or a copy that this made, which is taken itself.
+        model: Any module, on any device, or a copy that this made, which is used as it is.
 
     Returns:
         A copy of the module whose tensors have shapes alone; tied ones stay tied.
@@ -44,20 +44,22 @@ def shapes_only(model: Model) -> Iterator[Model]:
     Raises:
         ValueError: Code asks for a value of a floating tensor; says where.
     """
-    known = next((x.fake_mode for x in model.parameters() if isinstance(x, FakeTensor)), None)
-    mode, copied = known or FakeTensorMode(allow_non_fake_inputs=True), model
-    if known is None:
-        plain = (x for part in model.modules() for x in vars(part).values() if isinstance(x, Tensor))
+    outer_mode = next((x.fake_mode for x in model.parameters() if isinstance(x, FakeTensor)), None)
+    mode, fake = outer_mode or FakeTensorMode(allow_non_fake_inputs=True), model
+    if outer_mode is None:
+        attributes = (x for part in model.modules() for x in vars(part).values() if isinstance(x, Tensor))
         with mode:
-            memo: dict[int, Any] = {id(x): fake_tensor_like(x) for x in (*model.parameters(), *model.buffers(), *plain)}
-        copied = copy.deepcopy(model, memo)
+            memo: dict[int, Any] = {
+                id(x): fake_tensor_like(x) for x in (*model.parameters(), *model.buffers(), *attributes)
+            }
+        fake = copy.deepcopy(model, memo)
     try:
-        with _without_cpu_kernels(), mode, _WholeNumbers():  # type: ignore[no-untyped-call]
-            yield copied
+        with _without_cpu_kernels(), mode, _ComputeIntegers():  # type: ignore[no-untyped-call]
+            yield fake
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
-            f"{_place(error)} asks for a value of a floating tensor, and a plan has shapes alone. Do without: an "
-            f".item(), a float(x) or an if x there also makes a GPU wait."
+            f"{_user_code_line(error)} asks for a value of a floating tensor, and a plan has shapes alone. Do without: "
+            f"an .item(), a float(x) or an if x there also makes a GPU wait."
         ) from error
 
 
@@ -65,7 +67,7 @@ def fake_tensor_like(x: Tensor) -> Tensor:
     """Return a tensor of the same shape and type within ``shapes_only``; whole numbers keep their values.
 
     Raises:
-        TypeError: It is stored in a way of its own, so that its bytes are not known.
+        TypeError: It is of a tensor subclass, whose bytes are not known.
     """
     if type(x) not in (Tensor, nn.Parameter, nn.Buffer, FakeTensor):
         raise TypeError(f"A {type(x).__name__} has no plan; plan before the model is sharded, quantized or loaded.")
@@ -76,7 +78,7 @@ def fake_tensor_like(x: Tensor) -> Tensor:
     return nn.Parameter(new, requires_grad=x.requires_grad) if parameter else new
 
 
-def _place(error: Exception) -> str:
+def _user_code_line(error: Exception) -> str:
     """Return the last line of code outside of torch and of this file that an error came through."""
     frames = traceback.extract_tb(error.__traceback__)
     places = [f"{f.filename}:{f.lineno}" for f in frames if "torch" not in Path(f.filename).parts]
@@ -94,17 +96,17 @@ def _without_cpu_kernels() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(before)
 
 
-class _WholeNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Above a ``FakeTensorMode``: computes what depends on no floating tensor and gives none."""
+class _ComputeIntegers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Above a ``FakeTensorMode``: computes operations that neither take nor return floating tensors."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
-            return func(*_picked(args), **kwargs) if func is _INDEX else func(*args, **kwargs)
+            return func(*_index_by_positions(args), **kwargs) if func is _INDEX else func(*args, **kwargs)
         if not _BY_VALUE & set(func.tags):
             shapes = func(*args, **kwargs)
-            found = [x for x in tree_leaves(shapes) if isinstance(x, Tensor)]
-            if func.overloadpacket in _UNFILLED or any(_has_no_values(x) for x in found):
+            results = [x for x in tree_leaves(shapes) if isinstance(x, Tensor)]
+            if func.overloadpacket in _UNFILLED or any(_has_no_values(x) for x in results):
                 return shapes
         with no_dispatch():
             return func(*args, **kwargs)
@@ -114,10 +116,10 @@ def _has_no_values(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex() or x.numel() > _LARGE
 
 
-def _picked(args: Any) -> Any:
-    """Return arguments of indexing with places instead of masks, whose number is known then."""
+def _index_by_positions(args: Any) -> Any:
+    """Return arguments of indexing with positions in place of masks, so that the shape of the result is known."""
     x, indices = args
     masks = [i is not None and i.dtype == torch.bool and not isinstance(i, FakeTensor) for i in indices]
     with no_dispatch():
-        places = [i.nonzero(as_tuple=True) if mask else (i,) for i, mask in zip(indices, masks, strict=True)]
-    return x, [i for several in places for i in several]
+        positions = [i.nonzero(as_tuple=True) if mask else (i,) for i, mask in zip(indices, masks, strict=True)]
+    return x, [i for group in positions for i in group]

@@ -1,4 +1,4 @@
-"""What a training step takes, found without allocating it: memory of each GPU, traffic between them, files."""
+"""``plan_memory`` estimates memory per GPU, traffic and file sizes of a training step, using fake tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .saved_activations import saved_bytes
 
 
 @dataclass(frozen=True)
-class Share:
+class GPUShare:
     """Bytes that one GPU holds.
 
     Args:
@@ -26,7 +26,7 @@ class Share:
         gradients: Its share of the gradients, and what DDP copies them into to send them.
         optimizer: Its share of the optimizer's state.
         activations: What is saved for the backward pass.
-        transient: Weights that it holds for a while: gathered from others, or decoded.
+        transient: Weights that it holds during a part of the step: gathered from others, or decoded.
     """
 
     weights: int
@@ -42,7 +42,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """Bytes of one training step.
 
     FSDP shards the frozen base and, beside adapters, nothing else: what trains, its gradients and its optimizer state
@@ -77,15 +77,17 @@ class Plan:
     dequantized: int
     activations: Mapping[int, int]
 
-    def share(self, tokens: int, processes: int = 1, sharded: bool = False) -> Share:
+    def share(self, tokens: int, processes: int = 1, sharded: bool = False) -> GPUShare:
         """Return what each GPU holds; arguments are those of ``memory``, which adds it up."""
         count = processes if sharded else 1
-        own = 1 if self.adapted else count  # among how many what trains is sharded
+        trained_shards = 1 if self.adapted else count  # number of shards of trained parameters
         copies = 2 if processes > 1 and not sharded else 1
-        return Share(
-            weights=_part(self.frozen_weights, count) + _part(self.trained_weights, own) + self.buffers,
-            gradients=_part(self.gradients, own) * copies,
-            optimizer=_part(self.optimizer, own),
+        return GPUShare(
+            weights=_ceil_div(self.frozen_weights, count)
+            + _ceil_div(self.trained_weights, trained_shards)
+            + self.buffers,
+            gradients=_ceil_div(self.gradients, trained_shards) * copies,
+            optimizer=_ceil_div(self.optimizer, trained_shards),
             activations=self.activations[tokens],
             transient=self.dequantized + (self.unsharded if count > 1 else 0),
         )
@@ -125,14 +127,14 @@ class Plan:
         return sent * (processes - 1) // processes
 
 
-def plan(
+def plan_memory(
     model: nn.Module,
     step: Callable[[Any, Any], Tensor],
     batches: Mapping[int, Any],
     optimizer_bytes: float = 8.0,
     checkpointed: bool = False,
-) -> Plan:
-    """Count what training takes; the model may be on the meta device and is left as it is.
+) -> MemoryPlan:
+    """Estimate the memory of training; the model may be on the meta device and is left as it is.
 
     Args:
         model: An adapted model, or one of which everything trains.
@@ -145,10 +147,10 @@ def plan(
     frozen = [p for p in model.parameters() if not p.requires_grad]
     adapted = any(True for _ in adapters(model))
     numbers = sum(p.numel() for p in trained)
-    packed = {id(m.weight): layer_of(m).shape(m).numel() for m in model.modules() if is_quantized(m)}
-    return Plan(
+    quantized_sizes = {id(m.weight): layer_of(m).shape(m).numel() for m in model.modules() if is_quantized(m)}
+    return MemoryPlan(
         trained=numbers,
-        frozen=sum(packed.get(id(p), p.numel()) for p in frozen),
+        frozen=sum(quantized_sizes.get(id(p), p.numel()) for p in frozen),
         adapted=adapted,
         frozen_weights=_bytes(frozen),
         trained_weights=_bytes(trained),
@@ -157,18 +159,18 @@ def plan(
         optimizer=int(numbers * optimizer_bytes),
         checkpoint=_bytes(adapter_state(model, packed=True).values()),
         unsharded=_gathered(model, adapted),
-        dequantized=4 * max(packed.values(), default=0),
+        dequantized=4 * max(quantized_sizes.values(), default=0),
         activations={n: saved_bytes(model, step, batch, checkpointed) for n, batch in batches.items()},
     )
 
 
 def _gathered(model: nn.Module, adapted: bool) -> int:
     sharded = {n: p for n, p in base_parameters(model).items() if not (adapted and p.requires_grad)}
-    inside = [_bytes(p for n, p in sharded.items() if n.startswith(f"{block}.")) for block in blocks(model)]
-    return _bytes(sharded.values()) - sum(inside) + sum(sorted(inside)[-2:])
+    block_bytes = [_bytes(p for n, p in sharded.items() if n.startswith(f"{block}.")) for block in blocks(model)]
+    return _bytes(sharded.values()) - sum(block_bytes) + sum(sorted(block_bytes)[-2:])
 
 
-def _part(whole: int, count: int) -> int:
+def _ceil_div(whole: int, count: int) -> int:
     return -(-whole // count)
 
 

@@ -1,22 +1,22 @@
-"""A plan as a table: what each GPU holds in each layout, and which card has room for it."""
+"""``plan_text`` prints a memory plan as a table: bytes per GPU in each layout, and the card that has room for them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..summary import size
-from .memory_plan import Plan
+from .memory_plan import MemoryPlan
 
 CARDS = (16, 24, 32, 40, 48, 80, 96, 140, 180)  # GiB that graphics cards have
-_OWN = 10**9  # bytes that CUDA's context and kernels take
+_CUDA_BYTES = 10**9  # bytes that CUDA's context and kernels take
 _COLUMNS = ("weights", "gradients", "optimizer", "activations", "transient", "memory", "sent")
 
 
-def layouts(plan: Plan, processes: list[int]) -> list[dict[str, Any]]:
+def layouts(plan: MemoryPlan, processes: list[int]) -> list[dict[str, Any]]:
     """Return the bytes of each GPU for each number of tokens and each layout, with the smallest card that has room.
 
     Args:
-        plan: What a step takes.
+        plan: Of ``plan_memory``.
         processes: Numbers of GPUs.
     """
     names = [("one GPU", 1, False)] * (1 in processes)
@@ -25,14 +25,14 @@ def layouts(plan: Plan, processes: list[int]) -> list[dict[str, Any]]:
     for tokens in plan.activations:
         for name, count, sharded in names:
             share = plan.share(tokens, count, sharded)
-            card = next((card for card in CARDS if share.total + _OWN <= card * 2**30), None)
-            rest = {"memory": share.total, "sent": plan.traffic(count, sharded), "card": card}
-            rows.append({"tokens": tokens, "layout": name, **vars(share), **rest})
+            card = next((card for card in CARDS if share.total + _CUDA_BYTES <= card * 2**30), None)
+            totals = {"memory": share.total, "sent": plan.traffic(count, sharded), "card": card}
+            rows.append({"tokens": tokens, "layout": name, **vars(share), **totals})
     return rows
 
 
-def table(plan: Plan, processes: list[int]) -> str:
-    """Return that as text, with what trains above and the cheapest layout for each card below."""
+def plan_text(plan: MemoryPlan, processes: list[int]) -> str:
+    """Return the rows of ``layouts`` as text, with trained parameters above and the cheapest layouts below."""
     rows = layouts(plan, processes)
     lines = [
         f"{plan.trained:,} of {plan.trained + plan.frozen:,} parameters train; an adapter file takes "
@@ -43,16 +43,16 @@ def table(plan: Plan, processes: list[int]) -> str:
         cells = "".join(f"{size(row[column]):>12}" for column in _COLUMNS)
         card = f"{row['card']} GiB" if row["card"] else f"over {CARDS[-1]} GiB"
         lines.append(f"{row['tokens'] or 'data':>7}  {row['layout']:<10}{cells}  {card}")
-    return "\n".join([*lines, _advice(rows)])
+    return "\n".join([*lines, _cheapest_layouts(rows)])
 
 
-def _advice(rows: list[dict[str, Any]]) -> str:
+def _cheapest_layouts(rows: list[dict[str, Any]]) -> str:
     """Return the layout with the fewest GPUs, and then the least traffic, for each card, at the most tokens."""
     most = max(row["tokens"] for row in rows)
     fitting: dict[str, int] = {}
     for card in CARDS:
         fits = (row["layout"] for row in rows if row["tokens"] == most and row["card"] and row["card"] <= card)
-        if found := next(fits, None):
-            fitting.setdefault(found, card)
+        if cheapest := next(fits, None):
+            fitting.setdefault(cheapest, card)
     cards = "; ".join(f"{card} GiB: {layout}" for layout, card in fitting.items()) or "no layout fits any card"
     return f"Fewest GPUs for {f'{most} tokens' if most else 'this data'}, by card: {cards}."

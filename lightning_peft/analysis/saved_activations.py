@@ -1,4 +1,4 @@
-"""What a forward pass saves for the backward pass, found on shapes alone."""
+"""``saved_bytes`` counts the bytes that a forward pass saves for the backward pass, using fake tensors."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def saved_bytes(model: nn.Module, step: Callable[[Any, Any], Tensor], batch: Any
         batch: Tensors on any device; of floating ones the shapes count.
         checkpointed: Whether blocks keep their inputs only, as they do where the model has that switched on.
     """
-    with shapes_only(model) as copied:
+    with shapes_only(model) as fake:
         rows = tree_map_only(Tensor, fake_tensor_like, batch)
-        saved = _Saved(list(blocks(copied).values()))
-        with without_checkpointing(copied) as switched, saved:
-            loss = step(copied, rows)
-        for x in _attributes(loss):
+        saved = _SavedTensorCounter(list(blocks(fake).values()))
+        with without_checkpointing(fake) as switched, saved:
+            loss = step(fake, rows)
+        for x in _tensors_on_nodes(loss):
             saved.keep(x)
-        saved.leave_out([*copied.parameters(), *copied.buffers(), *filter(torch.is_tensor, tree_leaves(rows))])
+        saved.leave_out([*fake.parameters(), *fake.buffers(), *filter(torch.is_tensor, tree_leaves(rows))])
     return saved.checkpointed() if checkpointed or switched else saved.total()
 
 
-class _Saved(ExitStack):
-    """Context that counts what is saved, and which block saves it.
+class _SavedTensorCounter(ExitStack):
+    """Context that counts saved tensors, by the block that saves them.
 
     Args:
         modules: The blocks.
@@ -53,7 +53,7 @@ class _Saved(ExitStack):
         self.held = list[Any]()  # storages, so that no later one gets the address of one that is gone
         self.block, self.modules, self.inputs = -1, modules, [0] * len(modules)
 
-    def __enter__(self) -> _Saved:
+    def __enter__(self) -> _SavedTensorCounter:
         self.enter_context(torch.autograd.graph.saved_tensors_hooks(self.keep, lambda x: x))
         for number, module in enumerate(self.modules):
             enter = module.register_forward_pre_hook(partial(self._enter, number))
@@ -70,7 +70,7 @@ class _Saved(ExitStack):
         return x.detach()  # an output that its own node holds would never be freed
 
     def leave_out(self, tensors: list[Tensor]) -> None:
-        """Count some tensors no more."""
+        """Take tensors out of the count."""
         for x in tensors:
             self.sizes.pop(x.untyped_storage()._cdata, None)
 
@@ -80,10 +80,12 @@ class _Saved(ExitStack):
 
     def checkpointed(self) -> int:
         """Return the bytes where blocks keep their inputs alone, and one of them has run again."""
-        own = [sum(size for size, block in self.sizes.values() if block == i) for i in range(len(self.inputs))]
-        inputs = [given if size else 0 for given, size in zip(self.inputs, own, strict=True)]  # none if nothing trains
-        most = max((size - given for size, given in zip(own, inputs, strict=True)), default=0)
-        return self.total() - sum(own) + sum(inputs) + most
+        by_block = [sum(size for size, block in self.sizes.values() if block == i) for i in range(len(self.inputs))]
+        inputs = [
+            input_bytes if size else 0 for input_bytes, size in zip(self.inputs, by_block, strict=True)
+        ]  # none if nothing trains
+        largest_rest = max((size - input_bytes for size, input_bytes in zip(by_block, inputs, strict=True)), default=0)
+        return self.total() - sum(by_block) + sum(inputs) + largest_rest
 
     def _enter(self, number: int, module: nn.Module, args: Any) -> None:
         self.block = number
@@ -93,7 +95,7 @@ class _Saved(ExitStack):
         self.block = -1
 
 
-def _attributes(loss: Tensor) -> Iterator[Tensor]:
+def _tensors_on_nodes(loss: Tensor) -> Iterator[Tensor]:
     """Yield tensors that custom functions keep as attributes, which hooks on saved tensors do not see."""
     seen, waiting = set[Any](), [loss.grad_fn]
     while waiting:

@@ -1,4 +1,4 @@
-"""What training can change, and nothing else: which keys a checkpoint keeps, and which base they belong to."""
+"""``adapter_state`` returns adapter and trained state; ``keep_adapters_only`` filters ``state_dict()`` to it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpo
 
 
 def keep_adapters_only(model: nn.Module) -> None:
-    """From now on ``model.state_dict()`` leaves out the frozen base, and loading does not ask for it.
+    """Make ``model.state_dict()`` leave out the frozen base, and loading not ask for it.
 
-    Heads, metrics and whatever is unfrozen later stay in. ``full_state_dict`` shows everything for a while.
+    Heads, metrics and whatever is unfrozen later stay in. Within ``full_state_dict``, everything is in it.
     """
     if drop_base not in model._state_dict_hooks.values():
         model.register_state_dict_post_hook(drop_base)  # type: ignore[no-untyped-call]
@@ -47,32 +47,32 @@ def adapter_state(model: nn.Module, packed: bool = False, only: Sequence[Method]
     """
     state: dict[str, Tensor] = {}
     for name, _, key, adapter in adapters(model):
-        if _is_meant(key, adapter, only):
-            own = adapter.export_state() if packed else adapter.state_dict(keep_vars=True)
-            for entry, value in own.items():
+        if _is_selected(key, adapter, only):
+            tensors = adapter.export_state() if packed else adapter.state_dict(keep_vars=True)
+            for entry, value in tensors.items():
                 state[_adapter_prefix(name, key) + entry] = value
     if only is None:
         state |= _trained_state(model)
-    seen = set[int]()
-    return {k: v for k, v in state.items() if not (id(v) in seen or seen.add(id(v)))}  # type: ignore[func-returns-value]
+    first_key = {id(value): key for key, value in reversed(state.items())}  # of tensors that several keys share
+    return {key: value for key, value in state.items() if first_key[id(value)] == key}
 
 
-def _is_meant(key: str, adapter: Adapter, only: Sequence[Method] | None) -> bool:
+def _is_selected(key: str, adapter: Adapter, only: Sequence[Method] | None) -> bool:
     return only is None or method_name(key, adapter) in {method.name for method in only}
 
 
 def _trained_state(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, module in [("", model), *base_modules(model).items()]:
-        own = {k: p for k, p in module.named_parameters(recurse=False) if p.requires_grad}
-        buffers = dict(module.named_buffers(recurse=False)) if own else {}  # statistics of a trained norm move too
-        kept = {k: b for k, b in buffers.items() if k not in module._non_persistent_buffers_set}
-        state |= {f"{name}.{k}".lstrip("."): value for k, value in (own | kept).items()}
+        trained = {k: p for k, p in module.named_parameters(recurse=False) if p.requires_grad}
+        buffers = dict(module.named_buffers(recurse=False)) if trained else {}  # statistics of a trained norm move too
+        persistent = {k: b for k, b in buffers.items() if k not in module._non_persistent_buffers_set}
+        state |= {f"{name}.{k}".lstrip("."): value for k, value in (trained | persistent).items()}
     return state
 
 
 def global_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return what the clients of a federation share: all of ``adapter_state`` but ``local_state``.
+    """Return the state that the clients of a federation share: ``adapter_state`` without ``local_state``.
 
     ``model.load_state_dict(state, strict=False)`` takes it back.
     """
@@ -81,7 +81,7 @@ def global_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def local_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return what stays with a client: of pFedPara, the factors of the second matrix; of other methods, nothing."""
+    """Return the state that stays with a client: of pFedPara, the factors of the second matrix; else nothing."""
     return {
         _adapter_prefix(name, key) + entry: value.detach()
         for name, _, key, adapter in adapters(model)
@@ -92,18 +92,18 @@ def local_state(model: nn.Module) -> dict[str, Tensor]:
 
 def unpacked(model: nn.Module, state: Mapping[str, Tensor], only: Sequence[Method] | None = None) -> dict[str, Tensor]:
     """Return the state that ``adapter_state(model, packed=True, only=only)`` gave this for."""
-    rest = dict(state)
+    unpacked_state = dict(state)
     for name, _, key, adapter in adapters(model):
-        if not _is_meant(key, adapter, only):
+        if not _is_selected(key, adapter, only):
             continue
         prefix = strip_wrapper_names(_adapter_prefix(name, key))
-        own = {k.removeprefix(prefix): rest.pop(k) for k in list(rest) if k.startswith(prefix)}
-        rest |= {prefix + entry: value for entry, value in adapter.import_state(own).items()}
-    return rest
+        packed = {k.removeprefix(prefix): unpacked_state.pop(k) for k in list(unpacked_state) if k.startswith(prefix)}
+        unpacked_state |= {prefix + entry: value for entry, value in adapter.import_state(packed).items()}
+    return unpacked_state
 
 
 def check_state(
-    model: nn.Module, given: Mapping[str, Tensor], source: str, only: Sequence[Method] | None = None
+    model: nn.Module, loaded: Mapping[str, Tensor], source: str, only: Sequence[Method] | None = None
 ) -> None:
     """Compare a state with what this model's adapters need (those of some methods), before anything of it is loaded.
 
@@ -111,8 +111,8 @@ def check_state(
         ValueError: Keys are missing, keys of adapters have no place, or shapes differ; names them.
     """
     expected = {strip_wrapper_names(k): v for k, v in adapter_state(model, only=only).items()}
-    state = {strip_wrapper_names(k): v for k, v in given.items()}
-    wrong = {
+    state = {strip_wrapper_names(k): v for k, v in loaded.items()}
+    problems = {
         "lacks": sorted(expected.keys() - state.keys()),
         "has no place for": sorted(k for k in state.keys() - expected.keys() if f".{ADAPTERS_ATTRIBUTE}." in f".{k}"),
         "has another shape of": [
@@ -121,16 +121,16 @@ def check_state(
             if k in state and state[k].shape != global_shape(v)
         ],
     }
-    parts = [f"{what} {', '.join(keys[:5])} ({len(keys)} in all)" for what, keys in wrong.items() if keys]
-    if parts:
+    sentences = [f"{problem} {', '.join(keys[:5])} ({len(keys)} in all)" for problem, keys in problems.items() if keys]
+    if sentences:
         raise ValueError(
-            f"{source} does not fit the adapters of this model: it {' and '.join(parts)}. Use the method and settings "
-            f"that it was written with."
+            f"{source} does not fit the adapters of this model: it {' and '.join(sentences)}. Use the method and "
+            f"settings that it was written with."
         )
 
 
 def strip_wrapper_names(key: str) -> str:
-    """Return a key without what wrappers put into it."""
+    """Return a key without the names that FSDP, torch.compile and other wrappers put into it."""
     return _WRAPPERS.sub("", key)
 
 
@@ -150,12 +150,12 @@ def frozen_names(model: nn.Module) -> set[str]:
 
 
 def _adapter_prefix(host_name: str, key: str) -> str:
-    """Return what stands in front of the entries of an adapter."""
+    """Return the prefix of an adapter's keys."""
     return f"{host_name}.{ADAPTERS_ATTRIBUTE}.{key}.".lstrip(".")
 
 
 def drop_base(module: nn.Module, state: dict[str, Any], prefix: str = "", metadata: Any = None) -> None:
-    """Delete what ``keep_adapters_only`` leaves out of a module's state."""
+    """Delete the frozen base from a module's state; the hook of ``keep_adapters_only``."""
     record = get_record(module)
     if record is not None and not record.shows_base and drop_base in module._state_dict_hooks.values():
         names = base_names(module)
@@ -167,7 +167,7 @@ def drop_base(module: nn.Module, state: dict[str, Any], prefix: str = "", metada
 
 def _is_under(key: str, names: set[str]) -> bool:
     """Whether a key is one of these names or below one: bitsandbytes writes statistics as ``weight.absmax``."""
-    return any(part in names for part in accumulate(key.split("."), "{}.{}".format))
+    return any(prefix in names for prefix in accumulate(key.split("."), "{}.{}".format))
 
 
 def _drop_missing_base_keys(module: nn.Module, incompatible: Any) -> None:

@@ -1,4 +1,4 @@
-"""What was injected into which base, as plain data, and back again."""
+"""``adapter_metadata`` describes injected methods and their base, ``inject_from_metadata`` injects them again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMAT = 1
 
 
 def adapter_metadata(model: nn.Module, packed: bool = False, only: Sequence[Method] | None = None) -> dict[str, Any]:
-    """Return what was injected into a model and into which base, as plain data; arguments as in ``adapter_state``."""
+    """Return the methods, settings and base fingerprint of a model as plain data; arguments as in ``adapter_state``."""
     record = require_record(model)
     methods = record.methods if only is None else only
     description = {
@@ -38,7 +38,7 @@ def inject_from_metadata(model: nn.Module, description: Mapping[str, Any], sourc
 
     Raises:
         ValueError: The description is of another format or method, or (if strict) of another base.
-        RuntimeError: Adapters are merged into the weights, which what is loaded would not reach.
+        RuntimeError: Adapters are merged into the weights, which loaded values would not reach.
     """
     check_not_merged(model)
     check_format(description, source)
@@ -47,55 +47,55 @@ def inject_from_metadata(model: nn.Module, description: Mapping[str, Any], sourc
         _inject(model, description)
     elif list(map(to_dict, record.methods)) != (stored := [to_dict(from_dict(d)) for d in description["methods"]]):
         names = ", ".join(str(data.get("method")) for data in description["methods"])
-        final = [to_dict(method.finalized()) for method in record.methods] == stored
+        is_finalized = [to_dict(method.finalized()) for method in record.methods] == stored
         raise ValueError(
             f"{source} was written with {names} in other settings than this model's: {record.methods}."
-            + " It holds no encoders for training; call lightning_peft.finalize(model) first." * final
+            + " It holds no encoders for training; call lightning_peft.finalize(model) first." * is_finalized
         )
     if strict:
         check_base(model, description, source, require_record(model).methods)
 
 
 def _inject(model: nn.Module, description: Mapping[str, Any]) -> None:
-    """Inject methods; those that lay idle lie idle again, in the order of before."""
+    """Inject the methods of a description, with the order, the groups and the active names that it says."""
     methods = [from_dict(data) for data in description["methods"]]
     groups = {name: list(names) for name, names in description.get("groups", {}).items()}
     active = description.get("active", [method.name for method in methods])
-    first = {other: name for name, names in groups.items() for other in names}
+    group_of = {member: name for name, names in groups.items() for member in names}
     by_name = defaultdict[str, list[Method]](list)
     for method in methods:
-        by_name[first.get(method.name, method.name)].append(method)
+        by_name[group_of.get(method.name, method.name)].append(method)
+    # Groups that were active go first, in the order that they had at their hosts; the others are added as inactive.
     if active or description["also_train"]:
         inject(model, [method for name in active for method in by_name[name]], description["also_train"])
     for name in by_name.keys() - active:
         add_inactive(model, by_name[name])
-    record = require_record(model)
-    record.restore(methods, groups)
+    require_record(model).restore(methods, groups)  # injected group by group, but the file lists another order
     if active and (groups or set(active) != set(by_name)):
         activate(model, *active)
 
 
 def check_format(description: Mapping[str, Any], source: str) -> None:
-    """Raise a ``ValueError`` for what another version wrote."""
+    """Raise a ``ValueError`` if another version wrote the description."""
     if description.get("format") != FORMAT:
         raise ValueError(f"{source} has format {description.get('format')!r}; this version reads {FORMAT}.")
 
 
 def check_base(model: nn.Module, description: Mapping[str, Any], source: str, methods: Sequence[Method]) -> None:
-    """Raise a ``ValueError`` for what belongs to another base than these methods are on."""
-    found = _base_of(model, methods)
-    if None not in (found, description["base"]) and found != description["base"]:
+    """Raise a ``ValueError`` if the description belongs to another base than that of these methods."""
+    fingerprint_here = _base_of(model, methods)
+    if None not in (fingerprint_here, description["base"]) and fingerprint_here != description["base"]:
         raise ValueError(
-            f"{source} belongs to another base model: fingerprint {description['base']}, here {found}. Load "
+            f"{source} belongs to another base model: fingerprint {description['base']}, here {fingerprint_here}. Load "
             f"the weights that it was trained on, or pass strict=False (PEFTStrategy: check_base=False) to try anyway."
         )
 
 
 def _base_of(model: nn.Module, methods: Sequence[Method]) -> str | None:
-    """Return the fingerprint of the base of these methods as it is without adapters."""
-    record, beside = get_record(model), trained_or_replaced_names(model, methods)
+    """Return the fingerprint of the base of these methods, without adapters that are merged into it."""
+    record, left_out = get_record(model), trained_or_replaced_names(model, methods)
     if record is None or record.merged is None:
-        return fingerprint(model, beside)
-    if beside != record.merged.beside:
+        return fingerprint(model, left_out)
+    if left_out != record.merged.beside:
         check_not_merged(model)
     return record.merged.base

@@ -1,4 +1,4 @@
-"""An adapter on disk: a folder that ``save_adapter`` wrote, or a checkpoint of a run."""
+"""``read_adapter_file`` reads an adapter from a folder of ``save_adapter`` or from a Lightning checkpoint."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .key_prefix import align_keys
 from .metadata import check_format
 from .save_load import align_state
 
-KEY = "lightning_peft"  # of a Lightning checkpoint's entry
+CHECKPOINT_KEY = "lightning_peft"  # of a Lightning checkpoint's entry
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What a file holds.
+    """The content of an adapter folder or a checkpoint.
 
     Args:
         path: Of the file or folder.
-        description: What ``adapter_metadata`` wrote.
+        description: Plain data that ``adapter_metadata`` wrote.
         state: Tensors by key; those of a checkpoint may be more than an adapter's.
         packed: Whether ``Adapter.export_state`` made them.
     """
@@ -59,19 +59,19 @@ def read_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
         FileNotFoundError: There is neither.
         ValueError: A file is damaged, of another format, or holds no adapter of this package.
     """
-    place = Path(path)
-    if place.is_file():
-        return _of_checkpoint(place)
-    if place.is_dir() and not (place / CONFIG).is_file() and (place / "meta.pt").is_file():
+    source = Path(path)
+    if source.is_file():
+        return _read_checkpoint(source)
+    if source.is_dir() and not (source / CONFIG).is_file() and (source / "meta.pt").is_file():
         raise ValueError(
             f"{path} is a checkpoint of which each process wrote a part; load it with its Trainer and save_adapter."
         )
-    description, state = read_adapter(place)
+    description, state = read_adapter(source)
     check_format(description, str(path))
     return AdapterFile(str(path), description, state, packed=True)
 
 
-def _of_checkpoint(path: Path) -> AdapterFile:
+def _read_checkpoint(path: Path) -> AdapterFile:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
@@ -79,10 +79,10 @@ def _of_checkpoint(path: Path) -> AdapterFile:
             f"{path} is no checkpoint that can be read ({str(error).splitlines()[0]}). Give one, or the folder of "
             f"save_adapter."
         ) from error
-    if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get(KEY), Mapping):
+    if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get(CHECKPOINT_KEY), Mapping):
         raise ValueError(
             f"{path} holds no adapter of lightning_peft: it was written without PEFTStrategy, or with full_checkpoint."
         )
-    check_format(checkpoint[KEY], str(path))
+    check_format(checkpoint[CHECKPOINT_KEY], str(path))
     state = {strip_wrapper_names(key): value for key, value in checkpoint["state_dict"].items()}
-    return AdapterFile(str(path), dict(checkpoint[KEY]), state, packed=False)
+    return AdapterFile(str(path), dict(checkpoint[CHECKPOINT_KEY]), state, packed=False)

@@ -23,11 +23,11 @@ _TYPES = {
 _CHUNK = 2**20
 _INDEX = "*.safetensors.index.json"
 # Files that may hold the same weights in other formats: they would be stale beside a changed copy, so none is copied.
-_OTHERS = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
+_OTHER_FORMATS = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
 
 
 class TensorFiles:
-    """The tensors of one file or of all files in a folder, by key; holds none of them.
+    """Reads and writes the tensors of one file, or of all files in a folder, by key.
 
     Args:
         path: A file, or a folder as transformers writes it; where it has an index, the files that this names.
@@ -41,9 +41,11 @@ class TensorFiles:
         self.path = Path(path)
         self.files = self._listed() if self.path.is_dir() else [self.path]
         if not self.files or not self.files[0].is_file():
-            other = next((file.name for end in _OTHERS for file in self.path.glob(end)), None)
-            has = f", but {other}: load it in transformers and write it with save_pretrained" if other else ""
-            raise FileNotFoundError(f"{path} holds no .safetensors file{has or '; save the base model there'}.")
+            other_file = next((file.name for end in _OTHER_FORMATS for file in self.path.glob(end)), None)
+            hint = "; save the base model there"
+            if other_file:
+                hint = f", but {other_file}: load it in transformers and write it with save_pretrained"
+            raise FileNotFoundError(f"{path} holds no .safetensors file{hint}.")
         self._places: dict[str, tuple[Path, int, torch.dtype, list[int]]] = {}
         for file in self.files:
             self._read_header(file)
@@ -79,23 +81,25 @@ class TensorFiles:
         for file in self.files:
             _copy(file, folder / file.name)
         for file in self.path.iterdir() if self.path.is_dir() else ():
-            if file.is_file() and not any(file.match(end) for end in (*_OTHERS, "*.safetensors")):
+            if file.is_file() and not any(file.match(end) for end in (*_OTHER_FORMATS, "*.safetensors")):
                 shutil.copy2(file, folder / file.name)
         return TensorFiles(folder if self.path.is_dir() else folder / self.path.name)
 
     def _listed(self) -> list[Path]:
-        found = sorted(self.path.glob(_INDEX))
-        if not found:
+        indexes = sorted(self.path.glob(_INDEX))
+        if not indexes:
             return sorted(self.path.glob("*.safetensors"))
         try:
             names = {
-                name for index in found for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                name
+                for index in indexes
+                for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             }
             files = [self.path / name for name in sorted(names)]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{found[0]} is damaged, or no index ({error!r}).") from error
+            raise ValueError(f"{indexes[0]} is damaged, or no index ({error!r}).") from error
         if missing := next((file for file in files if not file.is_file()), None):
-            raise FileNotFoundError(f"{missing} is missing, which {found[0].name} names; copy it there, too.")
+            raise FileNotFoundError(f"{missing} is missing, which {indexes[0].name} names; copy it there, too.")
         return files
 
     def _read_header(self, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Adapter files: what is written into the folder of an adapter, and how it comes back."""
+"""``save_adapter`` writes the folder of an adapter; ``load_adapter`` injects and loads it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | N
     """Write the adapters and trained base parameters of a model, and what is needed to inject them again.
 
     Args:
-        model: The very module that was given to ``inject`` (with a Trainer: the LightningModule).
+        model: The same module that was given to ``inject`` (with a Trainer: the LightningModule).
         folder: Where to write; an adapter that is there is replaced only once the new one is complete. Of several
             processes the first writes; where the model is sharded, all have to call.
         name: Name of the adapters to write where the model has several; all if not given.
@@ -58,13 +58,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | N
     description = adapter_metadata(model, packed=True, only=only)
     if only is not None and (trained := require_record(model).trained):
         raise ValueError(f"{trained[0]} trains in the base itself and belongs to no name; save all, without a name.")
-    found = adapter_state(model, packed=True, only=only)
-    state = {strip_wrapper_names(k): full_tensor(v).detach().contiguous().cpu() for k, v in found.items()}
+    tensors = adapter_state(model, packed=True, only=only)
+    state = {strip_wrapper_names(k): full_tensor(v).detach().contiguous().cpu() for k, v in tensors.items()}
     return write_adapter(folder, description, state) if writes_files() else Path(folder)
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str], strict: bool = True) -> nn.Module:
-    """Inject what an adapter folder says and load its values; the model is unchanged if anything is wrong.
+    """Inject the methods of an adapter folder and load its values; the model is unchanged if anything is wrong.
 
     The adapter may come from a LightningModule and go to the bare network inside it, or the other way round.
 
@@ -95,7 +95,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], strict: bool 
 def load_values(
     model: nn.Module, state: Mapping[str, Tensor], source: str, only: Sequence[Method] | None = None
 ) -> None:
-    """Load what ``adapter_state(model, True, only)`` gave; nothing of it if it does not fit, which is an error."""
+    """Load a state of ``adapter_state(model, True, only)``; if it does not fit, raise and load nothing."""
     state = align_state(model, state, source, only)
     target = {strip_wrapper_names(k): v for k, v in adapter_state(model, only=only).items()}
     for key, value in state.items():
@@ -106,7 +106,7 @@ def load_values(
 def align_state(
     model: nn.Module, state: Mapping[str, Tensor], source: str, only: Sequence[Method] | None = None
 ) -> dict[str, Tensor]:
-    """Return what ``adapter_state(model, True, only)`` gave as ``adapter_state(model, only=only)`` gives it.
+    """Convert a state of ``adapter_state(model, True, only)`` into one of ``adapter_state(model, only=only)``.
 
     Raises:
         ValueError: It does not fit; says how.

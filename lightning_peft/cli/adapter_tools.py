@@ -1,4 +1,8 @@
-"""Tools of a Trainer that read an adapter and write it in another form: merged, or as other libraries have it."""
+"""``AdapterTools``: the subcommands ``merge``, ``export`` and ``import``, as methods of a Trainer.
+
+LightningCLI makes subcommands of Trainer methods; only so do they read the config file of a run, section by section,
+and stand in ``lightning-peft --help``.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +24,11 @@ from ..interop.hub import check_hub
 from ..interop.vllm import VERSION
 from ..training.distributed import without_values
 from ..training.lightning_checkpoint import inject_from_checkpoint
-from .run_report import metrics_of, read_metrics
+from .run_report import metrics_of, read_metrics_file
 
 
 class AdapterTools:
-    """Merges, exports and imports adapters."""
+    """Merges, exports and imports adapters; LightningCLI passes the model and the data of the config."""
 
     def merge(
         self,
@@ -87,7 +91,7 @@ class AdapterTools:
             check_hub(push_to)
         elif private is not None:
             raise ValueError(f"private={private} is a setting of push_to, which is not given.")
-        results = metrics_of(source) if metrics is None else read_metrics(Path(metrics))
+        results = metrics_of(source) if metrics is None else read_metrics_file(Path(metrics))
         _adapt(model, source)
         folder = export_peft(model, target, name, results)
         said = vllm_problems(folder) or [f"vLLM {VERSION} takes it as it is, if it takes adapters of the base's class."]
@@ -132,7 +136,7 @@ class AdapterTools:
         echo(f"adapter: {save_adapter(model, target)}")
 
 
-# What the command calls; a keyword of Python, which `def` takes for no name.
+# The subcommand is called import, a keyword of Python, so that `def` cannot define it.
 setattr(AdapterTools, "import", AdapterTools.import_adapter)
 
 

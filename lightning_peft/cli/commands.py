@@ -1,4 +1,4 @@
-"""The commands of ``lightning-peft`` beside those of a Trainer, by name."""
+"""``COMMANDS``: commands of ``lightning-peft`` that need no Trainer, by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Command = Callable[[list[str]], Any]
 
 
 def inspect(arguments: list[str]) -> None:
-    """Print what an adapter file holds, or in what two of them differ."""
+    """Print the content of an adapter file, or the differences of two."""
     parser = ArgumentParser(
         prog="lightning-peft inspect", description="Show what an adapter holds, or in what it differs from another."
     )
@@ -41,13 +41,13 @@ def plot(arguments: list[str]) -> None:
     """Draw runs or an adapter, and print which files were written."""
     parser = ArgumentParser(prog="lightning-peft plot", description="Draw runs, or what an adapter holds.")
     kinds, drawn = parser.add_subcommands(dest="picture"), {}
-    for function, first, count, what in (
+    for function, first, count, description in (
         (curves, "folders", "+", "Folders of runs with CSVLogger"),
         (parameters, "folders", "+", "Folders of runs of `lightning-peft fit`"),
         (adapter, "folder", None, "Folder that save_adapter wrote"),
     ):
         kind = ArgumentParser()
-        kind.add_argument(first, type=str, nargs=count, help=what)
+        kind.add_argument(first, type=str, nargs=count, help=description)
         kind.add_function_arguments(function, skip={first}, as_group=False)
         kinds.add_subcommand(function.__name__, kind, help=(function.__doc__ or "").partition("\n")[0])
         drawn[function.__name__] = function

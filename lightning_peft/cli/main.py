@@ -1,13 +1,11 @@
-"""``lightning-peft``: LightningCLI with a method, optimizers that see it, and tools for adapters."""
+"""``lightning-peft``: ``PEFTCLI`` is LightningCLI with a method, optimizers of its parameters, and adapter tools."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-import traceback
 import types
 from argparse import SUPPRESS
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,6 +28,7 @@ from ..training.callback import PEFTStrategy
 from ..training.distributed import without_values
 from ..training.saved_arguments import check_names
 from .commands import COMMANDS
+from .refusals import find_refusal
 from .run_report import write_report
 from .trainer import PEFTTrainer
 
@@ -37,7 +36,7 @@ from .trainer import PEFTTrainer
 _OPTIMIZERS = sorted(
     (cls for cls in vars(torch.optim).values() if isinstance(cls, type)), key=lambda cls: cls is torch.optim.Optimizer
 )
-# Where plans are made, there may be neither the GPUs nor the packages that a strategy needs, and nothing is logged.
+# `plan` runs where neither the GPUs nor the packages that a run's Trainer needs may be, and logs nothing.
 _PLAN_TRAINER_ARGS = {
     "accelerator": "cpu",
     "devices": 1,
@@ -48,7 +47,6 @@ _PLAN_TRAINER_ARGS = {
     "plugins": {"class_path": "lightning.pytorch.plugins.environments.LightningEnvironment"},
 }
 
-_PACKAGE = Path(__file__).parents[1]
 _TOOLS, _FIT_ONLY_KEYS = ("merge", "export", "import", "plan"), ("ckpt_path", "weights_only")
 
 
@@ -56,7 +54,7 @@ class PEFTParser(LightningArgumentParser):
     """A parser whose complaints about a method name the methods and their fields."""
 
     def add_method_arguments(self, theclass: Any, themethod: str, *args: Any, **kwargs: Any) -> Any:
-        """Add what a method takes, and to a tool what ``fit`` alone has in the config file that it writes."""
+        """Add the arguments of a Trainer method; a tool also accepts the keys that ``fit`` alone has in its config."""
         added = super().add_method_arguments(theclass, themethod, *args, **kwargs)
         for key in _FIT_ONLY_KEYS if themethod in _TOOLS else ():
             self.add_argument(f"--{key}", type=Any, help=SUPPRESS)
@@ -65,9 +63,9 @@ class PEFTParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with a message."""
         if "method" in message:
-            known = methods_by_name()
-            named = next((cls for name, cls in known.items() if f"{name}'" in message or f"={name}" in message), None)
-            message += f"\nMethods: {', '.join(known)}."
+            methods = methods_by_name()
+            named = next((cls for name, cls in methods.items() if f"{name}'" in message or f"={name}" in message), None)
+            message += f"\nMethods: {', '.join(methods)}."
             if named is not None:
                 message += f"\nFields of {named.__name__}: {', '.join(f.name for f in dataclasses.fields(named))}."
         super().error(message, ex)
@@ -180,25 +178,7 @@ def main(args: ArgsType = None) -> None:
         else:
             PEFTCLI(args=args)
     except Exception as error:
-        refusal = next(filter(_is_refusal, _causes(error)), None)
+        refusal = find_refusal(error)
         if refusal is None:
             raise
         raise SystemExit(f"lightning-peft: {type(refusal).__name__}: {refusal}") from None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and those that it was raised from: jsonargparse wraps what a class says of its arguments."""
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _is_refusal(error: BaseException) -> bool:
-    """Whether a ``raise`` statement of this package made an error: its message says what to do, a traceback no more.
-
-    What the interpreter or another library raises, even in a call from here, is unforeseen and keeps its traceback.
-    """
-    raised_at = traceback.extract_tb(error.__traceback__)[-1]
-    is_raise = (raised_at.line or "").startswith("raise")
-    expected = isinstance(error, (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError, RuntimeError))
-    return expected and is_raise and Path(raised_at.filename).is_relative_to(_PACKAGE)

@@ -1,4 +1,4 @@
-"""The results of a run, in the ``report.json`` that ``lightning-peft fit`` leaves."""
+"""``write_report`` writes the ``report.json`` of a run of ``lightning-peft fit``; others read metrics from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SIZES = ("trainable_parameters", "total_parameters", "checkpoint_bytes", "adapt
 
 
 def write_report(model: nn.Module, logs: Path, best: str, results: dict[str, float], adapter: Path | None) -> None:
-    """Write and print what a fit came to.
+    """Write and print the results of a fit.
 
     Args:
         model: The trained module.
@@ -42,7 +42,7 @@ def write_report(model: nn.Module, logs: Path, best: str, results: dict[str, flo
     echo("\n".join(f"{name:<22}{value}" for name, value in lines))
 
 
-def read_metrics(path: Path) -> dict[str, float]:
+def read_metrics_file(path: Path) -> dict[str, float]:
     """Return the results in a file: numbers by name, those of sizes left out.
 
     Raises:

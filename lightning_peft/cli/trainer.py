@@ -1,4 +1,4 @@
-"""A Trainer with the tools that need a model and its configuration."""
+"""``PEFTTrainer``: a Trainer with ``plan`` and the methods of ``AdapterTools``, subcommands of the command line."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from ..analysis.fake_model import shapes_only
-from ..analysis.memory_plan import Plan, plan
-from ..analysis.plan_table import layouts, table
+from ..analysis.memory_plan import MemoryPlan, plan_memory
+from ..analysis.plan_table import layouts, plan_text
 from ..core.console import echo
 from ..quantization.meta_quantize import quantize_shapes
 from ..structure.transformers_api import from_config
@@ -20,7 +20,7 @@ from ..training.distributed import without_values
 from ..training.mode_and_precision import set_mode
 from .adapter_tools import AdapterTools
 
-_LONGEST = 2048  # tokens, where neither data nor model say
+_LONGEST = 2048  # tokens in a row, where neither data nor model have a limit
 
 
 class PEFTTrainer(AdapterTools, pl.Trainer):
@@ -37,7 +37,7 @@ class PEFTTrainer(AdapterTools, pl.Trainer):
         gradient_checkpointing: bool = False,
         as_json: bool = False,
     ) -> None:
-        """Say what training takes on each GPU, without allocating it.
+        """Print the memory that training takes on each GPU, without allocating it.
 
         Args:
             model: Built without values; pretrained weights are not read.
@@ -60,16 +60,16 @@ class PEFTTrainer(AdapterTools, pl.Trainer):
         batches = _batch_of_data(model, datamodule)
         lengths = [] if batches else _lengths(model, datamodule, tokens)
         rows: int = batch_size or getattr(datamodule, "batch_size", None) or 1
-        with shapes_only(model) as copied, warnings.catch_warnings(), self.precision_plugin.forward_context():
+        with shapes_only(model) as fake, warnings.catch_warnings(), self.precision_plugin.forward_context():
             warnings.filterwarnings("ignore", "You are trying to `self.log")
-            self._adapt(copied)
-            sample: Any = getattr(copied, "sample_batch", None)
+            self._adapt(fake)
+            sample: Any = getattr(fake, "sample_batch", None)
             batches |= {number: sample(rows, number) for number in lengths}
-            found = plan(copied, _step, batches, optimizer_bytes, gradient_checkpointing)
-        echo(_json(found, processes) if as_json else table(found, processes))
+            memory_plan = plan_memory(fake, _step, batches, optimizer_bytes, gradient_checkpointing)
+        echo(_json(memory_plan, processes) if as_json else plan_text(memory_plan, processes))
 
     def _adapt(self, model: pl.LightningModule) -> None:
-        """Do what comes before training; within ``shapes_only``, methods may read weights, too."""
+        """Quantize and inject as before training; within ``shapes_only``, methods may read weights, too."""
         callback = next((c for c in self.callbacks if isinstance(c, PEFTStrategy)), None)  # type: ignore[attr-defined]
         if callback is None:
             raise ValueError("There is no method to plan: give the Trainer a PEFTStrategy among its callbacks.")
@@ -91,15 +91,15 @@ def _lengths(model: nn.Module, data: Any, tokens: list[int] | None) -> list[int]
     Raises:
         ValueError: The model has fewer positions.
     """
-    known = [from_config(part, "max_position_embeddings") for part in model.modules()]
-    most = min((number for number in known if isinstance(number, int) and number > 0), default=None)
-    longest = getattr(data, "max_length", None) or min(_LONGEST, most or _LONGEST)
-    lengths = sorted(set(tokens or [max(1, longest // part) for part in (4, 2, 1)]))
+    limits = [from_config(module, "max_position_embeddings") for module in model.modules()]
+    limit = min((number for number in limits if isinstance(number, int) and number > 0), default=None)
+    longest = getattr(data, "max_length", None) or min(_LONGEST, limit or _LONGEST)
+    lengths = sorted(set(tokens or [max(1, longest // divisor) for divisor in (4, 2, 1)]))
     if lengths[0] < 1:
         raise ValueError(f"Got tokens={lengths}, expected numbers from 1 on.")
-    if most is not None and lengths[-1] > most:
+    if limit is not None and lengths[-1] > limit:
         raise ValueError(
-            f"Got tokens={lengths}, but the model has {most} positions. Give fewer tokens, or a model with a larger "
+            f"Got tokens={lengths}, but the model has {limit} positions. Give fewer tokens, or a model with a larger "
             f"max_position_embeddings."
         )
     return lengths
@@ -116,5 +116,5 @@ def _batch_of_data(model: pl.LightningModule, data: pl.LightningDataModule | Non
     return {0: next(iter(data.train_dataloader()))}
 
 
-def _json(found: Plan, processes: list[int]) -> str:
-    return json.dumps({**vars(found), "layouts": layouts(found, processes)}, indent=2)
+def _json(memory_plan: MemoryPlan, processes: list[int]) -> str:
+    return json.dumps({**vars(memory_plan), "layouts": layouts(memory_plan, processes)}, indent=2)

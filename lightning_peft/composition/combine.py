@@ -1,4 +1,4 @@
-"""Several updates of the same weights made into one LoRA: sums, TIES and DARE, of weights or of factors."""
+"""``combine`` makes one LoRA of several updates of the same weights: sums, TIES and DARE, of weights or of factors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..core.weight_update import WeightUpdate
 from ..methods import LoRA
 from ..methods.families.low_rank import LowRankUpdate
 
-Rule = Literal["linear", "magnitude_prune", "ties", "dare_linear", "dare_ties"]
+CombineRule = Literal["linear", "magnitude_prune", "ties", "dare_linear", "dare_ties"]
 
 
 def combine(
@@ -24,13 +24,13 @@ def combine(
     names: Sequence[str],
     weights: Sequence[float],
     name: str,
-    rule: Rule = "linear",
+    rule: CombineRule = "linear",
     of: Literal["weights", "factors"] = "weights",
     rank: int | None = None,
     density: float = 0.5,
     seed: int = 0,
 ) -> nn.Module:
-    """Add a LoRA that combines others, idle like what ``add_adapter`` adds; those and the base stay as they are.
+    """Add a LoRA that combines others, inactive as after ``add_adapter``; those and the base stay as they are.
 
     With updates D_i (of LoRA: s_i B_i A_i) and the given weights w_i, entry by entry:
 
@@ -64,54 +64,58 @@ def combine(
         ValueError: A name is unknown or taken, numbers do not fit, or the adapters lie at different places.
         TypeError: Adapters add nothing to a weight, or have no factors.
     """
-    check_setting(rule in get_args(Rule), "rule", rule, f"one of {', '.join(get_args(Rule))}")
+    check_setting(rule in get_args(CombineRule), "rule", rule, f"one of {', '.join(get_args(CombineRule))}")
     check_setting(of in ("weights", "factors"), "of", of, "weights or factors")
     check_setting(0 < density <= 1, "density", density, "a share in (0, 1]")
     check_setting(len(names) == len(weights) > 0, "weights", weights, f"one number for each of {list(names)}")
     check_setting(all(map(math.isfinite, weights)), "weights", weights, "finite")
-    methods = [methods_named(require_record(model), one) for one in names]
-    found = [_updates(model, several, of) for several in methods]
-    for other, updates in zip(names, found, strict=True):
-        if odd := updates.keys() ^ found[0].keys():
-            raise ValueError(f"{names[0]!r} and {other!r} must lie at the same places; only one is at {min(odd)}.")
-    rank = _rank([update for updates in found for update in updates.values()], of, rank)
-    new: Any = methods[0][0]
-    method = LoRA(name=name, targets=list(new.targets), exclude=list(new.exclude), rank=rank, alpha=float(rank))
+    methods = [methods_named(require_record(model), adapter_name) for adapter_name in names]
+    updates = [_updates(model, group, of) for group in methods]
+    for adapter_name, by_host in zip(names, updates, strict=True):
+        if unshared := by_host.keys() ^ updates[0].keys():
+            raise ValueError(
+                f"{names[0]!r} and {adapter_name!r} must lie at the same places; only one is at {min(unshared)}."
+            )
+    rank = _result_rank([update for by_host in updates for update in by_host.values()], of, rank)
+    first_method: Any = methods[0][0]
+    method = LoRA(
+        name=name, targets=list(first_method.targets), exclude=list(first_method.exclude), rank=rank, alpha=float(rank)
+    )
     add_inactive(model, [method])
     generator = torch.Generator().manual_seed(seed)
-    combined = _factors if of == "factors" else _weights
-    for place, target in adapters_of(model, method).items():
-        a, b = combined([updates[place] for updates in found], weights, rule, density, rank, generator)
+    combine_pairs = _combine_factors if of == "factors" else _truncated_svd
+    for host, target in adapters_of(model, method).items():
+        a, b = combine_pairs([by_host[host] for by_host in updates], weights, rule, density, rank, generator)
         target.load_state_dict({"a": a.view(target.get_parameter("a").shape), "b": b})
     return model
 
 
 def _updates(model: nn.Module, methods: Sequence[Method], of: str) -> dict[str, Any]:
-    found = adapters_of(model, *methods)
-    for place, adapter in found.items():
-        what = f"{type(adapter).__name__} of {methods[0].name!r} at {place}"
+    adapters = adapters_of(model, *methods)
+    for host, adapter in adapters.items():
+        described = f"{type(adapter).__name__} of {methods[0].name!r} at {host}"
         if not isinstance(adapter, WeightUpdate) or adapter.exclusive:
             raise TypeError(
-                f"{what} is no update W + D of a weight; LoRA without decompose and its kin can be combined."
+                f"{described} is no update W + D of a weight; LoRA without decompose and its kin can be combined."
             )
         if of == "factors" and not isinstance(adapter, LowRankUpdate):
-            raise TypeError(f"{what} has no factors B and A; combine weights.")
-    return dict(found)
+            raise TypeError(f"{described} has no factors B and A; combine weights.")
+    return dict(adapters)
 
 
-def _rank(updates: Sequence[WeightUpdate], of: str, rank: int | None) -> int:
+def _result_rank(updates: Sequence[WeightUpdate], of: str, rank: int | None) -> int:
     """Return the rank of the result."""
-    own = {len(update.pair()[0]) if isinstance(update, LowRankUpdate) else None for update in updates}
+    ranks = {len(update.pair()[0]) if isinstance(update, LowRankUpdate) else None for update in updates}
     if of == "factors":
         check_setting(
-            len(own) == 1 and rank in (None, *own), "rank", rank or sorted(map(str, own)), "one for all factors"
+            len(ranks) == 1 and rank in (None, *ranks), "rank", rank or sorted(map(str, ranks)), "one for all factors"
         )
-    check_setting(rank is not None or None not in own, "rank", rank, "given, since not all updates have one")
-    return rank or max(one for one in own if one is not None)
+    check_setting(rank is not None or None not in ranks, "rank", rank, "given, since not all updates have one")
+    return rank or max(r for r in ranks if r is not None)
 
 
-def _weights(
-    updates: Sequence[Any], weights: Sequence[float], rule: Rule, density: float, rank: int, generator: Any
+def _truncated_svd(
+    updates: Sequence[Any], weights: Sequence[float], rule: CombineRule, density: float, rank: int, generator: Any
 ) -> tuple[Tensor, Tensor]:
     """Return A and B of the best approximation to the combined updates."""
     if rule == "linear" and all(isinstance(update, LowRankUpdate) for update in updates):  # of factors, which is small
@@ -122,27 +126,27 @@ def _weights(
         u, v = q_b @ u, v @ q_a.T
     else:
         deltas = [update.delta().detach().flatten(1).double() for update in updates]
-        whole = combined(deltas, weights, rule, density, generator)
-        u, s, v = torch.linalg.svd(whole, full_matrices=False)
+        total = combine_tensors(deltas, weights, rule, density, generator)
+        u, s, v = torch.linalg.svd(total, full_matrices=False)
     root = s[:rank].sqrt()
     a, b = root[:, None] * v[:rank], u[:, :rank] * root
     missing = rank - len(root)
     return nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
 
 
-def _factors(
-    updates: Sequence[Any], weights: Sequence[float], rule: Rule, density: float, rank: int, generator: Any
+def _combine_factors(
+    updates: Sequence[Any], weights: Sequence[float], rule: CombineRule, density: float, rank: int, generator: Any
 ) -> tuple[Tensor, Tensor]:
-    """Return A and B that are combined each by itself."""
+    """Return A and B, each combined from the factors of the updates."""
     pairs = [[factor.detach().flatten(1).double() for factor in update.pair()] for update in updates]
     scales = [weight * update.scale for update, weight in zip(updates, weights, strict=True)]
     signed = [math.copysign(math.sqrt(abs(scale)), scale) for scale in scales]
-    a = combined([pair[0] for pair in pairs], signed, rule, density, generator)
-    return a, combined([pair[1] for pair in pairs], [abs(one) for one in signed], rule, density, generator)
+    a = combine_tensors([pair[0] for pair in pairs], signed, rule, density, generator)
+    return a, combine_tensors([pair[1] for pair in pairs], [abs(factor) for factor in signed], rule, density, generator)
 
 
-def combined(
-    tensors: Sequence[Tensor], weights: Sequence[float], rule: Rule, density: float, generator: torch.Generator
+def combine_tensors(
+    tensors: Sequence[Tensor], weights: Sequence[float], rule: CombineRule, density: float, generator: torch.Generator
 ) -> Tensor:
     """Return what a rule of ``combine`` makes of tensors of one shape."""
     if rule in ("ties", "magnitude_prune"):

@@ -1,4 +1,4 @@
-"""Several prompts of one task on one model: put together, run in one forward, and voting."""
+"""``join_prompts`` puts prompts of one task together, ``ensemble`` runs all in one forward, ``majority_vote`` votes."""
 
 from __future__ import annotations
 
@@ -34,26 +34,28 @@ def join_prompts(folders: Sequence[str | os.PathLike[str]], folder: str | os.Pat
     """
     if len(folders) < 2:
         raise ValueError(f"At least two adapters make an ensemble, got {len(folders)}.")
-    found = [read_adapter(one) for one in folders]
-    methods = [_single_prompt(config, one) for (config, _), one in zip(found, folders, strict=True)]
-    (first, state), method = found[0], methods[0]
-    for (config, other), theirs, one in zip(found, methods, folders, strict=True):
-        places = {name: (getattr(method, name), getattr(theirs, name)) for name in ("length", "targets", "embeddings")}
-        differ = {name: pair for name, pair in places.items() if pair[0] != pair[1]}
-        if other.keys() != state.keys() or config["base"] != first["base"]:
+    read = [read_adapter(source) for source in folders]
+    methods = [_single_prompt(config, source) for (config, _), source in zip(read, folders, strict=True)]
+    (first, state), method = read[0], methods[0]
+    for (config, state_k), method_k, source in zip(read, methods, folders, strict=True):
+        fields = {
+            name: (getattr(method, name), getattr(method_k, name)) for name in ("length", "targets", "embeddings")
+        }
+        differ = {name: pair for name, pair in fields.items() if pair[0] != pair[1]}
+        if state_k.keys() != state.keys() or config["base"] != first["base"]:
             differ["base"] = (first["base"], config["base"])
         if differ:
-            raise ValueError(f"{one} does not belong to {folders[0]}; (there, here): {differ}.")
+            raise ValueError(f"{source} does not belong to {folders[0]}; (there, here): {differ}.")
     tasks = to_dict(
         PromptTuning(
             name=method.name,
             length=method.length,
-            tasks=len(found),
+            tasks=len(read),
             targets=method.targets,
             embeddings=method.embeddings,
         )
     )
-    stacked = {key: torch.stack([other[key] for _, other in found]) for key in state}
+    stacked = {key: torch.stack([state_k[key] for _, state_k in read]) for key in state}
     return write_adapter(folder, {**first, "methods": [tasks]}, stacked)
 
 
@@ -73,8 +75,8 @@ def ensemble(model: nn.Module, **batch: Any) -> Tensor:
     tasks = counts.pop()
     tensors = {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.dim() > 0}
     rows = max((len(x) for x in tensors.values()), default=0)
-    if odd := {name: len(x) for name, x in tensors.items() if len(x) not in (1, rows)} or not rows:
-        raise ValueError(f"Each tensor must have {rows} rows as the longest, or one, got {odd}.")
+    if mismatched := {name: len(x) for name, x in tensors.items() if len(x) not in (1, rows)} or not rows:
+        raise ValueError(f"Each tensor must have {rows} rows as the longest, or one, got {mismatched}.")
     repeated = {name: x.repeat(tasks, *[1] * (x.dim() - 1)) for name, x in tensors.items() if len(x) == rows}
     with row_tasks(model, torch.arange(tasks).repeat_interleave(rows)):
         output = model(**{**batch, **repeated})
@@ -98,10 +100,10 @@ def majority_vote(logits: Tensor) -> Tensor:
 
 def _single_prompt(config: dict[str, Any], folder: str | os.PathLike[str]) -> PromptTuning:
     methods = [from_dict(data) for data in config["methods"]]
-    one = methods[0]
-    if len(methods) > 1 or not isinstance(one, PromptTuning) or one.tasks > 1 or config["also_train"]:
+    method = methods[0]
+    if len(methods) > 1 or not isinstance(method, PromptTuning) or method.tasks > 1 or config["also_train"]:
         raise ValueError(
             f"{folder} holds {methods}, also_train={config['also_train']}; only adapters of PromptTuning with one "
             f"task, which train nothing else, can be joined."
         )
-    return one
+    return method

@@ -1,4 +1,4 @@
-"""Merging an adapter folder into the files of a base, one layer at a time, without the model in memory."""
+"""``merge_files`` merges an adapter into the files of a base, one layer at a time, without the model in memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..core.adapter_folder import is_taken
 from ..core.inject import detach
 from ..core.injection_record import get_record
 from ..structure.base_model import ADAPTERS_ATTRIBUTE
-from .merge import mergeable
+from .mergeable_adapters import mergeable_adapters
 
 
 @torch.no_grad()
@@ -57,34 +57,38 @@ def merge_files(
         TypeError: The adapter cannot be merged into a weight.
     """
     target = Path(folder)
+    _check_fresh(model, target)
+    stored, weights = read_adapter_file(adapter), _base_files(model, base)
+    try:
+        inject_from_metadata(model, stored.description, stored.path, strict=False)
+        state, adapted = stored.state_for(model), mergeable_adapters(model)
+        expected = stored.description["base"]
+        if strict and expected is not None and (fingerprint := weights.fingerprint(model)) != expected:
+            raise ValueError(f"{adapter} belongs to another base: fingerprint {expected}, {base} has {fingerprint}.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
+            copied = Path(temporary, target.name)
+            copied.mkdir()
+            written = weights.copied(copied)
+            written.write(state)  # of the base itself, trained
+            for name in dict.fromkeys(name for name, *_ in adapted):
+                _merge_host(name, adapted, state, written)
+            if target.exists():
+                target.rmdir()
+            copied.replace(target)
+    finally:
+        if get_record(model) is not None:
+            detach(model)
+    return target
+
+
+def _check_fresh(model: nn.Module, target: Path) -> None:
     if is_taken(target):
         raise FileExistsError(f"{target} exists; give a folder that does not.")
     if get_record(model) is not None or not all(p.is_meta for p in model.parameters()):
         raise ValueError(
             "merge_files needs a fresh network without values: build it in lightning_peft.without_values()."
         )
-    stored, weights = read_adapter_file(adapter), _base_files(model, base)
-    try:
-        inject_from_metadata(model, stored.description, stored.path, strict=False)
-        state, found = stored.state_for(model), mergeable(model)
-        expected = stored.description["base"]
-        if strict and expected is not None and (other := weights.fingerprint(model)) != expected:
-            raise ValueError(f"{adapter} belongs to another base: fingerprint {expected}, {base} has {other}.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
-            whole = Path(temporary, target.name)
-            whole.mkdir()
-            written = weights.copied(whole)
-            written.write(state)  # of the base itself, trained
-            for name in dict.fromkeys(name for name, *_ in found):
-                _merge_host(name, found, state, written)
-            if target.exists():
-                target.rmdir()
-            whole.replace(target)
-    finally:
-        if get_record(model) is not None:
-            detach(model)
-    return target
 
 
 def _base_files(model: nn.Module, base: str | os.PathLike[str]) -> BaseWeightFiles:
@@ -97,46 +101,44 @@ def _base_files(model: nn.Module, base: str | os.PathLike[str]) -> BaseWeightFil
     return weights
 
 
-def _merge_host(name: str, found: Any, state: Mapping[str, Tensor], weights: BaseWeightFiles) -> None:
-    """Merge the adapters of one host, which has values for that time alone."""
-    own = [(host, key, adapter) for other, host, key, adapter in found if other == name]
-    host = own[0][0]
-    with _values(name, host, weights) as (names, others):
-        for _, key, adapter in own:
+def _merge_host(name: str, adapted: Any, state: Mapping[str, Tensor], weights: BaseWeightFiles) -> None:
+    """Merge the adapters of one host, whose values are read from the files, and written back into them."""
+    on_host = [(host, key, adapter) for host_name, host, key, adapter in adapted if host_name == name]
+    host = on_host[0][0]
+    with _loaded_host(name, host, weights) as (names, unsaved):
+        for _, key, adapter in on_host:
             prefix = f"{name}.{ADAPTERS_ATTRIBUTE}.{key}.".lstrip(".")
             adapter.to_empty(device="cpu")
             adapter.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
             adapter.merge(host)
             adapter.to("meta")
-        held = {part: value for part, value in {**host._parameters, **host._buffers}.items() if value is not None}
-        for part, value in held.items():
-            if part not in names and not (part in others and torch.equal(value, others[part])):
-                raise ValueError(
-                    f"{name} gets a {part}, for which its files have no room; merge into the loaded model."
-                )
-        weights.write({whole: held[part] for part, whole in names.items()})
-    del held
+        tensors = {key: value for key, value in {**host._parameters, **host._buffers}.items() if value is not None}
+        for key, value in tensors.items():
+            if key not in names and not (key in unsaved and torch.equal(value, unsaved[key])):
+                raise ValueError(f"{name} gets a {key}, for which its files have no room; merge into the loaded model.")
+        weights.write({full_name: tensors[key] for key, full_name in names.items()})
+    del tensors
     trim_malloc()
 
 
 @contextmanager
-def _values(name: str, host: Any, weights: BaseWeightFiles) -> Iterator[tuple[dict[str, str], dict[str, Tensor]]]:
-    """Context in which a host has the values of the files; gives their whole names, and buffers that are in no file."""
+def _loaded_host(name: str, host: Any, weights: BaseWeightFiles) -> Iterator[tuple[dict[str, str], dict[str, Tensor]]]:
+    """Context in which a host has the values of the files; gives their full names, and buffers that are in no file."""
     parameters, buffers = dict(host._parameters), dict(host._buffers)
-    names = {part: f"{name}.{part}".lstrip(".") for part, held in (parameters | buffers).items() if held is not None}
-    others = {part: buffers[part] for part, whole in names.items() if part in buffers and not weights.has(whole)}
-    names = {part: whole for part, whole in names.items() if part not in others}
+    names = {key: f"{name}.{key}".lstrip(".") for key, tensor in (parameters | buffers).items() if tensor is not None}
+    unsaved = {key: buffers[key] for key, full_name in names.items() if key in buffers and not weights.has(full_name)}
+    names = {key: full_name for key, full_name in names.items() if key not in unsaved}
     try:
-        host._buffers.update({part: held.clone() for part, held in others.items()})
-        for part, whole in names.items():
-            values = weights.read(whole)
-            if part in parameters:
-                host._parameters[part] = nn.Parameter(values, requires_grad=False)
+        host._buffers.update({key: tensor.clone() for key, tensor in unsaved.items()})
+        for key, full_name in names.items():
+            values = weights.read(full_name)
+            if key in parameters:
+                host._parameters[key] = nn.Parameter(values, requires_grad=False)
             else:
-                host._buffers[part] = values
-        yield names, others
+                host._buffers[key] = values
+        yield names, unsaved
     finally:
-        for part in host._parameters.keys() - parameters.keys():
-            del host._parameters[part]
+        for key in host._parameters.keys() - parameters.keys():
+            del host._parameters[key]
         host._parameters.update(parameters)
         host._buffers.update(buffers)

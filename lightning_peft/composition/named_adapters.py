@@ -1,4 +1,4 @@
-"""Adapters side by side in one model: each is added under a name of its own, and lies idle until it is activated."""
+"""``add_adapter`` adds named adapters to one model, side by side; each is inactive until ``activate`` names it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_adapter(
     also_train: Sequence[str] = (),
     strict: bool = True,
 ) -> nn.Module:
-    """Add adapters under a name of their own; they take part in no call until ``activate`` names them.
+    """Add adapters under a new name, inactive until ``activate`` names them.
 
     Any number lie side by side, of one method or of different ones. What trained, or shall train, in the base itself (a
     head, norms, biases) becomes the adapter's own: copies that take the place of the base's parameters in its calls.
@@ -37,7 +37,7 @@ def add_adapter(
         model: The base model, adapted or not.
         source: A method or several that go under one name, or a folder that ``save_adapter`` wrote.
         name: Their name in this model; the first method's if not given.
-        also_train: With methods, patterns or roles of base modules and parameters that the adapter has of its own.
+        also_train: With methods, patterns or roles of base modules and parameters of which the adapter gets copies.
         strict: Whether the base must be the one that a folder's adapter was trained on.
 
     Returns:
@@ -46,63 +46,63 @@ def add_adapter(
     Raises:
         FileNotFoundError: The folder is no adapter.
         ValueError: The name is taken, or the adapter does not fit this model.
-        RuntimeError: No adapter takes part for now, within ``disabled`` or ``row_adapters``.
+        RuntimeError: Adapters are paused, within ``disabled`` or ``row_adapters``.
     """
     if not isinstance(source, (str, os.PathLike)):
-        given = [source] if isinstance(source, Method) else list(source)
-        return add_inactive(model, _under(name, given), also_train)
+        new = [source] if isinstance(source, Method) else list(source)
+        return add_inactive(model, _rename_methods(name, new), also_train)
     config, state = read_adapter(source)
     check_format(config, str(source))
     if also_train:
         raise ValueError(f"also_train={list(also_train)!r} goes with a method; what {source} trained is in its files.")
     stored = [from_dict(data) for data in config["methods"]]
-    methods = _under(name, stored)
+    methods = _rename_methods(name, stored)
     add_inactive(model, methods, config["also_train"])
     try:
         added = methods_named(require_record(model), methods[0].name)
         if strict:
             check_base(model, config, str(source), added)
         names = dict(zip([method.name for method in stored], methods, strict=True))
-        load_values(model, _renamed(model, state, names, added[-1]), str(source), added)
+        load_values(model, _rename_state(model, state, names, added[-1]), str(source), added)
     except Exception:
         remove_adapter(model, methods[0].name)
         raise
     return model
 
 
-def _under(name: str | None, methods: Sequence[Method]) -> list[Method]:
-    """Return methods under the names that they have in the model."""
+def _rename_methods(name: str | None, methods: Sequence[Method]) -> list[Method]:
+    """Return copies of methods that are named after the first of them, with numbers."""
     if not methods:
         raise ValueError("add_adapter needs a method, several, or a folder; got none.")
-    first = name or methods[0].name
-    names = [first, *(f"{first}_{number}" for number in range(2, len(methods) + 1))]
-    return [dataclasses.replace(method, name=new) for method, new in zip(methods, names, strict=True)]
+    group_name = name or methods[0].name
+    names = [group_name, *(f"{group_name}_{number}" for number in range(2, len(methods) + 1))]
+    return [dataclasses.replace(method, name=new_name) for method, new_name in zip(methods, names, strict=True)]
 
 
-def _renamed(
-    model: nn.Module, state: Mapping[str, Tensor], new: Mapping[str, Method], own: Method
+def _rename_state(
+    model: nn.Module, state: Mapping[str, Tensor], new_methods: Mapping[str, Method], copies_method: Method
 ) -> dict[str, Tensor]:
-    """Return a state under the names that its adapters have here.
+    """Return a state under the names that its adapters have in this model.
 
     Args:
         model: The model with the new adapters.
         state: The state, with old names.
-        new: New methods by the names of the old ones.
-        own: Method of what trained in the base itself.
+        new_methods: New methods by the names of the old ones.
+        copies_method: Method that holds copies of the base parameters that trained.
     """
     keys = {
         adapter_key(old, adapter): adapter_key(method.name, adapter)
-        for old, method in new.items()
+        for old, method in new_methods.items()
         for adapter in adapters_of(model, method).values()
     }
     renamed = {}
     for key, value in state.items():
         host, slot, rest = f".{key}".partition(f".{ADAPTERS_ATTRIBUTE}.")
         if slot:
-            first, dot, entry = rest.partition(".")
-            new_key = f"{host}{slot}{keys.get(first, first)}{dot}{entry}"
+            old_key, dot, entry = rest.partition(".")
+            new_key = f"{host}{slot}{keys.get(old_key, old_key)}{dot}{entry}"
         else:
             host, _, entry = f".{key}".rpartition(".")
-            new_key = f"{host}.{ADAPTERS_ATTRIBUTE}.{own.name}.{COPIES_ATTRIBUTE}.{entry}"
+            new_key = f"{host}.{ADAPTERS_ATTRIBUTE}.{copies_method.name}.{COPIES_ATTRIBUTE}.{entry}"
         renamed[new_key.lstrip(".")] = value
     return renamed

@@ -1,4 +1,4 @@
-"""Rows of one batch that use different adapters, while the base runs once for all of them."""
+"""``row_adapters`` lets each row of one batch use another adapter, while the base runs once for all rows."""
 
 from __future__ import annotations
 
@@ -19,45 +19,45 @@ from .row_dispatch import BatchedLayerCall, BatchedModuleCall, RowAssignment
 
 
 class RowAdapters(Adapter):
-    """Gives each row of a host's call the adapter of its own: y_r = leaving_n(r)(x_r, host(entering_n(r)(x_r))).
+    """Runs a host with another adapter n(r) for each row r: y_r = post_forward_n(r)(x_r, host(pre_forward_n(r)(x_r))).
 
     Args:
-        parts: Adapters of one part of the host each, inner before outer.
+        batched_calls: For each projection of the host, the adapters of all rows; inner before outer.
     """
 
     persistent = False
 
-    def __init__(self, parts: Sequence[BatchedLayerCall | BatchedModuleCall]) -> None:
+    def __init__(self, batched_calls: Sequence[BatchedLayerCall | BatchedModuleCall]) -> None:
         super().__init__()
-        self.parts = parts
+        self.batched_calls = batched_calls
 
     def reset_parameters(self) -> None:
-        """There are none of its own."""
+        """Do nothing: the adapters in the calls have all parameters."""
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
-        for part in self.parts:
-            inner = functools.partial(part, host, inner)
+        for batched_call in self.batched_calls:
+            inner = functools.partial(batched_call, host, inner)
         return inner(*args, **kwargs)
 
 
 @contextmanager
 def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """Context in which each row of a batch uses the adapter of its own name, in training, inference and generation.
+    """Context in which each row of a batch uses the adapter named for it, in training, inference and generation.
 
     Equal to running each row with its adapter alone. The base runs once for all rows. On linear layers, LoRA, AdaLoRA,
     IA3 and bottlenecks are stacked by rows, anew in each call, so that the cost grows with rows and not with adapters;
-    others, and LoRA while it drops inputs, run one after the other on rows of their own; so do layers of which adapters
-    have parameters of their own. Which adapters are active does
-    not matter, but those that lie idle do not train: ``activate`` those that shall. A call with more rows than names
-    takes each name for as many neighbours, as beams and returned sequences are. The batch is the first dimension.
+    others, and LoRA while it drops inputs, run one after the other on their rows; so do layers whose parameters an
+    adapter replaces. Which adapters are active does not matter, but inactive ones do not train: ``activate`` those that
+    shall. A call with more rows than names takes each name for as many neighbours, as beams and returned sequences are.
+    The batch is the first dimension.
 
     Prompts can differ by row as well where all rows have one, and all are of one length.
 
     Args:
         model: A model with adapters that act on the input and output of one layer or feed-forward block: LoRA, AdaLoRA,
-            FedPara, KronA, IA3, ``Bottleneck``, ``ParallelAdapter``, ``KronABlock``, and parameters of an adapter's
-            own, such as heads; or with prompts for one task each: ``PromptTuning``, ``PTuning`` without a template,
-            ``MultitaskPromptTuning``.
+            FedPara, KronA, IA3, ``Bottleneck``, ``ParallelAdapter``, ``KronABlock``, and an adapter's copies of
+            parameters, such as heads; or with prompts for one task each: ``PromptTuning``, ``PTuning`` without a
+            template, ``MultitaskPromptTuning``.
         names: The adapter's name for each row; None for the base alone.
 
     Raises:
@@ -70,8 +70,8 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     plan = _plan(model, modules, names)
     with paused(model, modules):
         try:
-            for host, parts in plan:
-                host.peft[PER_ROW_KEY] = RowAdapters(parts)
+            for host, batched_calls in plan:
+                host.peft[PER_ROW_KEY] = RowAdapters(batched_calls)
                 set_active(host, (PER_ROW_KEY, *host.peft_order))
             yield
         finally:
@@ -82,12 +82,12 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
 def _plan(
     model: nn.Module, modules: Sequence[nn.Module], names: Sequence[str | None]
 ) -> list[tuple[Any, list[BatchedLayerCall | BatchedModuleCall]]]:
-    """Return hosts with what surrounds them, inner before outer."""
+    """Return hosts with their batched calls, inner before outer."""
     record = require_record(model)
     check_not_paused(record)
     if isinstance(names, str) or not names:
         raise ValueError(f"row_adapters needs a list of names, one for each row of the batch, got {names!r}.")
-    used = dict[str, str]()  # names of methods, and under which name they go
+    used = dict[str, str]()  # the name in `names` for each method's name
     for name in dict.fromkeys(name for name in names if name is not None):
         methods = methods_named(record, name)
         used |= {method.name: name for method in methods}
@@ -95,45 +95,45 @@ def _plan(
             raise TypeError(f"{name!r} trains {trained[0]} in the base itself, which all rows share.")
     device = next(model.parameters()).device
     plan: list[tuple[Any, list[BatchedLayerCall | BatchedModuleCall]]] = []
-    rows = functools.cache(lambda own: RowAssignment(_numbers(own, names), device))  # the same for most hosts
+    assign = functools.cache(lambda at_host: RowAssignment(_numbers(at_host, names), device))  # most hosts share one
     for module in modules:
         if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and not module.batch_first:
             raise ValueError(
-                f"{_place(model, module)} takes (tokens, batch, features); row_adapters needs batch_first=True."
+                f"{_name_of(model, module)} takes (tokens, batch, features); row_adapters needs batch_first=True."
             )
-        if isinstance(module, AdaptedModule) and (parts := _parts(model, module, used)):
-            plan.append((module, [_part(list(own.values()), rows(tuple(own))) for own in parts]))
+        if isinstance(module, AdaptedModule) and (groups := _group_by_projection(model, module, used)):
+            plan.append((module, [_batched_call(list(by_name.values()), assign(tuple(by_name))) for by_name in groups]))
     return plan
 
 
-def _part(adapters: list[Any], rows: RowAssignment) -> BatchedLayerCall | BatchedModuleCall:
-    fall_apart = {isinstance(adapter, BatchableLayerAdapter) for adapter in adapters}
-    if len(fall_apart) > 1:
+def _batched_call(adapters: list[Any], rows: RowAssignment) -> BatchedLayerCall | BatchedModuleCall:
+    by_layer = {isinstance(adapter, BatchableLayerAdapter) for adapter in adapters}
+    if len(by_layer) > 1:
         kinds = " and ".join(sorted({type(adapter).__name__ for adapter in adapters}))
         raise TypeError(f"Rows of one batch cannot have {kinds} around one module.")
-    return BatchedLayerCall(adapters, rows) if fall_apart == {True} else BatchedModuleCall(adapters, rows)
+    return BatchedLayerCall(adapters, rows) if by_layer == {True} else BatchedModuleCall(adapters, rows)
 
 
-def _parts(model: nn.Module, host: Any, used: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return the adapters by name of each part of a host, those in place of its parameters before all others."""
-    parts: dict[str, dict[str, Any]] = {}
+def _group_by_projection(model: nn.Module, host: Any, used: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the adapters by name for each projection of a host, copies of its parameters before all others."""
+    groups: dict[str, dict[str, Any]] = {}
     is_read = read_weight_attribute(type(host)) is not None
     for key, adapter in host.peft.items():
         if name := used.get(method_name(key, adapter)):
             if is_read or not isinstance(adapter, BatchableAdapter):
                 raise TypeError(
-                    f"{key!r} at {_place(model, host)} is a {type(adapter).__name__} on a {type(host).__name__}; rows "
-                    f"can have adapters of their own where these act on what enters and leaves a called layer, by rows."
+                    f"{key!r} at {_name_of(model, host)} is a {type(adapter).__name__} on a {type(host).__name__}; "
+                    f"rows can have different adapters only where these act row by row on a called layer."
                 )
-            parts.setdefault(key[len(name) :], {})[name] = adapter
-    return sorted(parts.values(), key=lambda own: not any(adapter.needs_separate_call for adapter in own.values()))
+            groups.setdefault(key[len(name) :], {})[name] = adapter
+    return sorted(groups.values(), key=lambda group: not any(adapter.needs_separate_call for adapter in group.values()))
 
 
-def _place(model: nn.Module, wanted: nn.Module) -> str:
-    return next((name for name, module in model.named_modules() if module is wanted), "")
+def _name_of(model: nn.Module, searched: nn.Module) -> str:
+    return next((name for name, module in model.named_modules() if module is searched), "")
 
 
-def _numbers(own: Iterable[str], names: Sequence[str | None]) -> tuple[int, ...]:
+def _numbers(names_at_host: Iterable[str], names: Sequence[str | None]) -> tuple[int, ...]:
     """Return the number of each row's adapter among those of a host, -1 where it has none."""
-    place: dict[str | None, int] = {name: number for number, name in enumerate(own)}
-    return tuple(place.get(name, -1) for name in names)
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(names_at_host)}
+    return tuple(numbers.get(name, -1) for name in names)

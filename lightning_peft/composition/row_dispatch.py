@@ -14,7 +14,7 @@ from ..core.per_row import BatchableLayerAdapter
 
 
 class RowAssignment:
-    """Which of several adapters each row has.
+    """The adapter of each row, by number.
 
     Args:
         numbers: Number of its adapter for each row, -1 for none.
@@ -66,26 +66,31 @@ class RowAssignment:
         if len(shapes := {value.shape for value in values}) > 1:
             values = [_filled(value, [max(sides) for sides in zip(*shapes, strict=True)]) for value in values]
         if self.ids is None:
-            found = values[0].expand(self.count, *values[0].shape)
+            by_row = values[0].expand(self.count, *values[0].shape)
         elif torch.is_grad_enabled():  # so that each adapter gets one gradient, not one for each row
-            found = torch.stack(tuple(values)).index_select(0, self.ids)
+            by_row = torch.stack(tuple(values)).index_select(0, self.ids)
         else:
-            found = torch.stack([values[number] for number in self.numbers])  # -1 takes any
-        return found[:, None] if found.dim() == 2 else found
+            by_row = torch.stack([values[number] for number in self.numbers])  # -1 takes any
+        return by_row[:, None] if by_row.dim() == 2 else by_row
 
     def where(self, new: Tensor, old: Tensor) -> Tensor:
         """Return ``new`` (rows, tokens, features) where rows have an adapter."""
         return new if self.has_one is None or new is old else torch.where(self.has_one, new, old)
 
 
+def _stackable(examples: Sequence[tuple[Any, ...]]) -> bool:
+    """Whether values of several adapters (``per_example_tensors``) have one key, by which they can be stacked."""
+    return bool(examples[0]) and all(values[:1] == examples[0][:1] for values in examples)
+
+
 def _filled(value: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return a matrix or vector of that shape, with zeros behind its own entries."""
-    missing = [most - own for most, own in zip(shape, value.shape, strict=True)]
-    return F.pad(value, [side for more in reversed(missing) for side in (0, more)])
+    """Return a matrix or vector padded with zeros to a shape."""
+    missing = [largest - size for largest, size in zip(shape, value.shape, strict=True)]
+    return F.pad(value, [side for added in reversed(missing) for side in (0, added)])
 
 
 class BatchedModuleCall:
-    """What surrounds a host's call for all of its rows at once.
+    """Calls a host with another adapter for each row, of a kind that acts on the whole call, such as prompts.
 
     Args:
         adapters: Different adapters.
@@ -103,20 +108,20 @@ class BatchedModuleCall:
             )
 
     def __call__(self, host: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        found = [adapter.per_example_tensors() for adapter in self.adapters]
-        if not found[0] or any(one[:1] != found[0][:1] for one in found):
+        examples = [adapter.per_example_tensors() for adapter in self.adapters]
+        if not _stackable(examples):
             raise ValueError(
                 f"Rows can have a {type(self.adapters[0]).__name__} each where all are of one length, for one task and "
                 f"without a template; here these differ or are none of that."
             )
-        _, *columns = zip(*found, strict=True)
+        _, *columns = zip(*examples, strict=True)
         values = [self.rows.on(column[0].device).stacked(column, column[0]) for column in columns]
         first = self.adapters[0]
         return first.for_rows(host, inner, values, *args, **kwargs) if values else first(host, inner, *args, **kwargs)
 
 
 class BatchedLayerCall:
-    """What surrounds a host's call for one part of the host, or all of it.
+    """Calls a layer with another adapter for each row, for one projection of the layer or all of it.
 
     Args:
         adapters: Different adapters.
@@ -133,21 +138,21 @@ class BatchedLayerCall:
             inner = functools.partial(inner, *args, **kwargs)
         if any(adapter.needs_separate_call for adapter in self.adapters):
             return self._by_itself(host, inner, rows, x)
-        found = [adapter.per_example_tensors() for adapter in self.adapters]
-        if not found[0] or any(one[:1] != found[0][:1] for one in found):
+        examples = [adapter.per_example_tensors() for adapter in self.adapters]
+        if not _stackable(examples):
             return self._one_by_one(host, inner, rows, x)
-        _, *columns = zip(*found, strict=True)
+        _, *columns = zip(*examples, strict=True)
         values = [rows.stacked(column, columns[0][0]) for column in columns]
         return self._at_once(host, inner, rows, x, values)
 
     def _at_once(
         self, host: Any, inner: Callable[..., Any], rows: RowAssignment, x: Tensor, values: Sequence[Any]
     ) -> Tensor:
-        """Let the first adapter serve all rows, with values of their own."""
+        """Let the first adapter serve all rows, with the stacked values of their adapters."""
         first = self.adapters[0]
         of_rows = x.reshape(rows.count, -1, x.shape[-1])
-        given = rows.where(first.pre_forward(host, of_rows, *values), of_rows)
-        y = inner(x if given is of_rows else given.view_as(x))
+        entering = rows.where(first.pre_forward(host, of_rows, *values), of_rows)
+        y = inner(x if entering is of_rows else entering.view_as(x))
         _check_rows(host, rows, x, y)
         before = y.reshape(rows.count, -1, y.shape[-1])
         return rows.where(first.post_forward(host, of_rows, before, *values), before).view_as(y)
@@ -155,27 +160,30 @@ class BatchedLayerCall:
     def _by_itself(self, host: Any, inner: Callable[..., Any], rows: RowAssignment, x: Tensor) -> Tensor:
         """Call the host for the rows of one adapter after the other, and for those of none."""
         order, back, sizes = rows.by_adapter(x.shape[0])
-        *own, rest = torch.split(x.index_select(0, order), sizes)
+        *inputs, rest = torch.split(x.index_select(0, order), sizes)
         adapters: Sequence[Any] = self.adapters
-        found = [adapter.forward(host, inner, part) for adapter, part in zip(adapters, own, strict=True)]
-        return torch.cat([*found, inner(rest)] if len(rest) else found).index_select(0, back)
+        outputs = [adapter.forward(host, inner, part) for adapter, part in zip(adapters, inputs, strict=True)]
+        return torch.cat([*outputs, inner(rest)] if len(rest) else outputs).index_select(0, back)
 
     def _one_by_one(self, host: Any, inner: Callable[..., Any], rows: RowAssignment, x: Tensor) -> Tensor:
-        """Let one adapter after the other serve its own rows."""
+        """Let one adapter after the other serve its rows, with one call of the host."""
         order, back, sizes = rows.by_adapter(x.shape[0])
-        own = torch.split(x.index_select(0, order), sizes)
-        given = [adapter.pre_forward(host, part) for adapter, part in zip(self.adapters, own, strict=False)]
-        changed = any(new is not old for new, old in zip(given, own, strict=False))
-        y: Tensor = inner(_joined(given, own, back) if changed else x)
+        inputs = torch.split(x.index_select(0, order), sizes)
+        entering = [adapter.pre_forward(host, part) for adapter, part in zip(self.adapters, inputs, strict=False)]
+        changed = any(new is not old for new, old in zip(entering, inputs, strict=False))
+        y: Tensor = inner(_in_row_order(entering, inputs, back) if changed else x)
         _check_rows(host, rows, x, y)
         of_host = torch.split(y.index_select(0, order), sizes)
-        found = [adapter.post_forward(host, *both) for adapter, *both in zip(self.adapters, own, of_host, strict=False)]
-        return _joined(found, of_host, back)
+        outputs = [
+            adapter.post_forward(host, *x_and_y)
+            for adapter, *x_and_y in zip(self.adapters, inputs, of_host, strict=False)
+        ]
+        return _in_row_order(outputs, of_host, back)
 
 
-def _joined(new: Sequence[Tensor], old: Sequence[Tensor], back: Tensor) -> Tensor:
-    """Return all rows in their order: what each adapter made of its own, and those of none, the last, as they were."""
-    return torch.cat([*[part.to(old[-1].dtype) for part in new], old[-1]]).index_select(0, back)
+def _in_row_order(new: Sequence[Tensor], old: Sequence[Tensor], back: Tensor) -> Tensor:
+    """Return all rows in their order: new ones of each adapter, then old ones of rows without an adapter."""
+    return torch.cat([*[rows_of_adapter.to(old[-1].dtype) for rows_of_adapter in new], old[-1]]).index_select(0, back)
 
 
 def _check_rows(host: Any, rows: RowAssignment, x: Tensor, y: Any) -> None:

@@ -1,4 +1,4 @@
-"""Adapters of other libraries, in and out: all of one, or a refusal that names what does not fit."""
+"""Adapters of HF PEFT, loralib and T-Few are read and written as a whole, or refused with the reason."""
 
 from .export import export_peft
 from .hub import push_adapter

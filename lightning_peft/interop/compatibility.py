@@ -1,4 +1,4 @@
-"""Whether a file fits a model, before anything of it is loaded."""
+"""Checks that a file fits a model, made before anything of it is loaded."""
 
 from __future__ import annotations
 
@@ -7,46 +7,52 @@ from collections.abc import Collection, Mapping
 
 from ..core.adapter import Adapter
 from ..core.method import Method
-from .peft_format import Base, File, PeftFormat, State
+from .peft_format import BaseNetwork, PeftFile, PeftFormat, StateDict
 
 
-def check_hosts(base: Base, family: PeftFormat, file: File) -> None:
+def check_hosts(base: BaseNetwork, peft_format: PeftFormat, file: PeftFile) -> None:
     """Raise where a file and a model do not have the same hosts."""
-    check_known(base, file.state)
-    if missing := [name for name in family.expected(base, file) if name not in file.state]:
+    check_module_names(base, file.state)
+    if missing := [name for name in peft_format.expected(base, file) if name not in file.state]:
         raise ValueError(f"The file's settings adapt {missing[:5]}, but it has no tensors of them.")
     if not file.state:
         raise ValueError(
-            f"The file has no tensor of a {family.kind} adapter: none ends in {', '.join(family.tensors)}."
+            f"The file has no tensor of a {peft_format.kind} adapter: none ends in {', '.join(peft_format.tensors)}."
         )
 
 
-def check_known(base: Base, hosts: Collection[str]) -> None:
+def check_module_names(base: BaseNetwork, hosts: Collection[str]) -> None:
     """Raise where a file adapts modules that a model has not."""
-    known = dict(base.network.named_modules())
-    if strange := [name for name in hosts if name not in known]:
-        close = difflib.get_close_matches(strange[0], known, n=3)
-        raise ValueError(f"The file adapts {strange[:3]}, which the model has not. Close names: {', '.join(close)}.")
+    modules = dict(base.network.named_modules())
+    if unknown := [name for name in hosts if name not in modules]:
+        close_names = difflib.get_close_matches(unknown[0], modules, n=3)
+        raise ValueError(
+            f"The file adapts {unknown[:3]}, which the model has not. Close names: {', '.join(close_names)}."
+        )
 
 
-def checked(base: Base, method: Method, given: Mapping[str, State], source: str) -> dict[str, State]:
-    """Return whole states by host, compared with what the method's adapters will need."""
+def complete_states(
+    base: BaseNetwork, method: Method, imported: Mapping[str, StateDict], source: str
+) -> dict[str, StateDict]:
+    """Return the states of a method's adapters by host, as ``import_state`` completes them; raise if unfit."""
     states = {}
     for name, adapter in method.adapters(base.model):
         if adapter.state_dict():
-            states[name] = _state(adapter, given.get(name, {}), f"{source}: {name}")
-    if over := given.keys() - states.keys():
-        raise ValueError(f"{source} has tensors of {sorted(over)[:5]}, where {type(method).__name__} has no adapter.")
+            states[name] = _complete_state(adapter, imported.get(name, {}), f"{source}: {name}")
+    if surplus := imported.keys() - states.keys():
+        raise ValueError(
+            f"{source} has tensors of {sorted(surplus)[:5]}, where {type(method).__name__} has no adapter."
+        )
     return states
 
 
-def _state(adapter: Adapter, given: State, place: str) -> State:
-    state, own = adapter.import_state(given), adapter.state_dict()
-    if state.keys() != own.keys():
+def _complete_state(adapter: Adapter, imported: StateDict, where: str) -> StateDict:
+    state, expected = adapter.import_state(imported), adapter.state_dict()
+    if state.keys() != expected.keys():
         raise ValueError(
-            f"{place} lacks {sorted(own.keys() - state.keys())}, has too {sorted(state.keys() - own.keys())}."
+            f"{where} lacks {sorted(expected.keys() - state.keys())}, has too {sorted(state.keys() - expected.keys())}."
         )
-    for key, value in own.items():
+    for key, value in expected.items():
         if state[key].shape != value.shape:
-            raise ValueError(f"{place}: {key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}.")
+            raise ValueError(f"{where}: {key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}.")
     return state

@@ -1,4 +1,4 @@
-"""Adapters on the hub, out."""
+"""``push_adapter`` uploads an adapter folder to the Hugging Face hub."""
 
 from __future__ import annotations
 

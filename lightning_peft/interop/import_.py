@@ -1,4 +1,4 @@
-"""Folders of HF PEFT, in."""
+"""``import_peft`` injects and loads the adapter in a folder of HF PEFT."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import nn
 from . import modules_to_save as saved
 from .compatibility import check_hosts
 from .load_imported import inject_and_load
-from .module_names import network
-from .peft_folder import read_folder
-from .peft_format import Base, File, PeftFormat, State
+from .module_names import find_network
+from .peft_folder import read_peft_folder
+from .peft_format import BaseNetwork, PeftFile, PeftFormat, StateDict
 from .peft_formats import FORMATS
 
 
@@ -31,30 +31,30 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], name: str | No
         FileNotFoundError: The folder is no adapter.
         ValueError: A file is damaged, does not fit this model, or asks for what no method here computes.
     """
-    config, tensors = read_folder(folder)
-    family = next((f for f in FORMATS if f.kind == config["peft_type"]), None)
-    if family is None:
-        known = ", ".join(f.kind for f in FORMATS)
-        raise ValueError(f"{folder} is a {config['peft_type']} adapter, which is not read. Read are: {known}.")
-    if unknown := family.unknown(config):
+    config, tensors = read_peft_folder(folder)
+    peft_format = next((f for f in FORMATS if f.kind == config["peft_type"]), None)
+    if peft_format is None:
+        readable = ", ".join(f.kind for f in FORMATS)
+        raise ValueError(f"{folder} is a {config['peft_type']} adapter, which is not read. Read are: {readable}.")
+    if unknown := peft_format.unknown(config):
         raise ValueError(f"{folder} sets {unknown}, which may change what it computes and is not known here.")
-    base = Base(model, *network(model))
-    hosts, rest = parted(family, tensors)
-    check_hosts(base, family, File(config, hosts))
-    values = saved.read(base, config, rest)
-    plan = list(family.read(base, File(config, hosts), name or family.name))
-    inject_and_load(base, plan, values, str(folder))
+    base = BaseNetwork(model, *find_network(model))
+    states, other_tensors = split_by_host(peft_format, tensors)
+    check_hosts(base, peft_format, PeftFile(config, states))
+    trained = saved.read_trained(base, config, other_tensors)
+    plan = list(peft_format.from_peft(base, PeftFile(config, states), name or peft_format.name))
+    inject_and_load(base, plan, trained, str(folder))
     return model
 
 
-def parted(family: PeftFormat, tensors: State) -> tuple[dict[str, State], State]:
-    """Return the family's tensors by host, and the others."""
-    hosts, rest = defaultdict[str, State](dict), State()
+def split_by_host(peft_format: PeftFormat, tensors: StateDict) -> tuple[dict[str, StateDict], StateDict]:
+    """Return the format's tensors by host, and the others."""
+    hosts, others = defaultdict[str, StateDict](dict), StateDict()
     for key, value in sorted(tensors.items()):
-        name = key.removeprefix(family.prefix)
-        end = next((end for end in family.tensors if f".{name}".endswith(f".{end}")), None)
-        if end is None:
-            rest[name] = value
+        name = key.removeprefix(peft_format.prefix)
+        suffix = next((suffix for suffix in peft_format.tensors if f".{name}".endswith(f".{suffix}")), None)
+        if suffix is None:
+            others[name] = value
         else:
-            hosts[name.removesuffix(end).rstrip(".")][end] = value
-    return dict(hosts), rest
+            hosts[name.removesuffix(suffix).rstrip(".")][suffix] = value
+    return dict(hosts), others

@@ -1,4 +1,4 @@
-"""LLaMA-Adapter: ``adaption_prompt`` is P (1, length, features), ``adaption_gate`` one factor without tanh."""
+"""``LLaMAAdapterFormat``: ``adaption_prompt`` is P (1, length, features), ``adaption_gate`` one factor without tanh."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..methods import LLaMAAdapter
 from ..methods.llama_adapter import LLaMAAdapterPrompt
 from ..ops.sharded_tensors import full_tensor
 from ..structure.attention import head_count
-from .module_names import globs, joined
-from .peft_format import Base, File, PeftFormat, State, check_supported
+from .module_names import exact_globs, join_names
+from .peft_format import BaseNetwork, PeftFile, PeftFormat, StateDict, check_supported
 
 _PROMPT, _GATE = "adaption_prompt", "adaption_gate"
 
@@ -24,11 +24,11 @@ class LLaMAAdapterFormat(PeftFormat):
     kind, method, tensors = "ADAPTION_PROMPT", LLaMAAdapter, (_PROMPT, _GATE)
     settings = ("target_modules", "adapter_len", "adapter_layers")
 
-    def write(
-        self, base: Base, method: LLaMAAdapter, hosts: Mapping[str, Sequence[LLaMAAdapterPrompt]]
-    ) -> tuple[dict[str, Any], State]:
+    def to_peft(
+        self, base: BaseNetwork, method: LLaMAAdapter, hosts: Mapping[str, Sequence[LLaMAAdapterPrompt]]
+    ) -> tuple[dict[str, Any], StateDict]:
         check_supported(method.bias_and_scale, "bias_and_scale", "it has no scales and biases")
-        state = State()
+        state = StateDict()
         for name, (adapter, *_) in hosts.items():
             _check_attention(base, name)
             gates = full_tensor(adapter.gate).detach()
@@ -37,33 +37,37 @@ class LLaMAAdapterFormat(PeftFormat):
             )
             state[f"{self.prefix}{name}.{_PROMPT}"] = full_tensor(adapter.prompt).detach()[None]
             state[f"{self.prefix}{name}.{_GATE}"] = gates[:1].tanh()
-        ends = {name.rpartition(".")[2] for name in hosts}
-        every = [strip_wrapper_names(n) for n, _ in base.network.named_modules() if n.rpartition(".")[2] in ends]
-        check_supported(len(ends) > 1 or list(hosts) != every[-len(hosts) :], f"Prompts at {', '.join(hosts)}",
+        suffixes = {name.rpartition(".")[2] for name in hosts}
+        attentions = [
+            strip_wrapper_names(n) for n, _ in base.network.named_modules() if n.rpartition(".")[2] in suffixes
+        ]
+        check_supported(len(suffixes) > 1 or list(hosts) != attentions[-len(hosts) :], f"Prompts at {', '.join(hosts)}",
                "it adapts the last layers of a model")  # fmt: skip
-        return {"target_modules": ends.pop(), "adapter_len": method.length, "adapter_layers": len(hosts)}, state
+        return {"target_modules": suffixes.pop(), "adapter_len": method.length, "adapter_layers": len(hosts)}, state
 
-    def expected(self, base: Base, file: File) -> Iterator[str]:
-        end = file.get("target_modules", "self_attn")
-        found = [name for name, _ in base.network.named_modules() if name == end or name.endswith(f".{end}")]
-        yield from found[-file.get("adapter_layers", len(found)) :]
+    def expected(self, base: BaseNetwork, file: PeftFile) -> Iterator[str]:
+        suffix = file.get("target_modules", "self_attn")
+        attentions = [name for name, _ in base.network.named_modules() if name == suffix or name.endswith(f".{suffix}")]
+        yield from attentions[-file.get("adapter_layers", len(attentions)) :]
 
-    def read(self, base: Base, file: File, name: str) -> Iterator[tuple[LLaMAAdapter, Mapping[str, State]]]:
-        states, length = dict[str, State](), file.get("adapter_len", 10)
-        for host, own in file.state.items():
+    def from_peft(
+        self, base: BaseNetwork, file: PeftFile, name: str
+    ) -> Iterator[tuple[LLaMAAdapter, Mapping[str, StateDict]]]:
+        states, length = dict[str, StateDict](), file.get("adapter_len", 10)
+        for host, tensors in file.state.items():
             _check_attention(base, host)
-            if len(own) != len(self.tensors):
-                raise ValueError(f"The file has {sorted(own)} of {host}, expected {', '.join(self.tensors)}.")
-            gate = own[_GATE]
+            if len(tensors) != len(self.tensors):
+                raise ValueError(f"The file has {sorted(tensors)} of {host}, expected {', '.join(self.tensors)}.")
+            gate = tensors[_GATE]
             check_supported(bool((gate.abs() >= 1).any()), f"The gate {gate.item():g} at {host}", "tanh stays below 1")
             heads = head_count(base.network.get_submodule(host), host)
-            wide = torch.atanh(gate.double()).to(gate.dtype).expand(heads)
-            states[joined(base.name, host)] = {"prompt": own[_PROMPT][0], "gate": wide}
-        found, _ = globs(states, base.model)
-        yield LLaMAAdapter(name=name, length=length, layers=len(states), targets=found), states
+            gates = torch.atanh(gate.double()).to(gate.dtype).expand(heads)
+            states[join_names(base.name, host)] = {"prompt": tensors[_PROMPT][0], "gate": gates}
+        patterns, _ = exact_globs(states, base.model)
+        yield LLaMAAdapter(name=name, length=length, layers=len(states), targets=patterns), states
 
 
-def _check_attention(base: Base, name: str) -> None:
+def _check_attention(base: BaseNetwork, name: str) -> None:
     children = {child for child, _ in base.network.get_submodule(name).named_children()}
     check_supported(not children >= {"q_proj", "k_proj", "v_proj", "o_proj"}, f"Prompts at {name}",
            "it computes them otherwise than LLaMA-Adapter does, where an attention is not Llama's")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Values of another library's adapter, put into a model: all of them, or none."""
+"""``inject_and_load`` puts another library's adapter into a model: all of it, or nothing."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from ..core.injection_record import adapters_of, get_record
 from ..core.method import Method
 from ..ops.sharded_tensors import assign
 from ..structure.selection import literal
-from .compatibility import checked
-from .module_names import joined
-from .peft_format import Base, State
+from .compatibility import complete_states
+from .module_names import join_names
+from .peft_format import BaseNetwork, StateDict
 
-Plan = Sequence[tuple[Method, Mapping[str, State]]]
+ImportPlan = Sequence[tuple[Method, Mapping[str, StateDict]]]
 
 
-def inject_and_load(base: Base, plan: Plan, values: State, source: str) -> None:
-    """Inject methods and load what their adapters hold, and what base parameters have; checks all of it first.
+def inject_and_load(base: BaseNetwork, plan: ImportPlan, values: StateDict, source: str) -> None:
+    """Inject methods, then load the states of their adapters and the values of base parameters; check all of it first.
 
     Args:
         base: Base model.
@@ -25,16 +25,16 @@ def inject_and_load(base: Base, plan: Plan, values: State, source: str) -> None:
         values: Values of the network's parameters, which then train, and of its buffers.
         source: Where they come from, for messages.
     """
-    states = [checked(base, method, given, source) for method, given in plan]
-    known = dict(base.network.named_parameters())
-    trained = [literal(joined(base.name, key)) for key in values if key in known]
+    states = [complete_states(base, method, imported, source) for method, imported in plan]
+    parameters = dict(base.network.named_parameters())
+    trained = [literal(join_names(base.name, key)) for key in values if key in parameters]
     inject(base.model, [method for method, _ in plan], trained)
     for (method, _), by_host in zip(plan, states, strict=True):
-        found = adapters_of(base.model, method)
+        adapters = adapters_of(base.model, method)
         for name, state in by_host.items():
-            own = found[name].state_dict(keep_vars=True)
+            adapter_tensors = adapters[name].state_dict(keep_vars=True)
             for key, value in state.items():
-                assign(own[key], value)
+                assign(adapter_tensors[key], value)
     target = base.network.state_dict(keep_vars=True)
     for key, value in values.items():
         assign(target[key], value)

@@ -1,4 +1,4 @@
-"""LoKr, which is KronA: ``lokr_w1`` is A^T (a2, a1), ``lokr_w2`` is B^T (b2, b1, *kernel), the scale alpha / r."""
+"""``LoKrFormat``, our KronA: ``lokr_w1`` is A^T (a2, a1), ``lokr_w2`` is B^T (b2, b1, *kernel), scale alpha / r."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..methods.krona import KronAUpdate
 from ..ops.sharded_tensors import full_tensor
 from ..structure.layer_types import layer_of
 from . import targets
-from .loha import check_layer
-from .lora import alpha_of
-from .module_names import globs, joined
-from .peft_format import Base, File, PeftFormat, State, check_supported
+from .loha import check_host_type
+from .lora import alpha_for_scale
+from .module_names import exact_globs, join_names
+from .peft_format import BaseNetwork, PeftFile, PeftFormat, StateDict, check_supported
 
 _NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
 
 class LoKrFormat(PeftFormat):
-    """A factor that is a product itself is read as that product; ``decompose_factor`` says the shapes."""
+    """A factor that the file stores as a product is read as that product; ``decompose_factor`` gives the shapes."""
 
     kind, method, tensors = "LOKR", KronA, _NAMES
     settings = (*targets.SETTINGS, "r", "alpha", "rank_pattern", "alpha_pattern", "modules_to_save")
@@ -33,51 +33,55 @@ class LoKrFormat(PeftFormat):
         *("decompose_both", "decompose_factor"),
     )
 
-    def write(
-        self, base: Base, method: KronA, hosts: Mapping[str, Sequence[KronAUpdate]]
-    ) -> tuple[dict[str, Any], State]:
-        state, shapes = State(), dict[str, tuple[tuple[int, int], tuple[int, int]]]()
+    def to_peft(
+        self, base: BaseNetwork, method: KronA, hosts: Mapping[str, Sequence[KronAUpdate]]
+    ) -> tuple[dict[str, Any], StateDict]:
+        state, shapes = StateDict(), dict[str, tuple[tuple[int, int], tuple[int, int]]]()
         for name, (adapter, *_) in hosts.items():
-            check_layer(base.network.get_submodule(name), name, adapter.part, (nn.Linear, nn.Conv2d), "LoKr")
+            check_host_type(base.network.get_submodule(name), name, adapter.part, (nn.Linear, nn.Conv2d), "LoKr")
             w1, w2 = full_tensor(adapter.a).detach().T, full_tensor(adapter.b).detach().transpose(0, 1)
             state |= {f"{self.prefix}{name}.lokr_w1": w1, f"{self.prefix}{name}.lokr_w2": w2}
             shapes[name] = (w1.shape[1], w2.shape[1]), (w1.shape[0], w2.shape[0])
         rank = max(math.ceil(max(b1, b2) / 2) for (_, b1), (_, b2) in shapes.values())  # from which w2 is whole
         return {
-            **targets.written(base, hosts),
-            **{"r": rank, "alpha": alpha_of(method.scale, rank), "decompose_factor": _factor(shapes)},
+            **targets.target_settings(base, hosts),
+            **{"r": rank, "alpha": alpha_for_scale(method.scale, rank), "decompose_factor": _factor(shapes)},
         }, state
 
-    def expected(self, base: Base, file: File) -> Iterator[str]:
-        return targets.named(base, file.config)
+    def expected(self, base: BaseNetwork, file: PeftFile) -> Iterator[str]:
+        return targets.target_hosts(base, file.config)
 
-    def read(self, base: Base, file: File, name: str) -> Iterator[tuple[KronA, Mapping[str, State]]]:
-        groups = defaultdict[tuple[tuple[int, ...], float], dict[str, State]](dict)
-        for host, own in file.state.items():
-            place = joined(base.name, host)
+    def from_peft(
+        self, base: BaseNetwork, file: PeftFile, name: str
+    ) -> Iterator[tuple[KronA, Mapping[str, StateDict]]]:
+        groups = defaultdict[tuple[tuple[int, ...], float], dict[str, StateDict]](dict)
+        for host, tensors in file.state.items():
+            name_in_model = join_names(base.name, host)
             check_supported(
                 isinstance(base.network.get_submodule(host), nn.Conv1d),
                 f"LoKr on the one-dimensional {host}",
                 "its product takes the kernel for rows",
             )
-            a, b = _product(own, "lokr_w1"), _product(own, "lokr_w2")
+            a, b = _product(tensors, "lokr_w1"), _product(tensors, "lokr_w2")
             if a is None or b is None:
-                raise ValueError(f"The file has {sorted(own)} of {host}, which are not both factors.")
-            out, features, *kernel = layer_of(base.network.get_submodule(host)).shape(base.network.get_submodule(host))
-            b = b.reshape(-1, features // a.shape[1], *kernel)
+                raise ValueError(f"The file has {sorted(tensors)} of {host}, which are not both factors.")
+            out_features, in_features, *kernel = layer_of(base.network.get_submodule(host)).shape(
+                base.network.get_submodule(host)
+            )
+            b = b.reshape(-1, in_features // a.shape[1], *kernel)
             rank = targets.by_pattern(file.get("rank_pattern", {}), host, file.get("r", 8))
             alpha = targets.by_pattern(file.get("alpha_pattern", {}), host, file.get("alpha", 8))
-            groups[tuple(a.T.shape), alpha / rank][place] = {"a": a.T, "b": b.transpose(0, 1)}
+            groups[tuple(a.T.shape), alpha / rank][name_in_model] = {"a": a.T, "b": b.transpose(0, 1)}
         for number, ((shape, scale), states) in enumerate(groups.items(), 1):
-            found, exclude = globs(states, base.model)
-            own_name = name if number == 1 else f"{name}_{number}"
-            yield KronA(name=own_name, targets=found, exclude=exclude, shape_a=list(shape), scale=scale), states
+            patterns, exclude = exact_globs(states, base.model)
+            method_name = name if number == 1 else f"{name}_{number}"
+            yield KronA(name=method_name, targets=patterns, exclude=exclude, shape_a=list(shape), scale=scale), states
 
 
-def _product(own: State, name: str) -> Tensor | None:
-    if name in own:
-        return own[name]
-    first, second, core = own.get(f"{name}_a"), own.get(f"{name}_b"), own.get("lokr_t2")
+def _product(tensors: StateDict, name: str) -> Tensor | None:
+    if name in tensors:
+        return tensors[name]
+    first, second, core = tensors.get(f"{name}_a"), tensors.get(f"{name}_b"), tensors.get("lokr_t2")
     if first is None or second is None:
         return None
     if core is not None and name == "lokr_w2":
@@ -87,7 +91,7 @@ def _product(own: State, name: str) -> Tensor | None:
 
 def _factor(shapes: Mapping[str, tuple[tuple[int, int], tuple[int, int]]]) -> int:
     """Return the ``decompose_factor`` that gives these pairs of sides."""
-    pairs = {pair for both in shapes.values() for pair in both}
+    pairs = {pair for sides in shapes.values() for pair in sides}
     for factor in (-1, *sorted({pair[0] for pair in pairs})):
         if all(_split(first * second, factor) == (first, second) for first, second in pairs):
             return factor

@@ -1,4 +1,4 @@
-"""The model card beside an exported adapter: what it is, what it belongs to, and how to use it."""
+"""``render_card`` writes the model card of an exported adapter: its method, base, metrics and how to load it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import vllm
-from .peft_format import State
+from .peft_format import StateDict
 
 CARD = "README.md"
 _MARK = "<!-- lightning_peft writes this file; digest "
@@ -24,8 +24,8 @@ _PIPELINES = {
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a card says beside the config and the tensors of the folder.
+class CardFacts:
+    """Facts for a card that the config and the tensors of the folder do not hold.
 
     Args:
         method: Class name and settings.
@@ -33,7 +33,7 @@ class Facts:
         classes: Number of classes that its head tells apart, if it classifies.
         base: Fingerprint of the base.
         task: What HF PEFT calls the base model's task.
-        rows: (what, number of places, parameters) of what trained.
+        rows: (label, number of modules, parameters) of each trained group.
         total: Parameters of the adapted model.
         metrics: Results by name.
     """
@@ -48,21 +48,21 @@ class Facts:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-def check_own(folder: Path) -> None:
+def check_card_replaceable(folder: Path) -> None:
     """Raise where a card would replace one that somebody else wrote or edited.
 
     Raises:
         FileExistsError: There is one.
     """
     path = folder / CARD
-    if path.exists() and not _is_own(path.read_text(encoding="utf-8", errors="replace")):
+    if path.exists() and not _is_generated(path.read_text(encoding="utf-8", errors="replace")):
         raise FileExistsError(
             f"{path} was written or edited by somebody else and would be lost. Move it, export into another folder, or "
             f"pass model_card=False to keep it."
         )
 
 
-def _is_own(text: str) -> bool:
+def _is_generated(text: str) -> bool:
     body, _, mark = text.rpartition(_MARK)
     return mark == f"{_digest(body)} -->\n"
 
@@ -71,7 +71,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def card(facts: Facts, config: Mapping[str, Any], tensors: State, size: int) -> str:
+def render_card(facts: CardFacts, config: Mapping[str, Any], tensors: StateDict, size: int) -> str:
     """Return the card of a folder, given its config, its tensors and the size of their file in bytes."""
     method, name = facts.method["method"], base_name(config)
     parts = [
@@ -80,10 +80,12 @@ def card(facts: Facts, config: Mapping[str, Any], tensors: State, size: int) -> 
         f"An adapter in the format of HF PEFT, written by lightning_peft. It belongs to {_base(facts, name)}, whose "
         "weights it does not hold.",
         "## Method",
-        table((method, ""), *((key, json.dumps(value)) for key, value in facts.method.items() if key != "method")),
+        markdown_table(
+            (method, ""), *((key, json.dumps(value)) for key, value in facts.method.items() if key != "method")
+        ),
         "## Parameters",
         _parameters(facts, size),
-        *(("## Metrics", table(("metric", "value"), *_metrics(facts))) if facts.metrics else ()),
+        *(("## Metrics", markdown_table(("metric", "value"), *_metrics(facts))) if facts.metrics else ()),
         "## Loading",
         _loading(facts, name),
         f"## vLLM {vllm.VERSION}",
@@ -99,13 +101,13 @@ def base_name(config: Mapping[str, Any]) -> str | None:
     return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists() else None
 
 
-def table(head: tuple[str, ...], *rows: tuple[str, ...]) -> str:
+def markdown_table(head: tuple[str, ...], *rows: tuple[str, ...]) -> str:
     """Return rows as Markdown."""
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _front_matter(facts: Facts, config: Mapping[str, Any]) -> str:
+def _front_matter(facts: CardFacts, config: Mapping[str, Any]) -> str:
     name, pipeline = base_name(config), _PIPELINES.get(facts.task or "")
     tags = ["lightning-peft", config["peft_type"].lower().replace("_", "-")]
     entries = {
@@ -118,32 +120,32 @@ def _front_matter(facts: Facts, config: Mapping[str, Any]) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _base(facts: Facts, name: str | None) -> str:
-    called = f"`{name}` ({facts.kind[0]})" if name else f"a {facts.kind[0]}"
-    return called + (f" of fingerprint `{facts.base}`" if facts.base else "")
+def _base(facts: CardFacts, name: str | None) -> str:
+    described = f"`{name}` ({facts.kind[0]})" if name else f"a {facts.kind[0]}"
+    return described + (f" of fingerprint `{facts.base}`" if facts.base else "")
 
 
-def _parameters(facts: Facts, size: int) -> str:
+def _parameters(facts: CardFacts, size: int) -> str:
     trained = sum(count for *_, count in facts.rows)
     share = 100 * trained / max(1, facts.total)
-    rows = [(what, f"{places:,}", f"{count:,}") for what, places, count in facts.rows]
+    rows = [(label, f"{places:,}", f"{count:,}") for label, places, count in facts.rows]
     rows.append(("all of these", "", f"{trained:,} of {facts.total:,} ({share:.3g} %)"))
-    return table(("trained", "places", "parameters"), *rows) + f"\n\nThe file of tensors takes {size:,} bytes."
+    return markdown_table(("trained", "places", "parameters"), *rows) + f"\n\nThe file of tensors takes {size:,} bytes."
 
 
-def _metrics(facts: Facts) -> list[tuple[str, str]]:
+def _metrics(facts: CardFacts) -> list[tuple[str, str]]:
     return [(name, f"{value:.6g}") for name, value in facts.metrics.items()]
 
 
-def _loading(facts: Facts, name: str | None) -> str:
-    kind, known = facts.kind
+def _loading(facts: CardFacts, name: str | None) -> str:
+    class_name, in_transformers = facts.kind
     classes = "" if facts.classes is None else f", num_labels={facts.classes}"
-    base = [
-        f"from transformers import {kind}",
+    load_base = [
+        f"from transformers import {class_name}",
         "",
-        f'model = {kind}.from_pretrained("{name or "path/to/base"}"{classes})',
+        f'model = {class_name}.from_pretrained("{name or "path/to/base"}"{classes})',
     ]
-    lines = base if known else [f"model = ...  # the {kind}"]
+    lines = load_base if in_transformers else [f"model = ...  # the {class_name}"]
     code = "\n".join([*lines, 'folder = "path/to/this/folder"  # of the hub: huggingface_hub.snapshot_download(...)'])
     return (
         f"```python\n{code}\n```\n\nWith lightning_peft:\n\n"
@@ -152,17 +154,17 @@ def _loading(facts: Facts, name: str | None) -> str:
     )
 
 
-def _serving(config: Mapping[str, Any], tensors: State, name: str | None) -> str:
-    said = "\n".join(f"- {sentence}" for sentence in vllm.problems(config, tensors))
-    if vllm.refusals(config, tensors):
-        return f"{said}\n- Merged into the base model, it is served like any model: `lightning-peft merge`."
-    words = [f"{key} {value}" for key, (value, _) in vllm.options(config, tensors).items()]
+def _serving(config: Mapping[str, Any], tensors: StateDict, name: str | None) -> str:
+    problems = "\n".join(f"- {sentence}" for sentence in vllm.describe_problems(config, tensors))
+    if vllm.list_refusals(config, tensors):
+        return f"{problems}\n- Merged into the base model, it is served like any model: `lightning-peft merge`."
+    arguments = [f"{key} {value}" for key, (value, _) in vllm.server_options(config, tensors).items()]
     command = [
         "vllm serve",
         name or "path/to/base",
         "--enable-lora",
-        *words,
+        *arguments,
         "--lora-modules adapter=path/to/this/folder",
     ]
-    shown = f"```\n{' '.join(command)}\n```\n\nThe base model's class in vLLM must take adapters."
-    return f"{said}\n\n{shown}" if said else shown
+    usage = f"```\n{' '.join(command)}\n```\n\nThe base model's class in vLLM must take adapters."
+    return f"{problems}\n\n{usage}" if problems else usage

@@ -1,4 +1,4 @@
-"""Names of modules: what the other side calls the model, and patterns for exactly the modules that are meant."""
+"""``find_network`` finds the module that other libraries know; ``exact_globs`` names modules by short patterns."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ..structure.selection import literal
 from ..structure.transformers_api import has_input_embeddings
 
 
-def network(model: nn.Module) -> tuple[str, nn.Module]:
+def find_network(model: nn.Module) -> tuple[str, nn.Module]:
     """Return the name and the module that other libraries know: the one transformers model, or else all of it."""
-    found: list[tuple[str, nn.Module]] = []
+    pretrained: list[tuple[str, nn.Module]] = []
     for name, module in [("", model), *base_modules(model).items()]:
-        inside = any(f"{name}.".startswith(f"{other}.") or not other for other, _ in found)
+        inside = any(f"{name}.".startswith(f"{outer}.") or not outer for outer, _ in pretrained)
         if not inside and _is_pretrained(module):
-            found.append((name, module))
-    if len(found) != 1:
+            pretrained.append((name, module))
+    if len(pretrained) != 1:
         return "", model
-    (name, module), *_ = found
+    (name, module), *_ = pretrained
     return strip_wrapper_names(f"{name}.").rstrip("."), module
 
 
@@ -32,7 +32,7 @@ def _is_pretrained(module: Any) -> bool:
     return named and has_input_embeddings(module) and hasattr(module, "config")
 
 
-def joined(*names: str) -> str:
+def join_names(*names: str) -> str:
     """Return names as one dotted name; empty ones are left out."""
     return ".".join(name for name in names if name)
 
@@ -42,26 +42,26 @@ def unique_suffixes(wanted: Collection[str], known: Iterable[str]) -> list[str]:
 
     Where even a whole name is the end of another one's, it is returned as it is.
     """
-    inside = set(wanted)
-    others = [name for name in known if name not in inside]
-    alone = functools.cache(lambda end: not any(other.endswith(end) for other in others))  # layers share their ends
-    found = dict[str, None]()
+    included = set(wanted)
+    unwanted = [name for name in known if name not in included]
+    is_unique = functools.cache(lambda suffix: not any(other.endswith(suffix) for other in unwanted))  # for all layers
+    suffixes = dict[str, None]()
     for name in wanted:
-        parts = name.split(".")
-        ends = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
-        short = (end for end in ends if not end[0].isdigit() and alone(end))
-        found[next(short, name)] = None
-    return list(found)
+        words = name.split(".")
+        candidates = [".".join(words[-count:]) for count in range(1, len(words) + 1)]
+        unique = (suffix for suffix in candidates if not suffix[0].isdigit() and is_unique(suffix))
+        suffixes[next(unique, name)] = None
+    return list(suffixes)
 
 
-def globs(wanted: Collection[str], model: nn.Module) -> tuple[list[str], list[str]]:
+def exact_globs(wanted: Collection[str], model: nn.Module) -> tuple[list[str], list[str]]:
     """Return the ``targets`` and ``exclude`` of a method that adapts exactly these modules."""
-    known = list(base_modules(model))
-    targets = [literal(end) for end in unique_suffixes(wanted, known)]
-    surplus = [name for name in known if name not in wanted and any(matches(name, target) for target in targets)]
+    names = list(base_modules(model))
+    targets = [literal(suffix) for suffix in unique_suffixes(wanted, names)]
+    surplus = [name for name in names if name not in wanted and any(matches(name, target) for target in targets)]
     return targets, [literal(name) for name in surplus]
 
 
-def by_length(pattern: dict[str, Any]) -> dict[str, Any]:
+def longest_first(pattern: dict[str, Any]) -> dict[str, Any]:
     """Return settings by name with longer names first: the first that fits the end of a name counts."""
     return dict(sorted(pattern.items(), key=lambda item: -len(item[0])))

@@ -1,4 +1,4 @@
-"""Checkpoints of authors' own code, in: loralib's LoRA and T-Few's (IA)3. They hold tensors, and no settings."""
+"""``import_loralib`` and ``import_t_few`` read checkpoints of the authors' code, which hold tensors and no settings."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ..methods import IA3
 from ..structure.fused_rows import fused_rows, is_fused
 from ..structure.layer_types import layer_of
-from .compatibility import check_known
+from .compatibility import check_module_names
 from .load_imported import inject_and_load
-from .lora import alpha_of, lora_of
-from .module_names import globs, joined, network
-from .modules_to_save import read_declared
-from .peft_folder import read_tensors
-from .peft_format import Base, State
+from .lora import alpha_for_scale, lora_from_factors
+from .module_names import exact_globs, find_network, join_names
+from .modules_to_save import read_all_trained
+from .peft_folder import read_tensor_file
+from .peft_format import BaseNetwork, StateDict
 
 
 def import_loralib(
@@ -43,17 +43,19 @@ def import_loralib(
     Raises:
         ValueError: The file is damaged, or does not fit this model.
     """
-    base = Base(model, *network(model))
-    hosts, rest = _by_host(read_tensors(path), {"lora_A": "a", "lora_B": "b"})
-    check_known(base, hosts)
-    states, alphas = dict[str, State](), dict[str, float]()
-    for host, own in hosts.items():
-        if own.keys() != {"a", "b"}:
-            raise ValueError(f"{path} has only {sorted(own)} of the two factors of {host}.")
-        scale = alpha / own["b"].shape[1]
-        states[host] = _whole(base.network.get_submodule(host), host, own, parts)
-        alphas[host] = alpha_of(scale, len(states[host]["a"]))
-    inject_and_load(base, [lora_of(base, "lora", states, alphas)], read_declared(base, rest), str(path))
+    base = BaseNetwork(model, *find_network(model))
+    hosts, other_tensors = _by_host(read_tensor_file(path), {"lora_A": "a", "lora_B": "b"})
+    check_module_names(base, hosts)
+    states, alphas = dict[str, StateDict](), dict[str, float]()
+    for host, factors in hosts.items():
+        if factors.keys() != {"a", "b"}:
+            raise ValueError(f"{path} has only {sorted(factors)} of the two factors of {host}.")
+        scale = alpha / factors["b"].shape[1]
+        states[host] = _whole_layer_factors(base.network.get_submodule(host), host, factors, parts)
+        alphas[host] = alpha_for_scale(scale, len(states[host]["a"]))
+    inject_and_load(
+        base, [lora_from_factors(base, "lora", states, alphas)], read_all_trained(base, other_tensors), str(path)
+    )
     return model
 
 
@@ -72,46 +74,46 @@ def import_t_few(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         ValueError: The file is damaged, or does not fit this model.
     """
-    base = Base(model, *network(model))
-    hosts, rest = _by_host(read_tensors(path), {"multi_lora_b": "scales"})
-    check_known(base, hosts)
-    states = {joined(base.name, host): {"scales": own["scales"].flatten()} for host, own in hosts.items()}
-    targets, exclude = globs(states, model)
+    base = BaseNetwork(model, *find_network(model))
+    hosts, other_tensors = _by_host(read_tensor_file(path), {"multi_lora_b": "scales"})
+    check_module_names(base, hosts)
+    states = {join_names(base.name, host): {"scales": tensors["scales"].flatten()} for host, tensors in hosts.items()}
+    targets, exclude = exact_globs(states, model)
     method = IA3(targets=targets, feedforward_targets=[], exclude=exclude)
-    inject_and_load(base, [(method, states)], read_declared(base, rest), str(path))
+    inject_and_load(base, [(method, states)], read_all_trained(base, other_tensors), str(path))
     return model
 
 
-def _by_host(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> tuple[dict[str, State], State]:
-    hosts, rest = defaultdict[str, State](dict), State()
+def _by_host(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> tuple[dict[str, StateDict], StateDict]:
+    hosts, other_tensors = defaultdict[str, StateDict](dict), StateDict()
     for key, value in tensors.items():
-        host, _, end = key.rpartition(".")
-        if end in names:
-            hosts[host][names[end]] = value
+        host, _, suffix = key.rpartition(".")
+        if suffix in names:
+            hosts[host][names[suffix]] = value
         else:
-            rest[key] = value
+            other_tensors[key] = value
     if not hosts:
         raise ValueError(f"No key ends in {' or '.join(names)}, as the tensors of such an adapter do.")
-    return dict(hosts), rest
+    return dict(hosts), other_tensors
 
 
-def _whole(host: nn.Module, name: str, own: State, wanted: Sequence[str]) -> State:
-    """Return factors for a whole layer; of a fused one, the parts' A lie below each other and B on the diagonal."""
-    a, b = own["a"], own["b"]
+def _whole_layer_factors(host: nn.Module, name: str, factors: StateDict, wanted: Sequence[str]) -> StateDict:
+    """Return factors for a whole layer; of a fused one, A of projections lie below each other, B on the diagonal."""
+    a, b = factors["a"], factors["b"]
     out = layer_of(host).shape(host)[0]
     count, rank = len(a) // b.shape[1], b.shape[1]
     if count == 1 and len(b) == out:
-        return own
+        return factors
     if not is_fused(name):
         raise ValueError(f"{name} has factors of {count} parts, whose order among its rows is not known.")
     rows = {part: (first, stop) for part, first, stop in fused_rows(host, name)}
     if count != len(wanted) or any(part not in rows for part in wanted):
         raise ValueError(f"{name} has factors of {count} parts, but parts={list(wanted)!r}; name those adapted.")
-    whole, start = b.new_zeros(out, len(a)), 0
+    full_b, row = b.new_zeros(out, len(a)), 0
     for number, part in enumerate(sorted(wanted, key=lambda part: rows[part])):
         first, stop = rows[part]
-        whole[first:stop, number * rank : (number + 1) * rank] = b[start : start + stop - first]
-        start += stop - first
-    if start != len(b):
-        raise ValueError(f"{name} has {len(b)} rows of B, expected {start} for {list(wanted)!r}.")
-    return {"a": a, "b": torch.clone(whole)}
+        full_b[first:stop, number * rank : (number + 1) * rank] = b[row : row + stop - first]
+        row += stop - first
+    if row != len(b):
+        raise ValueError(f"{name} has {len(b)} rows of B, expected {row} for {list(wanted)!r}.")
+    return {"a": a, "b": torch.clone(full_b)}

@@ -1,4 +1,4 @@
-"""The folder of a HF PEFT adapter: ``adapter_config.json`` and ``adapter_model.safetensors``, or an old ``.bin``."""
+"""Folders of HF PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``, or an old ``.bin``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..core.adapter_folder import CONFIG, WEIGHTS, replace_file, write_json
 _OLD_WEIGHTS = "adapter_model.bin"
 
 
-def write_folder(folder: str | os.PathLike[str], config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Path:
+def write_peft_folder(folder: str | os.PathLike[str], config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Path:
     """Write a config and tensors; files that are there are replaced only once the new ones are complete."""
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     weights = save(tensors, metadata={"format": "pt"})
@@ -39,7 +39,7 @@ def is_peft(folder: str | os.PathLike[str]) -> bool:
     return isinstance(config, dict) and "peft_type" in config
 
 
-def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_peft_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the config and the tensors of a folder that HF PEFT wrote.
 
     Raises:
@@ -58,7 +58,7 @@ def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
     return config, _tensors(folder)
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_tensor_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return the tensors of a file that ``torch.save`` wrote; it may hold nothing else, so that no code can run.
 
     Raises:
@@ -82,5 +82,5 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or cut short ({error}); copy it again.") from error
     if (path := folder / _OLD_WEIGHTS).is_file():
-        return read_tensors(path)
+        return read_tensor_file(path)
     raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {_OLD_WEIGHTS}.")

@@ -1,4 +1,4 @@
-"""The families that are exchanged."""
+"""``FORMATS``: all formats of HF PEFT that are read and written."""
 
 from .adalora import AdaLoRAFormat
 from .beft import BEFTFormat

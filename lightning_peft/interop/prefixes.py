@@ -1,4 +1,4 @@
-"""Prefixes: ``prompt_embeddings`` is (length, layers * 2 * width), each layer's P_k and P_v one after the other."""
+"""``PrefixFormat``: ``prompt_embeddings`` is (length, layers * 2 * width), P_k and P_v of each layer in turn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..methods.prompting.prefix import Prefix
 from ..ops.sharded_tensors import full_tensor
 from ..structure.selection import select_modules
 from ..structure.transformers_api import is_encoder_decoder
-from .peft_format import Base, File, PeftFormat, State, check_supported
+from .peft_format import BaseNetwork, PeftFile, PeftFormat, StateDict, check_supported
 from .prompts import VIRTUAL
 
 _PREFIXES = "prompt_embeddings"
@@ -27,23 +27,23 @@ class PrefixFormat(PeftFormat):
     settings = (*VIRTUAL, "modules_to_save")
     ignored_settings = ("encoder_hidden_size", "prefix_projection", "init_weights")
 
-    def write(
-        self, base: Base, method: PrefixTuning, hosts: Mapping[str, Sequence[Adapter]]
-    ) -> tuple[dict[str, Any], State]:
-        _check_not_halved(base)
+    def to_peft(
+        self, base: BaseNetwork, method: PrefixTuning, hosts: Mapping[str, Sequence[Adapter]]
+    ) -> tuple[dict[str, Any], StateDict]:
+        _check_not_encoder_decoder(base)
         check_supported(
             not method.shift_positions, "shift_positions=False", "its cache moves positions on by the length"
         )
-        found = [adapter for own in hosts.values() for adapter in own if isinstance(adapter, Prefix)]
+        prefixes = [adapter for adapters in hosts.values() for adapter in adapters if isinstance(adapter, Prefix)]
         layers = len(select_modules(base.network, ["attention"]))
         check_supported(
-            len(found) != layers, f"A prefix for {len(found)} of {layers} layers", "its bank has all of them"
+            len(prefixes) != layers, f"A prefix for {len(prefixes)} of {layers} layers", "its bank has all of them"
         )
         check_supported(
-            len({one.widths for one in found}) > 1, "Layers of different widths", "its bank has one for all"
+            len({prefix.widths for prefix in prefixes}) > 1, "Layers of different widths", "its bank has one for all"
         )
-        both = [full_tensor(x).detach() for one in found for x in one.key_value()]
-        length, width = both[0].shape
+        keys_and_values = [full_tensor(x).detach() for prefix in prefixes for x in prefix.key_value()]
+        length, width = keys_and_values[0].shape
         heads = _heads(base)
         settings = {
             "num_virtual_tokens": length,
@@ -53,10 +53,12 @@ class PrefixFormat(PeftFormat):
             "num_transformer_submodules": 1,
             "prefix_projection": False,
         }
-        return settings, {_PREFIXES: torch.cat(both, 1)}
+        return settings, {_PREFIXES: torch.cat(keys_and_values, 1)}
 
-    def read(self, base: Base, file: File, name: str) -> Iterator[tuple[PrefixTuning, Mapping[str, State]]]:
-        _check_not_halved(base)
+    def from_peft(
+        self, base: BaseNetwork, file: PeftFile, name: str
+    ) -> Iterator[tuple[PrefixTuning, Mapping[str, StateDict]]]:
+        _check_not_encoder_decoder(base)
         bank = file.state[""][_PREFIXES]
         method = PrefixTuning(name=name, length=len(bank), reparameterize=False, shift_positions=True)
         hosts = [host for host, adapter in method.adapters(base.model) if isinstance(adapter, Prefix)]
@@ -67,12 +69,15 @@ class PrefixFormat(PeftFormat):
         yield method, {host: {"key": k, "value": v} for host, (k, v) in zip(hosts, pairs, strict=True)}
 
 
-def _check_not_halved(base: Base) -> None:
-    halves = is_encoder_decoder(base.network)
-    check_supported(halves, "A prefix for an encoder-decoder model", "it prefixes the decoder's own attention alone")
+def _check_not_encoder_decoder(base: BaseNetwork) -> None:
+    check_supported(
+        is_encoder_decoder(base.network),
+        "A prefix for an encoder-decoder model",
+        "it prefixes the decoder's own attention alone",
+    )
 
 
-def _heads(base: Base) -> int:
+def _heads(base: BaseNetwork) -> int:
     """Return the number of heads with keys of their own."""
     config: Any = base.network.config
     heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -1,4 +1,4 @@
-"""Prompts in front of input embeddings: ``prompt_embeddings`` is P (length, features), as an encoder computed it."""
+"""Prompts before input embeddings: ``prompt_embeddings`` is P (length, features), computed by any encoder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..core.adapter import Adapter
 from ..core.method import Method
 from ..methods import MultitaskPromptTuning, PromptTuning, PTuning
 from ..ops.sharded_tensors import full_tensor
-from .peft_format import Base, File, PeftFormat, State, check_supported
+from .peft_format import BaseNetwork, PeftFile, PeftFormat, StateDict, check_supported
 
 _PROMPT, _COLUMNS, _ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
 VIRTUAL = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
@@ -27,49 +27,53 @@ class PromptFormat(PeftFormat):
     halves_differ = False  # whether a decoder, where there is one, gets virtual tokens of its own
 
     @abstractmethod
-    def method_for(self, name: str, length: int, state: State) -> Method:
+    def method_for(self, name: str, length: int, state: StateDict) -> Method:
         """Return the method that a file describes."""
 
     def check_method(self, method: Any) -> None:
         """Raise where settings ask for what HF PEFT does not compute."""
 
-    def write(self, base: Base, method: Any, hosts: Mapping[str, Sequence[Adapter]]) -> tuple[dict[str, Any], State]:
+    def to_peft(
+        self, base: BaseNetwork, method: Any, hosts: Mapping[str, Sequence[Adapter]]
+    ) -> tuple[dict[str, Any], StateDict]:
         self.check_method(method)
         _check_not_first_position(base)
         check_supported(
             bool(method.targets), f"targets={method.targets!r}", "it puts prompts in front of transformers models"
         )
-        (name, adapter), *others = [(n, found[0]) for n, found in hosts.items() if found[0].export_state()]
+        (name, adapter), *others = [(n, adapters[0]) for n, adapters in hosts.items() if adapters[0].export_state()]
         check_supported(bool(others), f"Prompts at {name} and other backbones", "it has one for a model")
         packed = {key: full_tensor(value).detach() for key, value in adapter.export_state().items()}
         length, width = packed["prompt"].shape
         sizes = {"num_virtual_tokens": length, "token_dim": width, "num_transformer_submodules": 1}
         return sizes | self.more_settings(packed), self.their_state(packed)
 
-    def read(self, base: Base, file: File, name: str) -> Iterator[tuple[Method, Mapping[str, State]]]:
+    def from_peft(
+        self, base: BaseNetwork, file: PeftFile, name: str
+    ) -> Iterator[tuple[Method, Mapping[str, StateDict]]]:
         _check_not_first_position(base)
-        own = dict(file.state[""])
-        if _PROMPT not in own:
-            raise ValueError(f"The file has {sorted(own)}, but no {_PROMPT}.")
-        length, halves = file.get("num_virtual_tokens", len(own[_PROMPT])), len(own[_PROMPT])
-        check_supported(self.halves_differ and halves != length, "A prompt for the decoder",
+        tensors = dict(file.state[""])
+        if _PROMPT not in tensors:
+            raise ValueError(f"The file has {sorted(tensors)}, but no {_PROMPT}.")
+        length, rows = file.get("num_virtual_tokens", len(tensors[_PROMPT])), len(tensors[_PROMPT])
+        check_supported(self.halves_differ and rows != length, "A prompt for the decoder",
                "prompts here enter the encoder; set num_transformer_submodules=1")  # fmt: skip
-        own[_PROMPT] = own[_PROMPT][:length]  # the rest is for a decoder, and never used
-        state = self.our_state(own)
+        tensors[_PROMPT] = tensors[_PROMPT][:length]  # the rest is for a decoder, and never used
+        state = self.our_state(tensors)
         method = self.method_for(name, length, state)
         yield method, dict.fromkeys(_holders(base.model, method), state)
 
-    def more_settings(self, packed: State) -> dict[str, Any]:
+    def more_settings(self, packed: StateDict) -> dict[str, Any]:
         """Return settings besides sizes."""
         return {}
 
-    def their_state(self, packed: State) -> State:
+    def their_state(self, packed: StateDict) -> StateDict:
         """Return tensors as HF PEFT calls them."""
         return {_PROMPT: packed["prompt"]}
 
-    def our_state(self, own: State) -> State:
+    def our_state(self, tensors: StateDict) -> StateDict:
         """Return tensors as they are called here."""
-        return {"prompt": own[_PROMPT]}
+        return {"prompt": tensors[_PROMPT]}
 
 
 class PromptTuningFormat(PromptFormat):
@@ -81,7 +85,7 @@ class PromptTuningFormat(PromptFormat):
     def check_method(self, method: PromptTuning) -> None:
         check_supported(method.tasks > 1, f"PromptTuning with {method.tasks} tasks", "it has one prompt for all rows")
 
-    def method_for(self, name: str, length: int, state: State) -> PromptTuning:
+    def method_for(self, name: str, length: int, state: StateDict) -> PromptTuning:
         return PromptTuning(name=name, length=length)
 
 
@@ -101,10 +105,10 @@ class PTuningFormat(PromptFormat):
             method.template is not None, f"template={method.template!r}", "it puts all tokens in front of a row"
         )
 
-    def method_for(self, name: str, length: int, state: State) -> PTuning:
+    def method_for(self, name: str, length: int, state: StateDict) -> PTuning:
         return PTuning(name=name, length=length, encoder="none")
 
-    def more_settings(self, packed: State) -> dict[str, Any]:
+    def more_settings(self, packed: StateDict) -> dict[str, Any]:
         return {"encoder_hidden_size": packed["prompt"].shape[1]}
 
 
@@ -119,16 +123,16 @@ class MultitaskPromptFormat(PromptFormat):
     )
     halves_differ = True
 
-    def method_for(self, name: str, length: int, state: State) -> MultitaskPromptTuning:
+    def method_for(self, name: str, length: int, state: StateDict) -> MultitaskPromptTuning:
         return MultitaskPromptTuning(name=name, length=length, tasks=len(state["u"]))
 
-    def more_settings(self, packed: State) -> dict[str, Any]:
+    def more_settings(self, packed: StateDict) -> dict[str, Any]:
         return {"num_tasks": len(packed["u"]), "num_ranks": 1}
 
-    def their_state(self, packed: State) -> State:
+    def their_state(self, packed: StateDict) -> StateDict:
         return {_PROMPT: packed["prompt"], _COLUMNS: packed["u"][..., None], _ROWS: packed["v"][:, None]}
 
-    def our_state(self, own: State) -> State:
+    def our_state(self, own: StateDict) -> StateDict:
         if missing := {_COLUMNS, _ROWS} - own.keys():
             raise ValueError(f"The file lacks {sorted(missing)}.")
         ranks = own[_ROWS].shape[1]
@@ -136,12 +140,14 @@ class MultitaskPromptFormat(PromptFormat):
         return {"prompt": own[_PROMPT], "u": own[_COLUMNS].squeeze(-1), "v": own[_ROWS].squeeze(1)}
 
 
-def _check_not_first_position(base: Base) -> None:
+def _check_not_first_position(base: BaseNetwork) -> None:
     """Raise where a classifier reads the first position: of the tokens here, of the virtual ones there."""
-    kind = type(base.network).__name__
-    by_first = kind.endswith("ForSequenceClassification") and hasattr(base.network, "classifier")
+    class_name = type(base.network).__name__
+    reads_first = class_name.endswith("ForSequenceClassification") and hasattr(base.network, "classifier")
     check_supported(
-        by_first, f"A prompt for {kind}", "there, the classifier reads a virtual token in place of the first one"
+        reads_first,
+        f"A prompt for {class_name}",
+        "there, the classifier reads a virtual token in place of the first one",
     )
 
 

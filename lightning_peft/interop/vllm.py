@@ -1,4 +1,4 @@
-"""What vLLM 0.33.0 takes of a HF PEFT folder, by the checks in its vllm/lora/peft_helper.py and lora_model.py."""
+"""``vllm_problems`` says why vLLM 0.33.0 refuses a HF PEFT folder, by its peft_helper.py and lora_model.py."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .peft_folder import read_folder
-from .peft_format import State
+from .peft_folder import read_peft_folder
+from .peft_format import StateDict
 
 VERSION = "0.33.0"
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank may have (vllm/config/lora.py)
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # choices of --max-lora-rank (vllm/config/lora.py)
 DEFAULT_RANK = 16
 _HEADS = ("classifier", "score")
-_EMBEDDINGS = ("embed_tokens", "lm_head", "wte")  # that some model of its calls embedding_modules
-_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # which leave the base as it is
+_EMBEDDINGS = ("embed_tokens", "lm_head", "wte")  # names in the embedding_modules of some model of vLLM
+_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # initialisations that leave the base as it is
 _TENSORS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
-_SETTINGS = {  # that it knows and refuses
+_SETTINGS = {  # settings that vLLM knows and refuses
     "use_dora": "DoRA (use_dora)",
     "lora_bias": "biases of B (lora_bias)",
     "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
@@ -36,41 +36,45 @@ def vllm_problems(folder: str | os.PathLike[str]) -> list[str]:
         FileNotFoundError: The folder is no adapter.
         ValueError: A file is damaged, or the folder is none of HF PEFT.
     """
-    config, tensors = read_folder(folder)
-    return problems(config, tensors)
+    config, tensors = read_peft_folder(folder)
+    return describe_problems(config, tensors)
 
 
-def problems(config: Mapping[str, Any], tensors: State) -> list[str]:
+def describe_problems(config: Mapping[str, Any], tensors: StateDict) -> list[str]:
     """Return what ``vllm_problems`` says of a folder's content."""
-    if found := refusals(config, tensors):
-        return found
-    needed = [f"Start its server with {key} {value}: {why}." for key, (value, why) in options(config, tensors).items()]
+    if refusals := list_refusals(config, tensors):
+        return refusals
+    sentences = [
+        f"Start its server with {key} {value}: {why}." for key, (value, why) in server_options(config, tensors).items()
+    ]
     if patterns := [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]:
-        read = " and ".join(patterns)
-        needed.append(f"vLLM {VERSION} reads {read}; versions that do not read it scale all layers by lora_alpha / r.")
-    return needed
+        settings = " and ".join(patterns)
+        sentences.append(
+            f"vLLM {VERSION} reads {settings}; versions that do not read it scale all layers by lora_alpha / r."
+        )
+    return sentences
 
 
-def refusals(config: Mapping[str, Any], tensors: State) -> list[str]:
+def list_refusals(config: Mapping[str, Any], tensors: StateDict) -> list[str]:
     """Return why vLLM refuses an adapter whatever its options are."""
     if config["peft_type"] != "LORA":
         return [f"vLLM loads LoRA alone, and this is {config['peft_type']}."]
-    found = list(_of_settings(config))
-    return found or list(_of_tensors(config, tensors))
+    refusals = list(_of_settings(config))
+    return refusals or list(_of_tensors(config, tensors))
 
 
-def options(config: Mapping[str, Any], tensors: State) -> dict[str, tuple[int, str]]:
+def server_options(config: Mapping[str, Any], tensors: StateDict) -> dict[str, tuple[int, str]]:
     """Return the values that options of vLLM's server need for an adapter that it does not refuse, and why."""
-    found = dict[str, tuple[int, str]]()
+    needed = dict[str, tuple[int, str]]()
     rank = _rank(config)
     if rank > DEFAULT_RANK:
         choices = ", ".join(str(choice) for choice in RANKS)
         value = min(choice for choice in RANKS if choice >= rank)
-        found["--max-lora-rank"] = (value, f"rank {rank} is above its default of {DEFAULT_RANK}; it takes {choices}")
+        needed["--max-lora-rank"] = (value, f"rank {rank} is above its default of {DEFAULT_RANK}; it takes {choices}")
     for key, tensor in tensors.items():
         if _is_head(key) and key.endswith(".weight"):
-            found["--max-lora-cls-labels"] = (len(tensor), "the base that it serves may have fewer classes")
-    return found
+            needed["--max-lora-cls-labels"] = (len(tensor), "the base that it serves may have fewer classes")
+    return needed
 
 
 def _rank(config: Mapping[str, Any]) -> int:
@@ -78,9 +82,9 @@ def _rank(config: Mapping[str, Any]) -> int:
 
 
 def _of_settings(config: Mapping[str, Any]) -> Iterator[str]:
-    for key, what in _SETTINGS.items():
+    for key, feature in _SETTINGS.items():
         if config.get(key):
-            yield f"vLLM refuses {what}."
+            yield f"vLLM refuses {feature}."
     if config.get("bias", "none") != "none":
         yield f"vLLM refuses biases that train (bias={config['bias']!r})."
     saved = config.get("modules_to_save") or []
@@ -98,10 +102,10 @@ def _of_settings(config: Mapping[str, Any]) -> Iterator[str]:
         yield "The base has transposed weights as GPT-2 has, whose class in vLLM takes no adapters."
 
 
-def _of_tensors(config: Mapping[str, Any], tensors: State) -> Iterator[str]:
+def _of_tensors(config: Mapping[str, Any], tensors: StateDict) -> Iterator[str]:
     saved = bool(config.get("modules_to_save"))
-    if strange := [key for key in tensors if not key.endswith(_TENSORS) and not (saved and _is_head(key))]:
-        yield f"vLLM has no place for {', '.join(strange[:3])}."
+    if unknown := [key for key in tensors if not key.endswith(_TENSORS) and not (saved and _is_head(key))]:
+        yield f"vLLM has no place for {', '.join(unknown[:3])}."
     kernels = [key.partition(".lora_A")[0] for key, value in tensors.items() if ".lora_A" in key and value.dim() > 2]
     if kernels:
         yield f"vLLM adapts linear layers and embeddings, not the convolution {kernels[0]}."

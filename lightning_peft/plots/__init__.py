@@ -1,4 +1,4 @@
-"""Pictures of adapters and of runs, as figures of matplotlib: pip install "lightning-peft[plots]"."""
+"""Figures of adapters and runs, drawn with matplotlib: pip install "lightning-peft[plots]"."""
 
 from .curves import learning_curves, validated
 from .heatmaps import gate_map, rank_map

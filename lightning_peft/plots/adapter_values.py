@@ -1,4 +1,4 @@
-"""What adapters hold that can be seen: of a model, or of the folder of an adapter."""
+"""``PlotValues``: tensors of adapters that can be drawn, from a model or from the folder of an adapter."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..analysis.inspect.adapter_tensors import read_contents
+from ..analysis.inspect.adapter_tensors import read_adapter_contents
 from ..core.adapted_module import adapters
 
 _STORED = {"ranks": ("e",), "gates": ("gate",), "tokens": ("prompt", "key")}  # names of tensors in adapter files
 
 
 @dataclass(frozen=True)
-class Contents:
+class PlotValues:
     """Tensors by the name of the module that they stand at.
 
     Args:
@@ -33,32 +33,34 @@ class Contents:
     tables: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module) -> Contents:
-        """Return what the adapters of a model hold now."""
-        found = cls()
+    def of(cls, model: nn.Module) -> PlotValues:
+        """Return the present values of a model's adapters."""
+        values = cls()
         for name, host, key, adapter in adapters(model):
             if not adapter.plot_tensors:
                 continue
             with torch.no_grad():
-                own = {**adapter.state_dict(), **adapter.export_state()}
-            shown = {kind: own[entry] for kind, entry in adapter.plot_tensors.items()}
-            found.add(_named(name, adapter.part), key, shown, table=_embeddings(host))
-        return found
+                tensors = {**adapter.state_dict(), **adapter.export_state()}
+            by_kind = {kind: tensors[entry] for kind, entry in adapter.plot_tensors.items()}
+            values.add(_full_name(name, adapter.part), key, by_kind, table=_embeddings(host))
+        return values
 
     @classmethod
-    def stored(cls, folder: str | os.PathLike[str]) -> Contents:
-        """Return what the folder of an adapter holds, without the model it belongs to."""
-        held, found = read_contents(folder), cls()
-        for place in held.places:
-            method, own = held.methods[place.number], place.tensors
-            shown = {kind: own[entry] for kind, entries in _STORED.items() for entry in entries if entry in own}
-            found.add(place.name, method["name"], shown, method.get("initial_rank"))
-        return found
+    def stored(cls, folder: str | os.PathLike[str]) -> PlotValues:
+        """Return the values in the folder of an adapter, without the model that it belongs to."""
+        contents, values = read_adapter_contents(folder), cls()
+        for stored in contents.places:
+            method, tensors = contents.methods[stored.number], stored.tensors
+            by_kind = {
+                kind: tensors[entry] for kind, entries in _STORED.items() for entry in entries if entry in tensors
+            }
+            values.add(stored.name, method["name"], by_kind, method.get("initial_rank"))
+        return values
 
     def add(
         self, name: str, key: str, shown: Mapping[str, Tensor], possible: int | None = None, table: Tensor | None = None
     ) -> None:
-        """Add what one adapter shows.
+        """Add the tensors of one adapter.
 
         Args:
             name: Of the host.
@@ -71,8 +73,8 @@ class Contents:
             name = f"{name} ({key})".lstrip()
         values = {kind: value.detach().float().cpu() for kind, value in shown.items()}
         if "ranks" in values:
-            kept = values["ranks"]
-            self.ranks[name] = (len(kept), possible) if possible else (int((kept != 0).sum()), len(kept))
+            ranks = values["ranks"]
+            self.ranks[name] = (len(ranks), possible) if possible else (int((ranks != 0).sum()), len(ranks))
         if "gates" in values:
             self.gates[name] = values["gates"].tanh()
         if "tokens" in values:
@@ -81,7 +83,7 @@ class Contents:
                 self.tables[name] = table
 
 
-def _named(name: str, part: str) -> str:
+def _full_name(name: str, part: str) -> str:
     return f"{name}.{part}".strip(".")
 
 
@@ -91,16 +93,16 @@ def _embeddings(host: Any) -> Tensor | None:
     return weight.detach() if isinstance(weight, Tensor) else None
 
 
-def place(name: str) -> tuple[str, str, str]:
-    """Return what stands before and after the first number in a dotted name, and the number."""
-    parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+def split_at_number(name: str) -> tuple[str, str, str]:
+    """Split a dotted name at its first number: return the words before it and after it, and the number."""
+    words = name.split(".")
+    at = next((i for i, word in enumerate(words) if word.isdecimal()), None)
     if at is None:
         return "", name, ""
-    return ".".join(parts[:at]), ".".join(parts[at + 1 :]) or parts[max(0, at - 1)], parts[at]
+    return ".".join(words[:at]), ".".join(words[at + 1 :]) or words[max(0, at - 1)], words[at]
 
 
-def shortened(names: Sequence[str], separator: str = ".") -> list[str]:
+def shorten_names(names: Sequence[str], separator: str = ".") -> list[str]:
     """Return names without the parts that all of them begin with, and all end with; a single one stays whole."""
     rows = [name.split(separator) for name in names]
     if len(rows) < 2:

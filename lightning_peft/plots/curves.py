@@ -1,4 +1,4 @@
-"""Learning curves of several runs, side by side."""
+"""``learning_curves`` draws the metrics of several runs over optimizer steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .runs import METRICS, Folder, chosen, find_runs, read_metrics
+from .runs import METRICS, Folder, find_runs, metric_value, read_metrics_csv
 from .style import COLORS, INK, SMALL, blank, head, matplotlib, percent, quiet
 
 if TYPE_CHECKING:
@@ -28,15 +28,19 @@ def learning_curves(folders: Iterable[Folder], metric: str = "val_loss") -> Figu
         FileNotFoundError: A folder holds no metrics.csv.
         ValueError: A run has not logged the metric, or nothing at all.
     """
-    runs = {name: _pair(read_metrics(path), metric, str(path)) for name, path in find_runs(folders, METRICS).items()}
+    runs = {
+        name: _pair(read_metrics_csv(path), metric, str(path)) for name, path in find_runs(folders, METRICS).items()
+    }
     figure = blank(6.4 if len(runs) == 1 else 7.6, 3.8)
     axes = figure.add_subplot()
-    for number, (whole, training) in enumerate(runs.values()):
-        color, again = COLORS[number % len(COLORS)], number // len(COLORS)
+    for number, (validation, training) in enumerate(runs.values()):
+        color, round_of_colors = COLORS[number % len(COLORS)], number // len(COLORS)
         if training:
             axes.plot(*zip(*training, strict=True), color=color, linewidth=0.9, alpha=0.55)
-        style = {"marker": _MARKERS[again % len(_MARKERS)], "markersize": 4.5} if len(whole) <= 60 else {}
-        axes.plot(*zip(*whole, strict=True), color=color, linewidth=1.8, **style)
+        style = (
+            {"marker": _MARKERS[round_of_colors % len(_MARKERS)], "markersize": 4.5} if len(validation) <= 60 else {}
+        )
+        axes.plot(*zip(*validation, strict=True), color=color, linewidth=1.8, **style)
     quiet(axes, grid=True)
     values = [value for pair in runs.values() for curve in pair for _, value in curve]
     if "acc" in metric and min(values) >= 0 and max(values) <= 1:
@@ -51,34 +55,34 @@ def learning_curves(folders: Iterable[Folder], metric: str = "val_loss") -> Figu
 def validated(folder: Folder) -> list[str]:
     """Return the names of the validation metrics that a run has logged."""
     (path,) = find_runs([folder], METRICS).values()
-    return sorted(name for name in read_metrics(Path(path)) if name.startswith("val_"))
+    return sorted(name for name in read_metrics_csv(Path(path)) if name.startswith("val_"))
 
 
 def _pair(metrics: Mapping[str, Curve], metric: str, source: str) -> tuple[Curve, Curve]:
     """Return the curve of a metric, and that of its namesake in training if it is one of validation."""
-    curve: Curve = chosen(metrics, metric, source)
+    curve: Curve = metric_value(metrics, metric, source)
     name = metric.removeprefix("val_")
     if name == metric:
         return curve, []
-    known = (f"train_{name}_epoch", f"train_{name}", f"train_{name}_step")
-    return curve, next((metrics[one] for one in known if one in metrics), [])
+    candidates = (f"train_{name}_epoch", f"train_{name}", f"train_{name}_step")
+    return curve, next((metrics[candidate] for candidate in candidates if candidate in metrics), [])
 
 
 def _explain(figure: Figure, names: list[str], metric: str, trains: bool) -> None:
     line = matplotlib("lines").Line2D
-    known: list[Any] = []
+    handles: list[Any] = []
     if len(names) > 1:
         markers = [_MARKERS[i // len(COLORS) % len(_MARKERS)] for i in range(len(names))]
         styles = zip(names, markers, range(len(names)), strict=True)
-        known = [
+        handles = [
             line([], [], color=COLORS[i % len(COLORS)], linewidth=1.8, marker=mark, markersize=4.5, label=name)
             for name, mark, i in styles
         ]
     if trains:
         color = COLORS[0] if len(names) == 1 else "#777777"
-        known += [
+        handles += [
             line([], [], color=color, linewidth=1.8, marker=_MARKERS[0], markersize=4.5, label="validation"),
             line([], [], color=color, linewidth=0.9, alpha=0.7, label="training"),
         ]
-    if known:
-        figure.legend(handles=known, loc="outside right upper", frameon=False, fontsize=SMALL, labelcolor=INK)
+    if handles:
+        figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=SMALL, labelcolor=INK)

@@ -1,4 +1,4 @@
-"""Maps of a model: one cell for each place."""
+"""``rank_map`` and ``gate_map`` draw maps of a model, with one cell for each layer or head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .adapter_values import Contents, place, shortened
+from .adapter_values import PlotValues, shorten_names, split_at_number
 from .style import INK, PALE, SMALL, blank, color_bar, head, ink_on, quiet
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def rank_map(model: nn.Module) -> Figure:
     Raises:
         ValueError: No adapter of the model has triplets.
     """
-    ranks = Contents.of(model).ranks
+    ranks = PlotValues.of(model).ranks
     if not ranks:
         raise ValueError("No adapter of this model has triplets; adapt it with AdaLoRA.")
     return draw_ranks(ranks)
@@ -41,7 +41,7 @@ def gate_map(model: nn.Module) -> Figure:
     Raises:
         ValueError: No adapter of the model has gates.
     """
-    gates = Contents.of(model).gates
+    gates = PlotValues.of(model).gates
     if not gates:
         raise ValueError("No adapter of this model has gates; adapt it with LLaMAAdapter.")
     return draw_gates(gates)
@@ -49,14 +49,14 @@ def gate_map(model: nn.Module) -> Figure:
 
 def draw_ranks(ranks: Mapping[str, tuple[int, int]]) -> Figure:
     """Draw (kept, possible) numbers of triplets by layer."""
-    places = {name: place(name) for name in ranks}
-    kinds = list(dict.fromkeys(where[:2] for where in places.values()))
-    numbers = sorted({where[2] for where in places.values()}, key=lambda text: (not text, int(text or 0)))
+    positions = {name: split_at_number(name) for name in ranks}
+    kinds = list(dict.fromkeys(position[:2] for position in positions.values()))
+    numbers = sorted({position[2] for position in positions.values()}, key=lambda text: (not text, int(text or 0)))
     cells = [[math.nan] * len(numbers) for _ in kinds]
-    for name, where in places.items():
-        cells[kinds.index(where[:2])][numbers.index(where[2])] = ranks[name][0]
-    often = Counter(after for _, after in kinds)
-    labels = [after if often[after] == 1 else f"{before}.*.{after}" for before, after in kinds]
+    for name, position in positions.items():
+        cells[kinds.index(position[:2])][numbers.index(position[2])] = ranks[name][0]
+    suffix_counts = Counter(after for _, after in kinds)
+    labels = [after if suffix_counts[after] == 1 else f"{before}.*.{after}" for before, after in kinds]
     kept, possible = (sum(pair[i] for pair in ranks.values()) for i in (0, 1))
     width = 0.5 + 0.075 * max(map(len, labels)) + max(0.42 * len(numbers), 2.4)
     figure = blank(width, 0.95 + 0.3 * len(kinds))
@@ -77,12 +77,12 @@ def draw_gates(gates: Mapping[str, Tensor]) -> Figure:
     """Draw values (heads,) between -1 and 1 by layer."""
     heads = max(map(len, gates.values()))
     cells = [[*values.tolist(), *[math.nan] * (heads - len(values))] for values in gates.values()]
-    most = max(values.abs().max().item() for values in gates.values()) or 1.0
-    labels = shortened(list(gates))
+    largest = max(values.abs().max().item() for values in gates.values()) or 1.0
+    labels = shorten_names(list(gates))
     width = 1.6 + 0.07 * max(map(len, labels)) + max(0.24 * heads, 2.4)
     figure = blank(width, 1.1 + max(0.24 * len(cells), 0.9))
     axes = figure.add_subplot()
-    image = _image(axes, cells, "RdBu_r", -most, most)
+    image = _image(axes, cells, "RdBu_r", -largest, largest)
     axes.set_xticks(range(0, heads, -(-heads // 16)))
     axes.set_yticks(range(len(labels)), labels)
     axes.set_xlabel("head", fontsize=SMALL, color=INK)
@@ -95,7 +95,7 @@ def draw_gates(gates: Mapping[str, Tensor]) -> Figure:
 
 
 def _image(axes: Any, cells: list[list[float]], colors: str, low: float, high: float) -> Any:
-    """Draw cells with white lines between them; places that do not exist are grey."""
+    """Draw cells with white lines between them; cells without a number are grey."""
     axes.set_facecolor(PALE)  # seen where a cell has no number
     image = axes.imshow(cells, cmap=colors, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     quiet(axes)

@@ -1,4 +1,4 @@
-"""What accuracy costs: runs or methods by their number of trained parameters."""
+"""``accuracy_over_parameters`` draws runs or methods by their number of trained parameters, with the Pareto front."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ def accuracy_over_parameters(points: Mapping[str, Point] | Iterable[Folder], met
         FileNotFoundError: A folder holds no report.json.
         ValueError: There are no points, or a report has no such metric.
     """
-    found = dict(points) if isinstance(points, Mapping) else read_points(points, metric)
-    if not found or min(x for x, _ in found.values()) <= 0:
-        raise ValueError(f"points must be at least one (trained parameters > 0, accuracy), got {found!r}.")
+    by_name = dict(points) if isinstance(points, Mapping) else read_points(points, metric)
+    if not by_name or min(x for x, _ in by_name.values()) <= 0:
+        raise ValueError(f"points must be at least one (trained parameters > 0, accuracy), got {by_name!r}.")
     figure = blank(8.2, 4.9)
     axes = figure.add_subplot()
-    best = front(found)
-    for name, (x, y) in found.items():
+    best = pareto_front(by_name)
+    for name, (x, y) in by_name.items():
         color = COLORS[1] if name in best else COLORS[0]
         axes.plot(x, y, "o", color=color, markersize=6.5, markeredgecolor="white", markeredgewidth=0.7)
-    most = max(x for x, _ in found.values())
-    steps = [*(found[name] for name in best), (most, found[best[-1]][1])]
-    if len(found) > 1:
+    largest = max(x for x, _ in by_name.values())
+    steps = [*(by_name[name] for name in best), (largest, by_name[best[-1]][1])]
+    if len(by_name) > 1:
         style = {"color": COLORS[1], "linewidth": 1.2, "alpha": 0.7, "zorder": 1.5}
         axes.step(*zip(*steps, strict=True), where="post", label="best with so many parameters or fewer", **style)
         axes.legend(frameon=False, fontsize=SMALL, labelcolor=INK, loc="lower right")
-    _scale(axes, list(found.values()))
+    _scale(axes, list(by_name.values()))
     head(axes, metric.replace("_", " "))
-    write_names(figure, axes, found, steps)
+    write_names(figure, axes, by_name, steps)
     return figure
 
 
-def front(points: Mapping[str, Point]) -> list[str]:
+def pareto_front(points: Mapping[str, Point]) -> list[str]:
     """Return the names of the points that no other one with as few parameters or fewer equals, by parameters."""
     best: list[str] = []
     for name, (_, y) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
@@ -60,8 +60,8 @@ def _scale(axes: Any, points: list[Point]) -> None:
     axes.set_xlim(min(numbers) / 1.5, max(numbers) * 2)
     axes.margins(y=0.12)
     quiet(axes, grid=True)
-    few = max(numbers) > 5 * min(numbers)
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if few else range(1, 10)))
+    spans_decades = max(numbers) > 5 * min(numbers)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if spans_decades else range(1, 10)))
     axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     axes.xaxis.set_minor_locator(ticker.NullLocator())
     if all(0 <= y <= 1 for _, y in points):

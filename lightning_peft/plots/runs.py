@@ -1,4 +1,4 @@
-"""Runs as they lie on disk: their names, what they logged, what they reported."""
+"""Reads the folders of runs: names, logged metrics (``metrics.csv``) and results (``report.json``)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .adapter_values import shortened
+from .adapter_values import shorten_names
 from .label_placement import Point
 
 METRICS, REPORT = "metrics.csv", "report.json"
@@ -32,11 +32,11 @@ def find_runs(folders: Iterable[Folder], file: str) -> dict[str, Path]:
     paths = list(dict.fromkeys(_find(Path(folder), file).resolve() for folder in folders))
     if not paths:
         raise ValueError(f"No run is given; name folders that hold {file}.")
-    places = [path.parent for path in paths]
-    above = [place.parent if place.name.startswith("version_") else place for place in places]
-    if len(set(above)) == len(above):
-        places = above
-    names = [places[0].name] if len(places) == 1 else shortened([place.as_posix() for place in places], "/")
+    parents = [path.parent for path in paths]
+    without_version = [parent.parent if parent.name.startswith("version_") else parent for parent in parents]
+    if len(set(without_version)) == len(without_version):
+        parents = without_version
+    names = [parents[0].name] if len(parents) == 1 else shorten_names([parent.as_posix() for parent in parents], "/")
     return dict(zip(names, paths, strict=True))
 
 
@@ -54,17 +54,17 @@ def _find(folder: Path, file: str) -> Path:
     return max(versions, key=lambda path: int(path.parent.name[8:]))
 
 
-def read_metrics(path: Path) -> dict[str, list[Point]]:
+def read_metrics_csv(path: Path) -> dict[str, list[Point]]:
     """Return (step, value) pairs by metric, as CSVLogger wrote them."""
-    found: dict[str, list[Point]] = {}
+    curves: dict[str, list[Point]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             for name, value in row.items():
                 if value and name not in ("epoch", "step"):
-                    found.setdefault(name, []).append((float(row["step"]), float(value)))
-    if not found:
+                    curves.setdefault(name, []).append((float(row["step"]), float(value)))
+    if not curves:
         raise ValueError(f"{path} holds no values; the run logged nothing yet.")
-    return found
+    return curves
 
 
 def read_points(folders: Iterable[Folder], metric: str) -> dict[str, Point]:
@@ -73,19 +73,19 @@ def read_points(folders: Iterable[Folder], metric: str) -> dict[str, Point]:
     for name, path in find_runs(folders, REPORT).items():
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         values = {k: v for k, v in report.items() if isinstance(v, int | float)}
-        points[name] = (values["trainable_parameters"], chosen(values, metric, str(path)))
+        points[name] = (values["trainable_parameters"], metric_value(values, metric, str(path)))
     return points
 
 
-def chosen(values: Mapping[str, Any], metric: str, source: str) -> Any:
+def metric_value(values: Mapping[str, Any], metric: str, source: str) -> Any:
     """Return the value of a metric.
 
     Raises:
         ValueError: There is none; names those that are like it.
     """
     if metric not in values:
-        known: Sequence[str] = sorted(values)
-        close = difflib.get_close_matches(metric, known, n=5)
-        has = f"Close names: {', '.join(close)}." if close else f"It has: {', '.join(known[:20])}."
+        names: Sequence[str] = sorted(values)
+        close = difflib.get_close_matches(metric, names, n=5)
+        has = f"Close names: {', '.join(close)}." if close else f"It has: {', '.join(names[:20])}."
         raise ValueError(f"{source} has no metric {metric!r}. {has}")
     return values[metric]

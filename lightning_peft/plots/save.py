@@ -1,4 +1,4 @@
-"""Pictures as files: those that fit what adapters hold, and what the command ``lightning-peft plot`` draws."""
+"""``pictures`` draws all figures for a model's adapters; the functions of ``lightning-peft plot`` write files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .adapter_values import Contents
+from .adapter_values import PlotValues
 from .curves import learning_curves
 from .heatmaps import draw_gates, draw_ranks
 from .pareto import accuracy_over_parameters
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 DPI = 150
 
 
-def pictures(adapted: nn.Module | Contents, tokenizer: Any = None) -> dict[str, Figure]:
+def pictures(adapted: nn.Module | PlotValues, tokenizer: Any = None) -> dict[str, Figure]:
     """Return the pictures of adapters that hold something to see, by the name of the function that draws them.
 
     Args:
         adapted: A model, adapted or not.
         tokenizer: As for ``prompt_similarity``.
     """
-    found = adapted if isinstance(adapted, Contents) else Contents.of(adapted)
-    drawn: dict[str, Figure] = {}
-    if found.ranks:
-        drawn["rank_map"] = draw_ranks(found.ranks)
-    if found.gates:
-        drawn["gate_map"] = draw_gates(found.gates)
-    if found.tokens:
-        words = nearest_words(found, tokenizer) if tokenizer is not None else {}
-        drawn["prompt_similarity"] = draw_similarity(found.tokens, words)
-    return drawn
+    values = adapted if isinstance(adapted, PlotValues) else PlotValues.of(adapted)
+    figures: dict[str, Figure] = {}
+    if values.ranks:
+        figures["rank_map"] = draw_ranks(values.ranks)
+    if values.gates:
+        figures["gate_map"] = draw_gates(values.gates)
+    if values.tokens:
+        words = nearest_words(values, tokenizer) if tokenizer is not None else {}
+        figures["prompt_similarity"] = draw_similarity(values.tokens, words)
+    return figures
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
@@ -79,7 +79,7 @@ def adapter(folder: str, output: str = ".") -> list[Path]:
     Raises:
         ValueError: It holds neither triplets nor gates nor virtual tokens.
     """
-    drawn = pictures(Contents.stored(folder))
-    if not drawn:
+    figures = pictures(PlotValues.stored(folder))
+    if not figures:
         raise ValueError(f"{folder} has nothing to draw: no triplets of AdaLoRA, no gates, no virtual tokens.")
-    return [save(figure, Path(output) / f"{name}.png") for name, figure in drawn.items()]
+    return [save(figure, Path(output) / f"{name}.png") for name, figure in figures.items()]

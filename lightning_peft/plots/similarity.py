@@ -1,4 +1,4 @@
-"""How alike virtual tokens are, and which words they are near."""
+"""``prompt_similarity`` draws cosines among virtual tokens, labelled with the nearest words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapter_values import Contents, shortened
+from .adapter_values import PlotValues, shorten_names
 from .style import INK, MIDDLE, SMALL, blank, color_bar, quiet, writable
 
 if TYPE_CHECKING:
@@ -27,17 +27,17 @@ def prompt_similarity(model: nn.Module, tokenizer: Any = None) -> Figure:
     Raises:
         ValueError: No adapter of the model has virtual tokens.
     """
-    found = Contents.of(model)
-    if not found.tokens:
+    values = PlotValues.of(model)
+    if not values.tokens:
         raise ValueError("No adapter of this model has virtual tokens; adapt it with a prompt or prefix method.")
-    return draw_similarity(found.tokens, nearest_words(found, tokenizer) if tokenizer is not None else {})
+    return draw_similarity(values.tokens, nearest_words(values, tokenizer) if tokenizer is not None else {})
 
 
-def nearest_words(found: Contents, tokenizer: Any) -> dict[str, list[str]]:
+def nearest_words(values: PlotValues, tokenizer: Any) -> dict[str, list[str]]:
     """Return the word of the vocabulary nearest to each virtual token, by prompt."""
-    tokens = {name: found.tokens[name].flatten(0, -2) for name in found.tables}
-    ids = {name: cosines(x, found.tables[name].float().cpu()).argmax(1).tolist() for name, x in tokens.items()}
-    return {name: list(map(str, tokenizer.convert_ids_to_tokens(own))) for name, own in ids.items()}
+    tokens = {name: values.tokens[name].flatten(0, -2) for name in values.tables}
+    ids = {name: cosines(x, values.tables[name].float().cpu()).argmax(1).tolist() for name, x in tokens.items()}
+    return {name: list(map(str, tokenizer.convert_ids_to_tokens(token_ids))) for name, token_ids in ids.items()}
 
 
 def draw_similarity(tokens: Mapping[str, Tensor], words: Mapping[str, list[str]]) -> Figure:
@@ -52,10 +52,10 @@ def draw_similarity(tokens: Mapping[str, Tensor], words: Mapping[str, list[str]]
         side = min(max(0.17 * length, 2.6), 4.5) if len(panels) == 1 else 1.7
     figure = blank(across * (side + 0.35) + 1.0 + 0.7 * bool(words), down * (side + 0.45) + 0.5, "compressed")
     grid = figure.subplots(down, across, squeeze=False).flatten()
-    for axes, (title, x, own) in zip(grid, panels, strict=False):
+    for axes, (title, x, panel_words) in zip(grid, panels, strict=False):
         image = axes.imshow(cosines(x, x).tolist(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
         axes.set_title(_wrapped(title, side), fontsize=SMALL, color=INK)
-        _ticks(axes, len(x), own, side if len(panels) == 1 else 1.2)
+        _ticks(axes, len(x), panel_words, side if len(panels) == 1 else 1.2)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     color_bar(figure, image, ax=grid.tolist(), fraction=0.03, pad=0.02, aspect=30, shrink=0.8, ticks=[-1, 0, 1])
@@ -91,12 +91,12 @@ def cosines(x: Tensor, y: Tensor) -> Tensor:
 def _panels(tokens: Mapping[str, Tensor], words: Mapping[str, list[str]]) -> list[tuple[str, Tensor, list[str]]]:
     """Return (title, virtual tokens (length, features), their words) of each prompt; of several tasks, of each."""
     panels = []
-    for (name, x), short in zip(tokens.items(), shortened(list(tokens)), strict=True):
+    for (name, x), short in zip(tokens.items(), shorten_names(list(tokens)), strict=True):
         title = f"layer {short}" if short.isdecimal() else short if len(tokens) > 1 else ""
-        several = x.flatten(0, -3) if x.dim() > 3 else x if x.dim() == 3 else x[None]
-        own = words.get(name, [])
-        for task, one in enumerate(several):
-            part = f"task {task}" if len(several) > 1 else ""
-            span = own[task * len(one) : (task + 1) * len(one)]
-            panels.append((", ".join(filter(None, (title, part))), one, span))
+        prompts = x.flatten(0, -3) if x.dim() > 3 else x if x.dim() == 3 else x[None]
+        prompt_words = words.get(name, [])
+        for task, prompt in enumerate(prompts):
+            task_title = f"task {task}" if len(prompts) > 1 else ""
+            span = prompt_words[task * len(prompt) : (task + 1) * len(prompt)]
+            panels.append((", ".join(filter(None, (title, task_title))), prompt, span))
     return panels

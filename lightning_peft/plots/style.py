@@ -1,4 +1,4 @@
-"""What all pictures share: a figure without any global state, colours that most people can tell apart, quiet axes."""
+"""The style of all figures: no global state of matplotlib, colours that most people can tell apart, few lines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # of Okabe and Ito
 INK, PALE = "#333333", "#d9d9d9"
-SMALL, MIDDLE = 8, 9  # sizes of letters
+SMALL, MIDDLE = 8, 9  # font sizes
 
 
 def matplotlib(part: str) -> Any:
@@ -34,12 +34,12 @@ def blank(width: float, height: float, layout: str = "constrained") -> Figure:
 
 
 def head(axes: Axes, text: str) -> None:
-    """Put the title where reading begins."""
+    """Put a title above the axes, on the left."""
     axes.set_title(text, loc="left", fontsize=MIDDLE + 1, color=INK, pad=8)
 
 
 def quiet(axes: Axes, grid: bool = False) -> None:
-    """Leave out the lines that say nothing."""
+    """Leave out frames, ticks and, unless ``grid``, all lines of the axes."""
     axes.tick_params(labelsize=SMALL, colors=INK, length=3 if grid else 0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#999999")
@@ -51,7 +51,7 @@ def quiet(axes: Axes, grid: bool = False) -> None:
 
 
 def color_bar(figure: Figure, image: Any, **place: Any) -> None:
-    """Say which numbers the colours of an image stand for."""
+    """Add a colour bar to an image."""
     bar = figure.colorbar(image, **place)
     bar.ax.tick_params(labelsize=SMALL, colors=INK, length=2)
     bar.outline.set_visible(False)
@@ -71,6 +71,6 @@ def writable(text: str) -> str:
 
 
 def ink_on(color: tuple[float, ...]) -> str:
-    """Return black or white, whichever is read better on a colour."""
+    """Return black or white, whichever is easier to read on a colour."""
     red, green, blue = color[:3]
     return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"

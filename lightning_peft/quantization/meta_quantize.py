@@ -16,7 +16,7 @@ from ..structure.layer_types import layer_of
 from ..structure.quantized_linear import Int8Linear, NF4Linear
 from ..structure.torchao_api import StoredNF4
 from .nf4 import BLOCK
-from .quantize import quantizable_layers
+from .quantizable import quantizable_layers
 
 _BLOCKS = 256  # blocks whose scales share one second-level scale
 

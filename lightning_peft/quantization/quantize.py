@@ -13,25 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from ..core.adapted_module import AdaptedModule, adapted_class, adapters
-from ..core.injection_record import get_record
+from ..core.adapted_module import AdaptedModule, adapted_class
 from ..core.weight_update import WeightUpdate
-from ..structure.base_model import count_owners
 from ..structure.bitsandbytes_api import forget_state
-from ..structure.layer_types import TransposedLinearType, is_called_linear, layer_of
+from ..structure.layer_types import TransposedLinearType, layer_of
 from ..structure.quantized import (
     Original,
-    QuantizedType,
     is_quantized,
     original_of,
     remember,
     sample,
 )
 from ..structure.quantized_linear import Int8Linear, NF4Linear, QuantizedLinear
-from ..structure.selection import select_modules
 from . import nf4
+from .quantizable import quantizable_layers
 
 KINDS = ("nf4", "int8")
 
@@ -73,19 +69,6 @@ def quantize(
     return model
 
 
-def quantizable_layers(model: nn.Module, targets: Sequence[str] = ("all-linear",)) -> dict[str, nn.Module]:
-    """Return the layers that ``quantize`` would change, by name; errors are those of ``quantize``."""
-    if get_record(model) is not None or any(adapters(model)):
-        raise RuntimeError("This model is adapted already; quantize before inject.")
-    hosts = select_modules(model, list(targets))
-    owners = count_owners(model)
-    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
-    read = {id(module) for encoder in encoders for module in encoder.modules()}
-    for name, host in hosts.items():
-        _check_quantizable(name, host, read=id(host) in read, shared=owners[id(getattr(host, "weight", None))] > 1)
-    return hosts
-
-
 def quantize_once(model: nn.Module, kind: str, backend: str | None = None) -> None:
     """Quantize, unless this or its user did so before.
 
@@ -125,26 +108,6 @@ def dequantize(model: nn.Module) -> float:
     if len(originals) < len(hosts):
         return math.nan
     return math.sqrt(sum(o.squared_error for o in originals) / max(sum(o.squared_norm for o in originals), 1e-300))
-
-
-def _check_quantizable(name: str, host: Any, read: bool, shared: bool) -> None:
-    """Raise if a layer cannot be quantized."""
-    kind = type(host).__name__
-    if not is_called_linear(host):
-        raise TypeError(f"{name} is a {kind}, no linear layer that is called; quantize all-linear or other targets.")
-    layer = layer_of(host)
-    if isinstance(layer, QuantizedType):
-        raise ValueError(f"{name} is quantized already; dequantize it first, or choose other targets.")
-    plain = isinstance(layer, TransposedLinearType) or type(host).forward is nn.Linear.forward
-    if not plain or "forward" in vars(host) or "weight" not in host._parameters or isinstance(host.weight, DTensor):
-        raise TypeError(f"{name} ({kind}) is no plain linear layer: it computes, or its weight is stored, in another "
-                        f"way. Quantize before it is changed or sharded, or choose other targets.")  # fmt: skip
-    if read:
-        raise TypeError(f"{name} belongs to nn.TransformerEncoderLayer, which reads its weight; choose other targets.")
-    if not host.weight.is_floating_point():
-        raise TypeError(f"{name} stores {host.weight.dtype}; only floating weights can be quantized.")
-    if shared:
-        raise ValueError(f"{name} shares its weight with another module; untie it, or choose other targets.")
 
 
 def _quantize(host: Any, library: str | None) -> None:

@@ -1,1 +1,1 @@
-"""What needs more than a method: recipes on top of the public API, each a command of ``lightning-peft``."""
+"""Recipes on top of the public API, each a command of ``lightning-peft``."""

@@ -1,4 +1,4 @@
-"""A student learns its task and to think as its frozen teacher does (https://arxiv.org/abs/2303.02861, equation 4)."""
+"""``Distillation``: a student learns from a frozen teacher as well (https://arxiv.org/abs/2303.02861, equation 4)."""
 
 from __future__ import annotations
 
@@ -107,9 +107,9 @@ def divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
 def distance(student: States, teacher: States, reduction: str) -> Tensor:
     """The squared difference of hidden states at visible tokens, summed over stacks."""
     total: Tensor = torch.zeros((), device=student[0][0].device)
-    for (own, mask), (theirs, _) in zip(student, teacher, strict=True):
-        squares = (own.float() - theirs.float()).square().sum(-1)[mask.bool()].sum()
-        count = mask.sum() * own.shape[-1] if reduction == "mean" else len(own)
+    for (hidden, mask), (target, _) in zip(student, teacher, strict=True):
+        squares = (hidden.float() - target.float()).square().sum(-1)[mask.bool()].sum()
+        count = mask.sum() * hidden.shape[-1] if reduction == "mean" else len(hidden)
         total = total + squares / count
     return total
 
@@ -124,21 +124,21 @@ def hidden_states(network: nn.Module) -> Iterator[States]:
     stacks = [stack for _, host in backbones(network) for stack in _stacks(host)]
     if not stacks:
         raise ValueError("No transformers backbone is found in the network, whose hidden states could be compared.")
-    found: States = []
+    states: States = []
 
     def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         call = dict(zip(names_of(module), args, strict=False)) | kwargs
         hidden: Tensor = output[0]
         mask = call.get("attention_mask")
         if mask is None:
-            given = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
-            mask = hidden.new_ones(given.shape[:2])
-        extra = hidden.shape[1] - mask.shape[1]
-        found.append((Insertion(extra, mask).remove(hidden) if extra else hidden, mask))
+            inputs = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
+            mask = hidden.new_ones(inputs.shape[:2])
+        virtual = hidden.shape[1] - mask.shape[1]
+        states.append((Insertion(virtual, mask).remove(hidden) if virtual else hidden, mask))
 
     handles = [stack.register_forward_hook(keep, with_kwargs=True) for stack in stacks]
     try:
-        yield found
+        yield states
     finally:
         for handle in handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""Multitask prompt tuning in three stages, https://arxiv.org/abs/2303.02861."""
+"""``mpt``: multitask prompt tuning in three stages, https://arxiv.org/abs/2303.02861."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .stages import Plain, Stage, Training, described
 
 _NO_DECAY = ["*.u", "*.v"]  # which start at one
 _TRAINING = Training()
-_OWN = {"callbacks", "default_root_dir", "max_epochs", "max_steps"}  # arguments of a Trainer that stages set
+_RESERVED_TRAINER_KEYS = {"callbacks", "default_root_dir", "max_epochs", "max_steps"}  # set by the stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +92,8 @@ def mpt(
         ValueError: The folder was begun with other settings, or the tasks do not belong together.
     """
     trainer = trainer or {}
-    if own := sorted(_OWN & trainer.keys()):
-        raise ValueError(f"Got trainer={own}, which the stages set themselves. Give epochs to each stage instead.")
+    if reserved := sorted(_RESERVED_TRAINER_KEYS & trainer.keys()):
+        raise ValueError(f"Got trainer={reserved}, which the stages set themselves. Give epochs to each stage instead.")
     run = _Run(
         module, sources, targets, Path(output), length, init, seed, trainer, teachers, multitask, transfer, distilling
     )

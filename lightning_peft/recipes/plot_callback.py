@@ -1,4 +1,4 @@
-"""Pictures of a run while it trains, beside its logs."""
+"""``PlotCallback`` draws figures of the adapters while a run trains, beside its logs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
 from .. import plots
-from ..plots.adapter_values import Contents
+from ..plots.adapter_values import PlotValues
 from ..plots.runs import METRICS
 from ..plots.style import matplotlib
 from ..tasks.pretrained import build_tokenizer
@@ -70,5 +70,5 @@ class PlotCallback(pl.Callback):
         folder = trainer.log_dir  # which all ranks must ask for
         writes = trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False) and folder is not None
         if writes and not isinstance(trainer.strategy, SHARDING):
-            for name, figure in plots.pictures(Contents.of(pl_module), self.tokenizer).items():
+            for name, figure in plots.pictures(PlotValues.of(pl_module), self.tokenizer).items():
                 plots.save(figure, Path(str(folder)) / f"{name}.png")

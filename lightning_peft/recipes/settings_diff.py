@@ -1,4 +1,4 @@
-"""What has changed between the settings of a folder and those that are given now."""
+"""``changes`` lists the differences between the settings of a folder and those of this run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training in stages, each of which ends with an adapter folder; what was killed goes on where it was."""
+"""Training in stages, each of which ends with an adapter folder; a stage that was killed resumes."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Stage:
         write_json(self.folder / _SETTINGS, self.settings)
         run.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
         report = {"epochs": run.current_epoch, "steps": run.global_step}
-        report |= evaluate(Trainer(**options, enable_checkpointing=False), evaluated, data)
+        report |= evaluate_stage(Trainer(**options, enable_checkpointing=False), evaluated, data)
         write_json(self.folder / _REPORT, report)
         save_adapter(module, self.adapter)  # last, because it means that the stage is done
         return report
@@ -135,7 +135,7 @@ class LastCheckpoint(Checkpoint):
         os.replace(part, self.path)
 
 
-def evaluate(trainer: Trainer, module: TaskModule, data: LightningDataModule) -> Plain:
+def evaluate_stage(trainer: Trainer, module: TaskModule, data: LightningDataModule) -> Plain:
     """Return the metrics of the splits that there are, with the share of the most frequent answer beside an accuracy.
 
     ``worse_than_guess`` lists where the accuracy is below that share.

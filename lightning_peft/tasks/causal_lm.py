@@ -1,4 +1,4 @@
-"""A transformers decoder that continues text, as a LightningModule."""
+"""``CausalLM``: a LightningModule over a transformers decoder that continues text."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ class CausalLM(TaskModule):
     def labelled(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The logits (places, vocabulary) before each labelled token, and these tokens (places,)."""
         targets = batch["labels"][:, 1:]
-        known = targets != IGNORED
-        return self(**batch)[:, :-1][known].float(), targets[known]
+        is_labelled = targets != IGNORED
+        return self(**batch)[:, :-1][is_labelled].float(), targets[is_labelled]
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         """Log loss and perplexity."""
@@ -113,10 +113,10 @@ class CausalLM(TaskModule):
         self._evaluate("test", batch)
 
     def _evaluate(self, split: str, batch: dict[str, Tensor]) -> None:
-        known = batch["labels"][:, 1:] != IGNORED
-        count = known.sum(1)
-        losses = torch.zeros_like(known, dtype=torch.float).masked_scatter(
-            known, cross_entropy(*self.labelled(batch), reduction="none")
+        is_labelled = batch["labels"][:, 1:] != IGNORED
+        count = is_labelled.sum(1)
+        losses = torch.zeros_like(is_labelled, dtype=torch.float).masked_scatter(
+            is_labelled, cross_entropy(*self.labelled(batch), reduction="none")
         )
         self.measure(split, batch, losses.sum(1) / count.clamp(min=1), count)
 

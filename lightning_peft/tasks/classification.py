@@ -1,4 +1,4 @@
-"""A transformers classifier of text as a LightningModule."""
+"""``TextClassification``: a LightningModule over a transformers classifier of text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A transformers masked language model that answers cloze questions, as a LightningModule."""
+"""``Cloze``: a LightningModule over a transformers masked language model that answers cloze questions."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Cloze(TaskModule):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """What tells the mask and reads answers, loaded on first use."""
+        """The tokenizer that knows the mask and reads answers, loaded on first use."""
         reference = self.hparams["tokenizer"] or self.hparams["model"]
         if reference is None:
             raise ValueError("Got neither model nor tokenizer, so the mask is not known. Give Cloze a tokenizer.")
@@ -84,8 +84,8 @@ class Cloze(TaskModule):
         ids = batch["input_ids"]
         with self.own_tasks(batch):
             logits: Tensor = self.network(input_ids=ids, attention_mask=batch["attention_mask"]).logits
-        place = (ids == self.tokenizer.mask_token_id).int().argmax(dim=1)
-        return logits[torch.arange(len(ids), device=ids.device), place]
+        mask_position = (ids == self.tokenizer.mask_token_id).int().argmax(dim=1)
+        return logits[torch.arange(len(ids), device=ids.device), mask_position]
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         """Log loss and P@1."""

@@ -1,4 +1,4 @@
-"""Tables of cloze questions: a template makes a row of each, with one mask where the answer belongs."""
+"""``ClozeDataModule``: tables of cloze questions, written by a template with one mask in place of the answer."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ class ClozeDataModule(TableDataModule):
         if self.candidates is None:
             return None
         ids = [self.template.answer(self.tokenizer, text) for text in self.candidates]
-        long = [text for text, tokens in zip(self.candidates, ids, strict=True) if len(tokens) != 1]
-        if long:
-            raise ValueError(f"The candidates {quoted(long)} are not one token; take other words for them.")
+        too_long = [text for text, tokens in zip(self.candidates, ids, strict=True) if len(tokens) != 1]
+        if too_long:
+            raise ValueError(f"The candidates {quoted(too_long)} are not one token; take other words for them.")
         return [tokens[0] for tokens in ids]
 
     def encode(self, split: Split, table: Table) -> list[Example]:
@@ -97,10 +97,10 @@ class ClozeDataModule(TableDataModule):
         fields = self.template.fields
         columns = zip(*(table.texts(field) for field in fields), strict=True) if fields else [()] * len(table.rows)
         rows = [self.template(self.tokenizer, **dict(zip(fields, values, strict=True))) for values in columns]
-        wrong = [n for n, row in zip(table.numbers, rows, strict=True) if row.count(self.tokenizer.mask_token_id) != 1]
-        if wrong:
+        masked = [n for n, row in zip(table.numbers, rows, strict=True) if row.count(self.tokenizer.mask_token_id) != 1]
+        if masked:
             raise ValueError(
-                f"{str(table.path)!r} has the mask token {self.tokenizer.mask_token!r} in a field in {where(wrong)}. "
+                f"{str(table.path)!r} has the mask token {self.tokenizer.mask_token!r} in a field in {where(masked)}. "
                 "Remove it there; the template alone says where the answer belongs."
             )
         examples: list[Example] = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
@@ -111,10 +111,10 @@ class ClozeDataModule(TableDataModule):
         answers = table.texts(self.answer) if self.words is None else self._words(table, self.words)
         ids = [self.template.answer(self.tokenizer, text) for text in answers]
         if self.candidates is not None:
-            strange = [n for n, text in zip(table.numbers, answers, strict=True) if text not in self.candidates]
-            if strange:
+            unknown = [n for n, text in zip(table.numbers, answers, strict=True) if text not in self.candidates]
+            if unknown:
                 raise ValueError(
-                    f"{str(table.path)!r} has an answer in {where(strange)} that is no candidate. Candidates: "
+                    f"{str(table.path)!r} has an answer in {where(unknown)} that is no candidate. Candidates: "
                     f"{quoted(self.candidates)}."
                 )
         long = [number for number, tokens in zip(table.numbers, ids, strict=True) if len(tokens) != 1]
@@ -127,10 +127,10 @@ class ClozeDataModule(TableDataModule):
 
     def _words(self, table: Table, words: dict[str, str]) -> list[str]:
         labels = [str(label) for label in table.values(self.answer)]
-        strange = [n for n, label in zip(table.numbers, labels, strict=True) if label not in words]
-        if strange:
+        unknown = [n for n, label in zip(table.numbers, labels, strict=True) if label not in words]
+        if unknown:
             raise ValueError(
-                f"{str(table.path)!r} has a label in {where(strange)} that no word stands for. Words stand for "
+                f"{str(table.path)!r} has a label in {where(unknown)} that no word stands for. Words stand for "
                 f"{quoted(words)}."
             )
         return [words[label] for label in labels]

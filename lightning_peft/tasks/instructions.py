@@ -1,4 +1,4 @@
-"""Instructions with responses in the format of Alpaca (https://github.com/tatsu-lab/stanford_alpaca)."""
+"""``InstructionDataModule``: instructions with responses in the format of Alpaca (https://github.com/tatsu-lab/stanford_alpaca)."""
 
 from __future__ import annotations
 
@@ -157,9 +157,9 @@ class InstructionDataModule(TableDataModule):
     def _report(self, split: Split, long: list[int], table: Table) -> None:
         """Drop what cannot be learned from with a warning; but every row to predict has its prediction."""
         count = len(table.rows)
-        what = f"The prompts of {len(long)} of {count} rows of {str(table.path)!r} fill max_length={self.max_length}"
+        finding = f"The prompts of {len(long)} of {count} rows of {str(table.path)!r} fill max_length={self.max_length}"
         if split == "predict":
-            raise ValueError(f"{what}: {where(long)}. Raise max_length, or shorten the prompts.")
+            raise ValueError(f"{finding}: {where(long)}. Raise max_length, or shorten the prompts.")
         if len(long) == count:
-            raise ValueError(f"{what}: no row is left. Raise max_length, or shorten the prompts.")
-        rank_zero_warn(f"{what} and leave no room for a response: they are dropped. Raise max_length to keep them.")
+            raise ValueError(f"{finding}: no row is left. Raise max_length, or shorten the prompts.")
+        rank_zero_warn(f"{finding} and leave no room for a response: they are dropped. Raise max_length to keep them.")

@@ -1,4 +1,4 @@
-"""How error messages name things."""
+"""Phrases of error messages: close names, quoted values, row numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several tasks in one batch, each row with the number of its task."""
+"""``MixedDataModule`` mixes several tasks in one batch, each row with the number of its task."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class MixedDataModule(PortableDataModule):
     """Batches that mix the rows of several tasks; ``batch["task_ids"]`` has the position of each row's task.
 
-    Train batches go on exactly where a checkpoint stopped, also inside an epoch. In the other splits come all rows of
+    Train batches continue exactly where a checkpoint stopped, also inside an epoch. The other splits have all rows of
     all tasks, one task after the other; the ready modules log the metrics of each task as ``val_accuracy/NAME``.
 
     Args:
@@ -49,8 +49,8 @@ class MixedDataModule(PortableDataModule):
         super().__init__()
         kinds = {name: type(task) for name, task in tasks.items()}
         if len(tasks) < 2 or len(set(kinds.values())) > 1:
-            given = quoted(f"{name}: {kind.__name__}" for name, kind in kinds.items())
-            raise ValueError(f"Got the tasks {given}, expected two or more of one class.")
+            listed = quoted(f"{name}: {kind.__name__}" for name, kind in kinds.items())
+            raise ValueError(f"Got the tasks {listed}, expected two or more of one class.")
         Mixture([1] * len(tasks), batch_size, sampling, 0)  # refuses what cannot be sampled
         self.tasks, self.batch_size, self.sampling = tasks, batch_size, sampling
         self.num_workers, self.seed = num_workers, seed
@@ -116,8 +116,8 @@ class MixedDataModule(PortableDataModule):
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
         """The batch, as the tasks make theirs, with the task of each row."""
         ids = [example[TASK_IDS] for example in examples]
-        own = [{name: value for name, value in row.items() if name != TASK_IDS} for row in examples]
-        return {**self._first.collate(own), TASK_IDS: torch.tensor(ids)}
+        rows = [{name: value for name, value in row.items() if name != TASK_IDS} for row in examples]
+        return {**self._first.collate(rows), TASK_IDS: torch.tensor(ids)}
 
     def state_dict(self) -> dict[str, Any]:
         """The state of each task, and where the train batches are.
@@ -129,7 +129,7 @@ class MixedDataModule(PortableDataModule):
         return {"tasks": tasks, "train": None if self._train is None else self._train.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Hand each task its own; a fit goes on where the train batches were.
+        """Give each task its state; a fit continues where the train batches were.
 
         Args:
             state_dict: As `state_dict` returned it.
@@ -137,14 +137,14 @@ class MixedDataModule(PortableDataModule):
         Raises:
             ValueError: If it is of other tasks, or in another order.
         """
-        given = state_dict["tasks"]
-        if list(given) != list(self.tasks):
+        states = state_dict["tasks"]
+        if list(states) != list(self.tasks):
             raise ValueError(
-                f"The checkpoint has the tasks {quoted(given)}, the data {quoted(self.tasks)}. Give the same "
+                f"The checkpoint has the tasks {quoted(states)}, the data {quoted(self.tasks)}. Give the same "
                 "tasks in the same order: adapters know them by their positions."
             )
         for name, task in self.tasks.items():
-            task.load_state_dict(given[name])
+            task.load_state_dict(states[name])
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._stopped = state_dict["train"]
 

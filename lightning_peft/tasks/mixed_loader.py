@@ -1,4 +1,4 @@
-"""Batches of several tasks: rows with the position of their task, and a loader that goes on where it stopped."""
+"""``MixedLoader`` loads batches of several tasks and continues where a checkpoint stopped."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TaskExamples(Dataset[Example]):
 
 
 class MixedLoader:
-    """Loads a mixture's batches pass by pass; its state is their number, up to which it draws again to go on.
+    """Loads a mixture's batches pass by pass; its state is their number, up to which it draws again to continue.
 
     Args:
         rows: The rows of all tasks.
@@ -56,14 +56,14 @@ class MixedLoader:
         world: int = 1,
     ) -> None:
         self.rows, self.mixture, self.collate, self.num_workers = rows, mixture, collate, num_workers
-        self.rank, self.world, self.given = rank, world, 0
+        self.rank, self.world, self.num_yielded = rank, world, 0
         self.stream = Mixture(*mixture)
 
     def __len__(self) -> int:
         return len(self.stream) // self.world
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        self._wind()
+        self._fast_forward()
         batches = islice(self.stream, self.rank, len(self) * self.world, self.world)
         loader = DataLoader(
             self.rows,
@@ -73,25 +73,25 @@ class MixedLoader:
             generator=torch.Generator(),  # so that the global one is left where it was
         )
         for batch in loader:
-            self.given += 1
+            self.num_yielded += 1
             yield batch
 
-    def _wind(self) -> None:
-        """Go to the first batch that was not given; processes that build batches have drawn ahead of it."""
-        place = self.given * self.world
-        if self.stream.position > place:
+    def _fast_forward(self) -> None:
+        """Move the stream to the first batch that was not yielded; worker processes have drawn ahead of it."""
+        target = self.num_yielded * self.world
+        if self.stream.position > target:
             self.stream = Mixture(*self.mixture)
-        for _ in range(place - self.stream.position):
+        for _ in range(target - self.stream.position):
             next(self.stream)
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of batches that were given, and of what."""
+        """The number of batches that were yielded, and the settings that they depend on."""
         sizes, batch_size, sampling, seed = self.mixture
-        of = {"sizes": list(sizes), "batch_size": batch_size, "sampling": sampling, "world": self.world}
-        return {**of, "seed": seed, "given": self.given}
+        settings = {"sizes": list(sizes), "batch_size": batch_size, "sampling": sampling, "world": self.world}
+        return {**settings, "seed": seed, "given": self.num_yielded}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on after these batches.
+        """Continue after these batches.
 
         Args:
             state_dict: As `state_dict` returned it.
@@ -99,10 +99,10 @@ class MixedLoader:
         Raises:
             ValueError: If it is of other data or settings.
         """
-        own, seed = self.state_dict(), state_dict["seed"]
-        differ = [name for name in own if name not in ("seed", "given") and own[name] != state_dict[name]]
+        expected, seed = self.state_dict(), state_dict["seed"]
+        differ = [name for name in expected if name not in ("seed", "given") and expected[name] != state_dict[name]]
         if differ:
-            pairs = ", ".join(f"{name}={state_dict[name]!r}, here {own[name]!r}" for name in differ)
+            pairs = ", ".join(f"{name}={state_dict[name]!r}, here {expected[name]!r}" for name in differ)
             raise ValueError(f"The checkpoint was trained with other batches: {pairs}. Go on with the same data.")
-        self.mixture, self.given = (*self.mixture[:3], seed), state_dict["given"]
+        self.mixture, self.num_yielded = (*self.mixture[:3], seed), state_dict["given"]
         self.stream = Mixture(*self.mixture)

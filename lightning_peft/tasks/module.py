@@ -1,4 +1,4 @@
-"""What the ready LightningModules share."""
+"""``TaskModule``: base class of the LightningModules of this package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MetricCollection
 
-from lightning_peft.checkpoints.reader import KEY
+from lightning_peft.checkpoints.reader import CHECKPOINT_KEY
 from lightning_peft.methods.prompting.encoded_prompt import EncodedPrompt
 from lightning_peft.methods.prompting.row_tasks import TaskAdapter, row_tasks
 from lightning_peft.tasks.mixed_data import MixedDataModule
@@ -26,11 +26,11 @@ from lightning_peft.training.lightning_checkpoint import inject_from_checkpoint
 class TaskModule(LightningModule):
     """Module over one network, whose hyperparameters name its optimization, and whose checkpoints hold adapters only.
 
-    Batches may mix the tasks of a `MixedDataModule`: each row takes the adapter of its own task where adapters hold
+    Batches may mix the tasks of a `MixedDataModule`: each row uses the adapter of its task where adapters hold
     several, and evaluation logs the metrics of all rows and, as ``val_accuracy/NAME``, those of each task.
 
     Args:
-        metrics: What evaluation measures.
+        metrics: Metrics of evaluation.
     """
 
     network: Any
@@ -55,7 +55,7 @@ class TaskModule(LightningModule):
         return [] if data is None else [data]
 
     def own_tasks(self, batch: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """Context in which each row takes the adapter of its own task, if adapters hold several and the batch says."""
+        """Context in which each row uses the adapter of its task, if adapters hold several and the batch has ids."""
         if TASK_IDS not in batch:
             return nullcontext()
         several = any(isinstance(module, TaskAdapter) and module.tasks > 1 for module in self.network.modules())
@@ -88,8 +88,8 @@ class TaskModule(LightningModule):
                 fresh = metrics.clone()
                 fresh.reset()
                 self.metrics_by_task[key] = fresh
-            own: Any = self.metrics_by_task[key]
-            own.update(*(x[batch[TASK_IDS] == number] for x in rows))
+            task_metrics: Any = self.metrics_by_task[key]
+            task_metrics.update(*(x[batch[TASK_IDS] == number] for x in rows))
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of each task."""
@@ -109,7 +109,7 @@ class TaskModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the adapters of such a checkpoint, so that ``load_from_checkpoint`` reads it."""
-        if KEY in checkpoint:
+        if CHECKPOINT_KEY in checkpoint:
             inject_from_checkpoint(self, checkpoint)
 
     def sample_batch(self, rows: int, tokens: int) -> dict[str, Tensor]:
@@ -120,9 +120,9 @@ class TaskModule(LightningModule):
             tokens: Number of tokens in each, pseudo tokens of a template included.
         """
         ids, first = torch.ones(rows, tokens, dtype=torch.long), torch.zeros(rows, dtype=torch.long)
-        for part in self.network.modules():
-            if isinstance(part, EncodedPrompt) and part.placeholder is not None:
-                ids[:, : len(part.prompt)] = part.placeholder
+        for module in self.network.modules():
+            if isinstance(module, EncodedPrompt) and module.placeholder is not None:
+                ids[:, : len(module.prompt)] = module.placeholder
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": first, TASK_IDS: first}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

@@ -1,4 +1,4 @@
-"""A transformers text-to-text model that picks one of several answers, trained as T-Few (arXiv:2205.05638)."""
+"""``Choices``: a LightningModule that picks one of several answers, trained as T-Few (arXiv:2205.05638)."""
 
 from __future__ import annotations
 
@@ -114,14 +114,14 @@ class Choices(TaskModule):
         with self.own_tasks(_rows_tasks(batch, rows)):
             logits: Tensor = self.network(**_padded_at_the_end(ids, mask), use_cache=False).logits
         first = batch["attention_mask"][rows].sum(1) - 1  # the prompt's last token predicts the answer's first
-        places = first[:, None] + torch.arange(answers.shape[1], device=first.device)
-        return logits[torch.arange(len(rows), device=first.device)[:, None], places]
+        positions = first[:, None] + torch.arange(answers.shape[1], device=first.device)
+        return logits[torch.arange(len(rows), device=first.device)[:, None], positions]
 
     def _start(self) -> int:
         """Return the token that stands before every answer; T5's padding token where the config names none."""
         config = self.network.config
-        found = [getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id")]
-        return int(next(token for token in found if token is not None))
+        tokens = [getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id")]
+        return int(next(token for token in tokens if token is not None))
 
     def sample_batch(self, rows: int, tokens: int) -> dict[str, Tensor]:
         """A batch of this shape with two choices, each of an eighth as many tokens.
@@ -158,7 +158,7 @@ class Choices(TaskModule):
         tasks = batch[TASK_IDS].tolist() if TASK_IDS in batch else [0] * len(scores)
         best = scores.argmax(1).tolist()
         names = [self.names[task] if task < len(self.names) else None for task in tasks]
-        labels = [number if own is None else own[number] for own, number in zip(names, best, strict=True)]
+        labels = [number if choices is None else choices[number] for choices, number in zip(names, best, strict=True)]
         return {"labels": labels, "probabilities": scores.softmax(1)}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -174,15 +174,15 @@ class Choices(TaskModule):
         self.measure(split, batch, (likelihoods.scores.argmax(1) == batch["labels"]).float())
 
     def _loss(self, split: str, batch: dict[str, Tensor], likelihoods: Likelihoods) -> Tensor:
-        """Return the weighted sum, and log it and its parts; what has no weight is not computed."""
-        parts = {
+        """Return the weighted sum, and log it and its terms; terms without weight are not computed."""
+        functions = {
             "lm": likelihoods.language_modeling,
             "unlikelihood": lambda: likelihoods.unlikelihood(self.hparams["epsilon"]),
             "length_normalized": likelihoods.length_normalized,
         }
-        kept = {name: (w, parts[name]()) for name, w in zip(parts, self.weights, strict=True) if w > 0}
-        losses = {f"{split}_{name}_loss": loss.detach() for name, (_, loss) in kept.items()}
-        total = torch.stack([weight * loss for weight, loss in kept.values()]).sum()
+        weighted = {name: (w, functions[name]()) for name, w in zip(functions, self.weights, strict=True) if w > 0}
+        losses = {f"{split}_{name}_loss": loss.detach() for name, (_, loss) in weighted.items()}
+        total = torch.stack([weight * loss for weight, loss in weighted.values()]).sum()
         shared: dict[str, Any] = {"batch_size": len(batch["labels"]), "sync_dist": split != "train"}
         self.log_dict(losses, **shared)
         self.log(f"{split}_loss", total, prog_bar=True, **shared)

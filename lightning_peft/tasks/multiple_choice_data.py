@@ -1,4 +1,4 @@
-"""Tables of questions with several answers to choose from, each asked in several wordings."""
+"""``ChoicesDataModule``: tables of questions with several answers to choose from, asked in several wordings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from lightning_peft.methods.prompting.template import Template
 from lightning_peft.tasks.messages import quoted, where
-from lightning_peft.tasks.prompt_wordings import check_wordings, plain, texts_by_label
+from lightning_peft.tasks.prompt_wordings import check_wordings, plain_template, texts_by_label
 from lightning_peft.tasks.resumable_loader import ResumableLoader
 from lightning_peft.tasks.splits import Split, Splits
 from lightning_peft.tasks.table_data import IGNORED, Collator, Example, TableDataModule
@@ -77,11 +77,13 @@ class ChoicesDataModule(TableDataModule):
         super().__init__(splits, tokenizer or model, max_length, batch_size, num_workers=0)
         self.save_hyperparameters(logger=False)
         answers = texts_by_label(answers)  # YAML reads 0 and 1 as numbers
-        others = {name: texts_by_label(own) for name, own in (other_answers or {}).items()}
-        check_wordings(templates, answers, others, evaluate_with)
+        other_texts = {name: texts_by_label(texts) for name, texts in (other_answers or {}).items()}
+        check_wordings(templates, answers, other_texts, evaluate_with)
         self.label, self.decoder_only, self.labels = label, decoder_only, list(answers)
-        self.templates = {name: plain(text, max_length, shorten) for name, text in templates.items()}
-        self.answers = {name: [plain(others.get(name, answers)[label]) for label in answers] for name in templates}
+        self.templates = {name: plain_template(text, max_length, shorten) for name, text in templates.items()}
+        self.answers = {
+            name: [plain_template(other_texts.get(name, answers)[label]) for label in answers] for name in templates
+        }
         self.evaluated = evaluate_with or next(iter(templates))
         self._answer_ids: dict[str, list[int]] = {}
 

@@ -1,4 +1,4 @@
-"""Where a model and its tokenizer come from: a folder, a Python package, the hub, or a config with random weights."""
+"""Builds models and tokenizers from a folder, a Python package, the hub, or a config with random weights."""
 
 from __future__ import annotations
 
@@ -58,11 +58,13 @@ def weights_folder(reference: str) -> str:
     Args:
         reference: As `locate` reads it.
     """
-    place = locate(reference)
-    if Path(place).is_dir():
-        return place
+    location = locate(reference)
+    if Path(location).is_dir():
+        return location
     transformers()
-    folder: str = importlib.import_module("huggingface_hub").snapshot_download(place, allow_patterns=["*.safetensors*"])
+    folder: str = importlib.import_module("huggingface_hub").snapshot_download(
+        location, allow_patterns=["*.safetensors*"]
+    )
     return folder
 
 
@@ -75,10 +77,8 @@ def _package_folder(reference: str) -> Path:
         )
     specification = importlib.util.find_spec(name)
     if specification is None or not specification.submodule_search_locations:
-        known = _EXTRAS.get(name)
-        advice = (
-            f'Install it with: pip install "{known}"' if known else "Correct its name, or install what provides it."
-        )
+        extra = _EXTRAS.get(name)
+        advice = f'Install it with: pip install "{extra}"' if extra else "Correct it, or install what provides it."
         raise ModuleNotFoundError(f"{reference!r} needs the Python package {name!r}, which is not installed. {advice}")
     folder = Path(next(iter(specification.submodule_search_locations)), inside)
     if not folder.is_dir():
@@ -119,9 +119,8 @@ def build_model(
     if model is not None and not probe[0].is_meta:  # without values, from_pretrained would read them in vain
         network: PreTrainedModel = auto.from_pretrained(locate(model), dtype=dtype, **settings)
     else:
-        own = {**(config or {}), **settings}
-        known = build_config(own) if model is None else transformers().AutoConfig.from_pretrained(locate(model), **own)
-        network = auto.from_config(known)
+        load, fields = transformers().AutoConfig.from_pretrained, {**(config or {}), **settings}
+        network = auto.from_config(build_config(fields) if model is None else load(locate(model), **fields))
         network = network if dtype == "auto" else network.to(getattr(torch, dtype))
     network.train()
     return network
@@ -139,14 +138,14 @@ def has_encoder(model: str | None, config: dict[str, Any] | None) -> bool:
     """
     if (model is None) == (config is None):
         return False  # build_model says what is wrong
-    found: PretrainedConfig
-    found = build_config(config) if config else transformers().AutoConfig.from_pretrained(locate(model or ""))
-    masked = transformers().models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if found.is_encoder_decoder:
+    built: PretrainedConfig
+    built = build_config(config) if config else transformers().AutoConfig.from_pretrained(locate(model or ""))
+    masked_types = transformers().models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if built.is_encoder_decoder:
         return True
-    if found.model_type in masked and not getattr(found, "is_decoder", False):
+    if built.model_type in masked_types and not getattr(built, "is_decoder", False):
         raise ValueError(
-            f"{model or config!r} is an encoder ({found.model_type}), which sees all tokens of an answer at once. Take "
+            f"{model or config!r} is an encoder ({built.model_type}), which sees all tokens of an answer at once. Take "
             "a model with encoder and decoder, such as T5, or a decoder, or ask with Cloze."
         )
     return False
@@ -160,17 +159,17 @@ def build_config(config: dict[str, Any]) -> PretrainedConfig:
     """
     auto = transformers().AutoConfig
     kind = config.get("model_type")
-    known = sorted(transformers().CONFIG_MAPPING)
-    if kind not in known:
+    types = sorted(transformers().CONFIG_MAPPING)
+    if kind not in types:
         raise ValueError(
-            f"config has model_type={kind!r}, expected a name that transformers knows. {close_names(str(kind), known)}"
+            f"config has model_type={kind!r}, expected a name that transformers knows. {close_names(str(kind), types)}"
         )
-    plain = auto.for_model(kind)
+    base = auto.for_model(kind)
     settings = {name: value for name, value in config.items() if name != "model_type"}
-    unknown = [name for name in settings if not hasattr(plain, name) and not hasattr(plain, f"_{name}")]
+    unknown = [name for name in settings if not hasattr(base, name) and not hasattr(base, f"_{name}")]
     if unknown:
         raise ValueError(
-            f"config names {unknown[0]!r}, which is no setting of {kind!r}. {close_names(unknown[0], plain.to_dict())}"
+            f"config names {unknown[0]!r}, which is no setting of {kind!r}. {close_names(unknown[0], base.to_dict())}"
         )
     built: PretrainedConfig = auto.for_model(kind, **settings)
     return built

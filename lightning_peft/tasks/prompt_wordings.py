@@ -1,4 +1,4 @@
-"""Wordings of a task: prompts and answers as plain text with fields."""
+"""Checks and parses the wordings of a task: prompts and answers as plain text with fields."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from lightning_peft.methods.prompting.template import Template
 from lightning_peft.tasks.messages import did_you_mean, quoted
 
 
-def plain(text: str, max_length: int | None = None, shorten: str | None = None) -> Template:
+def plain_template(text: str, max_length: int | None = None, shorten: str | None = None) -> Template:
     """A template without pseudo tokens and masks.
 
     Args:

@@ -1,4 +1,4 @@
-"""Batches in an order that a checkpoint inside an epoch remembers."""
+"""``ResumableLoader``: a DataLoader that continues inside an epoch, in the order that the checkpoint saved."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from lightning_peft.tasks.table_data import Example
 
 
 class ResumableLoader(DataLoader[Example]):
-    """A DataLoader that goes on after the batches that a checkpoint has seen, in the order that was drawn for them.
+    """A DataLoader that continues after the batches that a checkpoint has seen, in the order that was drawn for them.
 
     The order comes from torch's global generator, as a DataLoader's does; that generator itself, from which later
     orders and whatever else is random come, ``PEFTStrategy`` brings back.
     """
 
-    given = 0  # batches of this pass
-    drawn: torch.Tensor | None = None  # the generator's state before their order was drawn
+    num_yielded = 0  # batches of this pass
+    rng_state: torch.Tensor | None = None  # the generator's state before their order was drawn
     resumed = False
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Give the batches, after a checkpoint the rest of them; nothing is drawn before the first is asked for."""
-        if self.drawn is not None and self.resumed and self.given < len(self):
-            batches = self._rest(self.drawn)
+        """Yield the batches, after a checkpoint the rest of them; the order is drawn when the first is asked for."""
+        if self.rng_state is not None and self.resumed and self.num_yielded < len(self):
+            batches = self._rest(self.rng_state)
         else:  # after the last batch a Trainer asks for the finished pass, but takes nothing of it
-            self.given, self.drawn = 0, torch.get_rng_state()
+            self.num_yielded, self.rng_state = 0, torch.get_rng_state()
             batches = super().__iter__()
         self.resumed = False
         for batch in batches:
-            self.given += 1
+            self.num_yielded += 1
             yield batch
 
-    def _rest(self, drawn: torch.Tensor) -> Iterator[Any]:
+    def _rest(self, rng_state: torch.Tensor) -> Iterator[Any]:
         with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(drawn)
+            torch.set_rng_state(rng_state)
             batches = super().__iter__()
-            for _ in range(self.given):
+            for _ in range(self.num_yielded):
                 next(batches)
         return batches
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches of this pass were given, and from what their order was drawn."""
-        return {"given": self.given, "drawn": self.drawn}
+        """The number of yielded batches of this pass, and the generator's state before their order was drawn."""
+        return {"given": self.num_yielded, "drawn": self.rng_state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after these batches.
+        """Continue after these batches.
 
         Args:
             state_dict: As `state_dict` returned it.
         """
-        self.given, self.drawn, self.resumed = state_dict["given"], state_dict["drawn"], True
+        self.num_yielded, self.rng_state, self.resumed = state_dict["given"], state_dict["drawn"], True

@@ -1,4 +1,4 @@
-"""Which rows of which file train, validate, test or are predicted."""
+"""``Splits`` says which rows of which file train, validate, test or are predicted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From tables to padded batches: what the DataModules for text share."""
+"""``TableDataModule``: base class of DataModules that make padded batches from tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables from CSV, TSV, JSON and JSONL files, plain or gzipped: read whole, or refused with the row at fault."""
+"""``read_table`` reads CSV, TSV, JSON and JSONL files, plain or gzipped, or refuses them with the row at fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows of which task make a batch: an endless stream that a seed and a count of batches determine."""
+"""``Mixture`` samples batches from several tasks: an endless stream that a seed and a count of batches determine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_peft.core.method import check_setting
 
 Sampling = Literal["proportional", "stochastic"]
 
-LIMIT = 2**18  # rows of one task that count, so that a huge one does not push the others out
+MAX_ROWS_PER_TASK = 2**18  # rows of one task that are sampled, so that a huge task does not push the others out
 
 
 class TaskRows:
@@ -64,7 +64,7 @@ class Mixture:
         check_setting(len(sizes) > 1, "tasks", len(sizes), "two tasks or more to mix")
         least = len(sizes) if sampling == "stochastic" else 1
         check_setting(batch_size >= least, "batch_size", batch_size, f"{least} or more for {len(sizes)} tasks")
-        self.batch_size, self.counts = batch_size, [min(size, LIMIT) for size in sizes]
+        self.batch_size, self.counts = batch_size, [min(size, MAX_ROWS_PER_TASK) for size in sizes]
         self.generator = torch.Generator().manual_seed(seed)
         seeds = torch.randint(2**62, (len(sizes),), generator=self.generator).tolist()
         firsts = [0, *accumulate(sizes)]

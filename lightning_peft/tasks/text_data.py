@@ -1,4 +1,4 @@
-"""Tables of labelled text, one text or a pair per row."""
+"""``TextDataModule``: tables of labelled text, one text or a pair per row."""
 
 from __future__ import annotations
 

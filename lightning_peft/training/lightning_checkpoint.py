@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from ..checkpoints.adapter_state import check_state, keep_adapters_only
 from ..checkpoints.metadata import adapter_metadata, inject_from_metadata
-from ..checkpoints.reader import KEY
+from ..checkpoints.reader import CHECKPOINT_KEY
 from ..core.injection_record import get_record
 from .module_hooks import wrap_hook
 from .saved_arguments import check_saved_arguments
@@ -28,7 +28,7 @@ def install_checkpoint_hooks(module: pl.LightningModule, check_base: bool) -> No
 
     def save(module: pl.LightningModule, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         original(checkpoint)
-        checkpoint[KEY] = adapter_metadata(module)
+        checkpoint[CHECKPOINT_KEY] = adapter_metadata(module)
 
     def load(module: pl.LightningModule, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         check_checkpoint(module, checkpoint, check_base)
@@ -40,12 +40,12 @@ def install_checkpoint_hooks(module: pl.LightningModule, check_base: bool) -> No
 
 def check_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any], check_base: bool) -> None:
     """Compare a Lightning checkpoint with an adapted module, before anything of it is loaded."""
-    if KEY not in checkpoint:
+    if CHECKPOINT_KEY not in checkpoint:
         raise ValueError(
             "The checkpoint was written without PEFTStrategy and holds no adapters. Load it into the base model before "
             "training, not as ckpt_path."
         )
-    inject_from_metadata(module, checkpoint[KEY], "The checkpoint", strict=check_base)
+    inject_from_metadata(module, checkpoint[CHECKPOINT_KEY], "The checkpoint", strict=check_base)
     if "state_dict" in checkpoint:  # strategies that load in shards have taken it out
         check_state(module, checkpoint["state_dict"], "The checkpoint")
 
@@ -74,7 +74,7 @@ def load_from_checkpoint(
     """
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     check_saved_arguments(checkpoint)
-    without_values = {key: value for key, value in checkpoint.items() if key != KEY} | {"state_dict": {}}
+    without_values = {key: value for key, value in checkpoint.items() if key != CHECKPOINT_KEY} | {"state_dict": {}}
     file = io.BytesIO()
     torch.save(without_values, file)
     file.seek(0)
@@ -94,9 +94,9 @@ def inject_from_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any
     Raises:
         ValueError: The checkpoint does not fit; says how.
     """
-    if KEY in checkpoint and get_record(module) is None:
+    if CHECKPOINT_KEY in checkpoint and get_record(module) is None:
         if is_overridden("configure_model", module):
             module.configure_model()
-        inject_from_metadata(module, checkpoint[KEY], "The checkpoint", strict=check_base)
+        inject_from_metadata(module, checkpoint[CHECKPOINT_KEY], "The checkpoint", strict=check_base)
         install_checkpoint_hooks(module, check_base)
     check_checkpoint(module, checkpoint, check_base)

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 import lightning_peft as lp
 from lightning_peft.analysis.fake_model import shapes_only
-from lightning_peft.analysis.memory_plan import Plan, plan
-from lightning_peft.analysis.plan_table import layouts, table
+from lightning_peft.analysis.memory_plan import MemoryPlan, plan_memory
+from lightning_peft.analysis.plan_table import layouts, plan_text
 from lightning_peft.analysis.saved_activations import saved_bytes
 from lightning_peft.quantization.meta_quantize import quantize_shapes
 from lightning_peft.structure.quantized import is_quantized
@@ -137,7 +137,7 @@ def test_a_quantized_base_is_counted_as_it_is_stored(kind, dtype):
     with torch.device("meta"):
         model = llama(dtype=dtype).train()
     lp.inject(quantize_shapes(model, kind), lp.LoRA(targets=["all-linear"]))
-    found = plan(model, loss, {64: batch_for(model)})
+    found = plan_memory(model, loss, {64: batch_for(model)})
     rest = sum(p.nbytes for n, p in real.named_parameters() if ".layers." not in n or "norm" in n)
     print(f"{kind}: {found.activations[64]:,} bytes estimated, {measured:,} measured; stored {found.frozen_weights:,}")
     assert found.activations[64] == pytest.approx(measured, rel=0.1)
@@ -215,8 +215,9 @@ def test_checkpointed_blocks_below_everything_that_trains_keep_nothing():
     assert kept[0] == kept[1]
 
 
-PLAN = Plan(trained=10, frozen=500, adapted=True, frozen_weights=1000, trained_weights=40, buffers=7, gradients=40,
-            optimizer=80, checkpoint=44, unsharded=300, dequantized=5, activations={16: 2000})  # fmt: skip
+PLAN = MemoryPlan(trained=10, frozen=500, adapted=True, frozen_weights=1000, trained_weights=40, buffers=7,
+            gradients=40, optimizer=80, checkpoint=44, unsharded=300, dequantized=5,
+            activations={16: 2000})  # fmt: skip
 
 
 def test_beside_adapters_the_frozen_base_alone_is_sharded():
@@ -239,16 +240,16 @@ def test_the_smallest_card_and_the_fewest_gpus_are_named():
     big = dataclasses.replace(PLAN, frozen_weights=60 * 2**30)
     found = {row["layout"]: row["card"] for row in layouts(big, [1, 2, 4])}
     assert found == {"one GPU": 80, "DDP x 2": 80, "FSDP x 2": 32, "DDP x 4": 80, "FSDP x 4": 16}
-    text = table(big, [1, 2, 4])
+    text = plan_text(big, [1, 2, 4])
     assert text.endswith("Fewest GPUs for 16 tokens, by card: 16 GiB: FSDP x 4; 32 GiB: FSDP x 2; 80 GiB: one GPU.")
-    assert "no layout fits" in table(dataclasses.replace(PLAN, frozen_weights=10**15), [1, 2])
+    assert "no layout fits" in plan_text(dataclasses.replace(PLAN, frozen_weights=10**15), [1, 2])
 
 
 @pytest.mark.parametrize("method", [lp.LoRA(rank=8), lp.LastLayers(count=1)], ids=repr)
 def test_what_fsdp_gathers_is_what_it_shards(method):
     with torch.device("meta"):
         model = lp.inject(llama(dtype=torch.bfloat16).train(), method)
-    found = plan(model, loss, {16: batch_for(model, 1, 16)})
+    found = plan_memory(model, loss, {16: batch_for(model, 1, 16)})
     block = (4 * 128**2 + 3 * 128 * 344 + 2 * 128) * 2
     rest = (2 * 500 * 128 + 128) * 2
     assert found.unsharded == 2 * block + rest

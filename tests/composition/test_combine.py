@@ -9,7 +9,7 @@ from adapter_edits import stir
 from models import MODELS, logits, tokens
 
 import lightning_peft as lp
-from lightning_peft.composition.combine import combined
+from lightning_peft.composition.combine import combine_tensors
 from lightning_peft.core.injection_record import adapters_of, methods_named, require_record
 
 WEIGHTS = [0.7, -0.4, 1.1]
@@ -83,12 +83,14 @@ def test_ties_is_its_formula_of_weights_and_of_factors():
 def test_dare_keeps_a_share_and_its_mean():
     x = [torch.full((100, 200), value, dtype=torch.float64) for value in (1.0, 2.0)]
     generator = torch.Generator().manual_seed(0)
-    found = combined(x, [1.0, 0.5], "dare_linear", 0.25, generator)
+    found = combine_tensors(x, [1.0, 0.5], "dare_linear", 0.25, generator)
     assert set(found.unique().tolist()) == {0, 4, 8}  # none, one (both give 4), both
     assert abs(found.mean() - 2) < 0.05
-    found = combined(x, [1.0, 0.5], "dare_ties", 0.25, generator)
+    found = combine_tensors(x, [1.0, 0.5], "dare_ties", 0.25, generator)
     assert set(found.unique().tolist()) == {0, 4}
-    assert torch.equal(combined(x, [1.0, 0.5], "dare_linear", 1.0, generator), torch.full((100, 200), 2.0).double())
+    assert torch.equal(
+        combine_tensors(x, [1.0, 0.5], "dare_linear", 1.0, generator), torch.full((100, 200), 2.0).double()
+    )
     nets = [lp.combine(model(), list("ab"), [1, 1], "d", rule="dare_ties", seed=seed) for seed in (1, 1, 2)]
     one, same, other = (deltas(net, "d")[0] for net in nets)
     assert np.array_equal(one, same)
@@ -147,7 +149,7 @@ def test_pefts_other_majority_is_another_rule():
     """peft can elect by the number of signs as well; here, as in the paper, it is always their total."""
     merging = pytest.importorskip("peft.utils.merge_utils")
     x = [torch.tensor([value]) for value in (3.0, -1.0, -1.0)]
-    found = combined(x, [1.0] * 3, "ties", 1.0, torch.Generator())
+    found = combine_tensors(x, [1.0] * 3, "ties", 1.0, torch.Generator())
     ones = torch.ones(3)
     with pytest.warns(UserWarning, match="no pruning"):
         assert torch.equal(found, merging.ties(x, ones, 1.0, "total"))

@@ -137,7 +137,7 @@ def test_merged_for_a_while_the_base_comes_back_to_the_bit(base):
     torch.testing.assert_close(found, expected, **tolerance)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert torch.equal(logits(net(**inputs)), expected)
-    with pytest.raises(ValueError, match="'idle.*' takes no part and would be lost"):
+    with pytest.raises(ValueError, match="'idle.*' is not active and would be lost"):
         lp.merge(net)
     merged = lp.merge(lp.remove_adapter(net, "idle")).requires_grad_(False)  # frozen weights may take other kernels
     torch.testing.assert_close(logits(merged(**inputs)), found, rtol=0, atol=0)

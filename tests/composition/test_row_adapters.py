@@ -301,7 +301,7 @@ def test_refusals():
         ("b", "'b' at .*self_attn is a LLaMAAdapterPrompt on a"),
         ("c", "'c_encoder' at model is a SharedEncoder on"),
     ):
-        with pytest.raises(TypeError, match=f"{kind} .*; rows can have adapters of their own where"):  # noqa: SIM117
+        with pytest.raises(TypeError, match=f"{kind} .*; rows can have different adapters only where"):  # noqa: SIM117
             with lp.row_adapters(net, ["a", name]):
                 pass
     for names in ("a", []):

@@ -14,9 +14,9 @@ from torch import nn
 import lightning_peft as lp
 from lightning_peft import plots
 from lightning_peft.cli.main import main
-from lightning_peft.plots.adapter_values import Contents, shortened
+from lightning_peft.plots.adapter_values import PlotValues, shorten_names
 from lightning_peft.plots.heatmaps import draw_gates
-from lightning_peft.plots.pareto import front
+from lightning_peft.plots.pareto import pareto_front
 
 
 def adapted(method, base="llama"):
@@ -193,7 +193,7 @@ def test_a_folder_shows_what_the_model_shows(method, base, tmp_path):
         if "ranks" in adapter.plot_tensors:
             adapter.kept[1:] = 0
             adapter.e.data[1:] = 0
-    live, stored = Contents.of(model), Contents.stored(lp.save_adapter(model, tmp_path))
+    live, stored = PlotValues.of(model), PlotValues.stored(lp.save_adapter(model, tmp_path))
     assert stored.ranks == live.ranks
     for kind in ("gates", "tokens"):
         mine, other = getattr(live, kind), getattr(stored, kind)
@@ -205,13 +205,13 @@ def test_a_folder_shows_what_the_model_shows(method, base, tmp_path):
 def test_layers_of_a_folder_are_in_order(tmp_path):
     model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(12)])
     lp.inject(model, lp.AdaLoRA(initial_rank=2, target_rank=1, targets=["*"]))
-    assert list(Contents.stored(lp.save_adapter(model, tmp_path)).ranks) == [str(i) for i in range(12)]
+    assert list(PlotValues.stored(lp.save_adapter(model, tmp_path)).ranks) == [str(i) for i in range(12)]
 
 
 def test_names_lose_what_all_of_them_share():
-    assert shortened(["a.0.b.q", "a.1.b.q", "a.10.b.q"]) == ["0", "1", "10"]
-    assert shortened(["a.x", "a.x.y"]) == ["x", "y"]
-    assert shortened(["only.one"]) == ["only.one"]
+    assert shorten_names(["a.0.b.q", "a.1.b.q", "a.10.b.q"]) == ["0", "1", "10"]
+    assert shorten_names(["a.x", "a.x.y"]) == ["x", "y"]
+    assert shorten_names(["only.one"]) == ["only.one"]
 
 
 @pytest.mark.slow
@@ -327,7 +327,7 @@ POINTS = {f"method_{i}": (150_000 * 1.1 ** (i % 7), 0.6 + 0.01 * (i % 5)) for i 
 
 def test_the_front_is_what_no_other_point_beats():
     points = {"a": (1, 0.5), "b": (2, 0.4), "c": (3, 0.5), "d": (4, 0.9), "e": (4, 0.8), "f": (9, 0.9)}
-    assert front(points) == ["a", "d"]
+    assert pareto_front(points) == ["a", "d"]
     steps = next(line for line in plots.accuracy_over_parameters(points).axes[0].lines if len(line.get_xdata()) > 1)
     assert list(zip(*steps.get_data(orig=True), strict=True)) == [(1, 0.5), (4, 0.9), (9, 0.9)]
 

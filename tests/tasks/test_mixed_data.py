@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_peft as lp
 from lightning_peft.tasks import CausalLM, InstructionDataModule, MixedDataModule, TextClassification, TextDataModule
-from lightning_peft.tasks.task_sampling import LIMIT, Mixture
+from lightning_peft.tasks.task_sampling import MAX_ROWS_PER_TASK, Mixture
 
 Write = Callable[..., str]
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
@@ -45,10 +45,10 @@ def test_a_proportional_pass_is_every_row_once_and_a_huge_task_is_clipped() -> N
         batches = list(islice(mixture, len(mixture)))
         assert [len(batch) for batch in batches] == [4, 4, 4, 4, 1]
         assert sorted(i for batch in batches for i in batch) == list(range(17))
-    huge = Mixture([LIMIT + 10, 4], 1024, "proportional", 1)
+    huge = Mixture([MAX_ROWS_PER_TASK + 10, 4], 1024, "proportional", 1)
     rows = [i for batch in islice(huge, len(huge)) for i in batch]
-    assert len(rows) == len(set(rows)) == LIMIT + 4
-    assert sorted(rows)[-4:] == [LIMIT + 10 + i for i in range(4)]
+    assert len(rows) == len(set(rows)) == MAX_ROWS_PER_TASK + 4
+    assert sorted(rows)[-4:] == [MAX_ROWS_PER_TASK + 10 + i for i in range(4)]
 
 
 def test_stochastic_batches_follow_the_papers_law() -> None:

@@ -1,4 +1,4 @@
-"""What adapter files hold, and in what two of them differ, without the model that they belong to."""
+"""Reports on adapter files, and on the differences of two of them, without the model that they belong to."""
 
 from .compare import compare_adapters
 from .report import inspect_adapter

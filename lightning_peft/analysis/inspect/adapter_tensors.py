@@ -1,4 +1,4 @@
-"""The tensors of a file by place: what lies at which host, for which method."""
+"""``read_adapter_contents`` returns the tensors of an adapter file by host and method."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor
 
 from ...checkpoints.reader import read_adapter_file
 from ...core.method import Method, from_dict
-from ...interop.import_ import parted
-from ...interop.peft_folder import is_peft, read_folder
+from ...interop.import_ import split_by_host
+from ...interop.peft_folder import is_peft, read_peft_folder
 from ...interop.peft_format import PeftFormat
 from ...interop.peft_formats import FORMATS
 from ...structure.base_model import ADAPTERS_ATTRIBUTE
 
 
 @dataclass(frozen=True)
-class Place:
-    """One adapter.
+class StoredAdapter:
+    """One adapter in a file.
 
     Args:
-        host: Name of the module that it surrounds.
-        number: Of the method, in the file's order.
-        part: Of a fused host; empty if it is for all of it.
-        tensors: By name.
-        keys: What the file calls them.
+        host: Name of the adapted module.
+        number: Number of the method, in the file's order.
+        part: Projection of a fused host; empty if the adapter is for all of it.
+        tensors: Tensors by name.
+        keys: The file's keys of the tensors, by name.
         pair: A and B, if the update of the host's weight is B A.
     """
 
@@ -46,17 +46,17 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What a file holds.
+class AdapterContents:
+    """The content of an adapter file.
 
     Args:
         path: Of the file or folder.
-        library: What wrote it.
+        library: Library that wrote it.
         methods: Settings of each method, with its class as ``method`` and its ``name``.
-        also_train: Patterns of what else trained.
+        also_train: Patterns of base parameters that trained.
         base: Fingerprint of the base, if the file knows one.
-        places: Where adapters lie.
-        rest: Trained parameters of the base, and what else a checkpoint holds, by key.
+        places: The adapters.
+        rest: Trained parameters of the base, and other tensors of a checkpoint, by key.
     """
 
     path: str
@@ -64,36 +64,42 @@ class Contents:
     methods: list[dict[str, Any]]
     also_train: list[str]
     base: str | None
-    places: list[Place]
+    places: list[StoredAdapter]
     rest: dict[str, Tensor]
 
 
-def read_contents(path: str | os.PathLike[str]) -> Contents:
-    """Return what is in a folder of ``save_adapter`` or HF PEFT, or in a checkpoint of a run.
+def read_adapter_contents(path: str | os.PathLike[str]) -> AdapterContents:
+    """Return the content of a folder of ``save_adapter`` or HF PEFT, or of a checkpoint of a run.
 
     Raises:
         FileNotFoundError: There is none of them.
         ValueError: A file is damaged.
     """
     if is_peft(path):
-        return _of_peft(path)
+        return _read_peft(path)
     stored = read_adapter_file(path)
     methods: list[dict[str, Any]] = stored.description["methods"]
-    known, found, rest = [_method(data) for data in methods], dict[tuple[str, str], dict[str, str]](), {}
-    for entry, value in sorted(stored.state.items(), key=lambda item: natural(item[0])):
+    parsed, keys_by_place, other_tensors = (
+        [_method(data) for data in methods],
+        dict[tuple[str, str], dict[str, str]](),
+        {},
+    )
+    for entry, value in sorted(stored.state.items(), key=lambda item: natural_sort_key(item[0])):
         if match := re.fullmatch(rf"(.*?)\.?\b{ADAPTERS_ATTRIBUTE}\.([^.]+)\.(.+)", entry):
-            found.setdefault((match[1], match[2]), {})[match[3]] = entry
+            keys_by_place.setdefault((match[1], match[2]), {})[match[3]] = entry
         else:
-            rest[entry] = value
+            other_tensors[entry] = value
     places = []
-    for (host, key), keys in found.items():
+    for (host, key), keys in keys_by_place.items():
         tensors = {name: stored.state[entry] for name, entry in keys.items()}
-        fitting = [i for i, data in enumerate(methods) if f"{key}_".startswith(f"{data['name']}_")]
-        number = max(fitting, key=lambda i: len(methods[i]["name"]), default=0)
+        candidates = [i for i, data in enumerate(methods) if f"{key}_".startswith(f"{data['name']}_")]
+        number = max(candidates, key=lambda i: len(methods[i]["name"]), default=0)
         part = key.removeprefix(methods[number]["name"]).removeprefix("_")
-        places.append(Place(host, number, part, tensors, keys, _pair(known[number], host, tensors)))
-    also: list[str] = stored.description["also_train"]
-    return Contents(stored.path, "lightning_peft", methods, also, stored.description["base"], places, rest)
+        places.append(StoredAdapter(host, number, part, tensors, keys, _pair(parsed[number], host, tensors)))
+    also_train: list[str] = stored.description["also_train"]
+    return AdapterContents(
+        stored.path, "lightning_peft", methods, also_train, stored.description["base"], places, other_tensors
+    )
 
 
 def _method(data: Mapping[str, Any]) -> Method | None:
@@ -111,27 +117,29 @@ def _pair(method: Method | None, host: str, tensors: Mapping[str, Tensor]) -> tu
         return None
 
 
-def _of_peft(path: str | os.PathLike[str]) -> Contents:
-    config, tensors = read_folder(path)
+def _read_peft(path: str | os.PathLike[str]) -> AdapterContents:
+    config, tensors = read_peft_folder(path)
     kind = config["peft_type"]
-    family = next((one for one in FORMATS if one.kind == kind), None)
-    hosts, rest = parted(family, tensors) if family else ({}, tensors)
+    peft_format = next((candidate for candidate in FORMATS if candidate.kind == kind), None)
+    hosts, other_tensors = split_by_host(peft_format, tensors) if peft_format else ({}, tensors)
     settings = {key: value for key, value in config.items() if value not in (None, {}, [])}
-    known = {key.removeprefix(family.prefix): key for key in tensors} if family else {}
+    full_keys = {key.removeprefix(peft_format.prefix): key for key in tensors} if peft_format else {}
     places = []
-    for host, own in sorted(hosts.items(), key=lambda item: natural(item[0])):
-        keys = {name: known[f"{host}.{name}".lstrip(".")] for name in own}
-        places.append(Place(host, 0, "", own, keys, _peft_pair(family, config, host, own)))
-    return Contents(str(path), "peft", [{"method": kind, "name": kind.lower(), **settings}], [], None, places, rest)
+    for host, state in sorted(hosts.items(), key=lambda item: natural_sort_key(item[0])):
+        keys = {name: full_keys[f"{host}.{name}".lstrip(".")] for name in state}
+        places.append(StoredAdapter(host, 0, "", state, keys, _peft_pair(peft_format, config, host, state)))
+    return AdapterContents(
+        str(path), "peft", [{"method": kind, "name": kind.lower(), **settings}], [], None, places, other_tensors
+    )
 
 
-def _peft_pair(family: PeftFormat | None, config: Mapping[str, Any], host: str, own: dict[str, Tensor]) -> Any:
+def _peft_pair(peft_format: PeftFormat | None, config: Mapping[str, Any], host: str, tensors: dict[str, Tensor]) -> Any:
     try:
-        return None if family is None else family.pair_of(config, host, own)
+        return None if peft_format is None else peft_format.pair_of(config, host, tensors)
     except KeyError:  # a tensor or a setting is missing
         return None
 
 
-def natural(name: str) -> list[tuple[int, str]]:
-    """Return what sorts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+def natural_sort_key(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts layer 2 before layer 10."""
+    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split(r"(\d+)", name)]

@@ -1,4 +1,4 @@
-"""Reports as text, for a terminal."""
+"""``report_text`` and ``difference_text`` format the reports of this package for a terminal."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from ...structure.base_model import name_pattern
 from ...summary import size
-from .norms import extent
+from .norms import value_range
 
 
 def report_text(report: Mapping[str, Any]) -> str:
-    """Return what ``inspect_adapter`` found."""
+    """Return the report of ``inspect_adapter`` as text."""
     lines = [_method(data) for data in report["methods"]]
     lines += [
         f"also trained: {', '.join(report['also_train']) or 'nothing'}",
@@ -25,12 +25,12 @@ def report_text(report: Mapping[str, Any]) -> str:
         for name, tensor in row["tensors"].items():
             key = name or "values"
             shape = f"({', '.join(map(str, tensor['shape']))})"
-            lines.append(f"    {key:<28} {shape:<16} {tensor['dtype']:<9} norm {_extent(tensor['norm'])}")
+            lines.append(f"    {key:<28} {shape:<16} {tensor['dtype']:<9} norm {_range_text(tensor['norm'])}")
     lines += _updates(report["places"])
     for name, ranks in report["ranks"].items():
         histogram = ", ".join(f"{count} of rank {rank}" for rank, count in ranks["histogram"].items())
         lines.append(f"ranks of {name}: {ranks['min']} to {ranks['max']} ({histogram})")
-    lines += [f"warning: {said}" for said in report["warnings"]]
+    lines += [f"warning: {warning}" for warning in report["warnings"]]
     kinds = ", ".join(f"{count:,} {kind.removeprefix('torch.')}" for kind, count in report["dtypes"].items())
     return "\n".join([*lines, f"{report['parameters']:,} parameters ({kinds}), {size(report['bytes'])}"])
 
@@ -42,32 +42,32 @@ def _updates(places: Sequence[Mapping[str, Any]]) -> list[str]:
             norms[f"{name_pattern(row['place'])}  {row['name']}"].append(row["norm"])
         if "gates" in row:
             gates[f"{name_pattern(row['place'])}  {row['name']}"] += row["gates"]
-    lines = [f"    {kind:<60} {_extent(extent(own))}" for kind, own in norms.items()]
+    lines = [f"    {kind:<60} {_range_text(value_range(values))}" for kind, values in norms.items()]
     head = ["", "norms of updates s B A:"] if lines else []
-    more = [f"tanh(gate) at {kind}: {_extent(extent(own))}" for kind, own in gates.items()]
-    return [*head, *lines, "", *more]
+    gate_lines = [f"tanh(gate) at {kind}: {_range_text(value_range(values))}" for kind, values in gates.items()]
+    return [*head, *lines, "", *gate_lines]
 
 
-def difference_text(found: Mapping[str, Any]) -> str:
-    """Return what ``compare_adapters`` found."""
-    base = found["base"]
-    lines = [f"one:   {found['one']}", f"other: {found['other']}"]
+def difference_text(report: Mapping[str, Any]) -> str:
+    """Return the report of ``compare_adapters`` as text."""
+    base = report["base"]
+    lines = [f"one:   {report['one']}", f"other: {report['other']}"]
     lines.append(f"base fingerprint: {base['one']}")
     if base["one"] != base["other"]:
         lines[-1] += f" and {base['other']}: another base, or others of its parameters train"
     lines += [
-        f"{row['name']} {row['field']}: {row['one']!r} and {row['other']!r}".lstrip() for row in found["settings"]
+        f"{row['name']} {row['field']}: {row['one']!r} and {row['other']!r}".lstrip() for row in report["settings"]
     ]
-    for which in ("one", "other"):
-        lines += [f"only in {which}: {count}{kind}" for kind, count in _counted(found[f"only_in_{which}"])]
-    lines += [f"{row['key']}: shape {row['one']} and {row['other']}" for row in found["shapes"]]
-    if found["equal"]:
+    for side in ("one", "other"):
+        lines += [f"only in {side}: {count}{kind}" for kind, count in _counted(report[f"only_in_{side}"])]
+    lines += [f"{row['key']}: shape {row['one']} and {row['other']}" for row in report["shapes"]]
+    if report["equal"]:
         return "\n".join([*lines, "all tensors are equal, to the bit"])
-    for title, rows, name in (("tensors", found["tensors"], "key"), ("updates s B A", found["updates"], "place")):
+    for title, rows, name in (("tensors", report["tensors"], "key"), ("updates s B A", report["updates"], "place")):
         if rows:
-            every = found["all" if name == "key" else "all_updates"]
+            total = report["all" if name == "key" else "all_updates"]
             lines += ["", f"{title:<60} {'norm':>9} {'other':>9} {'apart':>9} {'relative':>9} {'cosine':>9}"]
-            lines += [_row(row[name], row) for row in rows] + [_row("all", every)]
+            lines += [_row(row[name], row) for row in rows] + [_row("all", total)]
     return "\n".join(lines)
 
 
@@ -76,16 +76,16 @@ def _row(name: str, row: Mapping[str, float | None]) -> str:
     return f"{name:<60} " + " ".join(f"{'-' if value is None else f'{value:.4g}':>9}" for value in figures)
 
 
-def _counted(names: Iterable[str]) -> list[tuple[str, str]]:
+def _counted(keys: Iterable[str]) -> list[tuple[str, str]]:
     counts = defaultdict[str, list[str]](list)
-    for name in names:
+    for name in keys:
         counts[name_pattern(name)].append(name)
-    return [(own[0], "") if len(own) == 1 else (kind, f"{len(own)} x ") for kind, own in counts.items()]
+    return [(names[0], "") if len(names) == 1 else (kind, f"{len(names)} x ") for kind, names in counts.items()]
 
 
 def _method(data: Mapping[str, Any]) -> str:
     return f"{data['method']}({', '.join(f'{k}={v!r}' for k, v in data.items() if k != 'method')})"
 
 
-def _extent(values: Sequence[float]) -> str:
+def _range_text(values: Sequence[float]) -> str:
     return " to ".join(dict.fromkeys(f"{value:.4g}" for value in values)) or "not a number"

@@ -1,4 +1,4 @@
-"""What one adapter file holds, as plain data."""
+"""``inspect_adapter`` reports the content of one adapter file as plain data."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from ...structure.base_model import name_pattern
-from .adapter_tensors import Contents, Place, read_contents
-from .norms import extent, finite, norm, plain, singular_values
+from .adapter_tensors import AdapterContents, StoredAdapter, read_adapter_contents
+from .norms import finite_or_none, json_ready, norm, singular_values, value_range
 
 
 def inspect_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what an adapter file holds, as plain data that JSON can write.
+    """Report the content of an adapter file as plain data that JSON can write.
 
     Beside the settings, each tensor has its norm; each update of low rank its rank, ||s B A||_F and its largest
     singular value, computed in the space of the rank. Ranks are those that are left (of AdaLoRA, not those that it
@@ -32,21 +32,21 @@ def inspect_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: There is no such folder or file.
         ValueError: A file is damaged, or holds no adapter.
     """
-    held = read_contents(path)
-    places, tensors = [_place(held, place) for place in held.places], _tensors(held)
+    contents = read_adapter_contents(path)
+    places, tensors = [_place(contents, place) for place in contents.places], _tensors(contents)
     dtypes = Counter[str]()
     for row in tensors:
         dtypes[row["dtype"]] += row["parameters"]
     return {
-        "path": held.path,
-        "library": held.library,
-        "methods": plain(held.methods),
-        "also_train": held.also_train,
-        "base": held.base,
+        "path": contents.path,
+        "library": contents.library,
+        "methods": json_ready(contents.methods),
+        "also_train": contents.also_train,
+        "base": contents.base,
         "parameters": sum(row["parameters"] for row in tensors),
         "bytes": sum(row["bytes"] for row in tensors),
         "dtypes": dict(dtypes),
-        "table": _table(held),
+        "table": _table(contents),
         "ranks": _ranks(places),
         "places": places,
         "tensors": tensors,
@@ -54,23 +54,27 @@ def inspect_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
     }
 
 
-def _place(held: Contents, place: Place) -> dict[str, Any]:
-    method = held.methods[place.number] if held.methods else {}
+def _place(contents: AdapterContents, place: StoredAdapter) -> dict[str, Any]:
+    method = contents.methods[place.number] if contents.methods else {}
     row: dict[str, Any] = {"place": place.name, "name": method.get("name", ""), "parameters": _count(place.tensors)}
     if place.pair is not None:
         values = singular_values(*place.pair)
-        row |= {"rank": len(place.pair[0]), "norm": finite(norm(values)), "largest": finite(float(values[:1].sum()))}
+        row |= {
+            "rank": len(place.pair[0]),
+            "norm": finite_or_none(norm(values)),
+            "largest": finite_or_none(float(values[:1].sum())),
+        }
     if "gate" in place.tensors:
-        row["gates"] = [finite(value) for value in place.tensors["gate"].double().tanh().flatten().tolist()]
+        row["gates"] = [finite_or_none(value) for value in place.tensors["gate"].double().tanh().flatten().tolist()]
     return row
 
 
-def _tensors(held: Contents) -> list[dict[str, Any]]:
-    own = {place.keys[name]: value for place in held.places for name, value in place.tensors.items()}
+def _tensors(contents: AdapterContents) -> list[dict[str, Any]]:
+    adapter_tensors = {place.keys[name]: value for place in contents.places for name, value in place.tensors.items()}
     rows = []
-    for key, value in (own | held.rest).items():
-        wide = value.double()
-        odd = {"nan": int(wide.isnan().sum()), "inf": int(wide.isinf().sum())}
+    for key, value in (adapter_tensors | contents.rest).items():
+        doubles = value.double()
+        non_finite = {"nan": int(doubles.isnan().sum()), "inf": int(doubles.isinf().sum())}
         rows.append(
             {
                 "key": key,
@@ -78,39 +82,39 @@ def _tensors(held: Contents) -> list[dict[str, Any]]:
                 "dtype": str(value.dtype),
                 "parameters": value.numel(),
                 "bytes": value.nbytes,
-                "norm": finite(norm(value)),
+                "norm": finite_or_none(norm(value)),
                 "zero": not value.any(),
-                **{what: count for what, count in odd.items() if count},
+                **{problem: count for problem, count in non_finite.items() if count},
             }
         )
     return rows
 
 
-def _table(held: Contents) -> list[dict[str, Any]]:
+def _table(contents: AdapterContents) -> list[dict[str, Any]]:
     """Return a row for each method, kind of layer, and shapes of tensors."""
     groups = defaultdict[tuple[Any, ...], list[tuple[str, dict[str, Tensor]]]](list)
-    for place in held.places:
+    for place in contents.places:
         shapes = tuple((name, tuple(value.shape), str(value.dtype)) for name, value in place.tensors.items())
         groups[place.number, name_pattern(place.name), shapes].append((place.name, place.tensors))
-    for key, value in held.rest.items():
+    for key, value in contents.rest.items():
         groups[None, name_pattern(key), (("", tuple(value.shape), str(value.dtype)),)].append((key, {"": value}))
     rows = []
-    for (number, kind, shapes), found in groups.items():
+    for (number, kind, shapes), entries in groups.items():
         tensors = {
             name: {
                 "shape": list(shape),
                 "dtype": dtype.removeprefix("torch."),
-                "norm": extent(finite(norm(own[name])) for _, own in found),
+                "norm": value_range(finite_or_none(norm(state[name])) for _, state in entries),
             }
             for name, shape, dtype in shapes
         }
+        method = {"method": "", "name": ""} if number is None else contents.methods[number]
         rows.append(
             {
-                "method": "" if number is None else held.methods[number]["method"],
-                "name": "" if number is None else held.methods[number]["name"],
-                "kind": kind if len(found) > 1 else found[0][0],
-                "places": len(found),
-                "parameters": sum(_count(own) for _, own in found),
+                **{field: method[field] for field in ("method", "name")},
+                "kind": kind if len(entries) > 1 else entries[0][0],
+                "places": len(entries),
+                "parameters": sum(_count(state) for _, state in entries),
                 "tensors": tensors,
             }
         )
@@ -123,17 +127,23 @@ def _ranks(places: list[dict[str, Any]]) -> dict[str, Any]:
         if "rank" in row:
             ranks[row["name"]].append(row["rank"])
     return {
-        name: {"min": min(own), "max": max(own), "histogram": {str(r): n for r, n in sorted(Counter(own).items())}}
-        for name, own in ranks.items()
+        name: {
+            "min": min(values),
+            "max": max(values),
+            "histogram": {str(r): n for r, n in sorted(Counter(values).items())},
+        }
+        for name, values in ranks.items()
     }
 
 
 def _warnings(tensors: list[dict[str, Any]]) -> list[str]:
-    odd = [row for row in tensors if "nan" in row or "inf" in row]
-    found = [f"{row['key']} has {row.get('nan', 0)} NaN and {row.get('inf', 0)} infinite values" for row in odd]
+    non_finite = [row for row in tensors if "nan" in row or "inf" in row]
+    sentences = [
+        f"{row['key']} has {row.get('nan', 0)} NaN and {row.get('inf', 0)} infinite values" for row in non_finite
+    ]
     zero = [row["key"] for row in tensors if row["zero"] and row["parameters"]]
     more = f" and {len(zero) - 5} more" if len(zero) > 5 else ""
-    return found + ([f"all zero: {', '.join(zero[:5])}{more}"] if zero else [])
+    return sentences + ([f"all zero: {', '.join(zero[:5])}{more}"] if zero else [])
 
 
 def _untrained(places: list[dict[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Feature-based training: what a frozen model returns, computed once and kept, and a classifier on it."""
+"""Feature-based training: outputs of a frozen model are computed once and cached, a classifier is fitted to them."""
 
 from .dataset_rows import Rows, rows_of
 from .extraction import Features, extract

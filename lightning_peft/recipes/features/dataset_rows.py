@@ -1,4 +1,4 @@
-"""The rows of a LightningDataModule in the order of its datasets, without shuffling."""
+"""``rows_of`` returns the rows of a LightningDataModule in the order of its datasets, without shuffling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from .digests import row_digest
 
-Split = Literal["train", "validation", "test"]
+LabelledSplit = Literal["train", "validation", "test"]
 Label = int | str
 
 _LOADERS = {"train": "train_dataloader", "validation": "val_dataloader", "test": "test_dataloader"}
@@ -75,7 +75,7 @@ class Rows:
         return label
 
 
-def rows_of(data: LightningDataModule, split: Split, label: str) -> Rows:
+def rows_of(data: LightningDataModule, split: LabelledSplit, label: str) -> Rows:
     """Return the rows of a split of a data module that was set up.
 
     Raises:

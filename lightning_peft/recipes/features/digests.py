@@ -1,4 +1,4 @@
-"""Digests by which features are found again: of a row, and of the part of a model that its features depend on."""
+"""Digests that are the keys of cached features: of a row, and of the modules that its features depend on."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ def model_digest(model: nn.Module, layer: str, called: Collection[nn.Module]) ->
         host = f".{name}.".partition(f".{ADAPTERS_ATTRIBUTE}.")[0].strip(".")
         if host not in following:
             digest.update(f"{name} {type(module).__qualname__} {_settings(module)}".encode())
-            own = {**module._parameters, **module._buffers}
-            _update(digest, ((key, value) for key, value in own.items() if value is not None))
+            tensors = {**module._parameters, **module._buffers}
+            _update(digest, ((key, value) for key, value in tensors.items() if value is not None))
     return digest.hexdigest()
 
 
 def _settings(module: nn.Module) -> dict[str, str]:
     """Return the attributes that are plain values or functions: sizes, epsilons, numbers of heads, activations."""
-    found = {}
+    settings = {}
     for name, value in vars(module).items():
-        parts = value if isinstance(value, (list, tuple)) else [value]
-        if name not in _NO_SETTINGS and all(isinstance(part, (bool, int, float, str)) for part in parts):
-            found[name] = repr(value)
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if name not in _NO_SETTINGS and all(isinstance(item, (bool, int, float, str)) for item in items):
+            settings[name] = repr(value)
         elif hasattr(value, "__qualname__"):
-            found[name] = value.__qualname__
-    return found
+            settings[name] = value.__qualname__
+    return settings
 
 
 def _update(digest: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:

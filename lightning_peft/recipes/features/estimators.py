@@ -1,4 +1,4 @@
-"""A scikit-learn classifier, from its class path."""
+"""``build_estimator`` builds a scikit-learn classifier from its class path."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def build_estimator(settings: Mapping[str, Any] | None) -> Any:
     if "class_path" not in settings or set(settings) - _KEYS:
         raise ValueError(f"classifier has {sorted(settings)}, expected class_path and, if wanted, init_args.")
     cls, arguments = _class(settings["class_path"]), settings.get("init_args") or {}
-    known = inspect.signature(cls).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    parameters = inspect.signature(cls).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name in arguments:
-        if name not in known and not open_ended:
+        if name not in parameters and not open_ended:
             raise ValueError(
-                f"classifier.init_args has {name!r}, no argument of {cls.__name__}. {close_names(name, known)}"
+                f"classifier.init_args has {name!r}, no argument of {cls.__name__}. {close_names(name, parameters)}"
             )
     return cls(**arguments)
 

@@ -1,4 +1,4 @@
-"""Features of a frozen model, each row computed once."""
+"""``extract`` computes the features of a frozen model, each row once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .feature_cache import FeatureCache
 from .layer_outputs import captured, layer_name, run_before
 from .pooling import Pooling, pool
 
-FORMAT = 1
+FEATURES_FORMAT = 1
 SHARD_ROWS, SHARD_BYTES = 1024, 64 * 2**20
 
 
@@ -89,12 +89,12 @@ def extract(
             _check_finite(computed, [index.places[n] for n in numbers], name)
             store.write([index.digests[n] for n in numbers], computed)
             values[numbers] = computed
-    parts = {rows.split: values[torch.tensor(index.order[rows.split])] for rows in splits}
-    return Features(parts, index.labels, name, store.folder, len(values) - len(cached), len(cached))
+    by_split = {rows.split: values[torch.tensor(index.order[rows.split])] for rows in splits}
+    return Features(by_split, index.labels, name, store.folder, len(values) - len(cached), len(cached))
 
 
 class _Embedding:
-    """From items to (rows, features) in memory."""
+    """Computes features (rows, features) of items, in memory."""
 
     def __init__(self, model: nn.Module, layer: str, pooling: Pooling | None) -> None:
         self.model, self.layer, self.pooling = model, layer, pooling
@@ -105,14 +105,14 @@ class _Embedding:
         return pool(captured(self.model, self.layer, inputs), mask, self.pooling).cpu()
 
     def about(self, rows: Rows) -> dict[str, object]:
-        """Return what the features depend on."""
+        """Return the settings and digests that the features depend on."""
         called = run_before(self.model, self.layer, rows.inputs(rows.collate([rows.item(0)])))
-        settings = {"format": FORMAT, "layer": self.layer, "pooling": self.pooling}
+        settings = {"format": FEATURES_FORMAT, "layer": self.layer, "pooling": self.pooling}
         return settings | {"model": type(self.model).__name__, "sha256": model_digest(self.model, self.layer, called)}
 
 
 class _Index:
-    """All rows once: where each is read, how it is found again."""
+    """Numbers different rows: where each is read, and the digest by which it is found in the cache."""
 
     def __init__(self, splits: Sequence[Rows]) -> None:
         self.numbers: dict[bytes, int] = {}
@@ -124,11 +124,11 @@ class _Index:
             if not len(rows):
                 raise ValueError(f"The {rows.split} data has no rows; leave {rows.split!r} out of splits.")
             order, labels = self.order.setdefault(rows.split, []), self.labels.setdefault(rows.split, [])
-            for place in range(len(rows)):
-                digest, length, label = rows.read(place)
+            for i in range(len(rows)):
+                digest, length, label = rows.read(i)
                 number = self.numbers.setdefault(digest, len(self.places))
                 if number == len(self.places):
-                    self.places.append((position, rows, place))
+                    self.places.append((position, rows, i))
                     self.lengths.append(length)
                 order.append(number)
                 labels.append(label)
@@ -138,8 +138,8 @@ class _Index:
         """Return batches of rows of one split and one length; of the rows of whole batches, these same batches."""
         kinds = {number: (self.places[number][0], self.lengths[number]) for number in numbers}
         groups = itertools.groupby(sorted(kinds, key=lambda n: (kinds[n], n)), kinds.__getitem__)
-        found = [list(group) for _, group in groups]
-        return [group[i : i + size] for group in found for i in range(0, len(group), size)]
+        runs = [list(group) for _, group in groups]
+        return [group[i : i + size] for group in runs for i in range(0, len(group), size)]
 
     def rows(self, batch: Sequence[int]) -> Rows:
         """Return the split of a batch."""
@@ -147,16 +147,16 @@ class _Index:
 
     def items(self, batch: Sequence[int]) -> list[object]:
         """Return the items of a batch, checked to be those that were seen before."""
-        found = []
+        items = []
         for number in batch:
-            _, rows, place = self.places[number]
-            found.append(rows.item(place))
-            if row_digest(rows.inputs(found[-1])) != self.digests[number]:
+            _, rows, position = self.places[number]
+            items.append(rows.item(position))
+            if row_digest(rows.inputs(items[-1])) != self.digests[number]:
                 raise ValueError(
-                    f"Row {place} of {rows.split} differs each time it is read, so its features cannot be stored. "
+                    f"Row {position} of {rows.split} differs each time it is read, so its features cannot be stored. "
                     "Take random augmentation out of the dataset."
                 )
-        return found
+        return items
 
 
 def _shards(batches: list[list[int]], row_bytes: int) -> Iterator[list[list[int]]]:
@@ -176,8 +176,8 @@ def _shards(batches: list[list[int]], row_bytes: int) -> Iterator[list[list[int]
 def _check_finite(features: Tensor, places: Sequence[tuple[int, Rows, int]], layer: str) -> None:
     bad = (~features.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
-        _, rows, place = places[bad[0]]
+        _, rows, row = places[bad[0]]
         raise ValueError(
-            f"Features of {len(bad)} of {len(features)} rows are not finite, such as of row {place} of {rows.split}, "
+            f"Features of {len(bad)} of {len(features)} rows are not finite, such as of row {row} of {rows.split}, "
             f"at layer {layer}. Check the weights and the row, or compute in float32."
         )

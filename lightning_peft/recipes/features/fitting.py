@@ -1,4 +1,4 @@
-"""Feature-based: a frozen model's features, computed once, and a classifier of scikit-learn on them."""
+"""``features`` extracts the features of a frozen model and fits a classifier of scikit-learn to them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import nn
 from ...checkpoints.save_load import load_adapter
 from ...core.adapter_folder import replace_file, write_json
 from ...tasks.pretrained import build_model
-from .dataset_rows import Rows, Split, rows_of
+from .dataset_rows import LabelledSplit, Rows, rows_of
 from .estimators import build_estimator
 from .extraction import Features, extract
 from .pooling import Pooling
@@ -34,7 +34,7 @@ def features(
     dtype: Literal["float32", "bfloat16"] = "float32",
     batch_size: int = 64,
     accelerator: str = "auto",
-    splits: Sequence[Split] = ("train", "validation", "test"),
+    splits: Sequence[LabelledSplit] = ("train", "validation", "test"),
     label: str = "labels",
     cache: str = "runs/features/cache",
     output: str = "runs/features",
@@ -94,7 +94,7 @@ def _network(model: nn.Module | str, adapter: str | None, dtype: Literal["float3
     return network if adapter is None else load_adapter(network, adapter)
 
 
-def _rows(data: LightningDataModule, splits: Sequence[Split], label: str) -> list[Rows]:
+def _rows(data: LightningDataModule, splits: Sequence[LabelledSplit], label: str) -> list[Rows]:
     data.prepare_data()
     data.setup("fit")
     if "test" in splits:

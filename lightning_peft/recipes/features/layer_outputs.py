@@ -1,4 +1,4 @@
-"""What one layer of a frozen model returns: everything before it runs, nothing after it."""
+"""Captures the output of one layer of a frozen model; layers after it do not run."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def layer_name(model: nn.Module, layer: int | str) -> str:
         ValueError: There is no such block, or the glob matches nothing or several modules; names what there is.
     """
     if isinstance(layer, str):
-        found = list(select_modules(model, [layer]))
-        if len(found) > 1:
-            raise ValueError(f"layer={layer!r} matches {len(found)} modules: {', '.join(found[:5])}. Name one of them.")
-        return found[0]
+        names = list(select_modules(model, [layer]))
+        if len(names) > 1:
+            raise ValueError(f"layer={layer!r} matches {len(names)} modules: {', '.join(names[:5])}. Name one of them.")
+        return names[0]
     names = list(blocks(model))
     if not -len(names) <= layer < len(names):
         numbers = f"a number from {-len(names)} to {len(names) - 1}, or " if names else ""
@@ -47,10 +47,10 @@ def captured(model: nn.Module, name: str, inputs: Mapping[str, Any] | tuple[Any,
         name: The layer's.
         inputs: What the model is called with, by name or by position.
     """
-    found: list[Any] = []
+    outputs: list[Any] = []
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
-        found.append(output)
+        outputs.append(output)
         raise _Captured
 
     handle = model.get_submodule(name).register_forward_hook(end)
@@ -60,9 +60,9 @@ def captured(model: nn.Module, name: str, inputs: Mapping[str, Any] | tuple[Any,
         pass
     finally:
         handle.remove()
-    if not found:
+    if not outputs:
         raise ValueError(f"The forward of {type(model).__name__} never calls {name}; give another layer.")
-    return _tensor(found[0], name)
+    return _tensor(outputs[0], name)
 
 
 def run_before(model: nn.Module, name: str, inputs: Mapping[str, Any] | tuple[Any, ...]) -> set[nn.Module]:
@@ -93,10 +93,12 @@ def run_before(model: nn.Module, name: str, inputs: Mapping[str, Any] | tuple[An
 
 
 def _call(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> None:
-    place = next(model.parameters(), torch.empty(0))
+    parameter = next(model.parameters(), torch.empty(0))
 
     def fit(x: Tensor) -> Tensor:
-        return x.to(place.device, place.dtype if x.is_floating_point() and place.is_floating_point() else None)
+        return x.to(
+            parameter.device, parameter.dtype if x.is_floating_point() and parameter.is_floating_point() else None
+        )
 
     inputs = tree_map_only(Tensor, fit, inputs)
     if isinstance(inputs, tuple):

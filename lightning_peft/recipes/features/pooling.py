@@ -1,4 +1,4 @@
-"""One vector per row, from one per token."""
+"""``pool`` reduces the vectors of a row's tokens to one vector."""
 
 from __future__ import annotations
 

@@ -103,11 +103,11 @@ def federated(
 
 def print_round(entry: dict[str, Any]) -> None:
     """Print what is reported of a round, in a line or two."""
-    parts = [f"round {entry['round']}: {len(entry['used'])} clients"]
-    parts += [f"{name} {value['mean']:.4f}" for name, value in entry["metrics"].items()]
-    parts += [f"down {size(entry['down_bytes'])}, up {size(entry['up_bytes'])}"]
+    phrases = [f"round {entry['round']}: {len(entry['used'])} clients"]
+    phrases += [f"{name} {value['mean']:.4f}" for name, value in entry["metrics"].items()]
+    phrases += [f"down {size(entry['down_bytes'])}, up {size(entry['up_bytes'])}"]
     if entry["ratio"] is not None:
-        parts += [f"{entry['ratio']:.3f} of the full weights"]
-    echo(", ".join(parts))
+        phrases += [f"{entry['ratio']:.3f} of the full weights"]
+    echo(", ".join(phrases))
     for name, reason in (entry["refused"] | entry["not_tested"]).items():
         echo(f"  refused {name}: {reason}")

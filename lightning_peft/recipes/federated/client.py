@@ -1,4 +1,4 @@
-"""The client: trains on its own rows, sends the global part, and keeps the local part in its own folder."""
+"""The client trains on its rows, sends the global state, and keeps the local state in its folder."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def client_app(federation: Federation) -> ClientApp:
 
     app.query()(serve(report_id))
     app.train()(serve(train))
-    app.evaluate()(serve(evaluate))
+    app.evaluate()(serve(evaluate_client))
     return app
 
 
@@ -82,29 +82,29 @@ def train(federation: Federation, client: int, message: Message) -> dict[str, An
     The new local part is written beside the old one, which goes once the server says that it is no longer needed: a
     round that is repeated begins as it began before.
     """
-    here, config = load_client_state(federation, client, message)
+    model, config = load_client_state(federation, client, message)
     server_round, base = int(config["server-round"]), int(config["local-rounds"][client])
     home = federation.home(client)
     for path, number in local_files(home).items():
         if number != base:
             path.unlink()
-    rows = here.train(client, server_round)
-    local = here.state(here.local_names)
-    if wrong := [name for name, value in local.items() if not torch.isfinite(value).all()]:
-        raise ValueError(f"{wrong[0]}, which stays with the client, holds NaN or infinity after training.")
+    rows = model.train(client, server_round)
+    local = model.state(model.local_names)
+    if not_finite := [name for name, value in local.items() if not torch.isfinite(value).all()]:
+        raise ValueError(f"{not_finite[0]}, which stays with the client, holds NaN or infinity after training.")
     if local:
         home.mkdir(parents=True, exist_ok=True)
         replace_file(home / f"local-{server_round:05}.safetensors", save(local))
     metrics = flower().app.MetricRecord({WEIGHT: rows})
-    return {ARRAYS: record(here.state(here.global_names)), METRICS: metrics}
+    return {ARRAYS: record(model.state(model.global_names)), METRICS: metrics}
 
 
-def evaluate(federation: Federation, client: int, message: Message) -> dict[str, Any]:
+def evaluate_client(federation: Federation, client: int, message: Message) -> dict[str, Any]:
     """Test the local part with the new global part on the rows that this client holds out."""
-    here, config = load_client_state(federation, client, message)
-    rows, metrics = here.test(client)
+    model, config = load_client_state(federation, client, message)
+    rows, metrics = model.test(client)
     if config["last"]:
-        save_adapter(here.module, federation.home(client) / "adapter")
+        save_adapter(model.module, federation.home(client) / "adapter")
     finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
     return {METRICS: flower().app.MetricRecord({WEIGHT: rows, **finite})}
 
@@ -116,32 +116,32 @@ def load_client_state(federation: Federation, client: int, message: Message) -> 
         ValueError: This process built another model than the server, or got arrays that do not fit it.
         FileNotFoundError: The local part is gone.
     """
-    here, config = client_model(federation), message.content[CONFIG]
-    differ = changes(json.loads(config["identity"]), json.loads(here.identity))
+    model, config = client_model(federation), message.content[CONFIG]
+    differ = changes(json.loads(config["identity"]), json.loads(model.identity))
     if differ:
         raise ValueError(f"The server has another model: {'; '.join(differ[:3])}. Give both the same settings.")
-    given = tensors_of(message.content[ARRAYS])
-    if given.keys() != set(here.global_names):
-        raise ValueError(f"Got {len(given)} arrays with other names than the {len(here.global_names)} global ones.")
-    here.load(given)
-    here.load(read_local(federation.home(client), int(config["local-rounds"][client]), here))
-    return here, config
+    received = tensors_of(message.content[ARRAYS])
+    if received.keys() != set(model.global_names):
+        raise ValueError(f"Got {len(received)} arrays with other names than the {len(model.global_names)} global ones.")
+    model.load(received)
+    model.load(read_local(federation.home(client), int(config["local-rounds"][client]), model))
+    return model, config
 
 
-def read_local(home: Path, number: int, here: ClientModel) -> State:
+def read_local(home: Path, number: int, model: ClientModel) -> State:
     """Return a client's local part after a round; before its first, what every client starts with."""
-    if not here.local_names or number == 0:
-        return here.first[1]
+    if not model.local_names or number == 0:
+        return model.first[1]
     path = home / f"local-{number:05}.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, the local part after round {number}. Restore it, or start anew.")
-    found = load(path.read_bytes())
-    if found.keys() != set(here.local_names):
+    state = load(path.read_bytes())
+    if state.keys() != set(model.local_names):
         raise ValueError(f"{path} holds other names than the local part of this model.")
-    return found
+    return state
 
 
 def local_files(home: Path) -> dict[Path, int]:
     """Return the local parts in a client's folder with their rounds."""
-    found = {path: re.fullmatch(r"local-(\d+)\.safetensors", path.name) for path in sorted(home.glob("local-*"))}
-    return {path: int(match[1]) for path, match in found.items() if match}
+    matches = {path: re.fullmatch(r"local-(\d+)\.safetensors", path.name) for path in sorted(home.glob("local-*"))}
+    return {path: int(match[1]) for path, match in matches.items() if match}

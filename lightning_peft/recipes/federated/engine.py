@@ -1,4 +1,4 @@
-"""Flower: imported on first use, and its simulation of all clients on one machine (https://arxiv.org/abs/2007.14390)."""
+"""``flower`` imports Flower on first use; ``simulate`` runs all clients on one machine (https://arxiv.org/abs/2007.14390)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the server keeps between rounds: one file, whole or not there at all; and what people read of it."""
+"""``History``: the server's state between rounds, in one file that is written as a whole, with a report in JSON."""
 
 from __future__ import annotations
 
@@ -101,54 +101,54 @@ def read(folder: Path, settings: dict[str, Any]) -> History | None:
 def strategy_state(strategy: Any) -> dict[str, Any]:
     """Return what a strategy keeps between rounds: momenta and the like, as arrays and numbers by place."""
     state: dict[str, Any] = {}
-    for place, owner, name in _places(strategy):
+    for path, owner, name in _strategy_attributes(strategy):
         value = getattr(owner, name)
         if isinstance(value, (bool, int, float, str, type(None))):
-            state[f"{place}/value"] = value
+            state[f"{path}/value"] = value
         elif isinstance(value, flower().app.ArrayRecord):
-            state |= {f"{place}/record/{key}": array for key, array in arrays_of(value).items()}
+            state |= {f"{path}/record/{key}": array for key, array in arrays_of(value).items()}
         elif isinstance(value, dict) and all(isinstance(array, np.ndarray) for array in value.values()):
-            state |= {f"{place}/dict/{key}": array for key, array in value.items()}
+            state |= {f"{path}/dict/{key}": array for key, array in value.items()}
         elif isinstance(value, list) and all(isinstance(array, np.ndarray) for array in value):
-            state |= {f"{place}/list/{key:06}": array for key, array in enumerate(value)}
+            state |= {f"{path}/list/{key:06}": array for key, array in enumerate(value)}
     return state
 
 
 def restore_strategy(strategy: Any, state: dict[str, Any]) -> None:
     """Put back what ``strategy_state`` returned."""
-    for place, owner, name in list(_places(strategy)):
+    for path, owner, name in list(_strategy_attributes(strategy)):
         for kind, build in _BUILDERS.items():
-            prefix = f"{place}/{kind}/"
-            found = {key.removeprefix(prefix): state[key] for key in sorted(state) if key.startswith(prefix)}
-            if found:
-                setattr(owner, name, build(found))
-        if f"{place}/value" in state:
-            setattr(owner, name, state[f"{place}/value"])
+            prefix = f"{path}/{kind}/"
+            values = {key.removeprefix(prefix): state[key] for key in sorted(state) if key.startswith(prefix)}
+            if values:
+                setattr(owner, name, build(values))
+        if f"{path}/value" in state:
+            setattr(owner, name, state[f"{path}/value"])
 
 
 _BUILDERS: dict[str, Any] = {"record": record, "dict": dict, "list": lambda found: list(found.values())}
 
 
-def _places(strategy: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+def _strategy_attributes(strategy: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     """Yield (place, owner, attribute) of a strategy and of strategies inside it."""
     for name, value in list(vars(strategy).items()):
         if isinstance(value, flower().serverapp.strategy.Strategy):
-            yield from _places(value, f"{prefix}{name}.")
+            yield from _strategy_attributes(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", strategy, name
 
 
-def means(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def means(by_client: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """Return the mean of each metric over clients, each counting once, and weighted by their test rows.
 
     Args:
-        found: Metrics of each client, with the number of rows.
+        by_client: Metrics of each client, with the number of rows.
     """
-    names = sorted(set.intersection(*map(set, found.values())) - {WEIGHT}) if found else []
-    rows = [metrics[WEIGHT] for metrics in found.values()]
+    names = sorted(set.intersection(*map(set, by_client.values())) - {WEIGHT}) if by_client else []
+    rows = [metrics[WEIGHT] for metrics in by_client.values()]
     result = {}
     for name in names:
-        values = [metrics[name] for metrics in found.values()]
+        values = [metrics[name] for metrics in by_client.values()]
         weighted = math.fsum(v * n for v, n in zip(values, rows, strict=True)) / sum(rows)
         result[name] = {"mean": math.fsum(values) / len(values), "weighted_mean": weighted}
     return result

@@ -1,11 +1,11 @@
-"""The adapted model of one process, which serves one client after the other."""
+"""``ClientModel``: the adapted model of one process, which serves one client after the other."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -42,9 +42,9 @@ class ClientModel:
         self.module.configure_model()
         federation.peft.apply(self.module)
         state = adapter_state(self.module)
-        own = local_state(self.module).keys() | self._kept(state)
-        self.global_names = sorted(name for name in state if name not in own)  # some strategies go by position
-        self.local_names = sorted(name for name in state if name in own)
+        local_names = local_state(self.module).keys() | self._kept(state)
+        self.global_names = sorted(name for name in state if name not in local_names)  # some strategies go by position
+        self.local_names = sorted(name for name in state if name in local_names)
         self._check({name: state[name] for name in self.global_names})
         self.first = self.state(self.global_names), self.state(self.local_names)  # before any training
 
@@ -60,12 +60,12 @@ class ClientModel:
         Raises:
             ValueError: A name is unknown or a shape differs.
         """
-        own = adapter_state(self.module)
+        target = adapter_state(self.module)
         for name, value in state.items():
-            if name not in own or own[name].shape != value.shape:
+            if name not in target or target[name].shape != value.shape:
                 raise ValueError(f"{name} of shape {tuple(value.shape)} has no place in this model.")
         for name, value in state.items():
-            own[name].copy_(value)
+            target[name].copy_(value)
 
     def train(self, client: int, server_round: int) -> int:
         """Train on a client's rows; return how many there are.
@@ -84,8 +84,8 @@ class ClientModel:
     def test(self, client: int) -> tuple[int, dict[str, float]]:
         """Return the number of rows that a client holds out, and what the module's ``test_step`` logs on them."""
         data = _shard(self.federation, client)
-        found = self._trainer().test(self.module, datamodule=data, verbose=False)[0]
-        return len(data.examples("test")), dict(found)
+        metrics = self._trainer().test(self.module, datamodule=data, verbose=False)[0]
+        return len(data.examples("test")), dict(metrics)
 
     @property
     def identity(self) -> str:
@@ -107,14 +107,16 @@ class ClientModel:
 
     def _kept(self, state: Mapping[str, Tensor]) -> set[str]:
         """Return the names that the settings keep local."""
-        places = {name: list(accumulate(name.split("."), "{}.{}".format)) for name in state}
+        prefixes = {name: list(accumulate(name.split("."), "{}.{}".format)) for name in state}
         kept = set[str]()
         for pattern in self.federation.local:
             owners = set(ROLES[pattern](self.module)) if pattern in ROLES else set[str]()
-            found = {n for n, p in places.items() if owners & {*p} or any(matches(place, pattern) for place in p)}
-            if not found:
-                raise ValueError(f"local has {pattern!r}, which matches nothing that trains. {_known(pattern, state)}")
-            kept |= found
+            matched = {name for name, ends in prefixes.items() if owners & {*ends} or _any_matches(ends, pattern)}
+            if not matched:
+                raise ValueError(
+                    f"local has {pattern!r}, which matches nothing that trains. {_close_parts(pattern, state)}"
+                )
+            kept |= matched
         return kept
 
     def _check(self, shared: Mapping[str, Tensor]) -> None:
@@ -140,5 +142,9 @@ def _shard(federation: Federation, client: int) -> TableDataModule:
     return federation.shard(client)
 
 
-def _known(pattern: str, state: Mapping[str, Tensor]) -> str:
+def _any_matches(names: Iterable[str], pattern: str) -> bool:
+    return any(matches(name, pattern) for name in names)
+
+
+def _close_parts(pattern: str, state: Mapping[str, Tensor]) -> str:
     return close_names(pattern, {part for name in state for part in name.split(".") if not part.isdecimal()})

@@ -1,4 +1,4 @@
-"""What travels: arrays by name, exact bytes, and which replies of clients may enter an average."""
+"""Messages between server and clients: arrays by name, in exact bytes; validates the replies that enter an average."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ARRAYS, CONFIG, METRICS, WEIGHT = "arrays", "config", "metrics", "num-examples" 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
-class Refused(Exception):
+class InvalidReply(Exception):
     """Why a reply is not used."""
 
 
@@ -58,23 +58,23 @@ def discover_clients(grid: Grid, names: Sequence[str], timeout: float) -> dict[i
     Raises:
         RuntimeError: Clients are missing, or two nodes are the same one.
     """
-    app, end, known, failed = flower().app, time.monotonic() + timeout, dict[int, int](), ""
-    while len(set(known.values())) < len(names) and time.monotonic() < end:
-        new = [node for node in grid.get_node_ids() if node not in known]
-        asked = [app.Message(app.RecordDict(), dst_node_id=node, message_type="query") for node in new]
+    app, end, clients, failed = flower().app, time.monotonic() + timeout, dict[int, int](), ""
+    while len(set(clients.values())) < len(names) and time.monotonic() < end:
+        new_nodes = [node for node in grid.get_node_ids() if node not in clients]
+        asked = [app.Message(app.RecordDict(), dst_node_id=node, message_type="query") for node in new_nodes]
         for reply in grid.send_and_receive(asked, timeout=max(1.0, end - time.monotonic())) if asked else ():
             if reply.has_error():
                 failed = f" The last to fail said: {reply.error.reason}"
             else:
-                known[reply.metadata.src_node_id] = int(reply.content[METRICS]["client"])
+                clients[reply.metadata.src_node_id] = int(reply.content[METRICS]["client"])
         time.sleep(0.1)
-    missing = [name for number, name in enumerate(names) if number not in known.values()]
-    if missing or len(known) != len(names):
+    missing = [name for number, name in enumerate(names) if number not in clients.values()]
+    if missing or len(clients) != len(names):
         raise RuntimeError(
-            f"Of {len(names)} clients, {', '.join(missing) or 'none'} did not answer; {len(known)} nodes did. "
+            f"Of {len(names)} clients, {', '.join(missing) or 'none'} did not answer; {len(clients)} nodes did. "
             f"Each node needs a partition-id of its own, from 0.{failed}"
         )
-    return {node: names[number] for node, number in sorted(known.items(), key=lambda item: item[1])}
+    return {node: names[number] for node, number in sorted(clients.items(), key=lambda item: item[1])}
 
 
 def validate_replies(
@@ -95,16 +95,16 @@ def validate_replies(
         if name not in asked or name in used or name in refused:
             continue
         try:
-            check(reply, sent)
+            check_reply(reply, sent)
             used[name] = reply
-        except Refused as reason:
+        except InvalidReply as reason:
             refused[name] = str(reason)
     late = f"no reply within {timeout:g} seconds"
     refused = {name: refused.get(name, late) for name in asked if name not in used}
     return {name: used[name] for name in asked if name in used}, refused
 
 
-def check(reply: Message, sent: Arrays | None) -> None:
+def check_reply(reply: Message, sent: Arrays | None) -> None:
     """Look at all that an average would take from a reply.
 
     Args:
@@ -112,41 +112,41 @@ def check(reply: Message, sent: Arrays | None) -> None:
         sent: As in ``validate_replies``.
 
     Raises:
-        Refused: It failed, is not finite, or differs from what was sent in names, shapes or types.
+        InvalidReply: It failed, is not finite, or differs from what was sent in names, shapes or types.
     """
     if reply.has_error():
-        raise Refused(_reason(reply.error.reason))
+        raise InvalidReply(_reason(reply.error.reason))
     records = reply.content.metric_records
     metrics = dict(records[METRICS]) if list(records) == [METRICS] else {}
     if WEIGHT not in metrics or (sent is not None and len(metrics) > 1):
-        raise Refused(f"its metrics are {metrics}, expected {WEIGHT!r}")
+        raise InvalidReply(f"its metrics are {metrics}, expected {WEIGHT!r}")
     for name, value in metrics.items():
         if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise Refused(f"{name} is {value!r}, not a finite number")
+            raise InvalidReply(f"{name} is {value!r}, not a finite number")
     if metrics[WEIGHT] <= 0:
-        raise Refused(f"{WEIGHT} is {metrics[WEIGHT]!r}, not positive")
+        raise InvalidReply(f"{WEIGHT} is {metrics[WEIGHT]!r}, not positive")
     if sent is not None:
         _check_arrays(dict(reply.content.array_records), sent)
 
 
 def _check_arrays(records: dict[str, ArrayRecord], sent: Arrays) -> None:
     if list(records) != [ARRAYS]:
-        raise Refused(f"its reply has the array records {list(records)}, expected {ARRAYS!r} alone")
-    given = records[ARRAYS]
-    missing, strange = sorted(sent.keys() - given.keys()), sorted(given.keys() - sent.keys())
-    if missing or strange:
-        raise Refused(f"it lacks {missing[:3]} ({len(missing)}) and adds {strange[:3]} ({len(strange)})")
-    if list(given) != list(sent):
-        raise Refused("its arrays are in another order")  # by which some strategies go
+        raise InvalidReply(f"its reply has the array records {list(records)}, expected {ARRAYS!r} alone")
+    received = records[ARRAYS]
+    missing, unknown = sorted(sent.keys() - received.keys()), sorted(received.keys() - sent.keys())
+    if missing or unknown:
+        raise InvalidReply(f"it lacks {missing[:3]} ({len(missing)}) and adds {unknown[:3]} ({len(unknown)})")
+    if list(received) != list(sent):
+        raise InvalidReply("its arrays are in another order")  # by which some strategies go
     for name, expected in sent.items():
         try:
-            value = given[name].numpy()
+            value = received[name].numpy()
         except (ValueError, TypeError, EOFError) as error:
-            raise Refused(f"{name} cannot be read ({error})") from error
+            raise InvalidReply(f"{name} cannot be read ({error})") from error
         if value.shape != expected.shape or value.dtype != expected.dtype:
-            raise Refused(f"{name} is {value.dtype} {value.shape}, expected {expected.dtype} {expected.shape}")
+            raise InvalidReply(f"{name} is {value.dtype} {value.shape}, expected {expected.dtype} {expected.shape}")
         if not np.isfinite(value).all():
-            raise Refused(f"{name} holds NaN or infinity")
+            raise InvalidReply(f"{name} holds NaN or infinity")
 
 
 def _reason(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Which rows belong to which client, and which of them it holds out for its own test."""
+"""Partitions assign rows to clients, and hold out some rows of each client for its test."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ class Dirichlet(Partition):
         generator = np.random.default_rng(self.seed)
         rows = {label: np.flatnonzero(np.array(labels) == label) for label in sorted(set(labels))}
         for _ in range(1000):
-            parts: list[list[int]] = [[] for _ in range(self.clients)]
-            for found in rows.values():
+            shards: list[list[int]] = [[] for _ in range(self.clients)]
+            for label_rows in rows.values():
                 shares = generator.dirichlet(np.full(self.clients, self.alpha))
-                cuts = (np.cumsum(shares)[:-1] * len(found)).round().astype(int)
-                for part, given in zip(parts, np.split(generator.permutation(found), cuts), strict=True):
-                    part += given.tolist()
-            if min(map(len, parts)) >= self.min_rows:
-                return [sorted(part) for part in parts]
+                cuts = (np.cumsum(shares)[:-1] * len(label_rows)).round().astype(int)
+                for shard, rows_of_label in zip(shards, np.split(generator.permutation(label_rows), cuts), strict=True):
+                    shard += rows_of_label.tolist()
+            if min(map(len, shards)) >= self.min_rows:
+                return [sorted(shard) for shard in shards]
         raise ValueError(
             f"{len(labels)} rows give {self.clients} clients no {self.min_rows} rows each at alpha={self.alpha}. "
             "Take fewer clients, a larger alpha, or lower min_rows."
@@ -106,10 +106,10 @@ class IndexLists(Partition):
 
     def rows(self, table: Table, client: int) -> Table:
         lists = self.lists
-        high = max(max(part, default=0) for part in lists)
-        if high >= len(table.rows):
+        largest = max(max(numbers, default=0) for numbers in lists)
+        if largest >= len(table.rows):
             raise ValueError(
-                f"{self.path!r} names row {high}, but {str(table.path)!r} ends with row {len(table.rows) - 1}. "
+                f"{self.path!r} names row {largest}, but {str(table.path)!r} ends with row {len(table.rows) - 1}. "
                 "The lists belong to another file."
             )
         return table.take(lists[client])
@@ -119,11 +119,11 @@ class IndexLists(Partition):
         """What the file holds, read once and checked."""
         if not Path(self.path).is_file():
             raise FileNotFoundError(f"The file {self.path!r} of index lists does not exist.")
-        found = json.loads(Path(self.path).read_text(encoding="utf-8"))
-        lists = found.get("clients") if isinstance(found, dict) else found
-        if not isinstance(lists, list) or len(lists) < 2 or not all(isinstance(part, list) for part in lists):
+        content = json.loads(Path(self.path).read_text(encoding="utf-8"))
+        lists = content.get("clients") if isinstance(content, dict) else content
+        if not isinstance(lists, list) or len(lists) < 2 or not all(isinstance(numbers, list) for numbers in lists):
             raise ValueError(f"{self.path!r} holds no list of row numbers for each of two clients or more.")
-        rows = [row for part in lists for row in part]
+        rows = [row for numbers in lists for row in numbers]
         if not all(type(row) is int and row >= 0 for row in rows):
             raise ValueError(f"{self.path!r} holds something else than row numbers from 0.")
         if len(rows) != len(set(rows)):

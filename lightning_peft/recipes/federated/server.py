@@ -1,4 +1,4 @@
-"""The server: rounds of training, averaging and personal tests, each closed as a whole."""
+"""``Server`` runs rounds of training, averaging and tests by clients, each saved as a whole."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_peft.recipes.federated.messages import (
     record,
     validate_replies,
 )
-from lightning_peft.recipes.federated.settings import Federation, plain
+from lightning_peft.recipes.federated.settings import Federation, to_plain
 
 if TYPE_CHECKING:
     from flwr.app import ConfigRecord, Context, Message
@@ -70,19 +70,19 @@ class Server:
                     f"The strategy has {name}={getattr(self.strategy, name)} of {len(self.names)} clients."
                 )
         self.site = ClientModel(federation)
-        self.history = self._begin({**federation.plain(), "strategy": plain(strategy)})
+        self.history = self._begin({**federation.plain(), "strategy": to_plain(strategy)})
         restore_strategy(self.strategy, self.history.strategy)
 
     def _begin(self, settings: dict[str, Any]) -> History:
         """Return what the folder holds; before the first round, write what the model begins with."""
-        found = read(self.folder, settings)
-        if found is not None and len(found.rounds) > self.rounds:
-            raise ValueError(f"{self.folder} has {len(found.rounds)} rounds already, expected up to {self.rounds}.")
-        if found is None:
+        history = read(self.folder, settings)
+        if history is not None and len(history.rounds) > self.rounds:
+            raise ValueError(f"{self.folder} has {len(history.rounds)} rounds already, expected up to {self.rounds}.")
+        if history is None:
             first = arrays_of(record(self.site.first[0]))
-            found = History(settings=settings, arrays=first, local_rounds=[0] * len(self.names))
-            found.write(self.folder)
-        return found
+            history = History(settings=settings, arrays=first, local_rounds=[0] * len(self.names))
+            history.write(self.folder)
+        return history
 
     def run(self, grid: Grid) -> None:
         """Run the rounds that are left.
@@ -125,13 +125,13 @@ class Server:
 
     def _train(self, grid: Grid, nodes: dict[int, str], server_round: int) -> dict[str, Any]:
         """Send the global part, and take the average of what comes back."""
-        now, known = self.history, SimpleNamespace(get_node_ids=lambda: list(nodes))
-        asked = list(self.strategy.configure_train(server_round, record(now.arrays), self._config(False), known))
+        history, present = self.history, SimpleNamespace(get_node_ids=lambda: list(nodes))
+        asked = list(self.strategy.configure_train(server_round, record(history.arrays), self._config(False), present))
         used, refused, down, up = self._ask(grid, nodes, asked, "training")
         if used:
             self._average(server_round, list(used.values()))
-            before = zip(self.names, now.local_rounds, strict=True)
-            now.local_rounds = [server_round if name in used else last for name, last in before]
+            before = zip(self.names, history.local_rounds, strict=True)
+            history.local_rounds = [server_round if name in used else last for name, last in before]
         else:
             log.error("Round %d had no usable client; the state stays as it was.", server_round)
         full = self.site.full_bytes * len(asked)
@@ -140,11 +140,14 @@ class Server:
 
     def _test(self, grid: Grid, nodes: dict[int, str], server_round: int) -> dict[str, Any]:
         """Let clients test the new global part with the local part that goes with it."""
-        config, known = self._config(server_round == self.rounds), SimpleNamespace(get_node_ids=lambda: list(nodes))
-        asked = list(self.strategy.configure_evaluate(server_round, record(self.history.arrays), config, known))
+        config, present = (
+            self._config(server_round == self.rounds),
+            SimpleNamespace(get_node_ids=lambda: list(nodes)),
+        )
+        asked = list(self.strategy.configure_evaluate(server_round, record(self.history.arrays), config, present))
         used, refused, down, _ = self._ask(grid, nodes, asked, "test")
-        found = {name: dict(reply.content[METRICS]) for name, reply in used.items()}
-        return {"evaluation_bytes": down, "not_tested": refused, "metrics": means(found), "clients": found}
+        metrics = {name: dict(reply.content[METRICS]) for name, reply in used.items()}
+        return {"evaluation_bytes": down, "not_tested": refused, "metrics": means(metrics), "clients": metrics}
 
     def _config(self, last: bool) -> ConfigRecord:
         settings = {"local-rounds": self.history.local_rounds, "identity": self.site.identity, "last": last}

@@ -1,4 +1,4 @@
-"""What the server and all clients of a federation agree on."""
+"""``Federation``: the settings that the server and all clients share."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Federation:
 
     def plain(self) -> dict[str, Any]:
         """Return the settings that decide the result, as plain data."""
-        fields = {entry.name: plain(getattr(self, entry.name)) for entry in dataclasses.fields(self)}
+        fields = {entry.name: to_plain(getattr(self, entry.name)) for entry in dataclasses.fields(self)}
         del fields["folder"]
         return fields
 
@@ -98,24 +98,24 @@ def _client(number: int) -> str:
     return f"client_{number}"
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Return a setting as plain data: classes by name, with their arguments."""
     if isinstance(value, functools.partial):
         target = value.args[-1] if value.args else value.func  # jsonargparse puts the class last
-        return {"class": _name(target), **{key: plain(item) for key, item in value.keywords.items()}}
+        return {"class": _name(target), **{key: to_plain(item) for key, item in value.keywords.items()}}
     if isinstance(value, Method):
         return to_dict(value)
     if isinstance(value, PEFTStrategy):
-        return {key: plain(item) for key, item in vars(value).items() if not key.startswith("_")}
+        return {key: to_plain(item) for key, item in vars(value).items() if not key.startswith("_")}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             "class": _name(type(value)),
-            **{f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)},
+            **{f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)},
         }
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [to_plain(item) for item in value]
     return value if isinstance(value, (str, int, float, bool, type(None))) else _name(value)
 
 

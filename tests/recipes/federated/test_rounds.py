@@ -22,7 +22,7 @@ from lightning_peft.recipes.federated import Dirichlet, Server
 from lightning_peft.recipes.federated.engine import flower
 from lightning_peft.recipes.federated.history import means, restore_strategy, strategy_state
 from lightning_peft.recipes.federated.local_model import ClientModel
-from lightning_peft.recipes.federated.settings import plain
+from lightning_peft.recipes.federated.settings import to_plain
 from lightning_peft.recipes.settings_diff import changes
 
 pytestmark = [
@@ -403,7 +403,7 @@ def test_a_strategy_that_asks_for_too_many_clients_is_refused(tmp_path):
 
 
 def test_settings_become_plain_data(tmp_path):
-    assert plain(Dirichlet(clients=3)) == {
+    assert to_plain(Dirichlet(clients=3)) == {
         "class": "lightning_peft.recipes.federated.partition.Dirichlet",
         **{"clients": 3, "alpha": 0.3, "label": "label", "min_rows": 10, "seed": 0},
     }
