@@ -2,48 +2,11 @@
 
 import ast
 import re
-from pathlib import Path
 
 import lightning_peft as lp
+from docs.draw_rooms import FILES, ORDER, ROOT, imported, imports, room
 
-ROOT = Path(lp.__file__).parent
-ROOMS = """
-    losses ops structure core methods quantization checkpoints summary composition training interop analysis tasks
-    plots recipes cli __main__
-"""
-ORDER = ROOMS.split()
 AT_THE_TOP = {"__init__.py", "__main__.py", "losses.py", "py.typed", "summary.py"}
-
-
-def name_of(path):
-    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
-
-
-FILES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
-
-
-def imports(source, package):
-    """Yield the full name of each module that a file imports, also where its package is asked for it by name."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom):
-            parts = package.split(".")
-            base = parts[: len(parts) - node.level + 1] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            names = {f"{module}.{alias.name}" for alias in node.names}
-            yield from sorted(names & FILES.keys())
-            if not names <= FILES.keys():
-                yield module
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-
-
-def imported(name):
-    path = FILES[name]
-    return list(imports(path.read_text(), name if path.name == "__init__.py" else name.rpartition(".")[0]))
-
-
-def room(name):
-    return name.split(".")[1]
 
 
 def test_every_way_to_write_an_import_is_seen():
