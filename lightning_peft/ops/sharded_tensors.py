@@ -23,13 +23,13 @@ class Shard(Protocol):
     def global_shape(self) -> torch.Size:
         """Shape of the whole."""
 
-    def full(self, held: Tensor) -> Tensor:
+    def full(self, local_values: Tensor) -> Tensor:
         """Return the whole of what this process holds; all processes have to call it."""
 
     def local(self, values: Tensor) -> Tensor:
         """Return of the whole what this process holds."""
 
-    def sample(self, held: Tensor, positions: Tensor) -> Tensor:
+    def sample(self, local_values: Tensor, positions: Tensor) -> Tensor:
         """Return the elements of the whole at these positions; all processes have to call it."""
 
 

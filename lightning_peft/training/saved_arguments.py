@@ -24,8 +24,8 @@ def check_saved_arguments(checkpoint: Mapping[str, Any]) -> None:
     """
     arguments: dict[str, Any] = {}
     for key in SAVED_ARGUMENTS:
-        found = checkpoint.get(key)
-        arguments |= found if isinstance(found, Mapping) else {}
+        saved = checkpoint.get(key)
+        arguments |= saved if isinstance(saved, Mapping) else {}
     instantiator = arguments.pop(INSTANTIATOR, None)
     if instantiator is None:
         return

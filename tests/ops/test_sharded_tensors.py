@@ -20,14 +20,14 @@ class SecondHalf:
     def __init__(self, first):
         self.first, self.global_shape = first, torch.Size([2 * len(first), *first.shape[1:]])
 
-    def full(self, held):
-        return torch.cat([self.first, held])
+    def full(self, local_values):
+        return torch.cat([self.first, local_values])
 
     def local(self, values):
         return values[len(self.first) :]
 
-    def sample(self, held, positions):
-        return self.full(held).flatten()[positions]
+    def sample(self, local_values, positions):
+        return self.full(local_values).flatten()[positions]
 
 
 def parameter():

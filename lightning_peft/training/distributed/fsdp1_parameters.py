@@ -31,16 +31,16 @@ class FlatShard:
         """The first element that this process holds."""
         return sum(self.counts[: self.group.rank()])
 
-    def full(self, held: Tensor) -> Tensor:
+    def full(self, local_values: Tensor) -> Tensor:
         """Return the whole; all processes have to call it.
 
         Raises:
             RuntimeError: FSDP1 has the parameter gathered at this moment.
         """
-        if held.numel() != self.counts[self.group.rank()]:
+        if local_values.numel() != self.counts[self.group.rank()]:
             raise RuntimeError("A parameter is read while FSDP1 has it gathered; read it between two steps.")
-        longest = torch.zeros(max(self.counts), dtype=held.dtype, device=held.device)
-        longest[: held.numel()] = held.detach().reshape(-1)
+        longest = torch.zeros(max(self.counts), dtype=local_values.dtype, device=local_values.device)
+        longest[: local_values.numel()] = local_values.detach().reshape(-1)
         runs = [torch.empty_like(longest) for _ in self.counts]
         dist.all_gather(runs, longest, group=self.group)
         flat = torch.cat([run[:count] for run, count in zip(runs, self.counts, strict=True)])
@@ -50,11 +50,12 @@ class FlatShard:
         """Return this process's elements of the whole."""
         return values.reshape(-1)[self.start : self.start + self.counts[self.group.rank()]]
 
-    def sample(self, held: Tensor, positions: Tensor) -> Tensor:
+    def sample(self, local_values: Tensor, positions: Tensor) -> Tensor:
         """Return the elements of the whole at these positions; all processes have to call it."""
-        inside = (positions >= self.start) & (positions < self.start + held.numel())
-        values = torch.zeros(len(positions), dtype=held.dtype, device=held.device)
-        values[inside.to(held.device)] = held.detach()[(positions[inside] - self.start).to(held.device)]
+        device = local_values.device
+        inside = (positions >= self.start) & (positions < self.start + local_values.numel())
+        values = torch.zeros(len(positions), dtype=local_values.dtype, device=device)
+        values[inside.to(device)] = local_values.detach()[(positions[inside] - self.start).to(device)]
         dist.all_reduce(values, group=self.group)
         return values
 
@@ -67,9 +68,9 @@ def annotate_shards(shapes: Mapping[nn.Parameter, torch.Size], group: dist.Proce
         group: Processes over which they are spread.
         device: Device that the processes' backend sends from.
     """
-    held = torch.tensor([p.numel() for p in shapes], device=device)
-    every = [torch.empty_like(held) for _ in range(group.size())]
-    dist.all_gather(every, held, group=group)
+    local_counts = torch.tensor([p.numel() for p in shapes], device=device)
+    every = [torch.empty_like(local_counts) for _ in range(group.size())]
+    dist.all_gather(every, local_counts, group=group)
     counts_by_parameter = torch.stack(every).t().tolist()
     for (parameter, shape), counts in zip(shapes.items(), counts_by_parameter, strict=True):
         if sum(counts) != shape.numel():
