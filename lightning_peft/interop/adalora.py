@@ -15,7 +15,7 @@ from ..ops.sharded_tensors import full_tensor
 from ..structure.layer_types import LinearType, TransposedLinearType, layer_of
 from . import targets
 from .module_names import exact_globs, join_names
-from .peft_format import BaseNetwork, PeftFile, PeftFormat, StateDict, check_not_torch_attention, check_supported
+from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_not_torch_attention, check_supported
 
 _NAMES = {"lora_A": "a", "lora_B": "b", "lora_E": "e"}
 _FIELDS = {  # our field for each setting of peft
@@ -42,7 +42,7 @@ class AdaLoRAFormat(PeftFormat):
     )
 
     def to_peft(
-        self, base: BaseNetwork, method: AdaLoRA, hosts: Mapping[str, Sequence[SVDTriplets]]
+        self, base: Base, method: AdaLoRA, hosts: Mapping[str, Sequence[SVDTriplets]]
     ) -> tuple[dict[str, Any], StateDict]:
         rank = max(sum(len(part.e) for part in triplets) for triplets in hosts.values())
         state, patterns = StateDict(), dict[str, list[bool]]()
@@ -69,12 +69,10 @@ class AdaLoRAFormat(PeftFormat):
         scale = config["lora_alpha"] / (config["init_r"] + 1e-5)
         return state["a"][kept], state["b"][:, kept] * state["e"][kept] * scale
 
-    def expected(self, base: BaseNetwork, file: PeftFile) -> Iterator[str]:
+    def expected(self, base: Base, file: PeftFile) -> Iterator[str]:
         return targets.target_hosts(base, file.config)
 
-    def from_peft(
-        self, base: BaseNetwork, file: PeftFile, name: str
-    ) -> Iterator[tuple[AdaLoRA, Mapping[str, StateDict]]]:
+    def from_peft(self, base: Base, file: PeftFile, name: str) -> Iterator[tuple[AdaLoRA, Mapping[str, StateDict]]]:
         fields = {
             field: file.config[setting] for setting, field in _FIELDS.items() if file.config.get(setting) is not None
         }

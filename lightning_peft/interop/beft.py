@@ -12,7 +12,7 @@ from ..methods.bitfit import AddedBias
 from ..ops.sharded_tensors import full_tensor
 from . import targets
 from .module_names import exact_globs, join_names
-from .peft_format import BaseNetwork, PeftFile, PeftFormat, StateDict, check_supported
+from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_supported
 
 _BIAS = "beft_bias"
 
@@ -25,7 +25,7 @@ class BEFTFormat(PeftFormat):
     ignored_settings = ("init_weights",)
 
     def to_peft(
-        self, base: BaseNetwork, method: BitFit, hosts: Mapping[str, Sequence[AddedBias]]
+        self, base: Base, method: BitFit, hosts: Mapping[str, Sequence[AddedBias]]
     ) -> tuple[dict[str, Any], StateDict]:
         state = StateDict()
         for name, (adapter, *_) in hosts.items():
@@ -36,12 +36,10 @@ class BEFTFormat(PeftFormat):
             state[f"{self.prefix}{name}.{_BIAS}"] = full_tensor(adapter.bias).detach()[None]
         return targets.target_settings(base, hosts), state
 
-    def expected(self, base: BaseNetwork, file: PeftFile) -> Iterator[str]:
+    def expected(self, base: Base, file: PeftFile) -> Iterator[str]:
         return targets.target_hosts(base, file.config)
 
-    def from_peft(
-        self, base: BaseNetwork, file: PeftFile, name: str
-    ) -> Iterator[tuple[BitFit, Mapping[str, StateDict]]]:
+    def from_peft(self, base: Base, file: PeftFile, name: str) -> Iterator[tuple[BitFit, Mapping[str, StateDict]]]:
         biased = [host for host in file.state if getattr(base.network.get_submodule(host), "bias", None) is not None]
         check_supported(
             bool(biased), f"A bias beside that of {', '.join(biased[:2])}", "BitFit trains the layer's own one"

@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping
 
 from ..core.adapter import Adapter
 from ..core.method import Method
-from .peft_format import BaseNetwork, PeftFile, PeftFormat, StateDict
+from .peft_format import Base, PeftFile, PeftFormat, StateDict
 
 
-def check_hosts(base: BaseNetwork, peft_format: PeftFormat, file: PeftFile) -> None:
+def check_hosts(base: Base, peft_format: PeftFormat, file: PeftFile) -> None:
     """Raise where a file and a model do not have the same hosts."""
     check_module_names(base, file.state)
     if missing := [name for name in peft_format.expected(base, file) if name not in file.state]:
@@ -21,7 +21,7 @@ def check_hosts(base: BaseNetwork, peft_format: PeftFormat, file: PeftFile) -> N
         )
 
 
-def check_module_names(base: BaseNetwork, hosts: Collection[str]) -> None:
+def check_module_names(base: Base, hosts: Collection[str]) -> None:
     """Raise where a file adapts modules that a model has not."""
     modules = dict(base.network.named_modules())
     if unknown := [name for name in hosts if name not in modules]:
@@ -31,9 +31,7 @@ def check_module_names(base: BaseNetwork, hosts: Collection[str]) -> None:
         )
 
 
-def complete_states(
-    base: BaseNetwork, method: Method, imported: Mapping[str, StateDict], source: str
-) -> dict[str, StateDict]:
+def complete_states(base: Base, method: Method, imported: Mapping[str, StateDict], source: str) -> dict[str, StateDict]:
     """Return the states of a method's adapters by host, as ``import_state`` completes them; raise if unfit."""
     states = {}
     for name, adapter in method.adapters(base.model):

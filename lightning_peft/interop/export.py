@@ -25,7 +25,7 @@ from .export_selection import format_of, methods_to_export, select_method
 from .model_card import CARD, CardFacts, check_card_replaceable, render_card
 from .module_names import find_network
 from .peft_folder import write_peft_folder
-from .peft_format import BaseNetwork, PeftFormat, StateDict, check_supported
+from .peft_format import Base, PeftFormat, StateDict, check_supported
 
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -66,7 +66,7 @@ def export_peft(
     if model_card:
         check_card_replaceable(folder)
     method = select_method(model, name)
-    base, peft_format = BaseNetwork(model, *find_network(model)), format_of(method)
+    base, peft_format = Base(model, *find_network(model)), format_of(method)
     trained: StateDict = {
         _relative_name(base, strip_wrapper_names(key)): model.get_parameter(key) for key in record.trained
     }
@@ -83,7 +83,7 @@ def export_peft(
     return folder
 
 
-def _card_facts(base: BaseNetwork, method: Method, metrics: Mapping[str, float]) -> CardFacts:
+def _card_facts(base: Base, method: Method, metrics: Mapping[str, float]) -> CardFacts:
     """Return what a card says; of a sharded model, all processes have to ask."""
     counts = summary(base.model)
     cls = next(cls for cls in type(base.network).__mro__ if not issubclass(cls, FSDPModule))  # which renames classes
@@ -109,7 +109,7 @@ def _as_float(name: str, value: object) -> float:
         raise TypeError(f"metrics[{name!r}] must be a number, got {value!r}.") from error
 
 
-def _replacing_tensors(base: BaseNetwork, methods: Sequence[Method]) -> StateDict:
+def _replacing_tensors(base: Base, methods: Sequence[Method]) -> StateDict:
     """Return the tensors that adapters hold in place of base parameters, by the names of these parameters."""
     adapters: dict[str, Any] = adapters_of(base.model, *methods)
     return {
@@ -121,7 +121,7 @@ def _replacing_tensors(base: BaseNetwork, methods: Sequence[Method]) -> StateDic
 
 
 def _config_and_tensors(
-    base: BaseNetwork, peft_format: PeftFormat, method: Method, trained: StateDict
+    base: Base, peft_format: PeftFormat, method: Method, trained: StateDict
 ) -> tuple[dict[str, Any], StateDict]:
     """Return the config and the tensors of a folder."""
     hosts, model_class = _adapters_by_host(base, method), type(base.network).__name__
@@ -151,13 +151,13 @@ def _config_and_tensors(
     return config, state | {peft_format.prefix + key: value for key, value in modules.items()}
 
 
-def _relative_name(base: BaseNetwork, name: str) -> str:
+def _relative_name(base: Base, name: str) -> str:
     if base.name and not name.startswith(f"{base.name}."):
         raise ValueError(f"{name} lies outside of {base.name}, the model that HF PEFT knows, and cannot be exported.")
     return name.removeprefix(f"{base.name}.") if base.name else name
 
 
-def _adapters_by_host(base: BaseNetwork, method: Method) -> dict[str, list[Any]]:
+def _adapters_by_host(base: Base, method: Method) -> dict[str, list[Any]]:
     hosts = defaultdict[str, list[Any]](list)
     for key, adapter in adapters_of(base.model, method).items():
         name = strip_wrapper_names(key.removesuffix(f".{adapter.part}") if adapter.part else key)
@@ -165,13 +165,13 @@ def _adapters_by_host(base: BaseNetwork, method: Method) -> dict[str, list[Any]]
     return dict(hosts)
 
 
-def _task(base: BaseNetwork, peft_format: PeftFormat, trained_settings: Mapping[str, Any]) -> str | None:
+def _task(base: Base, peft_format: PeftFormat, trained_settings: Mapping[str, Any]) -> str | None:
     """Return the task's name; for a classifier only where its head is in the file, since HF PEFT expects it there."""
     task = _task_of(base)
     optional = not peft_format.by_task and "modules_to_save" not in trained_settings
     return None if optional and task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else task
 
 
-def _task_of(base: BaseNetwork) -> str | None:
+def _task_of(base: Base) -> str | None:
     kind = type(base.network).__name__
     return next((task for end, task in _TASKS.items() if kind.endswith(end)), None)

@@ -14,7 +14,7 @@ from ..ops.sharded_tensors import full_tensor
 from ..structure.layer_types import TransposedLinearType, layer_of
 from . import targets
 from .module_names import exact_globs, join_names
-from .peft_format import BaseNetwork, PeftFile, PeftFormat, StateDict, check_not_torch_attention
+from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_not_torch_attention
 
 _SCALES = "ia3_l"
 
@@ -27,7 +27,7 @@ class IA3Format(PeftFormat):
     ignored_settings = ("init_ia3_weights",)
 
     def to_peft(
-        self, base: BaseNetwork, method: IA3, hosts: Mapping[str, Sequence[Scaling]]
+        self, base: Base, method: IA3, hosts: Mapping[str, Sequence[Scaling]]
     ) -> tuple[dict[str, Any], StateDict]:
         state = StateDict()
         for name, scalings in hosts.items():
@@ -52,10 +52,10 @@ class IA3Format(PeftFormat):
             "fan_in_fan_out": any(transposed),
         }, state
 
-    def expected(self, base: BaseNetwork, file: PeftFile) -> Iterator[str]:
+    def expected(self, base: Base, file: PeftFile) -> Iterator[str]:
         return targets.target_hosts(base, file.config)
 
-    def from_peft(self, base: BaseNetwork, file: PeftFile, name: str) -> Iterator[tuple[IA3, Mapping[str, StateDict]]]:
+    def from_peft(self, base: Base, file: PeftFile, name: str) -> Iterator[tuple[IA3, Mapping[str, StateDict]]]:
         feedforward = file.get("feedforward_modules", [])
         inputs, outputs = list[str](), list[str]()
         for host in file.state:

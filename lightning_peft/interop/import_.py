@@ -12,7 +12,7 @@ from .compatibility import check_hosts
 from .load_imported import inject_and_load
 from .module_names import find_network
 from .peft_folder import read_peft_folder
-from .peft_format import BaseNetwork, PeftFile, PeftFormat, StateDict
+from .peft_format import Base, PeftFile, PeftFormat, StateDict
 from .peft_formats import FORMATS
 
 
@@ -38,7 +38,7 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], name: str | No
         raise ValueError(f"{folder} is a {config['peft_type']} adapter, which is not read. Read are: {readable}.")
     if unknown := peft_format.unknown(config):
         raise ValueError(f"{folder} sets {unknown}, which may change what it computes and is not known here.")
-    base = BaseNetwork(model, *find_network(model))
+    base = Base(model, *find_network(model))
     states, other_tensors = split_by_host(peft_format, tensors)
     check_hosts(base, peft_format, PeftFile(config, states))
     trained = saved.read_trained(base, config, other_tensors)

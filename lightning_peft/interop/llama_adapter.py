@@ -13,7 +13,7 @@ from ..methods.llama_adapter import LLaMAAdapterPrompt
 from ..ops.sharded_tensors import full_tensor
 from ..structure.attention import head_count
 from .module_names import exact_globs, join_names
-from .peft_format import BaseNetwork, PeftFile, PeftFormat, StateDict, check_supported
+from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_supported
 
 _PROMPT, _GATE = "adaption_prompt", "adaption_gate"
 
@@ -25,7 +25,7 @@ class LLaMAAdapterFormat(PeftFormat):
     settings = ("target_modules", "adapter_len", "adapter_layers")
 
     def to_peft(
-        self, base: BaseNetwork, method: LLaMAAdapter, hosts: Mapping[str, Sequence[LLaMAAdapterPrompt]]
+        self, base: Base, method: LLaMAAdapter, hosts: Mapping[str, Sequence[LLaMAAdapterPrompt]]
     ) -> tuple[dict[str, Any], StateDict]:
         check_supported(method.bias_and_scale, "bias_and_scale", "it has no scales and biases")
         state = StateDict()
@@ -45,13 +45,13 @@ class LLaMAAdapterFormat(PeftFormat):
                "it adapts the last layers of a model")  # fmt: skip
         return {"target_modules": suffixes.pop(), "adapter_len": method.length, "adapter_layers": len(hosts)}, state
 
-    def expected(self, base: BaseNetwork, file: PeftFile) -> Iterator[str]:
+    def expected(self, base: Base, file: PeftFile) -> Iterator[str]:
         suffix = file.get("target_modules", "self_attn")
         attentions = [name for name, _ in base.network.named_modules() if name == suffix or name.endswith(f".{suffix}")]
         yield from attentions[-file.get("adapter_layers", len(attentions)) :]
 
     def from_peft(
-        self, base: BaseNetwork, file: PeftFile, name: str
+        self, base: Base, file: PeftFile, name: str
     ) -> Iterator[tuple[LLaMAAdapter, Mapping[str, StateDict]]]:
         states, length = dict[str, StateDict](), file.get("adapter_len", 10)
         for host, tensors in file.state.items():
@@ -67,7 +67,7 @@ class LLaMAAdapterFormat(PeftFormat):
         yield LLaMAAdapter(name=name, length=length, layers=len(states), targets=patterns), states
 
 
-def _check_attention(base: BaseNetwork, name: str) -> None:
+def _check_attention(base: Base, name: str) -> None:
     children = {child for child, _ in base.network.get_submodule(name).named_children()}
     check_supported(not children >= {"q_proj", "k_proj", "v_proj", "o_proj"}, f"Prompts at {name}",
            "it computes them otherwise than LLaMA-Adapter does, where an attention is not Llama's")  # fmt: skip

@@ -11,12 +11,12 @@ from ..ops.sharded_tensors import assign
 from ..structure.selection import literal
 from .compatibility import complete_states
 from .module_names import join_names
-from .peft_format import BaseNetwork, StateDict
+from .peft_format import Base, StateDict
 
 ImportPlan = Sequence[tuple[Method, Mapping[str, StateDict]]]
 
 
-def inject_and_load(base: BaseNetwork, plan: ImportPlan, values: StateDict, source: str) -> None:
+def inject_and_load(base: Base, plan: ImportPlan, values: StateDict, source: str) -> None:
     """Inject methods, then load the states of their adapters and the values of base parameters; check all of it first.
 
     Args:

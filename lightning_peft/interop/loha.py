@@ -18,7 +18,7 @@ from ..ops.sharded_tensors import full_tensor
 from . import targets
 from .lora import most_common_value
 from .module_names import exact_globs, join_names, longest_first
-from .peft_format import BaseNetwork, PeftFile, PeftFormat, StateDict, check_supported
+from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_supported
 
 _NAMES = {"hada_w1_a": "x1", "hada_w1_b": "y1", "hada_w2_a": "x2", "hada_w2_b": "y2", "hada_t1": "t1", "hada_t2": "t2"}
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -32,7 +32,7 @@ class LoHaFormat(PeftFormat):
     ignored_settings = ("init_weights", "use_effective_conv2d", "rank_dropout", "module_dropout")
 
     def to_peft(
-        self, base: BaseNetwork, method: FedPara, hosts: Mapping[str, Sequence[HadamardUpdate]]
+        self, base: Base, method: FedPara, hosts: Mapping[str, Sequence[HadamardUpdate]]
     ) -> tuple[dict[str, Any], StateDict]:
         check_supported(method.tanh, "tanh in FedPara", "LoHa multiplies the matrices as they are")
         ranks, state = dict[str, int](), StateDict()
@@ -57,12 +57,10 @@ class LoHaFormat(PeftFormat):
             "use_effective_conv2d": cores,
         }, state
 
-    def expected(self, base: BaseNetwork, file: PeftFile) -> Iterator[str]:
+    def expected(self, base: Base, file: PeftFile) -> Iterator[str]:
         return targets.target_hosts(base, file.config)
 
-    def from_peft(
-        self, base: BaseNetwork, file: PeftFile, name: str
-    ) -> Iterator[tuple[FedPara, Mapping[str, StateDict]]]:
+    def from_peft(self, base: Base, file: PeftFile, name: str) -> Iterator[tuple[FedPara, Mapping[str, StateDict]]]:
         groups = defaultdict[tuple[int, bool], dict[str, StateDict]](dict)
         for host, tensors in file.state.items():
             state = _from_peft_names(tensors)

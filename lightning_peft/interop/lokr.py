@@ -18,7 +18,7 @@ from . import targets
 from .loha import check_host_type
 from .lora import alpha_for_scale
 from .module_names import exact_globs, join_names
-from .peft_format import BaseNetwork, PeftFile, PeftFormat, StateDict, check_supported
+from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_supported
 
 _NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
@@ -34,7 +34,7 @@ class LoKrFormat(PeftFormat):
     )
 
     def to_peft(
-        self, base: BaseNetwork, method: KronA, hosts: Mapping[str, Sequence[KronAUpdate]]
+        self, base: Base, method: KronA, hosts: Mapping[str, Sequence[KronAUpdate]]
     ) -> tuple[dict[str, Any], StateDict]:
         state, shapes = StateDict(), dict[str, tuple[tuple[int, int], tuple[int, int]]]()
         for name, (adapter, *_) in hosts.items():
@@ -48,12 +48,10 @@ class LoKrFormat(PeftFormat):
             **{"r": rank, "alpha": alpha_for_scale(method.scale, rank), "decompose_factor": _factor(shapes)},
         }, state
 
-    def expected(self, base: BaseNetwork, file: PeftFile) -> Iterator[str]:
+    def expected(self, base: Base, file: PeftFile) -> Iterator[str]:
         return targets.target_hosts(base, file.config)
 
-    def from_peft(
-        self, base: BaseNetwork, file: PeftFile, name: str
-    ) -> Iterator[tuple[KronA, Mapping[str, StateDict]]]:
+    def from_peft(self, base: Base, file: PeftFile, name: str) -> Iterator[tuple[KronA, Mapping[str, StateDict]]]:
         groups = defaultdict[tuple[tuple[int, ...], float], dict[str, StateDict]](dict)
         for host, tensors in file.state.items():
             name_in_model = join_names(base.name, host)

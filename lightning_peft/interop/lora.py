@@ -17,7 +17,7 @@ from ..ops.sharded_tensors import full_tensor
 from ..structure.layer_types import TransposedLinearType, layer_of
 from . import targets
 from .module_names import exact_globs, join_names, longest_first
-from .peft_format import BaseNetwork, PeftFile, PeftFormat, StateDict, check_not_torch_attention, check_supported
+from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_not_torch_attention, check_supported
 
 _A, _B, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 _TABLE_A, _TABLE_B = "lora_embedding_A", "lora_embedding_B"  # of embeddings
@@ -39,7 +39,7 @@ class LoRAFormat(PeftFormat):
     )
 
     def to_peft(
-        self, base: BaseNetwork, method: LoRA, hosts: Mapping[str, Sequence[LoRAAdapter]]
+        self, base: Base, method: LoRA, hosts: Mapping[str, Sequence[LoRAAdapter]]
     ) -> tuple[dict[str, Any], StateDict]:
         ranks, alphas, state = dict[str, int](), dict[str, float](), StateDict()
         use_rslora = method.scaling == "rank_stabilized"
@@ -72,10 +72,10 @@ class LoRAFormat(PeftFormat):
         rank = len(state["a"])
         return state["a"].flatten(1), state["b"] * (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
-    def expected(self, base: BaseNetwork, file: PeftFile) -> Iterator[str]:
+    def expected(self, base: Base, file: PeftFile) -> Iterator[str]:
         return targets.target_hosts(base, file.config)
 
-    def from_peft(self, base: BaseNetwork, file: PeftFile, name: str) -> Iterator[tuple[LoRA, Mapping[str, StateDict]]]:
+    def from_peft(self, base: Base, file: PeftFile, name: str) -> Iterator[tuple[LoRA, Mapping[str, StateDict]]]:
         patterns, use_rslora = file.get("alpha_pattern", {}), bool(file.get("use_rslora", False))
         init = file.get("init_lora_weights", True)
         check_supported(
@@ -93,7 +93,7 @@ class LoRAFormat(PeftFormat):
 
 
 def lora_from_factors(
-    base: BaseNetwork,
+    base: Base,
     name: str,
     states: Mapping[str, StateDict],
     alphas: Mapping[str, float],

@@ -12,7 +12,7 @@ from ..checkpoints.adapter_state import strip_wrapper_names
 from ..ops.sharded_tensors import full_tensor
 from ..structure.base_model import ADAPTERS_ATTRIBUTE, base_parameters, count_owners
 from .module_names import join_names
-from .peft_format import BaseNetwork, StateDict, check_supported
+from .peft_format import Base, StateDict, check_supported
 
 _WRAPPED = "base_layer."  # peft inserts this into the keys of an adapted module's base parameters
 _SAVED, _UNUSED = "modules_to_save.", "original_module."  # peft's copies in a saved module: trained, untrained
@@ -21,7 +21,7 @@ _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score
 
 
 def trained_settings(
-    base: BaseNetwork, trained: StateDict, hosts: Collection[str], biases: bool
+    base: Base, trained: StateDict, hosts: Collection[str], biases: bool
 ) -> tuple[dict[str, Any], StateDict]:
     """Return the settings and tensors that say which parameters of the network train.
 
@@ -48,14 +48,14 @@ def trained_settings(
     return settings | ({"modules_to_save": modules} if modules else {}), state
 
 
-def head_tensors(base: BaseNetwork, task: str | None, modules: StateDict) -> StateDict:
+def head_tensors(base: Base, task: str | None, modules: StateDict) -> StateDict:
     """Return the tensors of the heads that HF PEFT expects for a task, besides those that train."""
     names = [name for name, _ in base.network.named_children() if name in _HEADS.get(task or "", ())]
     tensors = {key: value for name in names for key, value in _state(base, name).items()}
     return {key: full_tensor(value) for key, value in tensors.items() if key not in modules}
 
 
-def _state(base: BaseNetwork, module: str) -> StateDict:
+def _state(base: Base, module: str) -> StateDict:
     """Return the tensors of a module of the base, by their names within the network."""
     state = base.network.get_submodule(module).state_dict(keep_vars=True)
     return {f"{module}.{key}": value for key, value in state.items() if f".{ADAPTERS_ATTRIBUTE}." not in f".{key}"}
@@ -67,7 +67,7 @@ def _peft_key(name: str, hosts: Collection[str]) -> str:
 
 
 def _check_whole(
-    base: BaseNetwork, module: str, trained: Collection[str], hosts: Collection[str], modules: Collection[str]
+    base: Base, module: str, trained: Collection[str], hosts: Collection[str], modules: Collection[str]
 ) -> None:
     parameters = base_parameters(base.network.get_submodule(module))
     frozen = [name for name in parameters if join_names(module, name) not in trained]
@@ -87,7 +87,7 @@ def _check_whole(
     )
 
 
-def read_trained(base: BaseNetwork, config: Mapping[str, Any], other_tensors: StateDict) -> StateDict:
+def read_trained(base: Base, config: Mapping[str, Any], other_tensors: StateDict) -> StateDict:
     """Return values of parameters and buffers of the network by name, from the tensors that no adapter took.
 
     Raises:
@@ -115,7 +115,7 @@ def read_trained(base: BaseNetwork, config: Mapping[str, Any], other_tensors: St
     return {key: value for key, value in state.items() if key in declared}
 
 
-def read_all_trained(base: BaseNetwork, other_tensors: StateDict) -> StateDict:
+def read_all_trained(base: Base, other_tensors: StateDict) -> StateDict:
     """Return values by name where every tensor beside the adapters' is one that trained."""
     settings = {
         "modules_to_save": sorted({key.rpartition(".")[0] for key in other_tensors if not key.endswith("bias")})

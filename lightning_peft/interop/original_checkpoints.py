@@ -18,7 +18,7 @@ from .lora import alpha_for_scale, lora_from_factors
 from .module_names import exact_globs, find_network, join_names
 from .modules_to_save import read_all_trained
 from .peft_folder import read_tensor_file
-from .peft_format import BaseNetwork, StateDict
+from .peft_format import Base, StateDict
 
 
 def import_loralib(
@@ -43,7 +43,7 @@ def import_loralib(
     Raises:
         ValueError: The file is damaged, or does not fit this model.
     """
-    base = BaseNetwork(model, *find_network(model))
+    base = Base(model, *find_network(model))
     hosts, other_tensors = _by_host(read_tensor_file(path), {"lora_A": "a", "lora_B": "b"})
     check_module_names(base, hosts)
     states, alphas = dict[str, StateDict](), dict[str, float]()
@@ -74,7 +74,7 @@ def import_t_few(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         ValueError: The file is damaged, or does not fit this model.
     """
-    base = BaseNetwork(model, *find_network(model))
+    base = Base(model, *find_network(model))
     hosts, other_tensors = _by_host(read_tensor_file(path), {"multi_lora_b": "scales"})
     check_module_names(base, hosts)
     states = {join_names(base.name, host): {"scales": tensors["scales"].flatten()} for host, tensors in hosts.items()}

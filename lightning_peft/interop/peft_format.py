@@ -21,7 +21,7 @@ _COMMON = frozenset(
 
 
 @dataclass(frozen=True)
-class BaseNetwork:
+class Base:
     """A base model, and the module in it that HF PEFT knows.
 
     Args:
@@ -74,18 +74,14 @@ class PeftFormat(ABC):
         return next(str(field.default) for field in dataclasses.fields(self.method) if field.name == "name")
 
     @abstractmethod
-    def to_peft(
-        self, base: BaseNetwork, method: Any, hosts: Mapping[str, Sequence[Any]]
-    ) -> tuple[dict[str, Any], StateDict]:
+    def to_peft(self, base: Base, method: Any, hosts: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Any], StateDict]:
         """Return settings and tensors of one method's adapters, by host's name; ``NotExpressible`` says why not."""
 
     @abstractmethod
-    def from_peft(
-        self, base: BaseNetwork, file: PeftFile, name: str
-    ) -> Iterator[tuple[Method, Mapping[str, StateDict]]]:
+    def from_peft(self, base: Base, file: PeftFile, name: str) -> Iterator[tuple[Method, Mapping[str, StateDict]]]:
         """Yield methods and, by host's name, what their adapters' ``import_state`` takes."""
 
-    def expected(self, base: BaseNetwork, file: PeftFile) -> Iterator[str]:
+    def expected(self, base: Base, file: PeftFile) -> Iterator[str]:
         """Yield the names of hosts that the settings ask for."""
         return iter(())
 

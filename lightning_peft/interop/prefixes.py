@@ -13,7 +13,7 @@ from ..methods.prompting.prefix import Prefix
 from ..ops.sharded_tensors import full_tensor
 from ..structure.selection import select_modules
 from ..structure.transformers_api import is_encoder_decoder
-from .peft_format import BaseNetwork, PeftFile, PeftFormat, StateDict, check_supported
+from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_supported
 from .prompts import VIRTUAL
 
 _PREFIXES = "prompt_embeddings"
@@ -28,7 +28,7 @@ class PrefixFormat(PeftFormat):
     ignored_settings = ("encoder_hidden_size", "prefix_projection", "init_weights")
 
     def to_peft(
-        self, base: BaseNetwork, method: PrefixTuning, hosts: Mapping[str, Sequence[Adapter]]
+        self, base: Base, method: PrefixTuning, hosts: Mapping[str, Sequence[Adapter]]
     ) -> tuple[dict[str, Any], StateDict]:
         _check_not_encoder_decoder(base)
         check_supported(
@@ -56,7 +56,7 @@ class PrefixFormat(PeftFormat):
         return settings, {_PREFIXES: torch.cat(keys_and_values, 1)}
 
     def from_peft(
-        self, base: BaseNetwork, file: PeftFile, name: str
+        self, base: Base, file: PeftFile, name: str
     ) -> Iterator[tuple[PrefixTuning, Mapping[str, StateDict]]]:
         _check_not_encoder_decoder(base)
         bank = file.state[""][_PREFIXES]
@@ -69,7 +69,7 @@ class PrefixFormat(PeftFormat):
         yield method, {host: {"key": k, "value": v} for host, (k, v) in zip(hosts, pairs, strict=True)}
 
 
-def _check_not_encoder_decoder(base: BaseNetwork) -> None:
+def _check_not_encoder_decoder(base: Base) -> None:
     check_supported(
         is_encoder_decoder(base.network),
         "A prefix for an encoder-decoder model",
@@ -77,7 +77,7 @@ def _check_not_encoder_decoder(base: BaseNetwork) -> None:
     )
 
 
-def _heads(base: BaseNetwork) -> int:
+def _heads(base: Base) -> int:
     """Return the number of heads with keys of their own."""
     config: Any = base.network.config
     heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

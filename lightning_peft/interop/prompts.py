@@ -12,7 +12,7 @@ from ..core.adapter import Adapter
 from ..core.method import Method
 from ..methods import MultitaskPromptTuning, PromptTuning, PTuning
 from ..ops.sharded_tensors import full_tensor
-from .peft_format import BaseNetwork, PeftFile, PeftFormat, StateDict, check_supported
+from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_supported
 
 _PROMPT, _COLUMNS, _ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
 VIRTUAL = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
@@ -34,7 +34,7 @@ class PromptFormat(PeftFormat):
         """Raise where settings ask for what HF PEFT does not compute."""
 
     def to_peft(
-        self, base: BaseNetwork, method: Any, hosts: Mapping[str, Sequence[Adapter]]
+        self, base: Base, method: Any, hosts: Mapping[str, Sequence[Adapter]]
     ) -> tuple[dict[str, Any], StateDict]:
         self.check_method(method)
         _check_not_first_position(base)
@@ -48,9 +48,7 @@ class PromptFormat(PeftFormat):
         sizes = {"num_virtual_tokens": length, "token_dim": width, "num_transformer_submodules": 1}
         return sizes | self.more_settings(packed), self.their_state(packed)
 
-    def from_peft(
-        self, base: BaseNetwork, file: PeftFile, name: str
-    ) -> Iterator[tuple[Method, Mapping[str, StateDict]]]:
+    def from_peft(self, base: Base, file: PeftFile, name: str) -> Iterator[tuple[Method, Mapping[str, StateDict]]]:
         _check_not_first_position(base)
         tensors = dict(file.state[""])
         if _PROMPT not in tensors:
@@ -140,7 +138,7 @@ class MultitaskPromptFormat(PromptFormat):
         return {"prompt": own[_PROMPT], "u": own[_COLUMNS].squeeze(-1), "v": own[_ROWS].squeeze(1)}
 
 
-def _check_not_first_position(base: BaseNetwork) -> None:
+def _check_not_first_position(base: Base) -> None:
     """Raise where a classifier reads the first position: of the tokens here, of the virtual ones there."""
     class_name = type(base.network).__name__
     reads_first = class_name.endswith("ForSequenceClassification") and hasattr(base.network, "classifier")

@@ -9,12 +9,12 @@ from typing import Any
 from ..checkpoints.adapter_state import strip_wrapper_names
 from ..structure.base_model import base_modules
 from .module_names import unique_suffixes
-from .peft_format import BaseNetwork, check_supported
+from .peft_format import Base, check_supported
 
 SETTINGS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out")
 
 
-def target_settings(base: BaseNetwork, hosts: Collection[str]) -> dict[str, Any]:
+def target_settings(base: Base, hosts: Collection[str]) -> dict[str, Any]:
     """Return settings that name exactly these modules."""
     names = [strip_wrapper_names(name) for name in base_modules(base.network)]
     targets = unique_suffixes(hosts, names)
@@ -30,7 +30,7 @@ def target_settings(base: BaseNetwork, hosts: Collection[str]) -> dict[str, Any]
     return {"target_modules": targets, **({"exclude_modules": surplus} if surplus else {})}
 
 
-def target_hosts(base: BaseNetwork, config: Mapping[str, Any]) -> Iterator[str]:
+def target_hosts(base: Base, config: Mapping[str, Any]) -> Iterator[str]:
     """Yield the modules that a list or a regular expression names; for other wordings, none."""
     targets, saved = config.get("target_modules") or [], config.get("modules_to_save") or []
     if targets == "all-linear" or config.get("layers_to_transform") is not None:

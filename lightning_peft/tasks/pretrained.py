@@ -62,9 +62,8 @@ def weights_folder(reference: str) -> str:
     if Path(location).is_dir():
         return location
     transformers()
-    folder: str = importlib.import_module("huggingface_hub").snapshot_download(
-        location, allow_patterns=["*.safetensors*"]
-    )
+    hub = importlib.import_module("huggingface_hub")
+    folder: str = hub.snapshot_download(location, allow_patterns=["*.safetensors*"])
     return folder
 
 
@@ -78,7 +77,8 @@ def _package_folder(reference: str) -> Path:
     specification = importlib.util.find_spec(name)
     if specification is None or not specification.submodule_search_locations:
         extra = _EXTRAS.get(name)
-        advice = f'Install it with: pip install "{extra}"' if extra else "Correct it, or install what provides it."
+        install = f'Install it with: pip install "{extra}"'
+        advice = install if extra else "Correct its name, or install what provides it."
         raise ModuleNotFoundError(f"{reference!r} needs the Python package {name!r}, which is not installed. {advice}")
     folder = Path(next(iter(specification.submodule_search_locations)), inside)
     if not folder.is_dir():
