@@ -4,6 +4,7 @@ A room is a package directly below ``lightning_peft``, or a module that belongs 
 """
 
 import ast
+import functools
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,7 @@ def says(module: Path) -> str:
     return (ast.get_docstring(ast.parse(module.read_text())) or "").partition("\n")[0].replace("`", "")
 
 
+@functools.cache
 def arrows() -> dict[str, list[str]]:
     """Return, for each room that is drawn, the other rooms that its files import."""
     found: dict[str, set[str]] = {name: set() for name in ORDER if name != "__main__"}
