@@ -195,7 +195,6 @@ def _first_weight(host: nn.Module, name: str) -> Tensor:
 
 
 def _check_not_tokens_first(host: nn.Module, name: str) -> None:
-    """Raise a ``TypeError`` for a module whose attention takes (tokens, batch, features)."""
     attention = [m for m in host.modules() if isinstance(m, nn.MultiheadAttention)]
     if any(not module.batch_first for module in attention):
         raise TypeError(f"{name} takes (tokens, batch, features); build it with batch_first=True.")

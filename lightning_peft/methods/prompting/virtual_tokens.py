@@ -146,7 +146,7 @@ def prepend_to_blocks(host: Any, inner: Call, call: Mapping[str, Any], prompt: T
 
 
 def embedded(host: Any, call: dict[str, Any], hidden: Tensor | None = None) -> Tensor:
-    """Return the embeddings of a call's tokens and remove ``input_ids`` from it; embeddings of ``hidden`` are arbitrary.
+    """Return the embeddings of a call's tokens and remove ``input_ids`` from it; those of ``hidden`` are arbitrary.
 
     For RoBERTa and similar models, which compute positions from ids, ``position_ids`` are added to the call.
     """
@@ -170,8 +170,7 @@ def _lead(mask: Tensor) -> Tensor | None:
     """Return the number of padding tokens that each row begins with, (batch, 1); None if no row is known to."""
     lead = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
     lead = lead.where(lead < mask.shape[-1], 0)  # rows of padding alone, with which some samplers fill batches
-    # Reading a value would wait for a GPU, and break the graph of a compiled model.
-    can_read = lead.device.type == "cpu" and not torch.compiler.is_compiling()
+    can_read = lead.device.type == "cpu" and not torch.compiler.is_compiling()  # else it waits, or breaks the graph
     return None if can_read and not lead.any() else lead
 
 
@@ -194,7 +193,6 @@ def _check_cache(host: Any, call: Mapping[str, Any], cached: Any, length: int) -
 
 
 def _check_length(host: Any, tokens: int) -> None:
-    """Raise a ``ValueError`` for more tokens than the model has positions."""
     limit = from_config(host, "max_position_embeddings")
     if limit is not None and tokens > limit > 0:
         raise ValueError(
