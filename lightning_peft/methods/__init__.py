@@ -1,4 +1,4 @@
-"""The methods, one file each."""
+"""Fine-tuning methods, one module each."""
 
 from ..core.own_parameters import OwnParameters
 from .adalora import AdaLoRA

@@ -1,4 +1,4 @@
-"""AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, https://arxiv.org/abs/2303.10512."""
+"""``AdaLoRA``: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, https://arxiv.org/abs/2303.10512."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class AdaLoRA(Method):
     A triplet is one entry of E with its column of P and row of Q. Its score is s(E) + mean s(P) + mean s(Q), where s is
     the moving average of |w dL/dw| times that of its deviation. After each ``interval`` steps the best triplets of all
     layers are kept and E of the others is set to zero; the number kept falls from initial_rank to target_rank per layer
-    as the cube of the time left. In the last ``final_steps`` the choice stands. Nothing has to be called: the number
-    of steps comes from the Trainer. The penalty is, as in the authors' code, the mean of ||P^T P - I|| and
-    ||Q Q^T - I|| over all layers; it adds to gradients only, never to a loss that you see.
+    as the cube of the remaining time. In the last ``final_steps`` the choice is fixed. The number of steps comes from
+    the Trainer. The penalty is, as in the authors' code, the mean of ||P^T P - I|| and ||Q Q^T - I|| over all layers;
+    it is added to gradients only and does not appear in the loss.
 
     Args:
         name: Name of the adapters on their hosts, and in files.
@@ -107,12 +107,12 @@ class AdaLoRA(Method):
     def penalty(self, adapters: Sequence[Adapter]) -> Tensor | None:
         if not self.orthogonal_weight:
             return None
-        alike = defaultdict[torch.Size, list[Tensor]](list)
-        for found in cast("Sequence[SVDTriplets]", adapters):
-            for factor in (found.a.flatten(1), found.b.T):
-                alike[factor.shape].append(factor)
+        by_shape = defaultdict[torch.Size, list[Tensor]](list)
+        for adapter in cast("Sequence[SVDTriplets]", adapters):
+            for factor in (adapter.a.flatten(1), adapter.b.T):
+                by_shape[factor.shape].append(factor)
         norms = []
-        for factors in alike.values():  # one product for all factors of a shape
+        for factors in by_shape.values():  # one product for all factors of a shape
             rows = torch.stack(factors)
             identity = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
             norms.append(torch.linalg.matrix_norm(rows @ rows.mT - identity))
@@ -120,17 +120,18 @@ class AdaLoRA(Method):
 
     @torch.no_grad()
     def after_step(self, adapters: Sequence[Adapter], step: int, total_steps: int) -> None:
-        found = cast("Sequence[SVDTriplets]", adapters)
+        layers = cast("Sequence[SVDTriplets]", adapters)
         start, stop = self._phases(total_steps)
         if step < stop:
-            observe(found, self.beta1, self.beta2)
+            observe(layers, self.beta1, self.beta2)
         if step == stop or (start < step < stop and step % self.interval == 0):
-            allocate(found, self.budget(step, total_steps, len(found)))
+            allocate(layers, self.budget(step, total_steps, len(layers)))
         if step >= stop:
-            torch._foreach_mul_([one.e for one in found], [one.kept for one in found])
+            torch._foreach_mul_([layer.e for layer in layers], [layer.kept for layer in layers])
 
     def metrics(self, adapters: Mapping[str, Adapter]) -> Mapping[str, Tensor]:
-        ranks = {name: found.kept.sum().float() for name, found in cast("Mapping[str, SVDTriplets]", adapters).items()}
+        layers = cast("Mapping[str, SVDTriplets]", adapters)
+        ranks = {name: layer.kept.sum().float() for name, layer in layers.items()}
         total = torch.stack(list(ranks.values())).sum()
         return {f"{self.name}/total_rank": total, **{f"{self.name}/rank/{name}": rank for name, rank in ranks.items()}}
 

@@ -1,4 +1,4 @@
-"""BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models, https://arxiv.org/abs/2106.10199."""
+"""``BitFit``: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models, https://arxiv.org/abs/2106.10199."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class BitFit(Method):
                     yield name, AddedBias(host)
 
     def parameters(self, model: nn.Module) -> Iterable[str]:
-        pool = select_parameters(model, self.targets) if self.targets else list(base_parameters(model))
-        names = [name for name in pool if "bias" in name.rpartition(".")[2]]
+        selected = select_parameters(model, self.targets) if self.targets else list(base_parameters(model))
+        names = [name for name in selected if "bias" in name.rpartition(".")[2]]
         if not names and not self.add_missing:
             raise ValueError(
                 f"No parameter {f'below {self.targets!r} ' if self.targets else ''}is a bias. "
@@ -66,5 +66,5 @@ class AddedBias(Adapter):
         return y + self.bias.to(y.dtype)
 
     def merge(self, host: Any) -> None:
-        """Make it the host's own bias."""
+        """Register the bias as that of the host."""
         host.bias = nn.Parameter(self.bias.detach().to(host.weight.dtype, copy=True))

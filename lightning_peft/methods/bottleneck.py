@@ -1,4 +1,4 @@
-"""Houlsby's adapters: Parameter-Efficient Transfer Learning for NLP, https://arxiv.org/abs/1902.00751."""
+"""``Bottleneck``, Houlsby's adapters: Parameter-Efficient Transfer Learning for NLP, https://arxiv.org/abs/1902.00751."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from .families.bottleneck_mlp import bottleneck, check_bottleneck, output_of
 
 @dataclass(frozen=True, kw_only=True)
 class Bottleneck(Method):
-    """Passes what each sub-layer returns through a small network: y + W_up phi(W_down y + b_down) + b_up.
+    """Passes the output of each sub-layer through a small network: y + W_up phi(W_down y + b_down) + b_up.
 
-    Two in each block, after the attention's output projection and after the feed-forward's down-projection, before a
+    Each block has two, after the attention's output projection and after the feed-forward's down-projection, before a
     dropout, the skip connection and the norm that may follow. Both weights start near zero, so that an adapted model
     starts near its base. One in each block, as in https://arxiv.org/abs/2005.00247 but without a norm in between, is
-    ``Bottleneck(targets=["feedforward.down"], activation="relu", train_norms=False)``. Nothing of it merges.
+    ``Bottleneck(targets=["feedforward.down"], activation="relu", train_norms=False)``. It cannot be merged.
 
     Args:
         name: Name of the adapters on their hosts, and in files.
         size: Number m of features between the two layers.
         activation: ``gelu`` as the authors' code, ``relu`` or ``swish``.
-        targets: Globs or roles of modules whose output, or the first of several, is changed. Torch's own attention
-            reads its output projection and never calls it; there the attention itself is adapted.
+        targets: Globs or roles of modules whose output, or the first of several, is changed. In place of the output
+            projection of ``nn.MultiheadAttention``, which is never called, the attention itself is adapted.
         exclude: Globs of modules to leave out.
-        std: Standard deviation of both weights at the start, of normal values cut off at twice that; the authors' code
-            has 1e-3.
+        std: Standard deviation of the truncated normal distribution that both weights start from, cut off at twice
+            that; the authors' code has 1e-3.
         train_norms: Whether all normalization layers train too.
         train_head: Whether the head of the task trains too, if the model has one.
 
     Raises:
-        ValueError: A target has no linear layer, whose outputs would tell its width.
+        ValueError: A target contains no linear layer, from which its width is read.
     """
 
     name: str = "bottleneck"
@@ -66,12 +66,12 @@ class Bottleneck(Method):
             yield name, SerialBottleneck(*output_of(host, name), self.size, self.activation, self.std)
 
     def parameters(self, model: nn.Module) -> Iterable[str]:
-        wanted = {"norms": self.train_norms, "head": self.train_head}
-        return select_parameters(model, [role for role in wanted if wanted[role] and any(ROLES[role](model))])
+        trains = {"norms": self.train_norms, "head": self.train_head}
+        return select_parameters(model, [role for role in trains if trains[role] and any(ROLES[role](model))])
 
 
 class SerialBottleneck(BatchableLayerAdapter, Adapter):
-    """y + up phi(down y + down_bias) + up_bias, with y what the host returns, or the first of it.
+    """y + up phi(down y + down_bias) + up_bias, where y is the host's output, or the first of several.
 
     Args:
         width: Number of features of y.
@@ -92,7 +92,7 @@ class SerialBottleneck(BatchableLayerAdapter, Adapter):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        for weight in filter(has_values, (self.down, self.up)):  # it draws until all values are inside
+        for weight in filter(has_values, (self.down, self.up)):  # it draws again until all values are inside
             nn.init.trunc_normal_(weight, std=self.std, a=-2 * self.std, b=2 * self.std)
         nn.init.zeros_(self.down_bias)
         nn.init.zeros_(self.up_bias)

@@ -1,4 +1,4 @@
-"""FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning, https://arxiv.org/abs/2108.06098."""
+"""``FedPara``: Low-Rank Hadamard Product for Communication-Efficient Federated Learning, https://arxiv.org/abs/2108.06098."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class FedPara(Method):
         gamma: Instead of a rank: R = (1 - gamma) R_min + gamma R_max for each layer, from the smallest R that allows
             full rank to the largest with no more numbers than the weight. The default is 0.
         tanh: Whether both matrices pass through tanh.
-        personalized: pFedPara.
-        cores: Whether convolutions have cores; without, a kernel is taken as more inputs.
+        personalized: Whether to train pFedPara.
+        cores: Whether convolutions have cores; without them, a kernel's positions count as further inputs.
         jacobian_weight: Factor of the correction 1/2 ||W' - (W - step J)||^2, where J is the loss's gradient of the
-            weight and W' is made of factors after one gradient step. It takes part in gradients only; J is collected
-            on each process alone, and costs the gradient of a whole weight.
+            weight and W' is composed of the factors after one gradient step. It is added to gradients only; J is
+            collected on each process by itself and costs the gradient of a full weight.
         jacobian_step: Size of that step; the paper's learning rate.
     """
 
@@ -92,6 +92,6 @@ class FedPara(Method):
                 update = adapter.composed(*factors)
                 steps = torch.autograd.grad(update, factors, jacobian, create_graph=True)
                 stepped = [f - self.jacobian_step * step for f, step in zip(factors, steps, strict=True)]
-                wanted = update - self.jacobian_step * jacobian
-                terms.append((adapter.composed(*stepped) - wanted).square().sum())
+                expected = update - self.jacobian_step * jacobian
+                terms.append((adapter.composed(*stepped) - expected).square().sum())
         return self.jacobian_weight / 2 * torch.stack(terms).sum() if terms else None

@@ -1,4 +1,4 @@
-"""(IA)3: Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper, https://arxiv.org/abs/2205.05638."""
+"""``IA3``: Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper, https://arxiv.org/abs/2205.05638."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class IA3(Method):
     """Scales keys, values and the activations inside feed-forward blocks by learned vectors l, which start at one.
 
     Keys and values: l o (W x + b), on their projections. Activations: W (l o x) + b, on the down-projections. A layer
-    that computes query, key and value at once has an own vector for each part. Merges.
+    that computes query, key and value at once has a separate vector for each part. IA3 can be merged.
 
-    Of a block that multiplies an activated up-projection with another (T5 v1.1, Llama), l stands on that other one's
-    output, as in the authors' code: the same function, which keeps less for backward. A down-projection that is named
-    by a glob is scaled itself.
+    In a gated block (T5 v1.1, Llama), l scales the output of the up-projection without activation, as in the authors'
+    code: this is the same function and saves less for backward. A down-projection that is named by a glob is scaled
+    itself.
 
     Args:
         name: Name of the adapters on their hosts, and in files.
@@ -57,17 +57,17 @@ class IA3(Method):
             yield name, Scaling(host, rows=rows)
         for name, host, _ in inputs:
             check_setting(name not in names, "target", name, "in one of both lists of targets")
-            if (branch := self._branch(model, name)) is not None and branch not in names:
-                yield branch, Scaling(model.get_submodule(branch))
+            if (up := self._gated_up(model, name)) is not None and up not in names:
+                yield up, Scaling(model.get_submodule(up))
             else:
                 yield name, Scaling(host, of_inputs=True)
 
-    def _branch(self, model: nn.Module, down: str) -> str | None:
-        """Return the up-projection whose output may be scaled in place of the down-projection's input."""
-        branch = linear_branch(model, down)
-        named = any(matches(down, target) for target in self.feedforward_targets)
-        left_out = branch is not None and any(matches(branch, pattern) for pattern in self.exclude)
-        return None if named or left_out else branch
+    def _gated_up(self, model: nn.Module, down: str) -> str | None:
+        """Return the up-projection whose output can be scaled in place of the down-projection's input."""
+        up = linear_branch(model, down)
+        named_by_glob = any(matches(down, target) for target in self.feedforward_targets)
+        excluded = up is not None and any(matches(up, pattern) for pattern in self.exclude)
+        return None if named_by_glob or excluded else up
 
 
 class Scaling(BatchableLayerAdapter, Adapter):
@@ -97,7 +97,7 @@ class Scaling(BatchableLayerAdapter, Adapter):
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
         if self.layer.weight_read_by_parent:
-            return inner(*args, **kwargs)  # the host reads its weight and bias, and finds the scaled ones
+            return inner(*args, **kwargs)  # the host reads weight and bias from properties that return the scaled ones
         return self._called(host, inner, *args, **kwargs)
 
     def _called(self, host: Any, inner: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -105,6 +105,7 @@ class Scaling(BatchableLayerAdapter, Adapter):
         if self.of_inputs:
             return scaled_input(self.layer, host, call, x, self.scales)
         scales = self.whole()
+        # Scalings that follow one another are one product, which is cheaper and saves one output for backward.
         while isinstance(call, InnerCall) and call.adapters and _scales_outputs(call.adapters[-1]):
             scales, call = scales * call.adapters[-1].whole(), call.without_outermost()
         return scaled_output(self.layer, host, call, x, scales)
@@ -125,7 +126,7 @@ class Scaling(BatchableLayerAdapter, Adapter):
         return (x * scales.view(shape)).to(x.dtype)
 
     def whole(self) -> Tensor:
-        """Return a scale for each output of the host: one outside this part."""
+        """Return a scale for each output of the host: ones outside of the scaled rows."""
         return F.pad(self.scales, self.outside, value=1.0) if any(self.outside) else self.scales
 
     def effective_weight(self, weight: Tensor) -> Tensor:
@@ -147,8 +148,9 @@ class Scaling(BatchableLayerAdapter, Adapter):
         start, stop = self.rows
         self.layer.write(host, wide[start:stop] * self.scales.view(-1, 1, *ones), start)
         if bias is not None:
-            bias[start:stop].copy_(bias[start:stop] * self.scales)  # in its own width, rounded once
+            bias[start:stop].copy_(bias[start:stop] * self.scales)  # in the type of the bias, rounded once
 
 
 def _scales_outputs(adapter: Adapter) -> TypeGuard[Scaling]:
+    """Return whether an adapter is a ``Scaling`` of outputs."""
     return isinstance(adapter, Scaling) and not adapter.of_inputs

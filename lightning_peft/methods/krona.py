@@ -1,4 +1,4 @@
-"""KronA: Parameter Efficient Tuning with Kronecker Adapter, https://arxiv.org/abs/2212.10650."""
+"""``KronA``: Parameter Efficient Tuning with Kronecker Adapter, https://arxiv.org/abs/2212.10650."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from .families.kronecker import check_kronecker, shape_of_a, start_factors, time
 class KronA(Method):
     """Trains Y = X W + s X (A kron B), with A (a1, a2) and B (b1, b2), a1 b1 = in and a2 b2 = out; B starts at zero.
 
-    The rank is rank(A) rank(B), mostly far above what LoRA has for as many parameters. Acts on the layers that LoRA
-    acts on; of a convolution, B has the kernel as trailing dimensions. Merges.
+    The rank is rank(A) rank(B), mostly far above that of LoRA with as many parameters. KronA adapts the same layers as
+    LoRA; for a convolution, B has the kernel as trailing dimensions. KronA can be merged.
 
     Args:
         name: Name of the adapters on their hosts, and in files.
         targets: Globs on the end of module names, or roles. The paper adapts the query and value projections.
         exclude: Globs of modules to leave out.
         shape_a: a1 and a2; a1 divides the inputs of every target, a2 its outputs.
-        factor: In place of ``shape_a``: a1 and a2 are the largest divisors up to this. With neither, they are what
-            needs the fewest parameters, close to the square roots.
+        factor: In place of ``shape_a``: a1 and a2 are the largest divisors up to this. With neither, a1 and a2 are
+            those with the fewest parameters, close to the square roots.
         scale: Factor s of the update; 16 is a third party's default, not one from the paper.
 
     Raises:

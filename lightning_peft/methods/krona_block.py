@@ -1,4 +1,4 @@
-"""KronA beside whole feed-forward blocks (KronA^B, KronA^B_res), https://arxiv.org/abs/2212.10650."""
+"""``KronABlock``: KronA beside whole feed-forward blocks (KronA^B, KronA^B_res), https://arxiv.org/abs/2212.10650."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .families.parallel_branch import FEEDFORWARD, Block, ParallelBranch, feedfo
 class KronABlock(Method):
     """Trains Y = FFN(X) + s X (A kron B), and + s_res X with ``residual``, beside each feed-forward block.
 
-    KronA^B and KronA^B_res of the paper. The block is not linear, so nothing of it merges. Of a block found by its
-    layers, the branch joins the down-projection's output, before a dropout that may follow. With ``residual`` the
-    learned scalar s_res starts at 1, so that an adapted model does not start as its base.
+    These are KronA^B and KronA^B_res of the paper. The block is not linear, so the adapter cannot be merged. In a block
+    found by its layers, the branch is added to the down-projection's output, before a dropout that may follow. With
+    ``residual`` the learned scalar s_res starts at 1, so that an adapted model does not start as its base.
 
     Args:
         name: Name of the adapters on their hosts, and in files.
@@ -49,10 +49,10 @@ class KronABlock(Method):
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
         for block in feedforward_blocks(model, self.targets, self.exclude):
             shape = shape_of_a(block.name, block.width, block.width, self.shape_a, self.factor)
-            yield from block.adapters(KronABeside(block, shape, self.scale, self.residual))
+            yield from block.adapters(KronABranch(block, shape, self.scale, self.residual))
 
 
-class KronABeside(ParallelBranch):
+class KronABranch(ParallelBranch):
     """s x (A kron B) + s_res x, with A of shape (a1, a2), B of shape (b1, b2) and s_res of shape (1,) or absent."""
 
     def __init__(self, block: Block, shape_a: tuple[int, int], scale: float, residual: bool) -> None:

@@ -1,4 +1,4 @@
-"""LLaMA-Adapter: Efficient Fine-tuning of Language Models with Zero-init Attention, https://arxiv.org/abs/2303.16199."""
+"""``LLaMAAdapter``: Efficient Fine-tuning of Language Models with Zero-init Attention, https://arxiv.org/abs/2303.16199."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from .families.bias_and_scale import BiasAndScale
 
 @dataclass(frozen=True, kw_only=True)
 class LLaMAAdapter(Method):
-    """Lets every query attend to learned prompts through an own softmax and a gate that starts at zero.
+    """Lets every query attend to learned prompts through a separate softmax and a gate that starts at zero.
 
     o = W_o (softmax(q K^T) V + tanh(gate) softmax(q (W_k P)^T) (W_v P)), with P (length, features) and one gate for
     each head. Prompt keys have no positions and every token sees them. At gate zero the model is the base, bit by bit.
-    The paper writes the bare gate, its authors' code tanh(gate), which is what runs here.
+    The paper has the gate without tanh; tanh(gate) follows the authors' code.
 
     Args:
         name: Name of the adapters on their hosts, and in files.
         length: Number of prompts K of each layer.
         layers: Number L of attention modules that are adapted, counted from the output; all but the lowest two if not
             given, as the paper's 30 of 32.
-        gate_warmup_steps: Number of optimizer steps during which the gates stay at zero. Their gradients fill the
-            optimizer's averages meanwhile, so that the first move of a gate follows many batches and not one.
+        gate_warmup_steps: Number of optimizer steps during which the gates stay at zero, while their gradients enter
+            the optimizer's averages, so that the first change of a gate follows many batches and not one.
         targets: Globs of attention modules, or roles.
-        heads: Number of query heads, for attention modules that do not tell.
+        heads: Number of query heads, for attention modules that do not tell it.
         train_norms: Whether all normalization layers train too, as in version 2, https://arxiv.org/abs/2304.15010.
         bias_and_scale: Whether the blocks' linear layers become s o (W x + b), as in version 2 (equation 1), with s
             from 1 and b from 0; the authors' code for 65 billion parameters scales the input instead.
@@ -103,11 +103,11 @@ class LLaMAAdapterPrompt(Adapter):
 
     def __init__(self, host: nn.Module, project: KeyValue, length: int, heads: int) -> None:
         super().__init__()
-        width, other = project.inputs(host)
-        if width != other:
+        width, value_width = project.inputs(host)
+        if width != value_width:
             raise TypeError(
-                f"{type(host).__name__} computes keys of {width} features and values of {other}; no prompt has both "
-                f"widths. Choose other targets."
+                f"{type(host).__name__} computes keys of {width} features and values of {value_width}; no prompt has "
+                f"both widths. Choose other targets."
             )
         weight = project.weight(host)
         self.project = project
@@ -122,17 +122,17 @@ class LLaMAAdapterPrompt(Adapter):
         key, value = self.project(host, self.prompt)
 
         def gated(attend: Call, query: Tensor, *rest: Any, **settings: Any) -> Tensor:
-            own: Tensor = attend(query, *rest, **settings)
-            return own + self._prompted(query, key, value, settings.get("scale"))
+            output: Tensor = attend(query, *rest, **settings)
+            return output + self._prompted(query, key, value, settings.get("scale"))
 
         return call_changed(gated, host, inner, *args, **kwargs)
 
     def _prompted(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """softmax(q K^T) tanh(gate) V for q (batch, heads, tokens, size), K and V (length, kv_heads * size)."""
+        """Return softmax(q K^T) tanh(gate) V for q (batch, heads, tokens, size), K and V (length, kv_heads * size)."""
         heads, size = len(self.gate), query.shape[-1]
         key, value = (x.view(len(x), -1, size).transpose(0, 1) for x in (key, value))
         groups = heads // len(key)
-        if query.shape[1:3] == (len(key), groups):  # one token, the query heads of a group passed as its tokens
+        if query.shape[1:3] == (len(key), groups):  # one token; the caller passed a group's query heads as tokens
             grouped = query.reshape(len(query), heads, -1, size)
             return self._prompted_heads(grouped, key, value, scale).reshape_as(query)
         if query.shape[1] != heads:
@@ -142,13 +142,13 @@ class LLaMAAdapterPrompt(Adapter):
         return self._prompted_heads(query, key, value, scale)
 
     def _prompted_heads(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """The same for q with all its heads, K and V (kv_heads, length, size)."""
+        """Return the same for q with all of its heads, K and V (kv_heads, length, size)."""
         key, value = (x.repeat_interleave(query.shape[1] // len(x), 0) for x in (key, value))
-        # The prompts are few: scaling and gating them is nothing against scores and weights of all tokens.
+        # Prompts are few: scaling and gating them costs less than scaling scores and gating weights of all tokens.
         key = key * (query.shape[-1] ** -0.5 if scale is None else scale)
         value = value * torch.tanh(self.gate)[:, None, None]
-        # One product for each head over the tokens of all rows: projections lie so in memory, and no copy is kept. With
-        # tokens in the last dimension, a softmax over a few prompts is twenty times as fast on the CPU.
+        # One product for each head over the tokens of all rows: projections have this layout in memory, so no copy is
+        # saved. With tokens in the last dimension, a softmax over a few prompts is twenty times as fast on the CPU.
         tokens = query.transpose(0, 1).flatten(1, 2).mT
         weights = (key.to(query.dtype) @ tokens).softmax(1, dtype=torch.promote_types(query.dtype, torch.float32))
         prompted: Tensor = weights.to(query.dtype).mT @ value.to(query.dtype)

@@ -1,4 +1,4 @@
-"""LoRA: Low-Rank Adaptation of Large Language Models, https://arxiv.org/abs/2106.09685."""
+"""``LoRA``: Low-Rank Adaptation of Large Language Models, https://arxiv.org/abs/2106.09685."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 class LoRA(Method):
     """Trains W + (alpha / rank) B A instead of W, with A (rank, in) and B (out, rank); B starts at zero.
 
-    Acts on linear layers, GPT-2's Conv1D, convolutions, embeddings and torch's attention. A layer that computes query,
-    key and value at once has an own pair for each part that a role asks for; named by a glob it has one pair for all
-    its rows. The factors are called ``<name>.a`` and ``<name>.b``: with ``PEFTStrategy(lr_factors={"lora.b": 16})``
+    LoRA adapts linear layers, GPT-2's Conv1D, convolutions, embeddings and torch's attention. A layer that computes
+    query, key and value at once has a pair for each part that a role selects; selected by a glob, it has one pair for
+    all its rows. The factors are called ``<name>.a`` and ``<name>.b``: with ``PEFTStrategy(lr_factors={"lora.b": 16})``
     B learns faster (LoRA+, https://arxiv.org/abs/2402.12354), with ``{"lora.a": 0}`` A stays as it starts and needs
     neither gradient nor saved inputs (LoRA-FA, https://arxiv.org/abs/2308.03303).
 
@@ -44,12 +44,13 @@ class LoRA(Method):
         init: How A and B start. ``kaiming``: A uniform as in the authors' code, B zero. ``gaussian``: A normal with
             deviation 1 / rank. ``orthogonal``: both random, in orthogonal spaces. ``pissa``: the weight's largest
             singular values (https://arxiv.org/abs/2404.02948), ``olora``: its QR factors
-            (https://arxiv.org/abs/2406.01775); what they start at is subtracted from the update, never from the base.
+            (https://arxiv.org/abs/2406.01775); their product at the start is subtracted from the update, not from the
+            base.
         decompose: Whether to train the length of the updated weight's rows apart from their direction (DoRA,
             https://arxiv.org/abs/2402.09353).
         dropout: Probability with which inputs of A are dropped in training.
-        rank_pattern: Other ranks for some hosts, by glob.
-        alpha_pattern: Other alphas for some hosts, by glob.
+        rank_pattern: Ranks that differ from ``rank``, by glob of hosts.
+        alpha_pattern: Alphas that differ from ``alpha``, by glob of hosts.
     """
 
     name: str = "lora"
@@ -77,8 +78,8 @@ class LoRA(Method):
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, LoRAAdapter]]:
         selected = select(model, self.targets, self.exclude)
         for field, pattern in [(f, p) for f in ("rank_pattern", "alpha_pattern") for p in getattr(self, f)]:
-            known = any(matches(target.name, pattern) for target in selected)
-            check_setting(known, field, pattern, f"a glob of a target, like {selected[0].name}")
+            matched = any(matches(target.name, pattern) for target in selected)
+            check_setting(matched, field, pattern, f"a glob of a target, like {selected[0].name}")
         for name, host, rows in selected:
             rank = next((r for p, r in self.rank_pattern.items() if matches(name, p)), self.rank)
             check_low_rank(name, host, rank, self.dropout)
@@ -99,14 +100,14 @@ class LoRA(Method):
 class LoRAAdapter(LowRankUpdate):
     """scale B A, with A of shape (rank, in, *kernel) and B of shape (out, rank).
 
-    Where both factors start from the weight, what they start at is subtracted: scale (B A - B0 A0), so that the stored
-    base is the untouched one. With a magnitude m of shape (out,) the updated weight V becomes m V / ||V||, row by row.
+    Where both factors start from the weight, their product at the start is subtracted: scale (B A - B0 A0), so that the
+    stored base is unchanged. With a magnitude m of shape (out,) the updated weight V becomes m V / ||V||, row by row.
 
     Args:
         host: Layer to update.
         rank: Rank of the update.
         scale: Factor of the update.
-        dropout: Probability with which inputs are dropped in training; not where inputs are indices.
+        dropout: Probability with which inputs are dropped in training; ignored where inputs are indices.
         rows: Rows of a fused layer to update.
         init: How the factors start; see ``LoRA``.
         decompose: Whether a magnitude is trained as well.
@@ -142,7 +143,7 @@ class LoRAAdapter(LowRankUpdate):
         self.reset_parameters(host)
 
     def reset_parameters(self, host: Any = None) -> None:
-        """Start at no update. ``host`` is needed where the start depends on its weight."""
+        """Start with an update of zero; ``host`` is needed where the start depends on its weight."""
         if self.init in RANDOM and not self.a.is_meta:
             RANDOM[self.init](self.a, self.b, self.layer.is_embedding)
         if self.init in FROM_WEIGHT or self.magnitude is not None:
@@ -151,7 +152,7 @@ class LoRAAdapter(LowRankUpdate):
     @torch.no_grad()
     def _start_from(self, host: Any) -> None:
         if self.a.is_meta:
-            return  # loading brings values, or this is called again where there are some
+            return  # loading fills them, or this is called again once they have storage
         if host is None:
             raise TypeError(
                 "decompose and the initial values pissa and olora are computed from the host's weight: load the base "
@@ -163,9 +164,8 @@ class LoRAAdapter(LowRankUpdate):
             for factor, value in ((self.a, a), (self.a0, a), (self.b, b), (self.b0, b)):
                 factor.copy_(value.view(factor.shape))
         if self.magnitude is not None:
-            v = LowRankParametrization(self.scale).updated(
-                weight, self.a.flatten(1), self.b * 0
-            )  # as forward computes it
+            # By the operator of the forward pass, so that the norm is equal to the last bit.
+            v = LowRankParametrization(self.scale).updated(weight, self.a.flatten(1), self.b * 0)
             self.magnitude.copy_(torch.linalg.vector_norm(v, dim=1))
 
     def pair(self) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""P-tuning, of "GPT Understands, Too", https://arxiv.org/abs/2103.10385."""
+"""``PTuning``, of "GPT Understands, Too", https://arxiv.org/abs/2103.10385."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from .prompting.template import PLACEHOLDER, Template
 class PTuning(Method):
     """Trains pseudo tokens h_1..h_n through an encoder: h = MLP(BiLSTM(E)), E (n, features), two layers each.
 
-    With a template they stand where it says, between words and fields that keep their own embeddings; rows come from
-    ``Template`` and hold the id ``placeholder`` at these places, the k-th of a row gets h_k. With a length they stand
-    before the first token, as with ``PromptTuning``. Only training needs the encoder: files hold h alone.
-    In an encoder-decoder model they enter the encoder.
+    With a template, pseudo tokens stand between words and fields, which keep their embeddings; rows come from
+    ``Template`` and have the id ``placeholder`` at these positions, the k-th of a row gets h_k. With a length, they
+    stand before the first token, as with ``PromptTuning``. Only training needs the encoder: files contain only h.
+    In an encoder-decoder model, pseudo tokens enter the encoder.
 
     Args:
         name: Name of the adapters on their hosts, and in files.
         length: Number of pseudo tokens in front of each row; give this or a template.
-        template: What rows look like, such as ``[P:3] {subject} [P:3] {mask}``; see ``Template``.
-        encoder: ``lstm``: as above. ``mlp``: h = MLP(E). ``none``: h = E, which a trained encoder gives way to.
-        hidden_size: Features between the encoder's parts, by default those of the embeddings. ``lstm``: of both
-            directions together, which the authors set to features for LAMA, and to twice that for SuperGLUE; the
+        template: Template of rows, such as ``[P:3] {subject} [P:3] {mask}``; see ``Template``.
+        encoder: ``lstm``: as above. ``mlp``: h = MLP(E). ``none``: h = E, the form of a finalized adapter.
+        hidden_size: Number of features between the encoder's layers, by default that of the embeddings. ``lstm``: of
+            both directions together, which the authors set to features for LAMA, and to twice that for SuperGLUE; the
             MLP maps them to features. ``mlp``: of its hidden layer.
         dropout: Probability with which features between the layers of the LSTM are dropped in training.
-        placeholder: Id of pseudo tokens in rows. The default collides with no vocabulary; what looks ids up in
-            ``generate``, such as ``repetition_penalty``, needs one that the vocabulary has.
+        placeholder: Id of pseudo tokens in rows. The default collides with no vocabulary; options of ``generate``
+            that look ids up, such as ``repetition_penalty``, need an id that the vocabulary has.
         targets: Globs of modules whose first input is (batch, tokens, features), or of lists of such blocks, for models
             that are not transformers', and for those that read images; with a length only.
         embeddings: Glob of the input embeddings that belong to ``targets``; may be left out.
@@ -79,15 +79,15 @@ class PTuning(Method):
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
         for name, adapter in place_prompts(model, self.targets, self.embeddings, self._count, self._prompt):
-            if self.template is None or isinstance(adapter, EncodedPrompt):  # a template adds nothing for decoders
+            if self.template is None or isinstance(adapter, EncodedPrompt):  # with a template, decoders need no adapter
                 yield name, adapter
 
     @property
     def _count(self) -> int:
         return self.length or Template(self.template or "").pseudo_tokens
 
-    def _prompt(self, place: PromptSite) -> EncodedPrompt:
-        weight, features = place.weight, place.weight.shape[1]
+    def _prompt(self, site: PromptSite) -> EncodedPrompt:
+        weight, features = site.weight, site.weight.shape[1]
         hidden = self.hidden_size or features
         encoder: Encoder | None = None
         if self.encoder == "lstm":
@@ -99,6 +99,6 @@ class PTuning(Method):
             encoder = MLP(weight, features, hidden, features)
         prompt = parameter_like(weight, self._count, features)
         if self.template is None:
-            return EncodedPrompt(place, prompt, encoder)
+            return EncodedPrompt(site, prompt, encoder)
         fill = partial(fill_template, template=self.template, placeholder=self.placeholder)
-        return EncodedPrompt(dataclasses.replace(place, insert=fill), prompt, encoder, self.placeholder)
+        return EncodedPrompt(dataclasses.replace(site, insert=fill), prompt, encoder, self.placeholder)

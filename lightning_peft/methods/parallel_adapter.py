@@ -1,4 +1,4 @@
-"""Scaled parallel adapters: Towards a Unified View of Parameter-Efficient Transfer Learning, https://arxiv.org/abs/2110.04366."""
+"""``ParallelAdapter``: Towards a Unified View of Parameter-Efficient Transfer Learning, https://arxiv.org/abs/2110.04366."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class ParallelAdapter(Method):
     """Adds s W_up relu(W_down x) beside each feed-forward block, for the block's input x.
 
     W_up starts at zero, so that an adapted model starts as its base. MAM adapters of the paper are
-    ``[PrefixTuning(length=30), ParallelAdapter(size=512)]``. Of a block found by its layers, the result joins the
-    down-projection's output, before a dropout that may follow. Nothing of it merges.
+    ``[PrefixTuning(length=30), ParallelAdapter(size=512)]``. In a block found by its layers, the result is added to
+    the down-projection's output, before a dropout that may follow. It cannot be merged.
 
     Args:
         name: Name of the adapters on their hosts, and in files.

@@ -1,4 +1,4 @@
-"""Prefix-Tuning, https://arxiv.org/abs/2101.00190, and P-Tuning v2, https://arxiv.org/abs/2110.07602."""
+"""``PrefixTuning``, https://arxiv.org/abs/2101.00190, and ``PTuningV2``, https://arxiv.org/abs/2110.07602."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from .prompting.text_init import token_ids
 class PrefixTuning(Method):
     """Lets every query attend to learned keys and values: K' = [P_k; K], V' = [P_v; V], in each attention module.
 
-    Encoder, decoder and cross-attention have own prefixes. In training, the rows of one perceptron compute them, as in
-    the authors' code: [P_k, P_v] = tanh(E W_1^T + b_1) W_2^T + b_2, with E (length, features), W_1 (hidden_size,
-    features), and own rows of W_2 and b_2 for each module. ``finalize`` and adapter files keep P_k and P_v alone.
+    Encoder, decoder and cross-attention have separate prefixes. In training, one perceptron computes them, as in the
+    authors' code: [P_k, P_v] = tanh(E W_1^T + b_1) W_2^T + b_2, with E (length, features), W_1 (hidden_size,
+    features), and separate rows of W_2 and b_2 for each module. ``finalize`` and adapter files keep only P_k and P_v.
 
     Args:
         name: Name of the adapters on their hosts, and in files.
         length: Number of keys and values of each module; 10 is the authors' default, 5 to 200 their range.
         reparameterize: Whether the perceptron computes them; trained directly, they are less stable.
         hidden_size: Width of the perceptron's hidden layer; 512 for tables to text, 800 for summaries.
-        dropout: Probability with which numbers of keys and values are dropped in training.
+        dropout: Probability with which entries of keys and values are dropped in training.
         targets: Globs of attention modules, or roles.
         exclude: Globs of modules to leave out.
         init: ``random``: normal, and torch's defaults in the perceptron. ``text``: the keys and values that the model
             computes for ``init_text``, repeated or cut to the length; a perceptron is fitted to them in 500 steps.
-        init_text: Words that say what the task is, such as "summarization".
-        tokenizer: Folder or name of the tokenizer for ``init_text``; that of the model if not given.
-        shift_positions: Whether the tokens take the positions that follow a prefix of this length, as they do where
-            prefixes are put into a key-value cache. If not, they keep their own, and the prefix has none.
+        init_text: Words that describe the task, such as "summarization".
+        tokenizer: Folder or name of the tokenizer for ``init_text``; by default that of the model.
+        shift_positions: Whether the positions of tokens begin after a prefix of this length, as they do where prefixes
+            are put into a key-value cache. If not, tokens keep their positions, and the prefix has none.
     """
 
     name: str = "prefix_tuning"
@@ -58,20 +58,22 @@ class PrefixTuning(Method):
     def __post_init__(self) -> None:
         _check(self.length, self.hidden_size, self.dropout)
         check_setting(self.init in ("random", "text"), "init", self.init, "'random' or 'text'")
-        given = bool(self.init_text)
-        check_setting(given == (self.init == "text"), "init_text", self.init_text, "given with init='text' alone")
+        has_text = bool(self.init_text)
+        check_setting(has_text == (self.init == "text"), "init_text", self.init_text, "given with init='text' alone")
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
         hosts = select_modules(model, self.targets, self.exclude)
         hidden = self.hidden_size if self.reparameterize else None
-        found = list(prefixes(model, hosts, self.length, self.dropout, hidden))
+        adapters = list(prefixes(model, hosts, self.length, self.dropout, hidden))
         if self.init == "text":
-            words = token_ids(model, self.init_text, self.tokenizer)
-            init_from_text(model, found, (words * self.length)[: self.length])
-        return [*shifted_positions(model, self.length, type(self).__name__), *found] if self.shift_positions else found
+            ids = token_ids(model, self.init_text, self.tokenizer)
+            init_from_text(model, adapters, (ids * self.length)[: self.length])
+        if self.shift_positions:
+            return [*shifted_positions(model, self.length, type(self).__name__), *adapters]
+        return adapters
 
     def finalized(self) -> PrefixTuning:
-        """Return plain prefixes; how they started does not matter any more, nor where a tokenizer is."""
+        """Return the method of plain prefixes, without the settings of their initialization."""
         return dataclasses.replace(self, reparameterize=False, init="random", init_text="", tokenizer="")
 
 
@@ -83,11 +85,11 @@ class PTuningV2(Method):
 
     Args:
         name: Name of the adapters on their hosts, and in files.
-        length: Number of keys and values of each module. Simple classification needs less than 20, labels for each
-            token about 100.
+        length: Number of keys and values of each module. Simple classification needs less than 20, labelling of tokens
+            about 100.
         projection: Whether a perceptron computes them in training; whether that helps depends on the task.
         hidden_size: Width of its hidden layer.
-        dropout: Probability with which numbers of keys and values are dropped in training.
+        dropout: Probability with which entries of keys and values are dropped in training.
         targets: Globs of attention modules, or roles.
         exclude: Globs of modules to leave out.
         train_head: Whether the head trains as well, if the model has one; see the role ``head``.

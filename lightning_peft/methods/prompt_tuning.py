@@ -1,4 +1,4 @@
-"""The Power of Scale for Parameter-Efficient Prompt Tuning, https://arxiv.org/abs/2104.08691."""
+"""``PromptTuning``: The Power of Scale for Parameter-Efficient Prompt Tuning, https://arxiv.org/abs/2104.08691."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from .prompting.text_init import PromptInit
 class PromptTuning(Method):
     """Trains virtual tokens P (length, features) in front of the input embeddings: the model reads [P; x].
 
-    They stand before the first token of each row that is no padding, left or right; outputs, labels and generation
-    see the positions of x alone. In an encoder-decoder model they enter the encoder, and cross-attention sees them.
-    With several tasks, each row of a batch takes the prompt of its own: ``with lp.row_tasks(model, ids)``.
+    They stand before the first token of each row that is not padding, left or right; outputs, labels and generation
+    have the positions of x only. In an encoder-decoder model they enter the encoder, and cross-attention sees them.
+    With several tasks, each row of a batch gets the prompt of its task: ``with lp.row_tasks(model, ids)``.
 
     Args:
         name: Name of the adapters on their hosts, and in files.
-        length: Number of virtual tokens; the paper's largest models need few, its default is 100.
+        length: Number of virtual tokens; 100 is the paper's default, and its largest models need few.
         init: ``random``: uniform in [-0.5, 0.5]. ``vocabulary``: different rows of the first 5,000 tokens of the
             vocabulary, which tokenizers order by frequency. ``labels``: the mean embedding of each of ``labels``, the
             paper's default, and rows of the vocabulary after them. ``text``: the embeddings of ``init_text``, repeated
             or cut to the length.
-        init_text: A text that says what the task is.
+        init_text: Text that describes the task.
         labels: Words of the classes, at most ``length``.
-        tokenizer: Folder or name of the tokenizer for words; that of the model if not given.
-        tasks: Number of prompts; of several, P is (tasks, length, features).
+        tokenizer: Folder or name of the tokenizer for words; by default that of the model.
+        tasks: Number of prompts; with several, P is (tasks, length, features).
         targets: Globs of modules whose first input is (batch, tokens, features), or of lists of such blocks, for models
             that are not transformers', and for those that read images.
         embeddings: Glob of the input embeddings that belong to ``targets``; a random start needs none.
@@ -55,27 +55,27 @@ class PromptTuning(Method):
         check_sites(self.targets, self.embeddings)
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
-        def make(place: PromptSite) -> Prompt:
-            adapter = TrainedPrompt(place, self.tasks, self.length)
-            PromptInit.of(self).apply(adapter.prompt, place.table, model)
+        def make(site: PromptSite) -> Prompt:
+            adapter = TrainedPrompt(site, self.tasks, self.length)
+            PromptInit.of(self).apply(adapter.prompt, site.table, model)
             return adapter
 
         return place_prompts(model, self.targets, self.embeddings, self.length, make)
 
 
 class TrainedPrompt(Prompt):
-    """Virtual tokens that train as they are.
+    """Virtual tokens that are parameters themselves, not computed by an encoder.
 
     Args:
-        place: Where they enter.
+        site: Host of the prompt.
         tasks: Number of prompts.
         length: Number of virtual tokens.
     """
 
-    def __init__(self, place: PromptSite, tasks: int, length: int) -> None:
-        super().__init__(place, tasks)
-        several = [tasks] if tasks > 1 else []
-        self.prompt = parameter_like(place.weight, *several, length, place.weight.shape[1])
+    def __init__(self, site: PromptSite, tasks: int, length: int) -> None:
+        super().__init__(site, tasks)
+        of_tasks = [tasks] if tasks > 1 else []
+        self.prompt = parameter_like(site.weight, *of_tasks, length, site.weight.shape[1])
 
     def reset_parameters(self) -> None:
         nn.init.uniform_(self.prompt, -0.5, 0.5)

@@ -1,4 +1,4 @@
-"""Fine-tuning of what the model already has: all of it, its output layers, its last blocks."""
+"""``FullFineTuning``, ``OutputLayers`` and ``LastLayers``: methods that train base parameters and add no adapter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..structure.selection import select_parameters
 
 @dataclass(frozen=True, kw_only=True)
 class FullFineTuning(Method):
-    """Trains every parameter of the base model; the reference that the other methods are measured against."""
+    """Trains every parameter of the base model, as a reference for the other methods."""
 
     name: str = "full"
 
@@ -31,7 +31,7 @@ class OutputLayers(Method):
     Args:
         name: Name of the method.
         targets: Globs of modules or parameters, or roles. The role ``output`` refuses a layer that shares its weight
-            with the input embeddings, because these would change too; name such a layer if that is wanted.
+            with the input embeddings, which would change too; name such a layer explicitly to train both.
     """
 
     name: str = "output_layers"
@@ -40,8 +40,8 @@ class OutputLayers(Method):
     def parameters(self, model: nn.Module) -> Iterable[str]:
         chosen = select_parameters(model, self.targets)
         if "output" in self.targets:
-            own = tuple(f"{name}." for name in output_layers(model))
-            tied = [n for n in select_parameters(model, ["output"]) if not n.startswith(own)]
+            prefixes = tuple(f"{name}." for name in output_layers(model))
+            tied = [n for n in select_parameters(model, ["output"]) if not n.startswith(prefixes)]
             check_setting(
                 not tied,
                 "output layer",

@@ -66,9 +66,9 @@ def dropped_low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) ->
 
 def _pack(flags: Tensor) -> Tensor:
     """Return booleans, a multiple of eight in number, as bits: the first of eight in the lowest bit."""
-    # Eight booleans, read as one integer, are eight bytes of 0 or 1. The product adds shifted copies, so that bit i of
-    # its highest byte is byte i of the integer; the shift moves that byte down and uint8 drops the sign bits above.
-    # Byte i is boolean i on little-endian machines, the only ones that torch has wheels for; others reverse them.
+    # Eight booleans, read as one integer, are eight bytes of 0 or 1. The product adds shifted copies of it, so that bit
+    # i of its highest byte is byte i of the integer; the shift moves that byte down, and uint8 drops the sign bits.
+    # Byte i is boolean i on little-endian machines alone (x86, ARM); others would need the factor's bytes reversed.
     gathered = (flags.view(torch.int64) * 0x0102040810204080) >> 56
     return gathered.to(torch.uint8)
 

@@ -78,7 +78,7 @@ def test_unmerging_gives_back_the_very_bits(case, dtype):
 
 def kept(model):
     return {
-        f"{name}.{key}".removeprefix("blocks."): (slices.dimension, slices.places.tolist())
+        f"{name}.{key}".removeprefix("blocks."): (slices.dimension, slices.indices.tolist())
         for name, _, what in changed_hosts(model)
         for key, slices in what.slices.items()
     }
@@ -104,7 +104,7 @@ def test_only_what_is_overwritten_is_kept():
     weight = plain[0].weight.detach().clone()
     lp.merge(plain, keep=True)
     ((_, _, what),) = changed_hosts(plain)
-    assert what.slices["weight"].places.tolist() == [2]
+    assert what.slices["weight"].indices.tolist() == [2]
     assert torch.equal(what.slices["weight"].values, weight[2:3])
     torch.testing.assert_close(plain[0].weight[2], weight[2] + 16, rtol=0, atol=0)
 

@@ -288,7 +288,7 @@ def test_refusals_of_prompts():
     for names in (["a", "long"], ["tasks", "a"], ["a", "tasks"]):
         with lp.row_adapters(net, names), pytest.raises(ValueError, match="all are of one length, for one task"):
             net(tokens(rows=2))
-    with lp.row_adapters(net, ["a", "b", "a"]), pytest.raises(ValueError, match="3 names; 2 rows at hand"):
+    with lp.row_adapters(net, ["a", "b", "a"]), pytest.raises(ValueError, match="3 names; 2 rows are no multiple"):
         net(tokens(rows=2))
 
 

@@ -1,1 +1,1 @@
-"""Adapter modules that several methods share."""
+"""Adapters that several methods share."""

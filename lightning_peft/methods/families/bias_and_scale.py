@@ -1,4 +1,4 @@
-"""A linear layer's output, shifted and scaled by learned vectors."""
+"""``BiasAndScale``: shifts and scales the output of a linear layer by learned vectors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .fused_scaling import scaled_output
 class BiasAndScale(Adapter):
     """scale o (host(x) + bias), with ``scale`` (out,) from one and ``bias`` (out,) from zero."""
 
-    part = "affine"  # beside what else the method puts on a host
+    part = "affine"  # a method can have another adapter on the same host
 
     def __init__(self, host: Any) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class BiasAndScale(Adapter):
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
         if self.layer.weight_read_by_parent:
-            return inner(*args, **kwargs)  # the host reads its weight and bias, and finds the changed ones
+            return inner(*args, **kwargs)  # the host reads weight and bias from properties that return the changed ones
         return self._called(host, inner, *args, **kwargs)
 
     def _called(self, host: Any, inner: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -46,19 +46,19 @@ class BiasAndScale(Adapter):
 
     @torch.no_grad()
     def merge(self, host: Any) -> None:
-        """Change weight and bias; a host without a bias gets one.
+        """Change weight and bias of the host; a host without a bias gets one.
 
         Raises:
-            TypeError: The host has no place for a bias.
+            TypeError: The host's class has no bias.
         """
         name = read_bias_attribute(type(host))
         if name not in host._parameters:
             raise TypeError(f"{type(host).__name__} has no place for a bias; keep the adapter, or merge without it.")
-        weight, own = self.layer.read(host), self.layer.bias(host)
-        bias = self.effective_bias(own)
+        weight, base_bias = self.layer.read(host), self.layer.bias(host)
+        bias = self.effective_bias(base_bias)
         scale = self.scale.view(-1, *[1] * (weight.dim() - 1))
         self.layer.write(host, weight.to(torch.promote_types(weight.dtype, torch.float32)) * scale)
-        if own is None:
+        if base_bias is None:
             setattr(host, name, nn.Parameter(bias.to(weight.dtype), requires_grad=False))
         else:
-            own.copy_(bias)
+            base_bias.copy_(bias)

@@ -1,4 +1,4 @@
-"""Two thin layers with an activation between them, and how wide what comes out of a module is."""
+"""``bottleneck``: two thin layers with an activation between them; ``output_of`` tells the output width of a module."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Layer = tuple[Tensor, Tensor | None]  # a weight and a bias
 
 
 def check_bottleneck(size: int, activation: str) -> None:
-    """Raise if the settings of a bottleneck are not what they must be."""
+    """Raise a ``ValueError`` for settings that no bottleneck can have."""
     check_setting(isinstance(size, int) and size > 0, "size", size, "a positive whole number")
     check_setting(activation in ACTIVATIONS, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
 
@@ -25,7 +25,7 @@ def check_bottleneck(size: int, activation: str) -> None:
 def bottleneck(x: Tensor, down: Layer, up: Layer, activation: str, dropout: float = 0.0) -> Tensor:
     """Return up(dropout(activation(down(x)))), in the type of ``x``.
 
-    Each row of ``x`` (rows, tokens, features) may have layers of its own: (rows, out, in) and (rows, 1, out).
+    Each row of ``x`` (rows, tokens, features) can have separate layers: (rows, out, in) and (rows, 1, out).
     """
     hidden = ACTIVATIONS[activation](_apply(x, *down))
     return _apply(F.dropout(hidden, dropout) if dropout > 0 else hidden, *up)
@@ -39,10 +39,10 @@ def _apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def output_of(host: nn.Module, name: str) -> tuple[int, Tensor]:
-    """Return how many features a module returns and the weight that computes them: of the last linear layer in it.
+    """Return the number of features that a module returns, and their weight, from the last linear layer in it.
 
     Raises:
-        ValueError: There is no linear layer in it.
+        ValueError: The module contains no linear layer.
     """
     modules = [host, *base_modules(host).values()]
     linear = [m for m in modules if is_called_linear(m) or read_weight_attribute(type(m)) == "weight"]

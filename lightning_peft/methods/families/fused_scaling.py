@@ -1,7 +1,7 @@
-"""Learned scales of what goes into a linear layer or comes out of it, with little kept for backward.
+"""``scaled_output`` and ``scaled_input`` of a linear layer, with few tensors saved for backward.
 
-Of an output the scaled one is kept, as its consumer does as a rule. Where tokens are many, the scales go into the
-weight, which backward rebuilds.
+Autograd saves the scaled output, which the next layer mostly saves as well. With many tokens, the scales are multiplied
+into the weight, which backward rebuilds.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from ...ops.fused_linear import autocast_disabled
 from ...ops.parametrizations import sum_over_tokens
 from ...structure.layer_types import LayerType
 
-_LEAST = 1e-20  # scales nearer to zero act as this, since a result of zeros would not tell their gradient
+_LEAST = 1e-20  # scales closer to zero count as this, since backward divides the saved output by them
 
 
 def scaled_output(
     layer: LayerType, host: Any, call: Call, x: Tensor, scales: Tensor, shift: Tensor | None = None
 ) -> Tensor:
-    """Return scales o (call(x) + shift), where ``call`` is what runs inside an adapter of ``host``."""
-    if _joins(layer, host, call, x):
+    """Return scales o (call(x) + shift), where ``call`` is the ``inner`` of an adapter of ``host``."""
+    if _scales_weight(layer, host, call, x):
         bias = host.bias if shift is None else shift if host.bias is None else host.bias + shift
         return _apply(_ScaledLinear, x, layer.read(host), bias, scales)
-    shape = (-1, *[1] * (len(layer.shape(host)) - 2))  # features, and what follows them
+    shape = (-1, *[1] * (len(layer.shape(host)) - 2))  # features and the dimensions of a kernel after them
     y: Tensor = call(x)
     y, scales = y if shift is None else y + shift.view(shape).to(y.dtype), scales.view(shape)
-    if y.dtype == torch.float16 or not torch.is_grad_enabled():  # too narrow to divide a small result again
+    if y.dtype == torch.float16 or not torch.is_grad_enabled():  # float16 is too narrow to divide a small output
         return (y * scales).to(y.dtype)
     return _apply(_Scaled, y, scales)
 
 
 def scaled_input(layer: LayerType, host: Any, call: Call, x: Tensor, scales: Tensor) -> Tensor:
-    """Return call(scales o x), where ``call`` is what runs inside an adapter of ``host``."""
-    if _joins(layer, host, call, x):
+    """Return call(scales o x), where ``call`` is the ``inner`` of an adapter of ``host``."""
+    if _scales_weight(layer, host, call, x):
         return _apply(_LinearOfScaled, x, layer.read(host), host.bias, scales)
     scales = scales.view(-1, *[1] * (len(layer.shape(host)) - 2))
     result: Tensor = call((x * scales).to(x.dtype))
     return result
 
 
-def _joins(layer: LayerType, host: Any, call: Call, x: Tensor) -> bool:
-    """Whether the host multiplies with a frozen weight that can take the scales in, at less cost than tokens can."""
+def _scales_weight(layer: LayerType, host: Any, call: Call, x: Tensor) -> bool:
+    """Return whether scales can be multiplied into the host's frozen weight, and are cheaper there than on tokens."""
     if not isinstance(call, InnerCall) or call.adapters or not layer.is_plain_matmul(host, call.forward):
         return False
-    trains, wide = torch.is_grad_enabled(), host.weight.dtype in (torch.float32, torch.float64)
+    training, wide = torch.is_grad_enabled(), host.weight.dtype in (torch.float32, torch.float64)
     with autocast_disabled(x) as dtype:
-        exact = wide and not (trains and (host.weight.requires_grad or dtype == torch.float16))
+        exact = wide and not (training and (host.weight.requires_grad or dtype == torch.float16))
     return exact and x.numel() >= host.weight.numel()
 
 
@@ -74,7 +74,7 @@ def _sums(g: Tensor, y: Tensor) -> Tensor:
 
 
 class _Scaled(torch.autograd.Function):
-    """scales o y."""
+    """scales o y; saves the output alone."""
 
     @staticmethod
     def forward(y: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,7 +94,7 @@ class _Scaled(torch.autograd.Function):
 
 
 class _ScaledLinear(torch.autograd.Function):
-    """scales o (x W^T + bias)."""
+    """scales o (x W^T + bias), by a scaled weight; saves the output, and not x."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -120,7 +120,7 @@ class _ScaledLinear(torch.autograd.Function):
 
 
 class _LinearOfScaled(torch.autograd.Function):
-    """(scales o x) W^T + bias."""
+    """(scales o x) W^T + bias, by a scaled weight; saves x."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor, dtype: torch.dtype) -> Tensor:

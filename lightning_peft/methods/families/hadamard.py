@@ -1,4 +1,4 @@
-"""Updates that are the elementwise product of two matrices of low rank, which may have full rank itself."""
+"""``HadamardUpdate``: the elementwise product of two low-rank matrices, which can have full rank."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class HadamardUpdate(WeightUpdate):
         host: Layer to update.
         rank: Rank of both matrices.
         tanh: Whether f is tanh.
-        shift: What is added to the second matrix; 1 makes it a personal correction of the first.
+        shift: Number added to the second matrix; with 1, it is a personal correction of the first.
         cores: Whether the matrices of a convolution have cores.
         observed: Whether to collect the gradient of the update in ``jacobian``, (out, in, *kernel), while training.
         rows: Rows of a fused layer to update.
@@ -61,39 +61,38 @@ class HadamardUpdate(WeightUpdate):
     jacobian: Tensor | None
 
     def reset_parameters(self) -> None:
-        """Start at no update: X1 zero, the others normal as He et al. have it, by the authors' fan-ins."""
+        """Start with an update of zero: X1 zero, the others normal by He et al., with the authors' fan-ins."""
         for factor in self.factors():
             fan_in = math.prod(factor.shape[1:]) if factor.dim() > 2 else len(factor)
             nn.init.normal_(factor, std=math.sqrt(2 / fan_in))
         nn.init.zeros_(self.x1)
 
     def factors(self) -> tuple[Tensor, ...]:
-        """Return X1, Y1, X2, Y2 and, if there are cores, T1 and T2."""
+        """Return X1, Y1, X2, Y2 and, with cores, T1 and T2."""
         cores = (self.t1, self.t2) if self.t1 is not None and self.t2 is not None else ()
         return self.x1, self.y1, self.x2, self.y2, *cores
 
     def composed(self, *factors: Tensor) -> Tensor:
-        """Return the update that these factors make, of shape (out, in, *kernel)."""
+        """Return the update composed of these factors, of shape (out, in, *kernel)."""
         x1, y1, x2, y2, *cores = factors
         if not cores:
-            one, two = self.form.pair(x1, y1, x2, y2)
+            w1, w2 = self.form.pair(x1, y1, x2, y2)
         else:
             t1, t2 = cores
-            one, two = (torch.einsum("ab...,oa,ib->oi...", t, x, y) for t, x, y in ((t1, x1, y1), (t2, x2, y2)))
-            one, two = self.form.apply_nonlinearity(one, two)
-        return (one * two).view(self.shape)
+            w1, w2 = (torch.einsum("ab...,oa,ib->oi...", t, x, y) for t, x, y in ((t1, x1, y1), (t2, x2, y2)))
+            w1, w2 = self.form.apply_nonlinearity(w1, w2)
+        return (w1 * w2).view(self.shape)
 
     def delta(self) -> Tensor:
         return self.composed(*self.factors())
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return A and B with B A = W1 o (W2 + shift): the products of each column of X1 and Y1 with each of X2, Y2."""
-        second: list[Tensor] = [self.x2, self.y2]
-        if self.form.shift:
-            second = [torch.cat([t, t.new_ones(len(t), 1)], 1) for t in second]
-        x, y = (
-            (one[:, :, None] * two[:, None]).flatten(1) for one, two in zip((self.x1, self.y1), second, strict=True)
-        )
+        x2: Tensor = self.x2
+        y2: Tensor = self.y2
+        if self.form.shift:  # as one more column of ones
+            x2, y2 = (torch.cat([t, t.new_ones(len(t), 1)], 1) for t in (x2, y2))
+        x, y = ((t1[:, :, None] * t2[:, None]).flatten(1) for t1, t2 in ((self.x1, x2), (self.y1, y2)))
         return y.T, x
 
     def update(self, host: Any, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Kronecker products A kron B: which shapes fit a layer, how the factors start, and the product with activations."""
+"""``shape_of_a``, ``start_factors`` and ``times_kronecker``: shapes, start and products of A kron B."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ...core.method import check_setting
 
 def check_kronecker(shape_a: Sequence[int] | None, factor: int | None, scale: float) -> None:
     """Raise a ``ValueError`` if settings are wrong for every layer."""
-    whole = shape_a is None or (len(shape_a) == 2 and all(type(side) is int and side > 0 for side in shape_a))
-    check_setting(whole, "shape_a", shape_a, "two positive whole numbers or None")
+    valid = shape_a is None or (len(shape_a) == 2 and all(type(side) is int and side > 0 for side in shape_a))
+    check_setting(valid, "shape_a", shape_a, "two positive whole numbers or None")
     check_setting(
         factor is None or (type(factor) is int and factor > 0), "factor", factor, "a positive whole number or None"
     )
@@ -25,18 +25,18 @@ def check_kronecker(shape_a: Sequence[int] | None, factor: int | None, scale: fl
 def shape_of_a(
     name: str, inputs: int, outputs: int, shape_a: Sequence[int] | None, factor: int | None, kernel: int = 1
 ) -> tuple[int, int]:
-    """Return (a1, a2): as given, or the largest divisors up to ``factor``, or what needs the fewest parameters.
+    """Return (a1, a2): ``shape_a``, or the largest divisors up to ``factor``, or the shape with the fewest parameters.
 
     Args:
-        name: Layer, for the message.
-        inputs: What a1 divides.
-        outputs: What a2 divides.
-        shape_a: The shape as given.
-        factor: The largest side.
-        kernel: Number of places of a convolution's kernel, which B has and A has not.
+        name: Name of the layer, for the message.
+        inputs: Number of inputs, which a1 divides.
+        outputs: Number of outputs, which a2 divides.
+        shape_a: Setting of the method.
+        factor: Largest side.
+        kernel: Number of positions of a convolution's kernel, which B has and A has not.
 
     Raises:
-        ValueError: The given shape does not divide.
+        ValueError: ``shape_a`` does not divide the inputs and outputs.
     """
     if shape_a is not None:
         a1, a2 = shape_a
@@ -55,7 +55,7 @@ def start_factors(a: Tensor, b: Tensor) -> None:
 
     peft's LoKr sets the other factor to zero.
     """
-    nn.init.kaiming_uniform_(a.detach().T, a=math.sqrt(5))  # whose rows are outputs
+    nn.init.kaiming_uniform_(a.detach().T, a=math.sqrt(5))  # transposed, since torch takes rows as outputs
     nn.init.zeros_(b)
 
 
@@ -82,11 +82,13 @@ def _smallest(inputs: int, outputs: int, kernel: int) -> tuple[int, int]:
 
 @functools.cache
 def _divisors(number: int) -> list[int]:
+    """Return all divisors of a number, ascending."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 
 
-def _near(number: int, wish: int) -> str:
+def _near(number: int, value: int) -> str:
+    """Return the two divisors of a number up to a value, and the two above it, as text."""
     divisors = _divisors(number)
-    below = [d for d in divisors if d <= wish][-2:]
-    return ", ".join(map(str, [*below, *[d for d in divisors if d > wish][:2]]))
+    below = [d for d in divisors if d <= value][-2:]
+    return ", ".join(map(str, [*below, *[d for d in divisors if d > value][:2]]))

@@ -1,4 +1,4 @@
-"""Updates of low rank, whatever their factors are made of: scale B A."""
+"""``LowRankUpdate``: updates scale B A, where subclasses define the factors A and B."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ...structure.layer_types import LinearType, layer_of
 
 
 def check_low_rank(name: str, host: nn.Module, rank: int, dropout: float, field: str = "rank") -> None:
-    """Raise a ``ValueError`` for a rank above the sides of the weight, or dropout of inputs that no call shows."""
+    """Raise a ``ValueError`` for a rank above the sides of the weight, or dropout on a layer that is never called."""
     layer = layer_of(host)
     out, *rest = layer.shape(host)
-    most = min(out, math.prod(rest))
-    check_setting(rank <= most, f"{field} at {name}", rank, f"at most {most}")
-    unseen = bool(dropout) and layer.weight_read_by_parent
-    check_setting(not unseen, f"dropout at {name}", dropout, "0: its inputs are unseen")
+    largest = min(out, math.prod(rest))
+    check_setting(rank <= largest, f"{field} at {name}", rank, f"at most {largest}")
+    droppable = not (dropout and layer.weight_read_by_parent)
+    check_setting(droppable, f"dropout at {name}", dropout, "0: its inputs are unseen")
 
 
 class LowRankUpdate(WeightUpdate):
@@ -34,7 +34,7 @@ class LowRankUpdate(WeightUpdate):
     Args:
         host: Layer to update.
         scale: Factor of the update.
-        dropout: Probability with which inputs are dropped in training; not where inputs are indices.
+        dropout: Probability with which inputs are dropped in training; ignored where inputs are indices.
         rows: Rows of a fused layer to update.
     """
 
@@ -62,7 +62,7 @@ class LowRankUpdate(WeightUpdate):
 
     def as_parametrization(self) -> WeightUpdateSpec | None:
         a, b = self.pair()
-        if self._drops() or (torch.is_grad_enabled() and not a.requires_grad):  # B alone needs no more than A x
+        if self._drops() or (torch.is_grad_enabled() and not a.requires_grad):  # B alone saves A x, and not x
             return None
         return WeightUpdateSpec(LowRankParametrization(self.scale), self.rows, (a, b))
 
@@ -92,8 +92,8 @@ class LowRankUpdate(WeightUpdate):
         return self.training and self.dropout > 0
 
 
-def _kaiming(a: Tensor, b: Tensor, looks_up: bool) -> None:
-    if looks_up:  # the factor that an index selects from starts at zero, as in the authors' code
+def _kaiming(a: Tensor, b: Tensor, is_embedding: bool) -> None:
+    if is_embedding:  # the factor that an index selects from starts at zero, as in the authors' code
         nn.init.zeros_(a)
         nn.init.normal_(b)
     else:
@@ -101,21 +101,21 @@ def _kaiming(a: Tensor, b: Tensor, looks_up: bool) -> None:
         nn.init.zeros_(b)
 
 
-def _gaussian(a: Tensor, b: Tensor, looks_up: bool) -> None:
-    random, zero = (b, a) if looks_up else (a, b)
+def _gaussian(a: Tensor, b: Tensor, is_embedding: bool) -> None:
+    random, zero = (b, a) if is_embedding else (a, b)
     nn.init.normal_(random, std=1 / len(a))
     nn.init.zeros_(zero)
 
 
 @torch.no_grad()
-def _orthogonal(a: Tensor, b: Tensor, looks_up: bool) -> None:
+def _orthogonal(a: Tensor, b: Tensor, is_embedding: bool) -> None:
     rank = len(a)
     basis = torch.linalg.qr(torch.randn(rank, rank, dtype=a.dtype, device=a.device)).Q
-    of_a, of_b = basis[: (rank + 1) // 2], basis[(rank + 1) // 2 :]
-    inputs = torch.randn(len(of_a), a[0].numel(), dtype=a.dtype, device=a.device)
-    outputs = torch.randn(len(b), len(of_b), dtype=b.dtype, device=b.device)
-    a.copy_((of_a.T @ inputs).view_as(a) / 10)
-    b.copy_(outputs @ of_b / 10)
+    basis_a, basis_b = basis[: (rank + 1) // 2], basis[(rank + 1) // 2 :]  # orthogonal, so that B A = 0
+    inputs = torch.randn(len(basis_a), a[0].numel(), dtype=a.dtype, device=a.device)
+    outputs = torch.randn(len(b), len(basis_b), dtype=b.dtype, device=b.device)
+    a.copy_((basis_a.T @ inputs).view_as(a) / 10)
+    b.copy_(outputs @ basis_b / 10)
 
 
 def _pissa(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""What runs beside a whole feed-forward block: where the block's input is seen, and where a branch's result is added.
+"""``ParallelBranch``: adapters beside a whole feed-forward block; ``feedforward_blocks`` finds the blocks.
 
 A block is a module, named by a glob (``mlp``), or two layers of a larger one (BERT, OPT, torch's encoder layer), found
-by ``feedforward``: then an adapter at the up-projection hands the input to the branch at the down-projection.
+by ``feedforward``. Then an ``InputCapture`` at the up-projection passes the input to the branch at the down-projection.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ...structure.layer_types import is_called_linear, layer_of
 from ...structure.selection import select_modules
 
 FEEDFORWARD = "feedforward"  # the pairs of feedforward.up and feedforward.down that make a block
-_UNMERGEABLE = "the feed-forward block is not linear, so no weight expresses what runs beside it"
+_UNMERGEABLE = "the feed-forward block is not linear, so no weight expresses a branch beside it"
 
 
 class CapturedInput:
@@ -31,10 +31,10 @@ class CapturedInput:
     x: Tensor | None = None
 
     def __reduce__(self) -> tuple[type[CapturedInput], tuple[()]]:
-        return CapturedInput, ()  # copies share a new one; an activation is never copied
+        return CapturedInput, ()  # adapters copied together share a new one; an activation is never copied
 
     def take(self) -> Tensor:
-        """Return the input and forget it."""
+        """Return the input and drop the reference to it."""
         x, self.x = self.x, None
         if x is None:
             raise RuntimeError("A down-projection ran without its up-projection; name the block by a glob of a module.")
@@ -42,14 +42,14 @@ class CapturedInput:
 
 
 class InputCapture(BatchableLayerAdapter, Adapter):
-    """Hands the input of an up-projection to the branch at its down-projection; has no parameters."""
+    """Passes the input of an up-projection to the branch at its down-projection; has no parameters."""
 
     tensor_parallel_dims = {}
     unmergeable = _UNMERGEABLE
 
     def __init__(self) -> None:
         super().__init__()
-        self.held = CapturedInput()
+        self.captured = CapturedInput()
 
     def reset_parameters(self) -> None: ...
 
@@ -58,21 +58,21 @@ class InputCapture(BatchableLayerAdapter, Adapter):
         return inner(*args, **kwargs)
 
     def pre_forward(self, host: Any, x: Tensor, *values: Any) -> Tensor:
-        self.held.x = x
+        self.captured.x = x
         return x
 
 
 class ParallelBranch(BatchableLayerAdapter, Adapter):
-    """y = block(x) + factor branch(x), on the block itself or, with a tap, on its down-projection."""
+    """y = block(x) + factor branch(x), on the block itself or, with an ``InputCapture``, on its down-projection."""
 
     tensor_parallel_dims = {}
     unmergeable = _UNMERGEABLE
-    held: CapturedInput | None = None  # of the tap
-    factor = 1.0  # of the branch
+    captured: CapturedInput | None = None  # shared with the ``InputCapture``, if there is one
+    factor = 1.0
 
     @abstractmethod
     def branch(self, x: Tensor) -> Tensor:
-        """Return what is added to the block's output, for its input."""
+        """Return the output of the branch for the block's input."""
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Tensor:
         return self.post_forward(host, _first(args, kwargs), inner(*args, **kwargs))
@@ -80,59 +80,63 @@ class ParallelBranch(BatchableLayerAdapter, Adapter):
     def post_forward(self, host: Any, x: Tensor, y: Tensor, *values: Any) -> Tensor:
         if not isinstance(y, Tensor):
             raise TypeError(f"{type(host).__name__} returns a {type(y).__name__}, to which no branch can be added.")
-        x = x if self.held is None else self.held.take()
+        x = x if self.captured is None else self.captured.take()
         return torch.add(y, self.branch(x).to(y.dtype), alpha=self.factor)
 
 
 @dataclass(frozen=True)
 class Block:
-    """One feed-forward block."""
+    """Feed-forward block.
 
-    name: str  # where the branch's result is added: the block, or its down-projection
-    tap: str | None  # where its input is seen, if not there: the up-projection
-    width: int  # number of features that go in and come out
-    weight: Tensor  # of its first layer, for device and type
+    Args:
+        name: Module to whose output the branch is added: the block, or its down-projection.
+        up: Up-projection, whose input is that of the block; None if ``name`` is the block.
+        width: Number of features of input and output.
+        weight: Weight of the block's first layer, for device and type.
+    """
 
-    def adapters(self, beside: ParallelBranch) -> Iterator[tuple[str, Adapter]]:
-        """Yield (host's name, adapter): the branch, and the tap that it needs."""
-        if self.tap is not None:
-            tap = InputCapture()
-            beside.held = tap.held
-            yield self.tap, tap
-        yield self.name, beside
+    name: str
+    up: str | None
+    width: int
+    weight: Tensor
+
+    def adapters(self, branch: ParallelBranch) -> Iterator[tuple[str, Adapter]]:
+        """Yield (host's name, adapter): the branch and, before it, the capture that it needs."""
+        if self.up is not None:
+            capture = InputCapture()
+            branch.captured = capture.captured
+            yield self.up, capture
+        yield self.name, branch
 
 
 def feedforward_blocks(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()) -> list[Block]:
-    """Return the feed-forward blocks of a model that targets name, in its order.
+    """Return the feed-forward blocks that targets name, in the model's order.
 
     Args:
-        model: Where to look.
-        targets: Globs of modules whose call is a block, or ``feedforward``.
+        model: Model to search.
+        targets: Globs of modules that are blocks, or ``feedforward``.
         exclude: Globs of modules to leave out, with all blocks inside them.
 
     Raises:
-        ValueError: Nothing is found, or what goes into a block is not as wide as what comes out.
+        ValueError: No block is found, or the input and the output of a block differ in width.
     """
     globs = targets if isinstance(targets, str) else [target for target in targets if target != FEEDFORWARD]
-    found: dict[str, str | None] = {}
+    up_of: dict[str, str | None] = {}  # up-projection by the name of the down-projection; None for a module
     if globs or not targets:
-        found |= dict.fromkeys(select_modules(model, globs))  # which refuses a string, and no target at all
+        up_of |= dict.fromkeys(select_modules(model, globs))  # raises for a string, and for an empty list
     if FEEDFORWARD in targets:
-        found |= {down: up for up, down in _pairs(model)}
-    without = tuple(f"{name}." for name in (select_modules(model, exclude) if exclude else ()))
-    names = [n for n in base_modules(model) if n in found and not f"{n}.".startswith(without)]
+        up_of |= {down: up for up, down in _pairs(model)}
+    excluded = tuple(f"{name}." for name in (select_modules(model, exclude) if exclude else ()))
+    names = [n for n in base_modules(model) if n in up_of and not f"{n}.".startswith(excluded)]
     if not names:
         raise ValueError(f"exclude={list(exclude)!r} leaves nothing of targets={list(targets)!r}.")
-    return [_block(model, name, found[name]) for name in names]
+    return [_block(model, name, up_of[name]) for name in names]
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield each down-projection's name after that of the first up-projection before it in the same block."""
-    ups, downs, before = (
-        select_modules(model, ["feedforward.up"]),
-        select_modules(model, ["feedforward.down"]),
-        list[str](),
-    )
+    """Yield (up, down): each down-projection with the first up-projection before it in the same block."""
+    ups, downs = select_modules(model, ["feedforward.up"]), select_modules(model, ["feedforward.down"])
+    before = list[str]()
     for name in base_modules(model):
         if name in ups:
             before.append(name)
@@ -144,20 +148,21 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
             before.clear()
 
 
-def _block(model: nn.Module, name: str, tap: str | None) -> Block:
+def _block(model: nn.Module, name: str, up: str | None) -> Block:
     host: Any = model.get_submodule(name)
-    if tap is None:
+    if up is None:
         linear = [module for module in base_modules(host).values() if is_called_linear(module)]
         if not linear:
             raise ValueError(f"{name} holds no linear layers, so it is no feed-forward block; target one around them.")
         first, last = linear[0], linear[-1]
     else:
-        first, last = model.get_submodule(tap), host
+        first, last = model.get_submodule(up), host
     width, out = layer_of(first).shape(first)[1], layer_of(last).shape(last)[0]
     if width != out:
         raise ValueError(f"The block at {name} takes {width} features and returns {out}; it must return as many.")
-    return Block(name, tap, width, layer_of(first).parameter(first))
+    return Block(name, up, width, layer_of(first).parameter(first))
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the first argument of a call."""
     return args[0] if args else next(iter(kwargs.values()))

@@ -1,4 +1,4 @@
-"""Triplets of a singular-value-like decomposition: what they are, how they are scored, which of them are kept."""
+"""``SVDTriplets``: updates P diag(E) Q; ``observe`` and ``allocate`` score triplets and keep the best of all layers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _FACTORS = ("a", "b", "e")
 class SVDTriplets(LowRankUpdate):
     """scale P diag(E) Q, with Q (rank, in, *kernel) as ``a``, P (out, rank) as ``b`` and E (rank,) as ``e``.
 
-    Buffers hold the moving averages of each entry's sensitivity and of its deviation, and which triplets are kept.
+    Buffers hold the moving averages of each entry's sensitivity and of its deviation, and a mask of kept triplets.
 
     Args:
         host: Layer to update.
         rank: Number of triplets.
         scale: Factor of the update.
-        dropout: Probability with which inputs are dropped in training; not where inputs are indices.
+        dropout: Probability with which inputs are dropped in training; ignored where inputs are indices.
         rows: Rows of a fused layer to update.
     """
 
@@ -49,7 +49,7 @@ class SVDTriplets(LowRankUpdate):
     e: nn.Parameter
 
     def reset_parameters(self) -> None:
-        """Start at no update: P and Q normal with deviation 0.02 as in the authors' code, E zero."""
+        """Start with an update of zero: P and Q normal with deviation 0.02 as in the authors' code, E zero."""
         nn.init.normal_(self.a, std=0.02)
         nn.init.normal_(self.b, std=0.02)
         for tensor in (self.e, self.mean, self.spread):
@@ -63,29 +63,30 @@ class SVDTriplets(LowRankUpdate):
         return self.a, self.b, self.e
 
     def export_state(self) -> dict[str, Tensor]:
-        """Return the triplets that are kept, alone."""
-        if not has_values(self.kept):  # nobody knows which
+        """Return the kept triplets only."""
+        if not has_values(self.kept):  # the mask is not known
             return {name: self.get_parameter(name) for name in _FACTORS}
         live = (self.kept != 0) | (self.e.detach() != 0)
         return {"a": self.a.detach()[live], "b": self.b.detach()[:, live], "e": self.e.detach()[live]}
 
     def import_state(self, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a whole state without averages: triplets that were left out have no influence, but can grow."""
-        device = "cpu" if self.kept.is_meta else None  # then in files alone
+        """Return a full state with zero averages: triplets that were left out have E = 0, but can grow in training."""
+        device = "cpu" if self.kept.is_meta else None
         state = {name: torch.zeros_like(value, device=device) for name, value in self.state_dict().items()}
         factors = {n: state[n] if device else self.get_parameter(n).detach().clone() for n in ("a", "b")}
         factors["e"] = state.pop("e")
         count = packed["e"].numel() if "e" in packed else -1
         fits = {"a": (count, *self.a.shape[1:]), "b": (len(self.b), count), "e": (count,)}
         if count > len(self.e) or {name: tuple(value.shape) for name, value in packed.items()} != fits:
-            return {name: value for name, value in state.items() if name not in _FACTORS} | dict(packed)  # refused
+            # Loading refuses these shapes, with a message that names the tensors.
+            return {name: value for name, value in state.items() if name not in _FACTORS} | dict(packed)
         for name, value in packed.items():
             factors[name][(slice(None), slice(count)) if name == "b" else slice(count)] = value
         state["kept"][:count] = 1
         return state | factors
 
     def split_factors(self, entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return entries of shape (..., all) as (..., rank, -1) of Q, (..., out, rank) of P and (..., rank) of E."""
+        """Split entries of shape (..., all) into (..., rank, -1) of Q, (..., out, rank) of P and (..., rank) of E."""
         rank = len(self.e)
         a, b, e = torch.split(entries, [factor.numel() for factor in self.factor_tensors()], -1)
         return a.unflatten(-1, (rank, -1)), b.unflatten(-1, (-1, rank)), e  # type: ignore[no-untyped-call]
@@ -95,13 +96,13 @@ class SVDTriplets(LowRankUpdate):
         return f"rank={rank} of {len(self.e)}, scale={self.scale:g}"
 
 
-def observe(found: Sequence[SVDTriplets], beta1: float, beta2: float) -> None:
-    """Take the sensitivities |w dL/dw| of one step into the averages; a step without finite gradients is no step.
+def observe(layers: Sequence[SVDTriplets], beta1: float, beta2: float) -> None:
+    """Update the averages by the sensitivities |w dL/dw| of one step, unless a gradient is not finite.
 
-    All entries lie in one row: a few large operations instead of several for each tensor.
+    All entries form one row, for a few large operations instead of several for each tensor.
     """
-    ordered = [one for group in group_by_shape(found) for one in group]
-    factors = [factor for one in ordered for factor in one.factor_tensors()]
+    ordered = [layer for group in group_by_shape(layers) for layer in group]
+    factors = [factor for layer in ordered for factor in layer.factor_tensors()]
     gradients = [torch.zeros_like(f) if f.grad is None else f.grad for f in factors]
     sensitivities: Tensor = _flatten_dense_tensors(gradients)  # type: ignore[no-untyped-call]
     if not sensitivities.sum().isfinite():
@@ -112,29 +113,29 @@ def observe(found: Sequence[SVDTriplets], beta1: float, beta2: float) -> None:
     spreads.lerp_(sensitivities.sub_(means).abs_(), 1 - beta2)
 
 
-def allocate(found: Sequence[SVDTriplets], budget: int) -> None:
-    """Keep the ``budget`` best triplets of all, and set E of the others to zero."""
-    groups = group_by_shape(found)
-    ordered = [one for group in groups for one in group]
+def allocate(layers: Sequence[SVDTriplets], budget: int) -> None:
+    """Keep the ``budget`` best triplets of all layers, and set E of the others to zero."""
+    groups = group_by_shape(layers)
+    ordered = [layer for group in groups for layer in group]
     scores = score(groups)
     kept = torch.zeros_like(scores)
     kept[scores.topk(budget).indices] = 1
-    parts = list(torch.split(kept, [one.e.numel() for one in ordered]))
-    torch._foreach_copy_([one.kept for one in ordered], parts)
-    torch._foreach_mul_([one.e for one in ordered], parts)
+    masks = list(torch.split(kept, [layer.e.numel() for layer in ordered]))
+    torch._foreach_copy_([layer.kept for layer in ordered], masks)
+    torch._foreach_mul_([layer.e for layer in ordered], masks)
 
 
-def group_by_shape(found: Sequence[SVDTriplets]) -> list[list[SVDTriplets]]:
-    """Return the triplets of all layers in groups of equal shapes."""
+def group_by_shape(layers: Sequence[SVDTriplets]) -> list[list[SVDTriplets]]:
+    """Return the layers in groups of equal shapes."""
     groups = defaultdict[tuple[Any, ...], list[SVDTriplets]](list)
-    for one in found:
-        groups[one.a.shape, one.b.shape].append(one)
+    for layer in layers:
+        groups[layer.a.shape, layer.b.shape].append(layer)
     return list(groups.values())
 
 
 def score(groups: Sequence[Sequence[SVDTriplets]]) -> Tensor:
     """Return the importance s(E) + mean s(P) + mean s(Q) of each triplet, in one row, layer after layer."""
-    ordered = [one for group in groups for one in group]
+    ordered = [layer for group in groups for layer in group]
     entries = as_contiguous_view(ordered, "mean") * as_contiguous_view(ordered, "spread")
     scores, start = [], 0
     for group in groups:  # one reduction for all layers of a shape
@@ -145,9 +146,9 @@ def score(groups: Sequence[Sequence[SVDTriplets]]) -> Tensor:
     return torch.cat(scores)
 
 
-def as_contiguous_view(found: Sequence[SVDTriplets], name: str) -> Tensor:
-    """Return the buffers of one name as one tensor that shares their memory; lays them out so where they are not."""
-    buffers = [cast(Tensor, one._buffers[name]) for one in found]
+def as_contiguous_view(layers: Sequence[SVDTriplets], name: str) -> Tensor:
+    """Return the buffers of one name as one tensor that shares their memory; moves them into one storage if needed."""
+    buffers = [cast(Tensor, layer._buffers[name]) for layer in layers]
     first, sizes = buffers[0], [buffer.numel() for buffer in buffers]
     width, total = first.element_size(), sum(sizes)
     ends = itertools.accumulate(sizes, initial=0)
@@ -156,7 +157,7 @@ def as_contiguous_view(found: Sequence[SVDTriplets], name: str) -> Tensor:
         return first.as_strided((total,), (1,))
     row = torch.cat(buffers)
     memory, starts = row.untyped_storage(), itertools.accumulate(sizes, initial=0)
-    for one, start, size in zip(found, starts, sizes, strict=False):
-        # No view, so that it may be written anywhere.
-        setattr(one, name, row.new_empty(0).set_(memory, start, (size,), (1,)))
+    for layer, start, size in zip(layers, starts, sizes, strict=False):
+        # A tensor over the storage, and not a view of ``row``, can be written in place in any gradient mode.
+        setattr(layer, name, row.new_empty(0).set_(memory, start, (size,), (1,)))
     return row

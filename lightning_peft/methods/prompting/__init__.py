@@ -1,1 +1,1 @@
-"""Virtual tokens: prompts in front of the input embeddings, prefixes in front of keys and values."""
+"""Virtual tokens: prompts before the input embeddings, prefixes before keys and values."""

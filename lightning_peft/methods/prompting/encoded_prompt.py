@@ -1,4 +1,4 @@
-"""Virtual tokens that an encoder computes, in front of a row or in place of its placeholders."""
+"""``EncodedPrompt``: virtual tokens computed by an encoder, in front of a row or in place of its placeholders."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class EncodedPrompt(Prompt):
     """Virtual tokens h = encoder(E).
 
     Args:
-        place: Where they enter.
+        site: Host of the prompt.
         prompt: E (n, features).
-        encoder: Called with E and whether it trains; None where h = E.
-        placeholder: Id of the places that they take in a row; None where they stand in front.
+        encoder: Called with E and the training mode; None for h = E.
+        placeholder: Id of the tokens that they replace in a row; None where they stand in front of it.
     """
 
     def __init__(
-        self, place: PromptSite, prompt: nn.Parameter, encoder: Encoder | None, placeholder: int | None = None
+        self, site: PromptSite, prompt: nn.Parameter, encoder: Encoder | None, placeholder: int | None = None
     ) -> None:
-        super().__init__(place, 1)
+        super().__init__(site, 1)
         self.prompt, self.encoder, self.placeholder = prompt, encoder, placeholder
         nn.init.normal_(prompt)
 
@@ -44,7 +44,7 @@ class EncodedPrompt(Prompt):
     def per_example_tensors(self) -> tuple[Any, ...]:
         return super().per_example_tensors() if self.placeholder is None else ()
 
-    @torch.no_grad()  # in which the LSTM is computed as in evaluation, to the last bit
+    @torch.no_grad()  # without gradients, the LSTM computes the same bits as in evaluation
     def export_state(self) -> dict[str, Tensor]:
         return {"prompt": self._vectors(train=False)}
 
@@ -60,33 +60,33 @@ class EncodedPrompt(Prompt):
 def fill_template(
     host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, template: str, placeholder: int
 ) -> Any:
-    """Call a backbone with vectors in place of the placeholders of each row; all other tokens stay what they are.
+    """Call a backbone with vectors in place of the placeholders of each row; other tokens keep their embeddings.
 
     Args:
         host: Module that takes ``input_ids`` or ``inputs_embeds``.
-        inner: The host's own call.
+        inner: Call of the host without the adapter.
         call: Arguments by name.
         prompt: Vectors (n, features); the k-th placeholder of a row gets the k-th.
-        template: What rows look like, for messages.
+        template: Template of the rows, for messages.
         placeholder: Id of a pseudo token.
 
     Raises:
-        ValueError: A row has another number of placeholders than n; while a row is continued it may have none.
+        ValueError: A row has another number of placeholders than n; a continued row, with a cache, can have none.
     """
     call = dict(call)
     ids = call.get("input_ids")
     if ids is None:
         raise ValueError(f"The template {template!r} needs input_ids, got rows that are embedded already.")
-    here = ids == placeholder
+    is_placeholder = ids == placeholder
     continued = cached_tokens(host, call) > 0
-    counts = here.sum(1)
-    right = (counts == len(prompt)) | (counts == 0 if continued else counts < 0)
+    counts = is_placeholder.sum(1)
+    valid = (counts == len(prompt)) | (counts == 0 if continued else counts < 0)
     advice = f"template {template!r} has {len(prompt)} pseudo tokens; build rows with lightning_peft.Template."
     if torch.compiler.is_compiling():  # reading a value would leave the graph
-        torch._assert_async(right.all(), f"A row has another number of placeholders, but the {advice}")
-    elif wrong := counts[~right].tolist():
+        torch._assert_async(valid.all(), f"A row has another number of placeholders, but the {advice}")
+    elif wrong := counts[~valid].tolist():
         raise ValueError(f"A row has {wrong[0]} placeholders (id {placeholder}), but the {advice}")
-    tokens = embedded(host, call, here)
-    index = (here.cumsum(1) - 1).clamp(0, len(prompt) - 1)
-    call["inputs_embeds"] = torch.where(here[..., None], F.embedding(index, prompt).to(tokens.dtype), tokens)
+    tokens = embedded(host, call, is_placeholder)
+    index = (is_placeholder.cumsum(1) - 1).clamp(0, len(prompt) - 1)
+    call["inputs_embeds"] = torch.where(is_placeholder[..., None], F.embedding(index, prompt).to(tokens.dtype), tokens)
     return inner(**call)

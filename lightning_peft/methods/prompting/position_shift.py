@@ -1,4 +1,4 @@
-"""Positions of tokens that follow a prefix."""
+"""``ShiftedPositions`` moves the positions of tokens by the length of a prefix."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .virtual_tokens import names_of
 
 
 class ShiftedPositions(Adapter):
-    """Calls a backbone with ``position_ids + length``; trains nothing.
+    """Calls a backbone with ``position_ids + length``; has no parameters.
 
-    Positions that are not given are those of the tokens, after what a cache holds.
+    Without ``position_ids``, positions are counted from the number of tokens in the cache.
 
     Args:
         host: Backbone.
-        length: By how much positions move on.
+        length: Number that is added to positions.
     """
 
     part, unmergeable = "positions", "positions are no weight"
 
     def __init__(self, host: nn.Module, length: int) -> None:
         super().__init__()
-        self.length, self.names, self.own_rule = length, names_of(host), _own_rule(host)
+        self.length, self.names, self.computes_positions = length, names_of(host), _computes_positions(host)
 
     def reset_parameters(self) -> None:
         """Nothing to fill."""
@@ -36,10 +36,10 @@ class ShiftedPositions(Adapter):
         call = dict(zip(self.names, args, strict=False)) | kwargs
         positions = call.get("position_ids")
         if positions is None:
-            if self.own_rule:
+            if self.computes_positions:
                 raise ValueError(
                     f"{type(host).__name__} computes positions by a rule of its own; give it position_ids, "
-                    f"which shift_positions then moves on by {self.length}."
+                    f"to which shift_positions then adds {self.length}."
                 )
             tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
             positions = (torch.arange(tokens.shape[1], device=tokens.device) + cached_tokens(host, call))[None]
@@ -51,10 +51,10 @@ def shifted_positions(model: nn.Module, length: int, method: str) -> Iterator[tu
     """Yield (host's name, adapter) for the backbones of a model.
 
     Raises:
-        TypeError: There is none, or it does not take positions.
+        TypeError: The model has no backbone, or one that does not take positions.
     """
-    found = list(backbones(model))
-    for name, host in found:
+    hosts = list(backbones(model))
+    for name, host in hosts:
         by_distance = is_encoder_decoder(host) or from_config(host, "alibi")
         if "position_ids" not in names_of(host) or by_distance:
             raise TypeError(
@@ -62,11 +62,11 @@ def shifted_positions(model: nn.Module, length: int, method: str) -> Iterator[tu
                 f"distances from its inputs; use {method}(shift_positions=False)."
             )
         yield name, ShiftedPositions(host, length)
-    if not found:
+    if not hosts:
         raise TypeError(f"No transformers backbone is found in the model; use {method}(shift_positions=False).")
 
 
-def _own_rule(host: nn.Module) -> bool:
-    """Whether positions depend on more than a token's place: on padding (RoBERTa, OPT)."""
+def _computes_positions(host: nn.Module) -> bool:
+    """Return whether a backbone computes positions from padding too (RoBERTa, OPT), not from the index alone."""
     tables = [m for n, m in host.named_modules() if isinstance(m, nn.Embedding) and "position" in n.rpartition(".")[2]]
     return any(type(table) is not nn.Embedding or table.padding_idx is not None for table in tables)

@@ -1,4 +1,4 @@
-"""Prefixes, once for all methods that have them: learned keys and values that every query of an attention call sees."""
+"""``Prefix``: learned keys and values in front of those of an attention call, for all methods with prefixes."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class PrefixEncoder(nn.Module):
 
 
 class SharedEncoder(Adapter):
-    """Holds what the prefixes share, around all of their hosts; changes nothing there.
+    """Holds the encoder that prefixes share, on a module around all of their hosts, whose call it does not change.
 
-    In such a place sharding has the parameters whole during the calls of all hosts.
+    There, FSDP keeps the encoder's parameters gathered during the calls of all hosts.
     """
 
     part, unmergeable = "encoder", _UNMERGEABLE
@@ -69,15 +69,15 @@ class SharedEncoder(Adapter):
 class Prefix(Adapter):
     """Keys and values in front of those that an attention module computes: K' = [P_k; K], V' = [P_v; V].
 
-    P_k is (length, heads * size) and so is P_v, with the heads that the module computes keys for. With an encoder,
-    [P_k, P_v] = H W^T + b for the H that all prefixes share, and W, b of this one. Heads are read from the call.
+    P_k and P_v are (length, heads * size), with the number of heads that the module computes keys for, which is read
+    from the call. With an encoder, [P_k, P_v] = H W^T + b, where H is shared by all prefixes and W, b are separate.
 
     Args:
         like: Tensor whose device, and type if it is wider than float32, the parameters have.
-        widths: Of keys and of values, all heads together.
+        widths: Width of keys and width of values, all heads together.
         length: Number of keys.
-        dropout: Probability with which numbers of the prefix are dropped in training, anew in each row of a batch.
-        encoder: What computes H.
+        dropout: Probability with which entries of the prefix are dropped in training, separately for each batch row.
+        encoder: Module that computes H.
     """
 
     unmergeable, plot_tensors = _UNMERGEABLE, {"tokens": "key"}
@@ -87,7 +87,7 @@ class Prefix(Adapter):
     ) -> None:
         super().__init__()
         self.widths, self.dropout = widths, dropout
-        self.shared = (encoder,)  # in a tuple, since it is registered where it is held
+        self.shared = (encoder,)  # in a tuple, so that ``SharedEncoder`` alone registers it
         self.projection = None if encoder is None else _linear(like, encoder.linear.out_features, sum(widths))
         if encoder is None:
             self.key, self.value = (parameter_like(like, length, width) for width in widths)
@@ -106,7 +106,7 @@ class Prefix(Adapter):
         if encoder is None or self.projection is None:
             return self.key, self.value
         device = self.projection.weight.device.type
-        with torch.autocast("cpu" if device == "meta" else device, enabled=False):  # as the finalized form is
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):  # as the finalized prefix
             key, value = self.projection(encoder()).split(self.widths, -1)
         return key, value
 
@@ -128,7 +128,7 @@ class Prefix(Adapter):
         return call_changed(prefixed, host, inner, *args, **kwargs)
 
     def _joined(self, prefix: Tensor, x: Tensor) -> Tensor:
-        """P (length, heads * size) and x (batch, heads, n, size) -> (batch, heads, length + n, size)."""
+        """Return (batch, heads, length + n, size) from P (length, heads * size) and x (batch, heads, n, size)."""
         if x.dim() != 4 or prefix.shape[1] % x.shape[-1] or x.shape[1] % (prefix.shape[1] // x.shape[-1]):
             raise ValueError(
                 f"The attention call has keys or values {tuple(x.shape)}, which the prefix {tuple(prefix.shape)} "
@@ -153,10 +153,10 @@ def attend_joined(
     is_causal: bool = False,
     **settings: Any,
 ) -> Tensor:
-    """Attend to ``length`` more keys and values, at the front, than the call knew; every query sees them.
+    """Attend to keys and values whose first ``length`` were added to the call; every query sees these.
 
-    A causal call stays one without a mask, and so with the kernel that it had: as many empty queries come first as
-    there are new keys. Where the prefix is longer than the text, a mask is less work.
+    A causal call remains causal without a mask, so that it keeps its kernel: empty queries, as many as added keys, are
+    put in front. Where the prefix is longer than the text, a mask is cheaper.
     """
     queries, keys, empty = query.shape[-2], key.shape[-2], 0
     if is_causal and length <= queries:
@@ -174,7 +174,7 @@ def attend_joined(
 def prefixes(
     model: nn.Module, hosts: Mapping[str, nn.Module], length: int, dropout: float, hidden: int | None
 ) -> Iterator[tuple[str, Adapter]]:
-    """Yield (host's name, adapter) of a prefix for each attention module; with a hidden size, of the encoder first."""
+    """Yield (host's name, prefix) for each attention module and, with a hidden size, first of the shared encoder."""
     encoder = None
     for name, host in hosts.items():
         check_interceptable(model, name)
@@ -182,12 +182,12 @@ def prefixes(
         like = project.weight(host)
         if hidden is not None and encoder is None:
             encoder = PrefixEncoder(like, length, project.inputs(host)[0], hidden)
-            yield _around(model, list(hosts)), SharedEncoder(encoder)
+            yield _called_ancestor(model, list(hosts)), SharedEncoder(encoder)
         yield name, Prefix(like, project.outputs(host), length, dropout, encoder)
 
 
-def _around(model: nn.Module, names: list[str]) -> str:
-    """Return the name of the innermost module that is called and holds all these."""
+def _called_ancestor(model: nn.Module, names: list[str]) -> str:
+    """Return the name of the innermost module that is called and contains all of these modules."""
     path = ".".join(os.path.commonprefix([name.split(".") for name in names]))
     while path and type(model.get_submodule(path)).forward is nn.Module.forward:
         path = path.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""Prefixes that start as what the model itself computes for some words."""
+"""``init_from_text``: prefixes that start as the keys and values which the model computes for a text."""
 
 from __future__ import annotations
 
@@ -21,67 +21,70 @@ from .virtual_tokens import names_of
 STEPS, LEARNING_RATE = 500, 1e-4  # of the fit, as in the authors' code
 
 
-def init_from_text(model: nn.Module, adapters: Sequence[tuple[str, Adapter]], words: Sequence[int]) -> None:
-    """Give prefixes the keys and values that attention modules compute for words, as the model is now.
+def init_from_text(model: nn.Module, adapters: Sequence[tuple[str, Adapter]], ids: Sequence[int]) -> None:
+    """Set prefixes to the keys and values that attention modules compute for the tokens of a text.
 
     A perceptron is fitted to them: mean squared error, Adam, ``STEPS`` steps, no randomness but that of its start.
 
     Args:
-        model: Holds a transformers backbone, with its weights.
-        adapters: (host's name, adapter) of prefixes, and of what they share.
-        words: Ids of as many tokens as the prefixes are long.
+        model: Model with a transformers backbone and its weights.
+        adapters: (host's name, adapter) of prefixes and of their shared encoder.
+        ids: Ids of as many tokens as the prefixes are long.
 
     Raises:
         ValueError: The model has no values yet, reads no tokens, or does not call an attention module.
     """
-    own = {name: adapter for name, adapter in adapters if isinstance(adapter, Prefix)}
+    by_name = {name: adapter for name, adapter in adapters if isinstance(adapter, Prefix)}
     check_setting(
         not any(p.is_meta for p in model.parameters()), "init", "text", "'random' while the model is on the meta device"
     )
-    found = _computed(model, list(own), words)
-    wanted = {name: _flat(found[name], prefix) for name, prefix in own.items()}
+    computed = _keys_and_values(model, list(by_name), ids)
+    expected = {name: _as_prefix(computed[name], prefix) for name, prefix in by_name.items()}
     trained = list({id(p): p for _, adapter in adapters for p in adapter.parameters()}.values())
-    if not any(prefix.projection for prefix in own.values()):
+    if not any(prefix.projection for prefix in by_name.values()):
         with torch.no_grad():
-            for name, prefix in own.items():
-                prefix.key.copy_(wanted[name][0])
-                prefix.value.copy_(wanted[name][1])
+            for name, prefix in by_name.items():
+                prefix.key.copy_(expected[name][0])
+                prefix.value.copy_(expected[name][1])
         return
     with torch.enable_grad():
         optimizer = torch.optim.Adam(trained, lr=LEARNING_RATE)
         for _ in range(STEPS):
             optimizer.zero_grad()
-            errors = [F.mse_loss(torch.cat(p.key_value(), 1), torch.cat(wanted[name], 1)) for name, p in own.items()]
+            errors = [
+                F.mse_loss(torch.cat(prefix.key_value(), 1), torch.cat(expected[name], 1))
+                for name, prefix in by_name.items()
+            ]
             torch.autograd.backward(torch.stack(errors).mean())
             optimizer.step()
         optimizer.zero_grad()
 
 
-def _computed(model: nn.Module, names: Sequence[str], words: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
+def _keys_and_values(model: nn.Module, names: Sequence[str], ids: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return keys and values (heads, tokens, size) of attention modules by name."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    computed: dict[str, tuple[Tensor, Tensor]] = {}
     entered: list[str] = []
 
     def record(attend: Call, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **settings: Any) -> Any:
         if entered:
-            found[entered[-1]] = key[0], value[0]
+            computed[entered[-1]] = key[0], value[0]
         return attend(query, key, value, *rest, **settings)
 
     calls = AttentionCalls(record)
-    with torch.no_grad(), evaluating(model), _noting(model, names, entered), calls:
+    with torch.no_grad(), evaluating(model), _record_entered(model, names, entered), calls:
         for name, host in backbones(model):
             check_setting(
                 "input_ids" in names_of(host), "init", "text", f"'random', as {name or 'the model'} reads no tokens"
             )
-            ids = torch.tensor([words], device=next(host.parameters()).device)
-            host(input_ids=ids, **({"decoder_input_ids": ids} if is_encoder_decoder(host) else {}))
-    missing = [name for name in names if name not in found]
+            row = torch.tensor([ids], device=next(host.parameters()).device)
+            host(input_ids=row, **({"decoder_input_ids": row} if is_encoder_decoder(host) else {}))
+    missing = [name for name in names if name not in computed]
     check_setting(not missing, "init", "text", f"'random', since no transformers backbone calls {missing[:3]}")
-    return found
+    return computed
 
 
-def _flat(pair: tuple[Tensor, Tensor], prefix: Prefix) -> tuple[Tensor, Tensor]:
-    """(heads, tokens, size) -> (tokens, width), one head of each group where the caller repeated them."""
+def _as_prefix(pair: tuple[Tensor, Tensor], prefix: Prefix) -> tuple[Tensor, Tensor]:
+    """Reshape (heads, tokens, size) to (tokens, width), with one head of each group that the caller repeated."""
     key, value = (
         x[:: len(x) * x.shape[-1] // width].transpose(0, 1).flatten(1).to(torch.promote_types(x.dtype, torch.float32))
         for x, width in zip(pair, prefix.widths, strict=True)
@@ -90,13 +93,13 @@ def _flat(pair: tuple[Tensor, Tensor], prefix: Prefix) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _noting(model: nn.Module, names: Sequence[str], entered: list[str]) -> Iterator[None]:
-    """Context in which ``entered`` grows by the name of each of these modules that is called."""
+def _record_entered(model: nn.Module, names: Sequence[str], entered: list[str]) -> Iterator[None]:
+    """Context in which the name of each of these modules is appended to ``entered`` when it is called."""
 
-    def note(name: str) -> Any:
+    def append(name: str) -> Any:
         return lambda module, args: entered.append(name)
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_pre_hook(append(name)) for name in names]
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Prompts as adapters: where virtual tokens enter a model, whatever they are made of."""
+"""``Prompt``: adapters that insert virtual tokens; ``place_prompts`` finds the modules of a model that read them."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ Insert = Callable[..., Any]
 
 @dataclass(frozen=True)
 class PromptSite:
-    """Where virtual tokens enter a model."""
+    """Module of a model that virtual tokens enter."""
 
     host: nn.Module
     weight: Tensor  # (any, features), for width, device and type
-    table: nn.Module | None  # of input embeddings, where it is known
-    insert: Insert  # calls the host with virtual tokens inserted: (host, inner, arguments by name, virtual tokens)
+    table: nn.Module | None  # input embeddings of the model, if they are known
+    insert: Insert  # (host, inner, arguments by name, virtual tokens) -> output, with the tokens inserted
 
 
 class Prompt(BatchableModuleAdapter, TaskAdapter):
-    """Adapter that puts virtual tokens in front of what its host reads.
+    """Adapter that inserts virtual tokens before the input of its host.
 
     Args:
-        place: Where they enter.
+        site: Host of the prompt.
         tasks: Number of tasks.
     """
 
     tensor_parallel_dims = {}
     plot_tensors = {"tokens": "prompt"}
 
-    def __init__(self, place: PromptSite, tasks: int) -> None:
+    def __init__(self, site: PromptSite, tasks: int) -> None:
         super().__init__(tasks)
-        self.insert, self.names = place.insert, names_of(place.host)
+        self.insert, self.names = site.insert, names_of(site.host)
 
     @abstractmethod
     def virtual(self, rows: int) -> Tensor:
-        """Return the virtual tokens (length, features), or (rows, length, features) where rows have own tasks."""
+        """Return the virtual tokens (length, features), or (rows, length, features) where each row has a task."""
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
         return self._call_with(self.virtual, host, inner, *args, **kwargs)
@@ -66,22 +66,22 @@ class Prompt(BatchableModuleAdapter, TaskAdapter):
 
         def virtual(rows: int) -> Tensor:
             if rows % len(prompts):
-                raise ValueError(f"row_adapters was given {len(prompts)} names; {rows} rows at hand are no multiple.")
+                raise ValueError(f"row_adapters was given {len(prompts)} names; {rows} rows are no multiple of that.")
             return prompts.repeat_interleave(rows // len(prompts), 0)
 
         return self._call_with(virtual, host, inner, *args, **kwargs)
 
     def _call_with(self, virtual: Callable[[int], Tensor], host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
         call = dict(zip(self.names, args, strict=False)) | kwargs
-        given = call.get("inputs_embeds")
-        given = call.get(self.names[0]) if given is None else given
-        if given is None:
-            return inner(**call)  # which says itself what it misses
-        return self.insert(host, inner, call, virtual(len(given)))
+        inputs = call.get("inputs_embeds")
+        inputs = call.get(self.names[0]) if inputs is None else inputs
+        if inputs is None:
+            return inner(**call)  # the host raises for the missing argument
+        return self.insert(host, inner, call, virtual(len(inputs)))
 
 
 class ExtendEncoderMask(BatchableAdapter, Adapter):
-    """Lets a decoder's cross-attention see the virtual tokens that its encoder kept; trains nothing."""
+    """Lets a decoder's cross-attention see the virtual tokens in the encoder's output; has no parameters."""
 
     tensor_parallel_dims = {}
 
@@ -104,10 +104,10 @@ class ExtendEncoderMask(BatchableAdapter, Adapter):
 
 
 class StripPrompt(BatchableAdapter, Adapter):
-    """Takes the virtual tokens out of what the last of several blocks returns; trains nothing."""
+    """Removes the virtual tokens from the output of the last of several blocks; has no parameters."""
 
     tensor_parallel_dims = {}
-    part = "end"  # beside the prompt itself, where there is one block
+    part = "end"  # with a single block, the prompt is on the same host
 
     def __init__(self, length: int) -> None:
         super().__init__()
@@ -126,21 +126,21 @@ class StripPrompt(BatchableAdapter, Adapter):
 def place_prompts(
     model: nn.Module, targets: Sequence[str], embeddings: str, length: int, make: Callable[[PromptSite], Prompt]
 ) -> Iterator[tuple[str, Adapter]]:
-    """Yield (host's name, adapter) of what lets virtual tokens into a model.
+    """Yield (host's name, adapter) of the adapters that insert virtual tokens into a model.
 
-    They enter each transformers backbone, and the encoder of one with two halves, whose decoder then sees them; or the
-    modules that ``targets`` name. A list of blocks, which nobody calls, they enter with its first and leave with its
-    last.
+    They enter the modules that ``targets`` name or, without targets, each transformers backbone. In an encoder-decoder
+    model they enter the encoder, and the decoder sees them. A list of blocks is not called, so tokens are inserted at
+    its first block and removed after its last.
 
     Args:
-        model: Where to look.
+        model: Model to search.
         targets: Globs of modules that take and return (batch, tokens, features), or of lists of such blocks.
-        embeddings: Glob of the input embeddings that belong to them; may be empty.
+        embeddings: Glob of the input embeddings that belong to them; can be empty.
         length: Number of virtual tokens.
-        make: Builds a prompt.
+        make: Function that creates a prompt for a site.
 
     Raises:
-        ValueError: No backbone is found, or more than one table of embeddings.
+        ValueError: No backbone is found, or more than one module of embeddings.
         TypeError: A host embeds no tokens, or takes (tokens, batch, features).
     """
     if targets:
@@ -151,10 +151,8 @@ def place_prompts(
             if not isinstance(host, nn.ModuleList):
                 yield name, make(PromptSite(host, weight, table, partial(prepend_to_embedded, first=names_of(host)[0])))
                 continue
-            yield (
-                f"{name}.0",
-                make(PromptSite(host[0], weight, table, partial(prepend_to_blocks, first=names_of(host[0])[0]))),
-            )
+            insert = partial(prepend_to_blocks, first=names_of(host[0])[0])
+            yield f"{name}.0", make(PromptSite(host[0], weight, table, insert))
             yield f"{name}.{len(host) - 1}", StripPrompt(length)
         return
     hosts = list(backbones(model))
@@ -167,21 +165,22 @@ def place_prompts(
         if not is_encoder_decoder(host):
             yield name, make(PromptSite(host, table.weight, table, prepend_to_backbone))
             continue
-        below = {module: below for below, module in host.named_modules(prefix=name)}
+        name_of = {module: path for path, module in host.named_modules(prefix=name)}
         encoder, decoder = host.get_encoder(), host.get_decoder()
-        yield below[encoder], make(PromptSite(encoder, table.weight, table, partial(prepend_to_backbone, keep=True)))
-        yield below[decoder], ExtendEncoderMask(decoder, length)
+        yield name_of[encoder], make(PromptSite(encoder, table.weight, table, partial(prepend_to_backbone, keep=True)))
+        yield name_of[decoder], ExtendEncoderMask(decoder, length)
 
 
 def check_sites(targets: Sequence[str], embeddings: str) -> None:
-    """Raise a ``ValueError`` where embeddings are given for no targets."""
+    """Raise a ``ValueError`` where embeddings are given without targets."""
     check_setting(bool(targets) or not embeddings, "embeddings", embeddings, "given together with targets")
 
 
 def _table(model: nn.Module, embeddings: str) -> nn.Module:
-    (name, table), *others = select_modules(model, [embeddings]).items()
-    if others:
-        raise ValueError(f"embeddings={embeddings!r} names {name} and {others[0][0]}; give the glob of one.")
+    """Return the only module that a glob of input embeddings matches."""
+    (name, table), *more = select_modules(model, [embeddings]).items()
+    if more:
+        raise ValueError(f"embeddings={embeddings!r} names {name} and {more[0][0]}; give the glob of one.")
     if getattr(getattr(table, "weight", None), "dim", int)() != 2:
         raise TypeError(f"{name} is a {type(table).__name__}, no table (vocabulary, features) of embeddings.")
     return table

@@ -1,4 +1,4 @@
-"""Encoders of virtual tokens, which only training needs."""
+"""``MLP`` and ``LSTMThenMLP``: encoders of virtual tokens, which only training needs."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, train: bool) -> Tensor:
-        """Return virtual tokens; ``train`` says whether dropout is on."""
+        """Return virtual tokens; ``train`` tells whether dropout is applied."""
 
 
 class MLP(Encoder):
     """Computes W_2 relu(W_1 x + b_1) + b_2.
 
     Args:
-        weight: Decides about device and type.
-        widths: Features of the input, of the hidden layer and of the output.
+        weight: Tensor that the parameters have the device and type of.
+        widths: Numbers of features of the input, of the hidden layer and of the output.
     """
 
     def __init__(self, weight: Tensor, *widths: int) -> None:
@@ -54,9 +54,9 @@ class LSTMThenMLP(Encoder):
     """MLP(BiLSTM(x)), with ``hidden`` features in between.
 
     Args:
-        weight: Decides about device and type.
-        features: Of input and output.
-        hidden: Features of the LSTM's output, half of them from each direction.
+        weight: Tensor that the parameters have the device and type of.
+        features: Number of features of input and output.
+        hidden: Number of features of the LSTM's output, half of them from each direction.
         dropout: Probability with which features between the layers of the LSTM are dropped in training.
     """
 
@@ -74,12 +74,12 @@ class LSTMThenMLP(Encoder):
 
 
 class BiLSTM(nn.Module):
-    """Two layers that read a row forward and backward; computes as ``nn.LSTM`` does, which torch does not compile.
+    """Two bidirectional layers, computed as by ``nn.LSTM``, which ``torch.compile`` does not support.
 
     Args:
-        weight: Decides about device and type.
-        features: Of the input.
-        hidden: Features of the output, half of them from each direction.
+        weight: Tensor that the parameters have the device and type of.
+        features: Number of features of the input.
+        hidden: Number of features of the output, half of them from each direction.
         dropout: Probability with which features between the layers are dropped in training.
     """
 
@@ -88,11 +88,11 @@ class BiLSTM(nn.Module):
     def __init__(self, weight: Tensor, features: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.size, self.dropout = hidden // 2, dropout
-        for layer, way in itertools.product(range(self.layers), ("", "_reverse")):
+        for layer, direction in itertools.product(range(self.layers), ("", "_reverse")):
             width = hidden if layer else features
             shapes = {"weight_ih": (4 * self.size, width), "weight_hh": (4 * self.size, self.size)}
             for name, shape in {**shapes, "bias_ih": (4 * self.size,), "bias_hh": (4 * self.size,)}.items():
-                self.register_parameter(f"{name}_l{layer}{way}", parameter_like(weight, *shape))
+                self.register_parameter(f"{name}_l{layer}{direction}", parameter_like(weight, *shape))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -101,7 +101,7 @@ class BiLSTM(nn.Module):
             nn.init.uniform_(parameter, -1 / math.sqrt(self.size), 1 / math.sqrt(self.size))
 
     def forward(self, x: Tensor, train: bool) -> Tensor:
-        """(tokens, features) -> (tokens, hidden)."""
+        """Return (tokens, hidden) for x (tokens, features)."""
         start = x.new_zeros(2 * self.layers, 1, self.size)
         weights: list[Tensor] = list(self.parameters())
         y: Tensor

@@ -1,4 +1,4 @@
-"""Which task each row of a batch belongs to, for adapters that hold several."""
+"""``row_tasks``: context that tells adapters with several tasks the task of each row of a batch."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor, nn
 
 from ...core.adapter import Adapter
 
-_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class TaskAdapter(Adapter):
-    """Adapter that holds one task or several, of which each row of a batch takes its own.
+    """Adapter with tensors for one task or several; each row of a batch uses those of its task.
 
     Args:
         tasks: Number of tasks.
     """
 
-    task_ids: Tensor | None = None  # (rows,), within ``row_tasks`` alone
+    task_ids: Tensor | None = None  # (rows,); set inside of ``row_tasks`` only
 
     def __init__(self, tasks: int) -> None:
         super().__init__()
         self.tasks = tasks
 
     def of_rows(self, x: Tensor, rows: int) -> Tensor:
-        """Return what each row takes of (tasks, ...): (rows, ...), or all of the only task without a first axis."""
+        """Select from x (tasks, ...) by the task of each row: (rows, ...), or x[0] where there is one task."""
         if self.tasks == 1:
             return x[0]
         ids = self.task_ids
@@ -37,45 +37,47 @@ class TaskAdapter(Adapter):
                 f"with lightning_peft.row_tasks(model, ids)."
             )
         if rows % len(ids):
-            raise ValueError(f"{len(ids)} task ids were given, and {rows} rows are at hand, which is no multiple.")
+            raise ValueError(f"{len(ids)} task ids were given; the batch has {rows} rows, which is no multiple.")
         repeated = ids[:, None].expand(-1, rows // len(ids)).flatten()  # beams of a row are neighbours
         return x.index_select(0, repeated)
 
 
 @contextmanager
 def row_tasks(model: nn.Module, ids: Tensor | int) -> Iterator[None]:
-    """Context in which each row of a batch takes the adapter of its own task, in training, inference and generation.
+    """Context in which each row of a batch uses the tensors of its task, in training, inference and generation.
 
-    A call with more rows repeats each id for as many neighbours, as beams and returned sequences do. Contexts nest.
+    In a call with a multiple of rows, each id stands for as many neighbours, as with beams and returned sequences.
+    Contexts nest.
 
     Args:
-        model: A model with an adapter that holds several tasks.
+        model: Model with an adapter that has several tasks.
         ids: Whole numbers from 0, of shape (rows,), or one for all rows.
 
     Raises:
-        ValueError: No adapter holds several tasks, or an id is out of range.
+        ValueError: No adapter has several tasks, or an id is out of range.
         TypeError: The ids are not whole numbers in one dimension.
     """
-    found = [module for module in model.modules() if isinstance(module, TaskAdapter) and module.tasks > 1]
-    if not found:
+    task_adapters = [module for module in model.modules() if isinstance(module, TaskAdapter) and module.tasks > 1]
+    if not task_adapters:
         raise ValueError("No adapter of the model holds several tasks; give its method tasks=2 or more.")
-    given = _checked(ids, min(adapter.tasks for adapter in found))
-    before = [adapter.task_ids for adapter in found]
-    for adapter in found:
-        adapter.task_ids = given.to(next(adapter.parameters()).device)
+    ids = _checked(ids, min(adapter.tasks for adapter in task_adapters))
+    before = [adapter.task_ids for adapter in task_adapters]
+    for adapter in task_adapters:
+        adapter.task_ids = ids.to(next(adapter.parameters()).device)
     try:
         yield
     finally:
-        for adapter, one in zip(found, before, strict=True):
-            adapter.task_ids = one
+        for adapter, outer_ids in zip(task_adapters, before, strict=True):
+            adapter.task_ids = outer_ids
 
 
 def _checked(ids: Tensor | int, tasks: int) -> Tensor:
+    """Return ids as a tensor of int64; raise if they are not ids of ``tasks`` tasks."""
     if isinstance(ids, int) and not isinstance(ids, bool):
         ids = torch.tensor([ids])
-    if not isinstance(ids, Tensor) or ids.dtype not in _WHOLE or ids.dim() != 1:
-        what = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else repr(ids)
-        raise TypeError(f"ids must be a tensor of whole numbers of shape (rows,), or one int, got {what}.")
+    if not isinstance(ids, Tensor) or ids.dtype not in _INTEGERS or ids.dim() != 1:
+        described = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else repr(ids)
+        raise TypeError(f"ids must be a tensor of whole numbers of shape (rows,), or one int, got {described}.")
     if len(ids) == 0 or ids.min() < 0 or ids.max() >= tasks:
         raise ValueError(f"ids must be at least one of 0 to {tasks - 1}, the tasks of the model, got {ids.tolist()}.")
     return ids.long()

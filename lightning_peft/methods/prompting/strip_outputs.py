@@ -1,4 +1,4 @@
-"""What a backbone returns, without the virtual tokens that were put into its input."""
+"""``strip_virtual_tokens`` removes the positions of virtual tokens from the output of a backbone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Remove = Callable[[Tensor], Tensor]
 
 @functools.singledispatch
 def strip_virtual_tokens(output: Any, remove: Remove, pooler: nn.Module | None = None) -> Any:
-    """Take the virtual tokens out of what a backbone returns; pooling sees the tokens alone."""
+    """Remove the virtual tokens from an output, a tensor, tuple or mapping; a pooler sees the remaining tokens."""
     if not isinstance(output, MutableMapping):
         raise TypeError(f"Virtual tokens cannot be taken out of a {type(output).__name__}.")
     for name in ("last_hidden_state", "hidden_states", "pooler_output"):

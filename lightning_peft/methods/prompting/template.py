@@ -1,4 +1,4 @@
-"""Templates of prompts: pseudo tokens, fields of an example, a mask and anchor words, as token ids of a row."""
+"""``Template``: rows of token ids from pseudo tokens, fields of an example, a mask and anchor words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PIECE = re.compile(r"\[P(?::(?P<count>[^\[\]]*))?\]|\{(?P<name>[^{}]*)\}|(?P<st
 
 
 class Piece(NamedTuple):
-    """A part of a template: pseudo tokens (their number), a field or the mask (its name), or anchor words."""
+    """Part of a template: pseudo tokens (with their number), a field or the mask (its name), or anchor words."""
 
     kind: Literal["pseudo", "field", "words"]
     value: str
@@ -26,20 +26,20 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Template:
-    """What a row of a prompt looks like: ``[P:3] {subject} [P:3] {mask} .``.
+    """Template of the rows of a prompt, such as ``[P:3] {subject} [P:3] {mask} .``.
 
-    ``[P:n]`` are n pseudo tokens and ``[P]`` is one, ``{name}`` is a field of the example, ``{mask}`` the tokenizer's
-    mask token; all else are anchor words. Called with a tokenizer and fields, it returns token ids, with the special
-    tokens that the tokenizer adds. Words get the ids that they have in the row without pseudo tokens.
+    ``[P:n]`` stands for n pseudo tokens and ``[P]`` for one, ``{name}`` for a field of the example, ``{mask}`` for the
+    tokenizer's mask token; everything else are anchor words. A call with a tokenizer and fields returns token ids, with
+    the special tokens that the tokenizer adds. Words get the ids that they have in the row without pseudo tokens.
 
     Args:
-        text: The template.
-        max_length: Longest row in tokens, special ones included; None for any length.
-        shorten: The field whose end is cut off where a row is longer; the prompt itself never is.
-        placeholder: The id of each pseudo token; ``PTuning`` has the same setting.
+        text: Template text.
+        max_length: Largest number of tokens in a row, special tokens included; None for any number.
+        shorten: Field whose end is cut off where a row is longer; the rest of the row is never cut.
+        placeholder: Id of each pseudo token; ``PTuning`` has the same setting.
 
     Raises:
-        ValueError: The text cannot be read (says where), or ``shorten`` is no field of it.
+        ValueError: The text cannot be parsed (the message says where), or ``shorten`` is not one of its fields.
     """
 
     text: str
@@ -54,7 +54,7 @@ class Template:
 
     @cached_property
     def pieces(self) -> tuple[Piece, ...]:
-        """The parts of the text, in order."""
+        """Parts of the text, in order."""
         return tuple(_parse(self.text))
 
     @property
@@ -78,7 +78,7 @@ class Template:
 
         Args:
             tokenizer: A tokenizer of transformers.
-            fields: A text for each field of the template; more are an error.
+            fields: Text for each field of the template.
 
         Raises:
             ValueError: Fields are missing or unknown, the tokenizer has no mask, or a row is too long.
@@ -98,40 +98,40 @@ class Template:
         return self._shortened(tokenizer, fields, self.shorten, self.max_length)
 
     def answer(self, tokenizer: Any, text: str) -> list[int]:
-        """Return the ids that a text has in place of the mask."""
+        """Return the ids of a text in the position of the mask."""
         before = itertools.takewhile(lambda piece: piece[:2] != ("field", MASK), self.pieces)
         context = "".join({"words": piece.value, "field": "a", "pseudo": ""}[piece.kind] for piece in before)
         words = context.rstrip()
         return _split(tokenizer, [words, words + " " * (words not in ("", context)) + text])[1]
 
     def _row(self, tokenizer: Any, fields: Mapping[str, str]) -> list[int]:
-        """Return the ids of a row, however long."""
+        """Return the ids of a row of any length."""
         values = {**{name: value.replace(_PSEUDO, "") for name, value in fields.items()}, MASK: tokenizer.mask_token}
         words = {"words": lambda piece: piece.value, "field": lambda piece: values[piece.value]}
         words["pseudo"] = lambda piece: _PSEUDO * piece.number
         first, *rest = _RUN.split("".join(words[piece.kind](piece) for piece in self.pieces).strip())
-        texts, counts = [first], [0]  # the row up to each run of pseudo tokens, and how many stand before
+        texts, counts = [first], [0]  # text up to each run of pseudo tokens, and the length of the run before it
         for run, text in zip(rest[::2], rest[1::2], strict=True):
             space = " " * bool(texts[-1] and text and run.strip(_PSEUDO))
             texts.append(texts[-1] + space + text)
             counts.append(run.count(_PSEUDO))
         before, after = _specials(tokenizer)
-        parts = zip(counts, _split(tokenizer, texts), strict=True)
-        return [*before, *(i for count, part in parts for i in [*[self.placeholder] * count, *part]), *after]
+        runs = zip(counts, _split(tokenizer, texts), strict=True)
+        return [*before, *(i for count, ids in runs for i in [*[self.placeholder] * count, *ids]), *after]
 
-    def _shortened(self, tokenizer: Any, fields: Mapping[str, str], name: str, most: int) -> list[int]:
-        """Return the ids of a row with as many characters of a field as fit."""
+    def _shortened(self, tokenizer: Any, fields: Mapping[str, str], name: str, max_length: int) -> list[int]:
+        """Return the ids of a row with as many characters of a field as fit into ``max_length`` tokens."""
         fits = self._row(tokenizer, {**fields, name: ""})
-        if len(fits) > most:
+        if len(fits) > max_length:
             raise ValueError(
                 f"A row of the template {self.text!r} has {len(fits)} tokens without {name!r}, more than "
-                f"max_length={most}; raise it, or shorten another field."
+                f"max_length={max_length}; raise it, or shorten another field."
             )
         low, high = 0, len(fields[name])
         while high - low > 1:
             middle = (low + high) // 2
             row = self._row(tokenizer, {**fields, name: fields[name][:middle]})
-            if len(row) <= most:
+            if len(row) <= max_length:
                 low, fits = middle, row
             else:
                 high = middle
@@ -139,6 +139,7 @@ class Template:
 
 
 def _parse(text: str) -> Iterator[Piece]:
+    """Yield the pieces of a template; raise a ``ValueError`` that says where it cannot be parsed."""
     end = 0
     for match in _PIECE.finditer(text):
         if words := text[end : match.start()]:
@@ -161,19 +162,19 @@ def _parse(text: str) -> Iterator[Piece]:
 
 
 def _split(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Return the ids that each text adds to those of the one before, which it starts with."""
+    """Return the ids that each text adds to those of the text before it, with which it begins."""
     rows = [[], *tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
-    parts = []
+    added = []
     for number, (before, row) in enumerate(itertools.pairwise(rows)):
-        if row[: len(before)] != before:  # a word reaches over the pseudo tokens: both halves stand for themselves
+        if row[: len(before)] != before:  # pseudo tokens split a word: its halves are encoded separately
             rest = texts[number][len(texts[number - 1]) :]
             row = [*before, *tokenizer(rest, add_special_tokens=False, verbose=False)["input_ids"]]
-        parts.append(row[len(before) :])
-    return parts
+        added.append(row[len(before) :])
+    return added
 
 
 def _specials(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the ids that a tokenizer sets before and after a row."""
-    whole, bare = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
-    start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-    return whole[:start], whole[start + len(bare) :]
+    """Return the special tokens that a tokenizer adds before and after a row."""
+    row, bare = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
+    start = next(i for i in range(len(row)) if row[i : i + len(bare)] == bare)
+    return row[:start], row[start + len(bare) :]

@@ -1,4 +1,4 @@
-"""From words to what a model knows of them: their ids, and virtual tokens that start as their embeddings."""
+"""``PromptInit``: virtual tokens that start as embeddings of a text or of labels; ``token_ids`` encodes a text."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from torch import Tensor, nn
 from ...core.method import Method, check_setting
 from ...structure.transformers_api import from_config
 
-COMMON = 5000  # how many tokens of a vocabulary count as its most common
+COMMON = 5000  # number of tokens at the beginning of a vocabulary, which are its most frequent
 
 
 def token_ids(model: nn.Module, text: str, tokenizer: str = "", field: str = "init_text") -> list[int]:
-    """Return the ids of a text's tokens, without those that a tokenizer sets around a text.
+    """Return the ids of a text's tokens, without special tokens.
 
     Args:
-        model: Transformers model; it tells its tokenizer, unless it was built from a configuration.
-        text: What to encode.
-        tokenizer: Folder or name of the tokenizer, if it is not the model's own.
-        field: Which setting the text is, for the message of an error.
+        model: Transformers model, whose configuration tells the tokenizer unless it was built without a checkpoint.
+        text: Text to encode.
+        tokenizer: Folder or name of the tokenizer, if it is not that of the model.
+        field: Name of the setting that holds the text, for error messages.
 
     Raises:
-        ValueError: No tokenizer is known, or the text has no token.
+        ValueError: No tokenizer is known, or the text has no tokens.
     """
     from transformers import AutoTokenizer
 
-    named = [from_config(m, "_name_or_path") for m in model.modules()]
-    source = tokenizer or next(filter(None, named), "")
+    checkpoints = [from_config(m, "_name_or_path") for m in model.modules()]
+    source = tokenizer or next(filter(None, checkpoints), "")
     check_setting(bool(source), "tokenizer", tokenizer, "a folder or name, since the model does not tell its own")
     ids: list[int] = AutoTokenizer.from_pretrained(source)(text, add_special_tokens=False)["input_ids"]
     check_setting(len(ids) > 0, field, text, "a text with at least one token")
@@ -38,10 +38,10 @@ def token_ids(model: nn.Module, text: str, tokenizer: str = "", field: str = "in
 
 @dataclass(frozen=True, kw_only=True)
 class PromptInit:
-    """How virtual tokens start; see the arguments of ``PromptTuning``.
+    """Initialization of virtual tokens; the arguments are those of ``PromptTuning``.
 
     Raises:
-        ValueError: A setting is not what it must be.
+        ValueError: A setting is invalid.
     """
 
     length: int
@@ -65,16 +65,16 @@ class PromptInit:
 
     @classmethod
     def of(cls, method: Method) -> PromptInit:
-        """Take the settings of a method that has fields of these names."""
+        """Return the initialization that a method's fields of these names describe."""
         return cls(**{field.name: getattr(method, field.name) for field in fields(cls)})
 
     def apply(self, prompt: Tensor, table: nn.Module | None, model: nn.Module) -> None:
         """Fill virtual tokens (..., length, features), in place.
 
         Args:
-            prompt: What to fill; each of several prompts starts by itself.
-            table: Input embeddings of the model, which a random start does not need.
-            model: It tells its tokenizer.
+            prompt: Tensor to fill; each of several prompts is drawn separately.
+            table: Input embeddings of the model; not needed for a random start.
+            model: Model whose configuration tells the tokenizer.
         """
         if self.init == "random":
             nn.init.uniform_(prompt, -0.5, 0.5)
@@ -82,13 +82,15 @@ class PromptInit:
         check_setting(table is not None, "init", self.init, "'random' where targets come without embeddings")
         check_setting(not prompt.is_meta, "init", self.init, "'random' while the model has no values yet (meta device)")
         with torch.no_grad():
-            for one in prompt.view(-1, *prompt.shape[-2:]):
-                one.copy_(self._embeddings(table, model))
+            for tokens in prompt.view(-1, *prompt.shape[-2:]):
+                tokens.copy_(self._embeddings(table, model))
 
     def _embeddings(self, table: Any, model: nn.Module) -> Tensor:
+        """Return embeddings (length, features) to start from."""
+
         def embed(ids: Tensor | list[int]) -> Tensor:
-            found: Tensor = table(torch.as_tensor(ids, device=table.weight.device))
-            return found
+            embeddings: Tensor = table(torch.as_tensor(ids, device=table.weight.device))
+            return embeddings
 
         if self.init == "text":
             ids = token_ids(model, self.init_text, self.tokenizer)

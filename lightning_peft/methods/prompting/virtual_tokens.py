@@ -1,10 +1,10 @@
-"""Virtual tokens, once for all prompt methods: they enter a backbone's call, and leave its output again."""
+"""``Insertion`` and ``prepend_to_...``: virtual tokens enter a module's call and are removed from its output."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from .strip_outputs import strip_virtual_tokens
 
 
 class Insertion:
-    """Puts virtual tokens before the first token of each row that is no padding.
+    """Insertion of virtual tokens before the first token of each row that is not padding.
 
     Args:
         length: Number p of virtual tokens.
@@ -26,20 +26,20 @@ class Insertion:
         self.length, self.index = length, None
         lead = None if mask is None else _lead(mask)
         if mask is not None and lead is not None:
-            place = torch.arange(mask.shape[-1] + length, device=mask.device).expand(len(mask), -1)
-            inside = torch.where(place < lead + length, place - lead, place)
-            self.index = torch.where(place < lead, place + length, inside)  # into [virtual tokens; tokens]
-            place = place[:, : mask.shape[-1]]
-            self.kept = torch.where(place < lead, place, place + length)
+            position = torch.arange(mask.shape[-1] + length, device=mask.device).expand(len(mask), -1)
+            after_lead = torch.where(position < lead + length, position - lead, position)
+            self.index = torch.where(position < lead, position + length, after_lead)  # into [virtual tokens; tokens]
+            position = position[:, : mask.shape[-1]]
+            self.kept = torch.where(position < lead, position, position + length)
 
     def insert(self, virtual: Tensor, tokens: Tensor) -> Tensor:
-        """(batch, p, ...) into (batch, n, ...) -> (batch, p + n, ...)."""
+        """Insert (batch, p, ...) into (batch, n, ...); returns (batch, p + n, ...)."""
         joined = torch.cat([virtual, tokens], 1)
         return joined if self.index is None else _take(joined, self.index)
 
     def remove(self, x: Tensor) -> Tensor:
-        """(batch, p + n, ...) -> (batch, n, ...)."""
-        # In one piece: a head would multiply rows one by one otherwise.
+        """Remove the virtual tokens from (batch, p + n, ...); returns (batch, n, ...)."""
+        # Contiguous, since the matrix product of a head would otherwise be computed row by row.
         return x[:, self.length :].contiguous() if self.index is None else _take(x, self.kept)
 
     def mask(self, mask: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Insertion:
         return self.insert(mask.new_ones(len(mask), self.length), mask)
 
     def positions(self, positions: Tensor) -> Tensor:
-        """Let virtual tokens take the first positions, and move the tokens on by p."""
+        """Return positions in which virtual tokens have the first p, and the positions of tokens are p larger."""
         if self.index is not None:
             positions = positions.expand(len(self.index), -1)
             first = positions.gather(1, self.index.argmin(1, keepdim=True).clamp(max=positions.shape[1] - 1))
@@ -60,14 +60,14 @@ class Insertion:
 def prepend_to_backbone(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, keep: bool = False) -> Any:
     """Call a backbone with virtual tokens inserted; its output has the positions of its input.
 
-    Once a cache holds the virtual tokens, only masks and positions are still moved.
+    In calls with a cache, which holds the virtual tokens already, only masks and positions are changed.
 
     Args:
         host: Module that takes ``input_ids`` or ``inputs_embeds``, and ``attention_mask``.
-        inner: The host's own call.
+        inner: Call of the host without the adapter.
         call: Arguments by name.
-        prompt: Shape (p, features), or (batch, p, features) with an own prompt for each row.
-        keep: Whether the output keeps the virtual tokens, as an encoder's does for cross-attention.
+        prompt: Virtual tokens (p, features), or (batch, p, features) with a separate prompt for each row.
+        keep: Whether the output keeps the virtual tokens, as that of an encoder does for cross-attention.
     """
     call = dict(call)
     length, mask = prompt.shape[-2], call.get("attention_mask")
@@ -108,10 +108,10 @@ def prepend_to_embedded(host: Any, inner: Call, call: Mapping[str, Any], prompt:
     Padding may be marked by ``attention_mask`` (zero at padding) or ``src_key_padding_mask`` (True at padding).
 
     Args:
-        host: Such a module, as torch's encoder is one.
-        inner: The host's own call.
+        host: Such a module, for example torch's encoder.
+        inner: Call of the host without the adapter.
         call: Arguments by name.
-        prompt: Shape (p, features), or (batch, p, features) with an own prompt for each row.
+        prompt: Virtual tokens (p, features), or (batch, p, features) with a separate prompt for each row.
         first: Name of the argument that is (batch, tokens, features).
     """
     call = dict(call)
@@ -132,7 +132,7 @@ def prepend_to_embedded(host: Any, inner: Call, call: Mapping[str, Any], prompt:
 
 
 def prepend_to_blocks(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, first: str) -> Any:
-    """Call the first of several blocks with virtual tokens in front of what it takes; the rows stay so much longer.
+    """Call the first of several blocks with virtual tokens before its input; they remain in its output.
 
     Arguments are those of ``prepend_to_embedded``.
     """
@@ -146,20 +146,19 @@ def prepend_to_blocks(host: Any, inner: Call, call: Mapping[str, Any], prompt: T
 
 
 def embedded(host: Any, call: dict[str, Any], hidden: Tensor | None = None) -> Tensor:
-    """Return the embeddings of a call, which holds no ids any more; of RoBERTa and its kin, positions instead.
+    """Return the embeddings of a call's tokens and remove ``input_ids`` from it; those of ``hidden`` are arbitrary.
 
-    Where ``hidden``, an id is none of the vocabulary's, and its embedding is any.
+    For RoBERTa and similar models, which compute positions from ids, ``position_ids`` are added to the call.
     """
-    given: Tensor | None = call.get("inputs_embeds")
-    if given is not None:
-        return given
+    embeddings: Tensor | None = call.get("inputs_embeds")
+    if embeddings is not None:
+        return embeddings
     ids = call.pop("input_ids")
     padding = getattr(getattr(getattr(host, "embeddings", None), "position_embeddings", None), "padding_idx", None)
-    if padding is not None and call.get("position_ids") is None:  # which it would read off its ids
-        real = ids.ne(padding)
-        call["position_ids"] = real.cumsum(1) * real + padding
-    tokens: Tensor = host.get_input_embeddings()(ids if hidden is None else ids.masked_fill(hidden, 0))
-    return tokens
+    if padding is not None and call.get("position_ids") is None:
+        is_token = ids.ne(padding)
+        call["position_ids"] = is_token.cumsum(1) * is_token + padding
+    return cast(Tensor, host.get_input_embeddings()(ids if hidden is None else ids.masked_fill(hidden, 0)))
 
 
 def names_of(host: nn.Module) -> list[str]:
@@ -168,21 +167,21 @@ def names_of(host: nn.Module) -> list[str]:
 
 
 def _lead(mask: Tensor) -> Tensor | None:
-    """Return how much padding each row (batch, 1) begins with; None if it is known that none does."""
+    """Return the number of padding tokens that each row begins with, (batch, 1); None if no row is known to."""
     lead = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
-    lead = lead.where(lead < mask.shape[-1], 0)  # rows of padding alone, as some samplers fill up with
-    looks = lead.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere a look would wait or branch
-    return None if looks and not lead.any() else lead
+    lead = lead.where(lead < mask.shape[-1], 0)  # rows of padding alone, with which some samplers fill batches
+    can_read = lead.device.type == "cpu" and not torch.compiler.is_compiling()  # else it waits, or breaks the graph
+    return None if can_read and not lead.any() else lead
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Return x[row, index[row]]; unlike ``gather``, backward keeps the index alone."""
+    """Return x[row, index[row]]; unlike ``gather``, it saves only the index for backward."""
     flat = index + x.shape[1] * torch.arange(len(x), device=x.device)[:, None]
     return x.flatten(0, 1).index_select(0, flat.flatten()).view(*flat.shape, *x.shape[2:])
 
 
 def _check_cache(host: Any, call: Mapping[str, Any], cached: Any, length: int) -> None:
-    """Refuse a cache that does not hold the virtual tokens and all tokens before those of the call."""
+    """Raise for a cache that does not hold the virtual tokens and all tokens before those of the call."""
     mask = call.get("attention_mask")
     tokens = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
     if mask is not None and cached != (expected := length + mask.shape[1] - tokens.shape[1]):
@@ -194,8 +193,8 @@ def _check_cache(host: Any, call: Mapping[str, Any], cached: Any, length: int) -
 
 
 def _check_length(host: Any, tokens: int) -> None:
-    most = from_config(host, "max_position_embeddings")
-    if most is not None and tokens > most > 0:
+    limit = from_config(host, "max_position_embeddings")
+    if limit is not None and tokens > limit > 0:
         raise ValueError(
-            f"{tokens} positions, virtual tokens included, are more than the model's {most}; shorten the text."
+            f"{tokens} positions, virtual tokens included, are more than the model's {limit}; shorten the text."
         )
