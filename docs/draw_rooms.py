@@ -120,7 +120,7 @@ def _incoming(top: int, lane: int, others: list[int], color: str) -> list[str]:
 def _box(name: str, top: int, color: str) -> list[str]:
     module = FILES[f"lightning_peft.{name}"]
     label = f"{name}/" if module.name == "__init__.py" else module.name
-    lines = textwrap.wrap(says(module), 66)
+    lines = textwrap.wrap(says(module), 66, break_on_hyphens=False)
     first = top + HEIGHT // 2 + 4 - 8 * (len(lines) - 1)
     return [
         f'<rect x="{MARGIN}" y="{top}" width="{WIDTH}" height="{HEIGHT}" rx="6" fill="#f8f9fa" stroke="#dadce0"/>',
