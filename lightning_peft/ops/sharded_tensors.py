@@ -1,4 +1,4 @@
-"""``full_tensor``, ``local_shard``, ``assign``: tensors of which each process holds a part; who writes files."""
+"""``full_tensor``, ``local_shard``, ``assign``...: reading and writing tensors of which each process holds a part."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ _SHARD = "_peft_shard"
 
 
 class Shard(Protocol):
-    """What a process holds of a whole tensor, where the type of the tensor does not say it as ``DTensor`` does.
+    """Description of the part of a full tensor that a process holds, for plain tensors that are no ``DTensor``.
 
-    A strategy that replaces parameters by parts of them sets one on each such parameter, by ``set_shard``.
+    A strategy that replaces parameters by parts of them sets a shard on each such parameter, by ``set_shard``.
     """
 
     @property
     def global_shape(self) -> torch.Size:
-        """Shape of the whole."""
+        """Shape of the full tensor."""
 
     def full(self, local_values: Tensor) -> Tensor:
-        """Return the whole of what this process holds; all processes have to call it."""
+        """Return the full tensor; all processes have to call it with their local values."""
 
     def local(self, values: Tensor) -> Tensor:
-        """Return of the whole what this process holds."""
+        """Return this process's part of the full values."""
 
     def sample(self, local_values: Tensor, positions: Tensor) -> Tensor:
-        """Return the elements of the whole at these positions; all processes have to call it."""
+        """Return the elements of the full tensor at these positions; all processes have to call it."""
 
 
 def set_shard(tensor: Tensor, shard: Shard) -> None:
-    """Say what this very tensor is a part of; operations on it do not hand that on."""
+    """Attach a shard to a tensor; results of operations on the tensor do not inherit it."""
     setattr(tensor, _SHARD, shard)
 
 
 def shard_of(tensor: Tensor) -> Shard | None:
-    """Return what ``set_shard`` has set on this very tensor, or None."""
+    """Return the shard that ``set_shard`` has attached to a tensor, or None."""
     return getattr(tensor, _SHARD, None)
 
 
 def writes_files() -> bool:
-    """Whether this process is the one that writes files: the first, or the only one."""
+    """Return whether this process writes files: the first one does, and a single one."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
@@ -56,13 +56,13 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def global_shape(tensor: Tensor) -> torch.Size:
-    """Return the shape of the whole."""
+    """Return the shape of the full tensor."""
     shard = shard_of(tensor)
     return tensor.shape if shard is None else shard.global_shape
 
 
 def local_shard(target: Tensor, values: Tensor) -> Tensor:
-    """Return values of the whole as a tensor is sharded; each process takes its own part, and none sends anything."""
+    """Return the part of full ``values`` that belongs to ``target`` on this process, without communication."""
     if (shard := shard_of(target)) is not None:
         return shard.local(values)
     if not isinstance(target, DTensor):
@@ -73,12 +73,12 @@ def local_shard(target: Tensor, values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def assign(target: Tensor, values: Tensor) -> None:
-    """Copy values of the whole into a tensor, sharded or not."""
+    """Copy full values into a tensor, sharded or not."""
     target.copy_(local_shard(target, values))
 
 
 def sample_values(tensor: Tensor, count: int) -> Tensor:
-    """Return up to ``count`` values of the whole, evenly spread, in the order of its elements."""
+    """Return up to ``count`` values of the full tensor, evenly spread, in the order of its elements."""
     size = global_shape(tensor).numel()
     step = max(1, size // count)
     if (shard := shard_of(tensor)) is not None:
@@ -94,7 +94,7 @@ def _sample_dtensor(tensor: DTensor, positions: Tensor) -> Tensor:
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
     values = torch.zeros(len(positions), dtype=local.dtype, device=local.device)
     coordinates = zip(mesh.get_coordinate() or [], tensor.placements, strict=True)
-    if all(c == 0 for c, placement in coordinates if placement == Replicate()):  # of equal copies, one counts
+    if all(c == 0 for c, placement in coordinates if placement == Replicate()):  # one of several replicas counts
         indices = [i - start for i, start in zip(torch.unravel_index(positions, tensor.shape), offset, strict=True)]
         inside = torch.stack([(i >= 0) & (i < n) for i, n in zip(indices, shape, strict=True)]).all(0)
         values[inside.to(local.device)] = local[tuple(i[inside].to(local.device) for i in indices)]

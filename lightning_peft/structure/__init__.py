@@ -1,1 +1,1 @@
-"""What a base model is made of: layer types, quantized layers, attention calls, roles and their selection."""
+"""The parts of a base model: layer types, quantized layers, attention calls, roles and their selection."""

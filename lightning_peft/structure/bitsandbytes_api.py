@@ -1,6 +1,6 @@
-"""What this package trusts of bitsandbytes: its layers, what they store, and how they are kept from storing it anew.
+"""``read_4bit``, ``keep_differentiable``...: all access to names in bitsandbytes that one of its releases may change.
 
-Whatever else of the package needs such a name takes it from here; a test says in words what a release no longer has.
+Other modules of the package take such names from here; a test reports which of them an installed release lacks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _REPACKS, _REPACKED = "support_avx512bf16_for_cpu", "packing_format_for_cpu"
 
 
 def make_linear_4bit(host: Any, weight: Tensor) -> None:
-    """Make a linear layer one of bitsandbytes, which stores a weight (out, in) as NF4 with quantized scales."""
+    """Turn a linear layer into a ``Linear4bit`` that stores a weight (out, in) as NF4 with quantized scales."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     empty = Linear4bit(
@@ -27,24 +27,24 @@ def make_linear_4bit(host: Any, weight: Tensor) -> None:
     host.__class__ = Linear4bit
     keep_differentiable([host])
     host.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True).to(weight.device)
-    host.quant_state = host.weight.quant_state  # survives there when a move makes a new parameter
+    host.quant_state = host.weight.quant_state  # the layer keeps it when a move creates a new parameter
 
 
 def forget_state(host: nn.Module) -> None:
-    """Take away what a layer of bitsandbytes keeps beside its weight."""
+    """Remove the attributes in which a layer of bitsandbytes keeps the state of its weight."""
     for name in ("quant_state", "state"):
         vars(host).pop(name, None)
 
 
 def keep_differentiable(modules: Iterable[nn.Module]) -> None:
-    """Keep layers from storing weights anew in eval mode, as on some processors: rounded, and without gradients."""
+    """Keep layers from repacking weights in eval mode, as on some processors: rounded, and without gradients."""
     for module in modules:
         if _REPACKS in vars(module):
             vars(module)[_REPACKS] = False
 
 
 def check_not_repacked(modules: Mapping[str, nn.Module]) -> None:
-    """Raise where weights were stored anew for inference on the CPU, which no gradient passes."""
+    """Raise where weights were repacked for inference on the CPU, which stops all gradients."""
     for name, module in modules.items():
         if getattr(vars(module).get("quant_state"), _REPACKED, False):
             raise ValueError(f"{name} was repacked by bitsandbytes for inference; load the model again, then inject.")

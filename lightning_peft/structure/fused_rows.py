@@ -1,4 +1,4 @@
-"""Rows of layers that compute query, key and value at once, and which of them a list of targets means."""
+"""``fused_rows`` and ``requested_rows``: rows of layers that compute query, key and value at once."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What this package trusts of torchao: the types of its weights, and what its NF4 tensors store.
+"""``read``, ``to_nf4``...: all access to names in torchao that one of its releases may change.
 
-Whatever else of the package needs such a name takes it from here; a test says in words what a release no longer has.
+Other modules of the package take such names from here; a test reports which of them an installed release lacks.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
-WEIGHTS = (  # types of a weight in a layer of torch
+WEIGHTS = (  # classes of weights in an ``nn.Linear``
     "torchao.utils.TorchAOBaseTensor",
     "torchao.quantization.quantize_.workflows.nf4.nf4_tensor.NF4Tensor",
     "torchao.dtypes.nf4tensor.NF4Tensor",  # until torchao 0.17
@@ -22,22 +22,22 @@ def read(host: Any) -> Tensor:
 
 
 class StoredNF4(NamedTuple):
-    """What NF4 stores of a weight, with scales in 8 bits."""
+    """Tensors in which NF4 stores a weight, with scales in 8 bits."""
 
-    codes: Tensor  # two to a byte
-    codes8: Tensor  # of scales, (groups of scales, scales)
-    factor: Tensor  # of each group
-    mean: Tensor  # of the scales
-    codebook: Tensor  # the 16 values
+    codes: Tensor  # two codes in each byte
+    codes8: Tensor  # codes of scales, (groups of scales, scales)
+    factor: Tensor  # factor of each group of scales
+    mean: Tensor  # mean of the scales
+    codebook: Tensor  # the 16 values that codes stand for
 
 
 def to_nf4(weight: Tensor, block: int, scaler_block: int) -> StoredNF4:
     """Store a weight (out, in) as NF4.
 
     Args:
-        weight: In float32.
-        block: How many values share a scale.
-        scaler_block: How many scales make a group.
+        weight: Weight in float32.
+        block: Number of values that share a scale.
+        scaler_block: Number of scales in a group.
     """
     try:
         from torchao.quantization import to_nf4 as convert

@@ -56,14 +56,14 @@ PAIRS = {
 def test_each_block_is_found_once_by_its_layers(name):
     found = feedforward_blocks(small(name), ["feedforward"])
     up, down, count = PAIRS[name]
-    assert (found[0].tap, found[0].name, len(found)) == (up, down, count)
-    assert len({(block.tap, block.name) for block in found}) == count
+    assert (found[0].up, found[0].name, len(found)) == (up, down, count)
+    assert len({(block.up, block.name) for block in found}) == count
 
 
 def test_a_lone_up_projection_belongs_to_no_block():
     model = nn.ModuleDict({"fc1": nn.Linear(3, 8), "body": MODELS["plain"]().trunk.blocks[0]})
     (block,) = feedforward_blocks(model, ["feedforward"])
-    assert (block.tap, block.name) == ("body.fc1", "body.fc2")
+    assert (block.up, block.name) == ("body.fc1", "body.fc2")
 
 
 def test_an_excluded_module_excludes_the_blocks_inside():
@@ -100,7 +100,7 @@ def test_a_tap_lets_go_of_the_input():
     model.bert.encoder.layer[0].intermediate.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     with torch.no_grad():
         logits(model(tokens()))
-    assert all(tap.held.x is None for tap in taps(model))
+    assert all(tap.captured.x is None for tap in taps(model))
     alive = weakref.ref(seen.pop())
     assert alive() is None
 
@@ -109,10 +109,10 @@ def test_a_failed_call_leaves_nothing_that_a_copy_would_take():
     model = filled(MODELS["bert"](), lp.KronABlock())
     layer = model.bert.encoder.layer[0]
     layer.intermediate(torch.randn(1, 2, 32).requires_grad_() * 2)  # its down-projection is never called
-    assert taps(model)[0].held.x is not None
+    assert taps(model)[0].captured.x is not None
     twin = copy.deepcopy(model)
-    assert taps(twin)[0].held.x is None
-    assert taps(twin)[0].held is twin.bert.encoder.layer[0].output.dense.peft["krona_block"].held
+    assert taps(twin)[0].captured.x is None
+    assert taps(twin)[0].captured is twin.bert.encoder.layer[0].output.dense.peft["krona_block"].captured
     torch.testing.assert_close(logits(twin(tokens())), logits(model(tokens())))
     with pytest.raises(RuntimeError, match="ran without its up-projection"):
         layer.output.dense(torch.randn(1, 2, 48))

@@ -198,7 +198,7 @@ def test_ids_that_cannot_be_are_refused_at_once(case):
 
 def test_ids_that_do_not_fit_name_both_numbers():
     model = adapted("llama")
-    with pytest.raises(ValueError, match="2 task ids were given, and 3 rows"), lp.row_tasks(model, IDS):
+    with pytest.raises(ValueError, match="2 task ids were given; the batch has 3 rows"), lp.row_tasks(model, IDS):
         model(tokens(rows=3))
     one = adapted("llama", tasks=1)
     with pytest.raises(ValueError, match="No adapter of the model holds several tasks"), lp.row_tasks(one, 0):
