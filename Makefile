@@ -43,7 +43,7 @@ test-oldest: ## Run the quick tests on the lowest versions that pyproject.toml n
 	$(VENV)-oldest/bin/python .ci/lowest.py > $(VENV)-oldest/lowest.txt
 	$(VENV)-oldest/bin/python -m pip install --constraint $(VENV)-oldest/lowest.txt torch
 	$(VENV)-oldest/bin/python -m pip install --constraint $(VENV)-oldest/lowest.txt --editable '.[test]'
-	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/pytest -n $(WORKERS) -W ignore::DeprecationWarning
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/pytest -n $(WORKERS) -W ignore::DeprecationWarning -W ignore::FutureWarning
 
 lint: $(VENV)/.installed-dev ## Check style, formatting and types
 	$(BIN)/ruff check

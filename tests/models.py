@@ -90,6 +90,11 @@ def vit() -> nn.Module:
     return ViTForImageClassification(config)
 
 
+def list_of_blocks(model: nn.Module) -> str:
+    """Return the name of the list that holds a model's blocks; transformers 5 renamed that of ViT."""
+    return next(name for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+
+
 def timm_vit() -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 

@@ -39,10 +39,15 @@ def to_nf4(weight: Tensor, block: int, scaler_block: int) -> StoredNF4:
         block: Number of values that share a scale.
         scaler_block: Number of scales in a group.
     """
+    x = nf4_tensor(weight, block, scaler_block)
+    codes8 = x.quantized_scalers.view(len(x.quantization_factor), -1)
+    return StoredNF4(x.quantized_data, codes8, x.quantization_factor, x.scaler_mean, x.nf4)
+
+
+def nf4_tensor(weight: Tensor, block: int, scaler_block: int) -> Any:
+    """Return the tensor that torchao makes of a weight (out, in), scales in 8 bits."""
     try:
         from torchao.quantization import to_nf4 as convert
     except ImportError:
         from torchao.dtypes.nf4tensor import to_nf4 as convert  # until torchao 0.17
-    x: Any = convert(weight, block, scaler_block)
-    codes8 = x.quantized_scalers.view(len(x.quantization_factor), -1)
-    return StoredNF4(x.quantized_data, codes8, x.quantization_factor, x.scaler_mean, x.nf4)
+    return convert(weight, block, scaler_block)

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-from models import MODELS, logits
+from models import MODELS, list_of_blocks, logits
 
 import lightning_peft as lp
 
@@ -103,7 +103,9 @@ def attention_methods(model: str) -> list[Case]:
 def prompt_methods(model: str) -> list[Case]:
     prompt = {"targets": ["trunk"], "embeddings": "embed"} if model in ("plain", "encoder") else {}
     if MODELS[model].reads == "images":
-        prompt = {"targets": ["vit.layers" if model == "vit" else "*blocks"]}  # "blocks" alone is each of them
+        prompt = {
+            "targets": [list_of_blocks(MODELS["vit"].make()) if model == "vit" else "*blocks"]
+        }  # "blocks" alone is each of them
     together = (lp.LoRA(rank=4), lp.LLaMAAdapter(length=3), lp.PromptTuning(length=2, **prompt), lp.OutputLayers())
     return [
         Case(model, (lp.PromptTuning(length=3, **prompt),), starts_at_base=False, mergeable=False),

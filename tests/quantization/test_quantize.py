@@ -22,6 +22,7 @@ from lightning_peft.structure.layer_types import layer_of
 from lightning_peft.structure.quantized import QuantizedType
 from lightning_peft.structure.quantized_linear import Int8Linear
 from lightning_peft.structure.selection import select_modules
+from lightning_peft.structure.torchao_api import nf4_tensor
 
 pytestmark = needs("bitsandbytes", "torchao")
 
@@ -264,16 +265,17 @@ def test_each_original_is_released_before_the_next_is_touched(monkeypatch):
     assert count() == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*[Dd]eprecat.*:UserWarning")  # torchao before 0.18 warns of itself
 def test_layers_of_the_libraries_are_known():
     import bitsandbytes as bnb
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_, to_nf4
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     def as_torchao(host):
         quantize_(host, Int8WeightOnlyConfig())
         return host
 
     def as_nf4(host):
-        host.weight = nn.Parameter(to_nf4(host.weight.detach()), requires_grad=False)
+        host.weight = nn.Parameter(nf4_tensor(host.weight.detach(), 64, 256), requires_grad=False)
         return host
 
     def as_bnb(make):
@@ -358,11 +360,9 @@ def test_bits_for_each_value():
 
 
 def test_own_decoding_of_nf4_is_that_of_torchao():
-    from torchao.quantization import to_nf4
-
     torch.manual_seed(1)
     weight = nn.Linear(512, 256).weight.detach()
-    assert torch.equal(read(layer(("nf4", "torchao"), 256, 512)), to_nf4(weight).get_original_weight())
+    assert torch.equal(read(layer(("nf4", "torchao"), 256, 512)), nf4_tensor(weight, 64, 256).get_original_weight())
 
 
 def test_zeros_stay_zeros(way):

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import itertools
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -351,10 +352,16 @@ def test_attention_that_would_ignore_prompts_is_refused(case):
 @pytest.mark.parametrize("method", [lp.LLaMAAdapter(length=2), lp.PTuningV2(length=2)], ids=["llama", "prefix"])
 @pytest.mark.parametrize("name", ["llama", "bert", "t5", "bart", "distilbert", "vit"])
 def test_attention_that_was_switched_after_injection_is_noticed(name, method):
-    model = lp.inject(MODELS[name](), method)
+    model, inputs = lp.inject(MODELS[name](), method).eval(), MODELS[name].inputs()
+    expected = logits(model(**inputs))
     model.set_attn_implementation("eager")
-    with pytest.raises(RuntimeError, match="did not call scaled_dot_product_attention"):
-        model(**MODELS[name].inputs())
+    try:
+        found = logits(model(**inputs))
+    except RuntimeError as error:
+        assert "did not call scaled_dot_product_attention" in str(error)  # noqa: PT017
+    else:  # before transformers 5 a model may keep the attention that it was built with
+        assert version("transformers") < "5"
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "encoder", "t5"])

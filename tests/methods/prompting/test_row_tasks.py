@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
-from models import MODELS, VOCABULARY, WIDTH, logits, tokens
+from models import MODELS, VOCABULARY, WIDTH, list_of_blocks, logits, tokens
 from torch import nn
 from trainer_models import Module, trainer
 
@@ -326,7 +326,7 @@ def test_a_label_without_a_token_is_refused(words):
 @pytest.mark.parametrize("name", IMAGES)
 def test_models_that_embed_no_tokens_are_refused_by_name(name):
     model = MODELS[name]()
-    blocks, table = ("vit.layers", "projection") if name == "vit" else ("blocks", "patch_embed*")
+    blocks, table = (list_of_blocks(model), "projection") if name == "vit" else ("blocks", "patch_embed*")
     refused = {
         "give the method targets": {},
         "no table|names": {"targets": [blocks], "embeddings": table},
@@ -342,7 +342,7 @@ def test_models_that_embed_no_tokens_are_refused_by_name(name):
 @pytest.mark.parametrize("name", IMAGES)
 def test_in_a_list_of_blocks_a_prompt_enters_the_first_and_leaves_the_last(name):
     base, model = MODELS[name](), MODELS[name]()
-    targets = ["vit.layers" if name == "vit" else "*blocks"]
+    targets = [list_of_blocks(MODELS["vit"]()) if name == "vit" else "*blocks"]
     lp.inject(model, lp.PromptTuning(length=3, targets=targets))
     prompt = next(p for p in model.parameters() if p.requires_grad)
     path = targets[0].lstrip("*")
