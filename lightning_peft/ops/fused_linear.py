@@ -101,8 +101,12 @@ Forms = tuple[tuple[Parametrization, Rows, int], ...]
 
 def _flatten(updates: Sequence[WeightUpdateSpec]) -> tuple[Forms, list[Tensor]]:
     """Return (forms, factors): autograd functions take tensors as single arguments. ``_unflatten`` is the inverse."""
-    forms = tuple((update.form, update.rows, len(update.factors)) for update in updates)
-    return forms, [factor for update in updates for factor in update.factors]
+    forms: Forms = ()
+    factors: list[Tensor] = []
+    for update in updates:
+        forms += ((update.form, update.rows, len(update.factors)),)
+        factors += update.factors
+    return forms, factors
 
 
 def _unflatten(forms: Forms, factors: Sequence[Tensor]) -> list[tuple[Parametrization, slice, Sequence[Tensor]]]:
@@ -112,11 +116,10 @@ def _unflatten(forms: Forms, factors: Sequence[Tensor]) -> list[tuple[Parametriz
 
 
 def _updated(weight: Tensor, forms: Forms, factors: Sequence[Tensor]) -> Tensor:
-    updates = _unflatten(forms, factors)
-    if len(updates) == 1 and updates[0][1] == slice(0, len(weight)):
-        return updates[0][0].updated(weight, *factors)
+    if len(forms) == 1 and forms[0][1] == (0, len(weight)):
+        return forms[0][0].updated(weight, *factors)
     new = weight.clone()
-    for form, rows, form_factors in updates:
+    for form, rows, form_factors in _unflatten(forms, factors):
         new[rows] = form.updated(new[rows], *form_factors)
     return new
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -10,7 +10,7 @@ from torch import nn
 from .base_model import matches
 from .layer_types import layer_of, read_weight_attribute
 
-_FUSED = ("c_attn", "attn.qkv", "qkv_proj")  # query, key and value in one weight, one below the other
+_FUSED = ("c_attn", "attn.qkv", "qkv_proj")  # ends of names; query, key and value in one weight, one below the other
 _KEYS_AND_VALUES = "crossattention.c_attn"  # of GPT-2: fused, but without the query
 _PART_OF_ROLE = {"attention.query": "query", "attention.key": "key", "attention.value": "value"}
 
@@ -67,17 +67,18 @@ def fused_rows(host: nn.Module, name: str = "") -> list[Rows]:
     return [Rows("query", 0, query), Rows("key", query, query + keys), Rows("value", query + keys, rows)]
 
 
-def requested_rows(name: str, host: nn.Module, targets: Sequence[str], roles: Sequence[str]) -> list[Rows | None]:
+def requested_rows(name: str, host: nn.Module, targets: Sequence[str], roles: Container[str]) -> list[Rows | None]:
     """Return the rows of a layer that targets mean; None stands for the whole layer, which a glob always means.
 
     Args:
         name: Dotted name of the layer.
         host: The layer.
         targets: Globs and roles that selected it.
-        roles: Which of the targets are roles.
+        roles: The names of roles; all other targets are globs.
     """
-    by_glob = any(matches(name, target) for target in targets if target not in roles)
-    if by_glob or not (is_fused(name) or isinstance(host, nn.MultiheadAttention)):
+    if not (is_fused(name) or isinstance(host, nn.MultiheadAttention)):
+        return [None]
+    if any(matches(name, target) for target in targets if target not in roles):
         return [None]
     parts = {_PART_OF_ROLE.get(target) for target in targets}
     return [rows for rows in fused_rows(host, name) if rows.part in parts or "all-linear" in targets] or [None]

@@ -62,7 +62,7 @@ def keep_trainable(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
                 if not parameter.requires_grad:
                     optimizer.state.pop(parameter, None)
             group["params"][:] = [parameter for parameter in group["params"] if parameter.requires_grad]
-            present |= {id(parameter) for parameter in group["params"]}
+            present.update(map(id, group["params"]))
     missing = {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) not in present}
     if missing and len(optimizers) > 1:
         raise ValueError(
