@@ -126,7 +126,9 @@ def check_shared_host(placed: Sequence[tuple[str, Adapter]]) -> None:
         if isinstance(adapter, WeightUpdate) or "weight" in adapter.replaces:
             updates[name].append(adapter)
     for name, adapter in placed:
-        on_same_host = [a for a in updates[name] if a is not adapter] if adapter.exclusive else []
+        if not adapter.exclusive:
+            continue
+        on_same_host = [a for a in updates[name] if a is not adapter]
         on_same_rows = [a for a in on_same_host if "" in (a.part, adapter.part) or a.part == adapter.part]
         if on_same_rows:
             raise ValueError(

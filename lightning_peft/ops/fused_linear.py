@@ -45,7 +45,8 @@ def updated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequ
     """
     forms, factors = _flatten(updates)
     with autocast_disabled(x) as dtype:
-        return _apply(_UpdatedLinear, x, weight, bias, dtype, forms, *factors)
+        y: Tensor = _UpdatedLinear.apply(x, weight, bias, dtype, forms, *factors)  # type: ignore[no-untyped-call]
+        return y
 
 
 def updated_weight(weight: Tensor, updates: Sequence[WeightUpdateSpec]) -> Tensor:
@@ -61,7 +62,9 @@ def dropped_low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) ->
     flags = draws >= step - 32768
     kept, bits = flags[: x.numel()].view(x.shape), _pack(flags)
     with autocast_disabled(x) as dtype:
-        return _apply(_DroppedLowRank, x, kept, bits, a, b, scale / (1 - step / 65536), dtype or x.dtype)
+        args = (x, kept, bits, a, b, scale / (1 - step / 65536), dtype or x.dtype)
+        y: Tensor = _DroppedLowRank.apply(*args)  # type: ignore[no-untyped-call]
+        return y
 
 
 def _pack(flags: Tensor) -> Tensor:
@@ -89,11 +92,6 @@ def autocast_disabled(x: Tensor) -> Any:
     dtype = torch.get_autocast_dtype(device_type)
     with torch.autocast(device_type, enabled=False):
         yield dtype
-
-
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
-    result: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
-    return result
 
 
 Forms = tuple[tuple[Parametrization, Rows, int], ...]

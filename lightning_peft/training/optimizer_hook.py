@@ -28,9 +28,8 @@ def install_optimizer_hook(module: pl.LightningModule, lr_factors: dict[str, flo
     Raises:
         ValueError: The pattern of a factor of 0 matches no parameter.
     """
-    frozen = [pattern for pattern, factor in lr_factors.items() if factor == 0]
-    if frozen:
-        freeze(module, frozen)
+    if 0 in lr_factors.values():
+        freeze(module, [pattern for pattern, factor in lr_factors.items() if factor == 0])
         lr_factors = {pattern: factor for pattern, factor in lr_factors.items() if factor != 0}
 
     def configure(module: pl.LightningModule, original: Callable[..., Any]) -> Any:
