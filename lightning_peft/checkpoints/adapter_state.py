@@ -1,4 +1,4 @@
-"""``adapter_state`` returns adapter and trained state; ``keep_adapters_only`` filters ``state_dict()`` to it."""
+"""``adapter_state`` returns adapter and trained state; the hook ``drop_base`` filters ``state_dict()`` to it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,6 @@ from ..ops.sharded_tensors import global_shape
 from ..structure.base_model import ADAPTERS_ATTRIBUTE, base_modules
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|_forward_module)\.")
-
-
-def keep_adapters_only(model: nn.Module) -> None:
-    """Make ``model.state_dict()`` leave out the frozen base, and loading not ask for it.
-
-    Heads, metrics and whatever is unfrozen later stay in. Within ``full_state_dict``, everything is in it.
-    """
-    if drop_base not in model._state_dict_hooks.values():
-        model.register_state_dict_post_hook(drop_base)  # type: ignore[no-untyped-call]
-        model.register_load_state_dict_post_hook(_drop_missing_base_keys)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -155,7 +145,7 @@ def _adapter_prefix(host_name: str, key: str) -> str:
 
 
 def drop_base(module: nn.Module, state: dict[str, Any], prefix: str = "", metadata: Any = None) -> None:
-    """Delete the frozen base from a module's state; the hook of ``keep_adapters_only``."""
+    """Delete the frozen base from a module's state; the hook by which ``state_dict()`` leaves it out."""
     record = get_record(module)
     if record is not None and not record.shows_base and drop_base in module._state_dict_hooks.values():
         names = base_names(module)
@@ -170,7 +160,8 @@ def _is_under(key: str, names: set[str]) -> bool:
     return any(prefix in names for prefix in accumulate(key.split("."), "{}.{}".format))
 
 
-def _drop_missing_base_keys(module: nn.Module, incompatible: Any) -> None:
+def drop_missing_base_keys(module: nn.Module, incompatible: Any) -> None:
+    """Let loading not ask for the frozen base; the hook that goes with ``drop_base``."""
     record = get_record(module)
     if record is not None:
         record.mark_trained()

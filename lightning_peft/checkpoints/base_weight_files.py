@@ -11,10 +11,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..core.fingerprint import digest, trained_or_replaced_names
+from ..core.fingerprint import digest, sample, trained_or_replaced_names
 from ..core.injection_record import require_record
 from ..structure.base_model import ADAPTERS_ATTRIBUTE, base_parameters
-from ..structure.quantized import sample
 from .key_prefix import align_keys
 from .safetensors_files import TensorFiles
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -131,10 +130,10 @@ def attach(host: Any, key: str, adapter: Adapter, active: bool = True) -> None:
         host.peft, host.peft_order = nn.ModuleDict(), ()
         cls: Any = type(host)
         host.__class__ = adapted_class(cls)
-    # Most hosts hold a parameter themselves; only the others need a search of their children.
-    parameters = itertools.chain(host._parameters.values(), host.parameters())
-    device = next((p.device for p in parameters if p is not None), None)
-    host.peft[key] = adapter if all(p.device == device for p in adapter.parameters()) else adapter.to(device)
+    parameter = next(host.parameters(), None)
+    if parameter is not None and any(p.device != parameter.device for p in adapter.parameters()):
+        adapter.to(parameter.device)
+    host.peft[key] = adapter
     if active:
         host.peft_order += (key,)
     if adapter.training != host.training:

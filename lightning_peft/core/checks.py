@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -24,9 +24,9 @@ from .weight_update import WeightUpdate
 
 def check_names(names: Sequence[str]) -> None:
     """Raise where methods share a name, or a name cannot be that of a child module."""
-    if duplicates := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(f"Two methods are named {duplicates[0]!r}; give one of them another name.")
     for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"Two methods are named {name!r}; give one of them another name.")
         if not name or "." in name or name.startswith("_") or hasattr(nn.ModuleDict, name):
             raise ValueError(
                 f"A method cannot be named {name!r}: choose a name without dots, which does not begin with _ and is "
@@ -88,7 +88,7 @@ def _check_requests(name: str, requests: Sequence[Selection], placed: Sequence[A
             f"weights that {type(host).__name__} reads without calling a layer. Derive it from WeightUpdate, or "
             f"override effective_weight and effective_bias; or target the module by a glob."
         )
-    rows = [r for s in requests for r in requested_rows(name, host, s.targets, [t for t in s.targets if t in ROLES])]
+    rows = [r for s in requests for r in requested_rows(name, host, s.targets, ROLES)]
     if None in rows:
         return
     selected = {row for part in rows if part is not None for row in range(part.start, part.stop)}
@@ -117,14 +117,17 @@ def _shows_weight(adapter: Adapter) -> bool:
 
 def check_shared_host(placed: Sequence[tuple[str, Adapter]]) -> None:
     """Raise where an adapter that rewrites rows of a weight as a whole would share them, or two replace a parameter."""
-    updates, replaced = defaultdict[str, list[Adapter]](list), Counter[str]()
+    updates, replaced = defaultdict[str, list[Adapter]](list), set[str]()
     for name, adapter in placed:
-        replaced.update(f"{name}.{key}" for key in adapter.replaces)
+        for key in adapter.replaces:
+            if f"{name}.{key}" in replaced:
+                raise ValueError(f"Two adapters replace {name}.{key}; only one of them can be active at a time.")
+            replaced.add(f"{name}.{key}")
         if isinstance(adapter, WeightUpdate) or "weight" in adapter.replaces:
             updates[name].append(adapter)
-    if duplicates := [key for key, count in replaced.items() if count > 1]:
-        raise ValueError(f"Two adapters replace {duplicates[0]}; only one of them can be active at a time.")
-    for name, adapter in [(n, a) for n, a in placed if a.exclusive]:
+    for name, adapter in placed:
+        if not adapter.exclusive:
+            continue
         on_same_host = [a for a in updates[name] if a is not adapter]
         on_same_rows = [a for a in on_same_host if "" in (a.part, adapter.part) or a.part == adapter.part]
         if on_same_rows:

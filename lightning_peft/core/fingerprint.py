@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..ops.sharded_tensors import global_shape
+from ..ops.sharded_tensors import global_shape, sample_values
 from ..structure.base_model import base_parameters
-from ..structure.quantized import original_of, sample
+from ..structure.quantized import ORIGINAL, Original
 from .adapted_module import adapters, method_name, replaced_names
 from .method import Method
 
@@ -45,12 +45,17 @@ def fingerprint(model: nn.Module, trained: Collection[str] | None = None) -> str
     for name, parameter in base_parameters(model).items():
         if not (parameter.requires_grad if trained is None else name in trained):
             owner, _, key = name.rpartition(".")
-            original = original_of(model.get_submodule(owner)) if key == "weight" else None
+            original: Original | None = vars(model.get_submodule(owner)).get(ORIGINAL) if key == "weight" else None
             if parameter.is_meta:
                 return None
             values = sample(parameter) if original is None or original.values is None else original.values
             samples.append((tuple(original.shape if original else global_shape(parameter)), values))
     return digest(samples)
+
+
+def sample(weight: torch.Tensor) -> torch.Tensor:
+    """Return up to 64 values of a weight, evenly spread, rounded to bfloat16."""
+    return sample_values(weight, 64).bfloat16().cpu()
 
 
 def digest(samples: Iterable[tuple[tuple[int, ...], torch.Tensor]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -122,9 +123,11 @@ class InjectionPlan:
         if record is None:
             record = InjectionRecord(required_grad={n: p.requires_grad for n, p in base_parameters(model).items()})
         check_not_paused(record)
-        placements = [placement for method in methods for placement in _placements(model, modules, method)]
-        trained = {name for method in methods for name in method.parameters(model)}
-        trained |= set(select_parameters(model, also_train))
+        placements, trained = list[Placement](), set[str]()
+        for method in methods:
+            placements += _placements(model, modules, method)
+            trained.update(method.parameters(model))
+        trained.update(select_parameters(model, also_train))
         trained -= replaced_names((placement.name, placement.adapter) for placement in placements)
         if trained and not active:
             copies = _copies(model, methods[0].name, trained)
@@ -141,13 +144,15 @@ class InjectionPlan:
     def check(self) -> None:
         """Raise for what cannot work."""
         check_names([method.name for method in [*self.record.methods, *self.methods]])
-        check_not_repacked(self.modules)
+        if "bitsandbytes" in sys.modules:
+            check_not_repacked(self.modules)
         split = self._mesh() is not None
+        placed = []
         for name, host, key, adapter in self.placements:
             check_host(host, name, key, adapter)
             if split:
                 check_tensor_parallel_support(host, name, key, adapter)
-        placed = [(placement.name, placement.adapter) for placement in self.placements]
+            placed.append((name, adapter))
         for name in sorted(self.trained | replaced_names(placed)):
             check_trainable(self.model, name)
         check_shared_host((list(active_adapters(self.model)) if self.active else []) + placed)
@@ -168,7 +173,8 @@ class InjectionPlan:
         if (mesh := self._mesh()) is not None:
             shard_adapters(self.model, mesh)
         disable_fast_path(self.modules.values())
-        keep_differentiable(self.modules.values())
+        if "bitsandbytes" in sys.modules:
+            keep_differentiable(self.modules.values())
         return self.model
 
     def _mesh(self) -> DeviceMesh | None:

@@ -176,7 +176,8 @@ def methods_in_same_group(record: InjectionRecord, method: Method) -> list[Metho
 
 def active_methods(record: InjectionRecord) -> list[Method]:
     """Return the methods whose adapters are active."""
-    return [method for name in record.active for method in methods_named(record, name)]
+    groups = record.method_groups
+    return [m for name in record.active for m in record.methods if m.name in groups.get(name, [name])]
 
 
 def adapters_of(model: nn.Module, *methods: Method) -> dict[str, Adapter]:

@@ -121,12 +121,16 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
 
     def _parametrizations(self, host: Any, adapters: Sequence[Any]) -> list[WeightUpdateSpec]:
         """Return the parametrizations of all these adapters, inner before outer; an empty list if one has none."""
-        specs = [adapter.as_parametrization() for adapter in adapters]
-        updates = [spec for spec in specs if spec is not None]
         # In 16 bits, a weight would round small updates away; so would factors that sharding has cast down with it.
-        wide = host.weight.dtype in (torch.float32, torch.float64)
-        exact = wide and all(factor.dtype == host.weight.dtype for update in updates for factor in update.factors)
-        return updates if exact and len(updates) == len(adapters) else []
+        if host.weight.dtype not in (torch.float32, torch.float64):
+            return []
+        updates: list[WeightUpdateSpec] = []
+        for adapter in adapters:
+            update = adapter.as_parametrization()
+            if update is None or any(factor.dtype != host.weight.dtype for factor in update.factors):
+                return []
+            updates.append(update)
+        return updates
 
     def _cached_forward(self, host: Any, adapters: Sequence[Any], x: Tensor) -> Tensor | None:
         factors = [factor for adapter in adapters for factor in adapter.factor_tensors()]

@@ -77,9 +77,10 @@ class LoRA(Method):
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, LoRAAdapter]]:
         selected = select(model, self.targets, self.exclude)
-        for field, pattern in [(f, p) for f in ("rank_pattern", "alpha_pattern") for p in getattr(self, f)]:
-            matched = any(matches(target.name, pattern) for target in selected)
-            check_setting(matched, field, pattern, f"a glob of a target, like {selected[0].name}")
+        for field in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, field):
+                matched = any(matches(target.name, pattern) for target in selected)
+                check_setting(matched, field, pattern, f"a glob of a target, like {selected[0].name}")
         for name, host, rows in selected:
             rank = next((r for p, r in self.rank_pattern.items() if matches(name, p)), self.rank)
             check_low_rank(name, host, rank, self.dropout)

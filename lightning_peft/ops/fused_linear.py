@@ -45,7 +45,8 @@ def updated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequ
     """
     forms, factors = _flatten(updates)
     with autocast_disabled(x) as dtype:
-        return _apply(_UpdatedLinear, x, weight, bias, dtype, forms, *factors)
+        y: Tensor = _UpdatedLinear.apply(x, weight, bias, dtype, forms, *factors)  # type: ignore[no-untyped-call]
+        return y
 
 
 def updated_weight(weight: Tensor, updates: Sequence[WeightUpdateSpec]) -> Tensor:
@@ -61,7 +62,9 @@ def dropped_low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) ->
     flags = draws >= step - 32768
     kept, bits = flags[: x.numel()].view(x.shape), _pack(flags)
     with autocast_disabled(x) as dtype:
-        return _apply(_DroppedLowRank, x, kept, bits, a, b, scale / (1 - step / 65536), dtype or x.dtype)
+        args = (x, kept, bits, a, b, scale / (1 - step / 65536), dtype or x.dtype)
+        y: Tensor = _DroppedLowRank.apply(*args)  # type: ignore[no-untyped-call]
+        return y
 
 
 def _pack(flags: Tensor) -> Tensor:
@@ -91,18 +94,17 @@ def autocast_disabled(x: Tensor) -> Any:
         yield dtype
 
 
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
-    result: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
-    return result
-
-
 Forms = tuple[tuple[Parametrization, Rows, int], ...]
 
 
 def _flatten(updates: Sequence[WeightUpdateSpec]) -> tuple[Forms, list[Tensor]]:
     """Return (forms, factors): autograd functions take tensors as single arguments. ``_unflatten`` is the inverse."""
-    forms = tuple((update.form, update.rows, len(update.factors)) for update in updates)
-    return forms, [factor for update in updates for factor in update.factors]
+    forms: Forms = ()
+    factors: list[Tensor] = []
+    for update in updates:
+        forms += ((update.form, update.rows, len(update.factors)),)
+        factors += update.factors
+    return forms, factors
 
 
 def _unflatten(forms: Forms, factors: Sequence[Tensor]) -> list[tuple[Parametrization, slice, Sequence[Tensor]]]:
@@ -112,11 +114,10 @@ def _unflatten(forms: Forms, factors: Sequence[Tensor]) -> list[tuple[Parametriz
 
 
 def _updated(weight: Tensor, forms: Forms, factors: Sequence[Tensor]) -> Tensor:
-    updates = _unflatten(forms, factors)
-    if len(updates) == 1 and updates[0][1] == slice(0, len(weight)):
-        return updates[0][0].updated(weight, *factors)
+    if len(forms) == 1 and forms[0][1] == (0, len(weight)):
+        return forms[0][0].updated(weight, *factors)
     new = weight.clone()
-    for form, rows, form_factors in updates:
+    for form, rows, form_factors in _unflatten(forms, factors):
         new[rows] = form.updated(new[rows], *form_factors)
     return new
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapted_module import AdaptedModule, adapted_class
+from ..core.fingerprint import sample
 from ..core.weight_update import WeightUpdate
 from ..structure.bitsandbytes_api import forget_state
 from ..structure.layer_types import TransposedLinearType, layer_of
@@ -23,7 +24,6 @@ from ..structure.quantized import (
     is_quantized,
     original_of,
     remember,
-    sample,
 )
 from ..structure.quantized_linear import Int8Linear, NF4Linear, QuantizedLinear
 from . import nf4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -11,6 +11,7 @@ from .base_model import matches
 from .layer_types import layer_of, read_weight_attribute
 
 _FUSED = ("c_attn", "attn.qkv", "qkv_proj")  # query, key and value in one weight, one below the other
+_FUSED_ENDS = tuple(f".{pattern}" for pattern in _FUSED)
 _KEYS_AND_VALUES = "crossattention.c_attn"  # of GPT-2: fused, but without the query
 _PART_OF_ROLE = {"attention.query": "query", "attention.key": "key", "attention.value": "value"}
 
@@ -31,7 +32,7 @@ class Rows(NamedTuple):
 
 def is_fused(name: str) -> bool:
     """Return whether a layer of this name computes query, key and value at once."""
-    return any(matches(name, pattern) for pattern in _FUSED)
+    return f".{name}".endswith(_FUSED_ENDS)
 
 
 def has_parts(name: str, host: nn.Module) -> bool:
@@ -67,17 +68,18 @@ def fused_rows(host: nn.Module, name: str = "") -> list[Rows]:
     return [Rows("query", 0, query), Rows("key", query, query + keys), Rows("value", query + keys, rows)]
 
 
-def requested_rows(name: str, host: nn.Module, targets: Sequence[str], roles: Sequence[str]) -> list[Rows | None]:
+def requested_rows(name: str, host: nn.Module, targets: Sequence[str], roles: Container[str]) -> list[Rows | None]:
     """Return the rows of a layer that targets mean; None stands for the whole layer, which a glob always means.
 
     Args:
         name: Dotted name of the layer.
         host: The layer.
         targets: Globs and roles that selected it.
-        roles: Which of the targets are roles.
+        roles: The names of roles; all other targets are globs.
     """
-    by_glob = any(matches(name, target) for target in targets if target not in roles)
-    if by_glob or not (is_fused(name) or isinstance(host, nn.MultiheadAttention)):
+    if not (is_fused(name) or isinstance(host, nn.MultiheadAttention)):
+        return [None]
+    if any(matches(name, target) for target in targets if target not in roles):
         return [None]
     parts = {_PART_OF_ROLE.get(target) for target in targets}
     return [rows for rows in fused_rows(host, name) if rows.part in parts or "all-linear" in targets] or [None]

@@ -168,8 +168,8 @@ def _foreign(host: nn.Module) -> LayerType | None:
 
 @functools.cache
 def _foreign_by_class(*classes: Any) -> LayerType | None:
-    names = (f"{cls.__module__}.{cls.__qualname__}" for leaf in classes for cls in leaf.__mro__)
-    return next((FOREIGN[name] for name in names if name in FOREIGN), None)
+    found = (FOREIGN.get(f"{cls.__module__}.{cls.__qualname__}") for leaf in classes for cls in leaf.__mro__)
+    return next(filter(None, found), None)
 
 
 layer_of.register(nn.Linear)(lambda host: _foreign(host) or _LINEAR)

@@ -9,12 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..ops.sharded_tensors import sample_values
 from . import bitsandbytes_api, torchao_api
 from .layer_types import FOREIGN, LinearType, is_called_linear, layer_of
 from .quantized_linear import QuantizedLinear
 
-_ORIGINAL = "_peft_original"
+ORIGINAL = "_peft_original"  # attribute of a layer that ``quantize`` changed
 
 
 @dataclass(frozen=True)
@@ -40,19 +39,14 @@ class Original:
     squared_norm: float = 0.0
 
 
-def sample(weight: Tensor) -> Tensor:
-    """Return up to 64 values of a weight, evenly spread, rounded to bfloat16."""
-    return sample_values(weight, 64).bfloat16().cpu()
-
-
 def original_of(host: nn.Module) -> Original | None:
     """Return the ``Original`` of a layer that ``quantize`` changed, or None; copies of the layer have it too."""
-    return vars(host).get(_ORIGINAL)
+    return vars(host).get(ORIGINAL)
 
 
 def remember(host: nn.Module, original: Original | None) -> None:
     """Set the ``Original`` of a layer; None removes it."""
-    vars(host)[_ORIGINAL] = original
+    vars(host)[ORIGINAL] = original
 
 
 class QuantizedType(LinearType):

@@ -76,11 +76,10 @@ def select(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()
         ['0']
     """
     modules = select_modules(model, targets, exclude)
-    roles = [target for target in targets if target in ROLES]
     return [
         Target(name, host, rows)
         for name, host in modules.items()
-        for rows in requested_rows(name, host, targets, roles)
+        for rows in requested_rows(name, host, targets, ROLES)
     ]
 
 
@@ -110,12 +109,14 @@ def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     Raises:
         ValueError: A pattern matches no parameter; names what the model has.
     """
+    if not _listed(patterns, "also_train", empty=True):
+        return []
     parameters, modules = base_parameters(model), base_modules(model)
     first_names = {id(parameter): name for name, parameter in parameters.items()}
     every_name = dict(model.named_parameters(remove_duplicate=False))  # of a shared parameter, all its names
     shared = {name: first_names[id(p)] for name, p in every_name.items() if id(p) in first_names}
     chosen = set[str]()
-    for pattern in _listed(patterns, "also_train", empty=True):
+    for pattern in patterns:
         if pattern in ROLES:
             owners = set(ROLES[pattern](model))
         else:

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from ..checkpoints.adapter_state import check_state, keep_adapters_only
+from ..checkpoints.adapter_state import check_state, drop_base, drop_missing_base_keys
 from ..checkpoints.metadata import adapter_metadata, inject_from_metadata
 from ..checkpoints.reader import CHECKPOINT_KEY
 from ..core.injection_record import get_record
@@ -23,8 +23,14 @@ _Module = TypeVar("_Module", bound=pl.LightningModule)
 
 
 def install_checkpoint_hooks(module: pl.LightningModule, check_base: bool) -> None:
-    """Wrap the hooks of a module, so that its checkpoints hold what training can change, and fit it when they load."""
-    keep_adapters_only(module)
+    """Add hooks to a module, so that its checkpoints hold what training can change, and fit it when they load.
+
+    ``state_dict()`` leaves out the frozen base and loading does not ask for it. Heads, metrics and whatever is unfrozen
+    later stay in. Within ``full_state_dict``, everything is in it.
+    """
+    if drop_base not in module._state_dict_hooks.values():
+        module.register_state_dict_post_hook(drop_base)  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_post_hook(drop_missing_base_keys)  # type: ignore[no-untyped-call]
 
     def save(module: pl.LightningModule, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         original(checkpoint)

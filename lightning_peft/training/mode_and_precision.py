@@ -88,7 +88,7 @@ def _set_frozen_mode(module: nn.Module, frozen: Literal["eval", "train"]) -> Non
             part.train()
         elif any(n.startswith(f"{name}.") for n in trained):
             _set_frozen_mode(part, frozen)
-        elif any(True for _ in part.parameters()) or isinstance(part, _BatchNorm):
+        elif next(part.parameters(), None) is not None or isinstance(part, _BatchNorm):
             part.train(frozen == "train")
             for inner in part.modules():
                 if isinstance(inner, _BatchNorm):

@@ -28,9 +28,8 @@ def install_optimizer_hook(module: pl.LightningModule, lr_factors: dict[str, flo
     Raises:
         ValueError: The pattern of a factor of 0 matches no parameter.
     """
-    frozen = [pattern for pattern, factor in lr_factors.items() if factor == 0]
-    if frozen:
-        freeze(module, frozen)
+    if 0 in lr_factors.values():
+        freeze(module, [pattern for pattern, factor in lr_factors.items() if factor == 0])
         lr_factors = {pattern: factor for pattern, factor in lr_factors.items() if factor != 0}
 
     def configure(module: pl.LightningModule, original: Callable[..., Any]) -> Any:
@@ -62,7 +61,7 @@ def keep_trainable(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
                 if not parameter.requires_grad:
                     optimizer.state.pop(parameter, None)
             group["params"][:] = [parameter for parameter in group["params"] if parameter.requires_grad]
-            present |= {id(parameter) for parameter in group["params"]}
+            present.update(map(id, group["params"]))
     missing = {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) not in present}
     if missing and len(optimizers) > 1:
         raise ValueError(

@@ -28,10 +28,14 @@ class OptimizerSteps:
     def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Look up adapters and trained parameters, and take over the count of steps, which a checkpoint may have set.
 
+        From now on the model's record says that its adapters were trained.
+
         Raises:
             ValueError: A method cannot work in a run of so many steps.
         """
-        self._adapters = [(method, adapters_of(module, method)) for method in active_methods(require_record(module))]
+        record = require_record(module)
+        record.mark_trained()
+        self._adapters = [(method, adapters_of(module, method)) for method in active_methods(record)]
         self._step, total = trainer.global_step, trainer.estimated_stepping_batches
         self._total_steps = -1 if math.isinf(total) else int(total)
         for method, _ in self._adapters:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning_utilities.core.imports import RequirementCache
+from torch import nn
 
-from ..summary import Summary
+from ..summary import summary
 
 
 @rank_zero_only
-def print_summary(counts: Summary) -> None:
+def print_summary(module: nn.Module) -> None:
     """Print what trains: as a rich table where rich is installed, as Lightning does, else as text."""
+    counts = summary(module)
     if not RequirementCache("rich"):
         rank_zero_info(f"\n{counts}")
         return

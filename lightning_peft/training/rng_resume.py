@@ -19,7 +19,8 @@ class RngResume:
     def start_fit(self) -> None:
         """Set the generators before the first data loader draws its seed."""
         self._fits = True
-        restore_random_state(self._loaded)
+        if self._loaded is not None:
+            restore_random_state(self._loaded)
 
     def start_training(self) -> None:
         """Set them again for a checkpoint from inside an epoch: the run that wrote it had its data loader by then."""
@@ -57,10 +58,8 @@ def random_states() -> list[dict[str, Any]]:
     return states
 
 
-def restore_random_state(loaded: dict[str, Any] | None) -> None:
-    """Set the generators to what was loaded, if anything was and the number of processes is the same."""
-    if loaded is None:
-        return
+def restore_random_state(loaded: dict[str, Any]) -> None:
+    """Set the generators to what was loaded, if the number of processes is the same."""
     states: list[dict[str, Any]] = loaded["states"]
     count, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     if len(states) != count:

@@ -15,7 +15,7 @@ from models import MODELS, logits, tokens
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.checkpoints.adapter_state import keep_adapters_only
+from lightning_peft.checkpoints.adapter_state import drop_base, drop_missing_base_keys
 from lightning_peft.core.fingerprint import fingerprint
 from lightning_peft.quantization import nf4
 from lightning_peft.structure.layer_types import layer_of
@@ -196,7 +196,8 @@ def test_heads_embeddings_and_norms_stay(way):
 
 def test_checkpoints_keep_nothing_of_the_quantized_base(way):
     model = lp.inject(quantized(MODELS["llama"](), way), lora())
-    keep_adapters_only(model)
+    model.register_state_dict_post_hook(drop_base)
+    model.register_load_state_dict_post_hook(drop_missing_base_keys)
     state = model.state_dict()
     assert len(state) == 42
     assert all(".peft." in key for key in state)

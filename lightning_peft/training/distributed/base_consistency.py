@@ -9,8 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ...checkpoints.adapter_state import frozen_names
-from ...core.fingerprint import fingerprint
-from ...structure.quantized import sample
+from ...core.fingerprint import fingerprint, sample
 
 
 def check_one_base(module: nn.Module) -> None:

@@ -21,7 +21,7 @@ from .sharded_state import own_state
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:
-    """Return what ``module.state_dict()`` holds after ``keep_adapters_only``, without FSDP1's gathering of all."""
+    """Return what ``module.state_dict()`` holds besides the frozen base, without FSDP1's gathering of all."""
     state: dict[str, Any] = {}
     for name, part, without_children in _outside_units(module):
         if without_children:
