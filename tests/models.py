@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 VOCABULARY, WIDTH = 64, 32
+BEFORE_5 = importlib.util.find_spec("transformers") is not None and version("transformers") < "5"
 
 
 def bert() -> nn.Module:

@@ -191,8 +191,10 @@ def test_refusals(tasks):
     assert lp.active(net) == ()
     with pytest.raises(ValueError, match="no adapter named 'my_lora_own'"):
         lp.activate(net, "my_lora_own")
-    with pytest.raises(ValueError, match="shared.weight is shared with another module"):
-        lp.add_adapter(MODELS["t5"](), lp.OwnParameters(targets=["shared"]))
+    tied = MODELS["t5"]()
+    if tied.encoder.embed_tokens is not tied.shared:  # before transformers 5 it is one module
+        with pytest.raises(ValueError, match="shared.weight is shared with another module"):
+            lp.add_adapter(tied, lp.OwnParameters(targets=["shared"]))
     with pytest.raises(TypeError, match="OwnTensors of 'my_lora' at .* is no update W"):
         lp.combine(net, ["my_lora", "my_lora"], [1, 1], "sum")
     dora = lp.LoRA(rank=2, decompose=True, targets=["classifier"])

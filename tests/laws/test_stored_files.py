@@ -6,6 +6,7 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
+from models import BEFORE_5
 from safetensors.torch import load_file
 from stored.cases import CASES
 from stored.models import Task
@@ -25,6 +26,8 @@ def _libraries(request):
     name = request.node.callspec.params["name"] if hasattr(request.node, "callspec") else ""
     if CASES.get(name, CASES["lora"]).model in ("bert", "llama", "gpt2", "t5"):
         pytest.importorskip("transformers")
+    if BEFORE_5 and CASES.get(name, CASES["lora"]).model == "t5":
+        pytest.skip("before transformers 5, T5 has an output layer of its own under the same settings")
     if name == "lora_nf4":
         pytest.importorskip("torchao")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from activation_space import attention, compare, copied, disturb, inside_first_blocks, plain, trained
-from models import MODELS, Plain, logits, tokens
+from models import BEFORE_5, MODELS, Plain, logits, tokens
 from small_models import small
 from torch import nn
 
@@ -34,6 +34,8 @@ PLACES = {  # where bottlenecks go in the first block: of the encoder, then of t
 
 @pytest.mark.parametrize("name", PLACES)
 def test_bottlenecks_follow_each_attention_and_each_feed_forward_block(name):
+    if BEFORE_5 and name == "vit":
+        pytest.skip("transformers 5 renamed the layers of ViT")
     model = lp.inject(small(name), lp.Bottleneck(size=3))
     found = [inside_first_blocks(host) for host, *_ in lp.adapters(model) if inside_first_blocks(host)]
     assert found == PLACES[name]
@@ -122,6 +124,8 @@ def branches(model):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
 def test_both_ways_to_name_a_block_agree(name):
+    if BEFORE_5 and name == "vit":
+        pytest.skip("transformers 5 renamed the layers of ViT")
     one, two = (disturb(lp.inject(MODELS[name](), lp.ParallelAdapter(size=4, targets=[t]))) for t in TWO_WAYS)
     for (*_, mine), (*_, other) in zip(lp.adapters(one), branches(two), strict=True):
         mine.load_state_dict(other.state_dict())

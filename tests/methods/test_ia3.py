@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from activation_space import attention, compare, copied, disturb, inside_first_blocks, plain, trained
-from models import MODELS, logits, tokens
+from models import BEFORE_5, MODELS, logits, tokens
 from small_models import small
 from torch import nn
 
@@ -41,6 +41,8 @@ SITES = {  # of the first block: of the encoder, then of the decoder
 
 @pytest.mark.parametrize("name", SITES)
 def test_ia3_scales_keys_values_and_activations_of_each_attention_and_block(name):
+    if BEFORE_5 and name == "vit":
+        pytest.skip("transformers 5 renamed the layers of ViT")
     model = lp.inject(small(name), lp.IA3())
     found = [
         f"{inside_first_blocks(host)}{' in' if adapter.of_inputs else ''}{adapter.part and f' {adapter.part}'}"

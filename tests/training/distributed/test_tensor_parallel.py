@@ -172,7 +172,7 @@ REFUSALS = {
     "gpt2": "c_attn computes query, key and value at once",
     "t5": "SelfAttention has relative_attention_bias",
     "bart": r"encoder.layers.0 has self_attn",
-    "distilbert": "DistilBertSelfAttention. does not go by head_dim",
+    "distilbert": "DistilBert(SelfAttention. does not go by head_dim|SdpaAttention. reads find_pruneable_heads)",
     "encoder": "layers.0 holds trunk.layers.0.self_attn and no attention.output",
     "fused_vit": "qkv computes query, key and value at once",
     "plain": "Attention. reads num_heads",
