@@ -57,6 +57,7 @@ ONE = {"size": 24, "activation": "relu", "targets": ["feedforward.down"]}  # aft
 BOTTLENECK_ONE = ours("Bottleneck", **ONE, train_norms=False, train_head=False)
 PREFIX = peer("PrefixTuningConfig", **PEFT_TOKENS)
 PREFIX_MLP = peer("PrefixTuningConfig", **PEFT_TOKENS, prefix_projection=True, encoder_hidden_size=512)
+PREFIXED = ("llama",)  # peft 0.21 refuses prefixes on classifiers with transformers 5.24
 BLOCKS = attrgetter("num_hidden_layers")  # all of them, since gradients flow through all of the floor
 LLAMA_ADAPTER = ours("LLaMAAdapter", length=10, layers=BLOCKS)
 ADAPTION = peer("AdaptionPromptConfig", adapter_len=10, adapter_layers=BLOCKS)
@@ -71,9 +72,11 @@ CASES = {
     "bottleneck": Live(BOTTLENECK, None, 1.05),
     "bottleneck_one": Live(BOTTLENECK_ONE, None, 1.05),
     "parallel_adapter": Live(ours("ParallelAdapter", size=64), None, 1.05),
-    "prefix": Live(ours("PrefixTuning", length=LENGTH, reparameterize=False), PREFIX, 1.05, 1.00),
-    "p_tuning_v2": Live(ours("PTuningV2", length=LENGTH, dropout=0.0, train_head=False), PREFIX, 1.05, 1.00),
-    "prefix_mlp": Live(ours("PrefixTuning", length=LENGTH, hidden_size=512), PREFIX_MLP, None, 1.00),
+    "prefix": Live(ours("PrefixTuning", length=LENGTH, reparameterize=False), PREFIX, 1.05, 1.00, peer_on=PREFIXED),
+    "p_tuning_v2": Live(
+        ours("PTuningV2", length=LENGTH, dropout=0.0, train_head=False), PREFIX, 1.05, 1.00, peer_on=PREFIXED
+    ),
+    "prefix_mlp": Live(ours("PrefixTuning", length=LENGTH, hidden_size=512), PREFIX_MLP, None, 1.00, peer_on=PREFIXED),
     "llama_adapter": Live(LLAMA_ADAPTER, ADAPTION, 1.05, 0.90, peer_on=("llama",), surplus=more_gates),
     "prompt_tuning": Prompt(ours("PromptTuning", length=LENGTH), peer("PromptTuningConfig", **PEFT_TOKENS)),
     "p_tuning": Prompt(ours("PTuning", length=LENGTH, encoder="lstm"), ENCODER),

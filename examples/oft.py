@@ -43,3 +43,8 @@ class Rotation(lp.WeightUpdate):
         rotation = torch.linalg.solve(identity + skew, identity - skew)
         blocks = weight.unflatten(1, self.q.shape[:2])  # (out, blocks, size, *kernel)
         return torch.einsum("obi...,bij->obj...", blocks, rotation.to(weight.dtype)).flatten(1, 2)
+
+
+if __name__ == "__main__":
+    model = lp.inject(nn.Sequential(nn.Linear(16, 8)), OFT(targets=["0"]))
+    print(lp.summary(model))
