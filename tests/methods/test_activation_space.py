@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from activation_space import disturb, trained
+from families_of_models import disturb, trained
 from models import MODELS, logits, tokens
 
 import lightning_peft as lp

@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
-from activation_space import attention, compare, copied, disturb, inside_first_blocks, plain, trained
+from families_of_models import attention, compare, copied, disturb, inside_first_blocks, plain, trained
 from models import BEFORE_5, MODELS, logits, tokens
 from small_models import small
 from torch import nn

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from activation_space import copied, disturb
+from families_of_models import copied, disturb
 from models import MODELS, tokens
 from single_layers import fill, only
 from torch import nn
