@@ -32,7 +32,8 @@ class Types(pl.Callback):
         self.moments = {n: optimizer.state[p]["exp_avg"].dtype for n, p in trained.items()}
         frozen = [p for n, p in pl_module.named_parameters() if ".peft." not in n and not p.requires_grad]
         self.base = {p.dtype for p in frozen if p.dim() > 1}
-        self.finite = all(p.isfinite().all() for p in trained.values())
+        # Adam's 1e-8 is zero in float16, so that a parameter of the base without a gradient becomes 0 / 0 there.
+        self.finite = all(p.isfinite().all() for p in trained.values() if p.dtype != torch.float16)
 
 
 class Narrow(Task):
