@@ -57,7 +57,11 @@ class LayerType(ABC):
     @torch.no_grad()
     def write(self, host: Any, rows: Tensor, first: int = 0) -> None:
         """Replace rows of the host's weight by ``rows`` of shape (any, in, *kernel), rounding once."""
-        self.read(host)[first : first + len(rows)].copy_(rows)
+        weight = self.read(host)
+        computed = type(weight) is Tensor and weight._base is None and not weight.is_inference()
+        if computed:  # writing into it would change nothing of the host
+            raise TypeError(f"The weight of {type(host).__name__} is computed; its layer type has to override write.")
+        weight[first : first + len(rows)].copy_(rows)
 
     def is_plain_matmul(self, host: Any, call: object) -> bool:
         """Return whether ``call``, the host's forward, computes x W^T + bias and nothing else."""

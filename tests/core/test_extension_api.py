@@ -23,7 +23,7 @@ from trainer_models import Module, data, trainer
 import lightning_peft as lp
 from examples.oft import OFT
 from examples.own_method import VeRA
-from lightning_peft.core import parameter_like, select
+from lightning_peft.core import LinearType, layer_of, parameter_like, select
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ON = {  # models, and targets there: weights that are called, fused, stored transposed, and read by torch's attention
@@ -266,3 +266,19 @@ def test_fsdp2_shards_it_over_two_processes(tmp_path):
         for name, off, differing in rank:
             assert off < 1e-5, name
             assert differing == [], name
+
+
+class Product(nn.Linear):
+    """Its weight is computed: W = 2 W_stored."""
+
+
+class ProductType(LinearType):
+    def read(self, host):
+        return 2 * host.weight
+
+
+def test_a_layer_type_that_computes_its_weight_and_cannot_write_it_refuses_to_merge():
+    layer_of.register(Product)(lambda host: ProductType())
+    model = lp.inject(nn.Sequential(Product(4, 4)), lp.LoRA(rank=2, targets=["0"]))
+    with pytest.raises(TypeError, match="The weight of Product is computed; its layer type has to override write"):
+        lp.merge(model)
