@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 def write_adapter(folder: str | os.PathLike[str], description: Mapping[str, Any], state: Mapping[str, Tensor]) -> Path:
     """Write an adapter's description and tensors; each file replaces an older one only once it is complete."""
-    weights = save({name: _with_storage(tensor, state) for name, tensor in state.items()})
+    storages = Counter(map(_storage, state.values()))  # safetensors files hold no two tensors of one storage
+    weights = save({name: t.clone() if storages[_storage(t)] > 1 else t for name, t in state.items()})
     config = {"library": "lightning_peft", **description, "sha256": hashlib.sha256(weights).hexdigest()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -29,10 +31,9 @@ def write_adapter(folder: str | os.PathLike[str], description: Mapping[str, Any]
     return folder
 
 
-def _with_storage(tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """Return a tensor that shares its storage with no other entry, as safetensors files require; views are copied."""
-    storages = [entry.untyped_storage().data_ptr() for entry in state.values() if entry is not tensor]
-    return tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
+def _storage(tensor: Tensor) -> int:
+    """Return the address of the memory that a tensor and all views of it share."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -144,8 +143,7 @@ class InjectionPlan:
     def check(self) -> None:
         """Raise for what cannot work."""
         check_names([method.name for method in [*self.record.methods, *self.methods]])
-        if "bitsandbytes" in sys.modules:
-            check_not_repacked(self.modules)
+        check_not_repacked(self.modules)
         split = self._mesh() is not None
         placed = []
         for name, host, key, adapter in self.placements:
@@ -173,8 +171,7 @@ class InjectionPlan:
         if (mesh := self._mesh()) is not None:
             shard_adapters(self.model, mesh)
         disable_fast_path(self.modules.values())
-        if "bitsandbytes" in sys.modules:
-            keep_differentiable(self.modules.values())
+        keep_differentiable(self.modules.values())
         return self.model
 
     def _mesh(self) -> DeviceMesh | None:

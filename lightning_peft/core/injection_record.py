@@ -165,7 +165,7 @@ def methods_named(record: InjectionRecord, name: str) -> list[Method]:
     names = [method.name for method in record.methods if method.name not in members]
     if name not in names:
         raise ValueError(f"This model has no adapter named {name!r}; it has {', '.join(map(repr, names))}.")
-    return [method for method in record.methods if method.name in record.method_groups.get(name, [name])]
+    return _members(record, name)
 
 
 def methods_in_same_group(record: InjectionRecord, method: Method) -> list[Method]:
@@ -176,8 +176,11 @@ def methods_in_same_group(record: InjectionRecord, method: Method) -> list[Metho
 
 def active_methods(record: InjectionRecord) -> list[Method]:
     """Return the methods whose adapters are active."""
-    groups = record.method_groups
-    return [m for name in record.active for m in record.methods if m.name in groups.get(name, [name])]
+    return [method for name in record.active for method in _members(record, name)]
+
+
+def _members(record: InjectionRecord, name: str) -> list[Method]:
+    return [method for method in record.methods if method.name in record.method_groups.get(name, [name])]
 
 
 def adapters_of(model: nn.Module, *methods: Method) -> dict[str, Adapter]:

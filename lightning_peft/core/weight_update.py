@@ -61,8 +61,7 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
         if type(self).updated is WeightUpdate.updated:
             change = self.delta()
         else:
-            weight = self.layer.read(host)[slice(*self.rows)]
-            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            weight = self._read_rows(host)
             change = self.updated(weight) - weight
         return self.layer.apply(host, x, change.to(x.dtype) if x.is_floating_point() else change)
 
@@ -150,6 +149,9 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
         return torch.cat([weight[:start], self.updated(weight[start:stop]).to(weight.dtype), weight[stop:]])
 
     def merge(self, host: Any) -> None:
-        weight = self.layer.read(host)
-        wide = weight[slice(*self.rows)].to(torch.promote_types(weight.dtype, torch.float32))
-        self.layer.write(host, self.updated(wide).detach(), self.rows[0])
+        self.layer.write(host, self.updated(self._read_rows(host)).detach(), self.rows[0])
+
+    def _read_rows(self, host: Any) -> Tensor:
+        """Return the rows W of the weight of a host, in float32 or wider."""
+        weight = self.layer.read(host)[slice(*self.rows)]
+        return weight.to(torch.promote_types(weight.dtype, torch.float32))

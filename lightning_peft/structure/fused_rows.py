@@ -11,7 +11,6 @@ from .base_model import matches
 from .layer_types import layer_of, read_weight_attribute
 
 _FUSED = ("c_attn", "attn.qkv", "qkv_proj")  # query, key and value in one weight, one below the other
-_FUSED_ENDS = tuple(f".{pattern}" for pattern in _FUSED)
 _KEYS_AND_VALUES = "crossattention.c_attn"  # of GPT-2: fused, but without the query
 _PART_OF_ROLE = {"attention.query": "query", "attention.key": "key", "attention.value": "value"}
 
@@ -32,7 +31,7 @@ class Rows(NamedTuple):
 
 def is_fused(name: str) -> bool:
     """Return whether a layer of this name computes query, key and value at once."""
-    return f".{name}".endswith(_FUSED_ENDS)
+    return any(matches(name, pattern) for pattern in _FUSED)
 
 
 def has_parts(name: str, host: nn.Module) -> bool:

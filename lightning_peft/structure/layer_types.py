@@ -58,8 +58,7 @@ class LayerType(ABC):
     def write(self, host: Any, rows: Tensor, first: int = 0) -> None:
         """Replace rows of the host's weight by ``rows`` of shape (any, in, *kernel), rounding once."""
         weight = self.read(host)
-        computed = type(weight) is Tensor and weight._base is None and not weight.is_inference()
-        if computed:  # writing into it would change nothing of the host
+        if type(weight) is Tensor and weight._base is None and not weight.is_inference():  # computed, and no view
             raise TypeError(f"The weight of {type(host).__name__} is computed; its layer type has to override write.")
         weight[first : first + len(rows)].copy_(rows)
 
@@ -126,12 +125,10 @@ class EmbeddingType(_StoredTransposedType):
     """``nn.Embedding``: the linear map of one-hot vectors, stored as W^T."""
 
     is_embedding = True
+    apply_pointwise = LinearType.apply_pointwise
 
     def apply(self, host: Any, x: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(x, weight.T, host.padding_idx)
-
-    def apply_pointwise(self, host: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(hidden, weight)
 
 
 class ConvType(LayerType):

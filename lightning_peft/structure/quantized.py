@@ -13,7 +13,7 @@ from . import bitsandbytes_api, torchao_api
 from .layer_types import FOREIGN, LinearType, is_called_linear, layer_of
 from .quantized_linear import QuantizedLinear
 
-ORIGINAL = "_peft_original"  # attribute of a layer that ``quantize`` changed
+_ORIGINAL = "_peft_original"  # attribute of a layer that ``quantize`` changed
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Original:
 
 def original_of(host: nn.Module) -> Original | None:
     """Return the ``Original`` of a layer that ``quantize`` changed, or None; copies of the layer have it too."""
-    return vars(host).get(ORIGINAL)
+    return vars(host).get(_ORIGINAL)
 
 
 def remember(host: nn.Module, original: Original | None) -> None:
     """Set the ``Original`` of a layer; None removes it."""
-    vars(host)[ORIGINAL] = original
+    vars(host)[_ORIGINAL] = original
 
 
 class QuantizedType(LinearType):

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.optim import Optimizer
 
 from ..core.fingerprint import fingerprint
 from ..core.method import Method
 from ..quantization.quantize import KINDS
 from .distributed.base_consistency import check_base_unchanged
-from .distributed.lightning_strategies import prepare_strategy, start_evaluation, start_strategy
+from .distributed.lightning_strategies import ignore_base_in_ddp, prepare_strategy, start_evaluation, start_strategy
 from .frozen_cache import FrozenCache
 from .injection import as_methods, ensure_injected, inject_once_built
 from .lightning_checkpoint import install_checkpoint_hooks, warn_of_untrained
@@ -83,8 +82,7 @@ class PEFTStrategy(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Adapt the module at the earliest moment its network exists."""
         check_precision_plugin(trainer.precision_plugin)
-        if not isinstance(trainer.strategy, SingleDeviceStrategy):
-            prepare_strategy(trainer.strategy, pl_module, self.full_checkpoint, self.lr_factors)
+        prepare_strategy(trainer.strategy, self.full_checkpoint, self.lr_factors)
         inject_once_built(trainer, self, pl_module, stage, self.apply)
 
     def apply(self, pl_module: LightningModule) -> None:
@@ -96,12 +94,12 @@ class PEFTStrategy(Callback):
         if not self.full_checkpoint:
             install_checkpoint_hooks(pl_module, self.check_base)
         install_optimizer_hook(pl_module, self.lr_factors, self.no_decay)
+        ignore_base_in_ddp(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what trains, show it, and restore random generators before the first data loader draws its seed."""
         check_trained(pl_module)
-        if not isinstance(trainer.strategy, SingleDeviceStrategy):
-            start_strategy(trainer.strategy, pl_module)
+        start_strategy(trainer.strategy, pl_module)
         if self.show_summary:
             print_summary(pl_module)
         self._base_fingerprint = fingerprint(pl_module)

@@ -19,18 +19,14 @@ from .replicated import broadcast_adapters
 SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
 
-def prepare_strategy(
-    strategy: Strategy, module: nn.Module, full_checkpoint: bool, lr_factors: Mapping[str, float]
-) -> None:
-    """Have DDP send, and DeepSpeed (ZeRO 1 and 2) write, only what trains; loading stays strict about adapters.
+def prepare_strategy(strategy: Strategy, full_checkpoint: bool, lr_factors: Mapping[str, float]) -> None:
+    """Have DeepSpeed (ZeRO 1 and 2) write only what trains; loading it stays strict about adapters.
 
-    DDP sends no frozen weights at its start and no frozen buffers before each step; adapters are sent whole. DeepSpeed
-    writes a module's ``state_dict()``, which holds no frozen base, and beside it fragments of all that is frozen, which
-    are left out here.
+    DeepSpeed writes a module's ``state_dict()``, which holds no frozen base, and beside it fragments of all that is
+    frozen, which are left out here.
 
     Args:
         strategy: A Trainer's strategy, before it has set up anything.
-        module: The module that it will train.
         full_checkpoint: Whether checkpoints hold the frozen base as well.
         lr_factors: Factors of the learning rate; a factor of 0 freezes.
 
@@ -43,7 +39,6 @@ def prepare_strategy(
             "FSDPStrategy flattens adapters together with the frozen base. Use lightning_peft.FSDP2Strategy(), or "
             "FSDP1Strategy() where FSDP2 is not at hand."
         )
-    module.__dict__["_ddp_params_and_buffers_to_ignore"] = _FrozenNames(module)
     if not isinstance(strategy, DeepSpeedStrategy):
         return
     if strategy.zero_stage_3:
@@ -89,6 +84,11 @@ def start_evaluation(strategy: Strategy, module: nn.Module, within_fit: bool) ->
         check_one_base(module)
     if isinstance(strategy, DeepSpeedStrategy):
         disable_fast_path(module.modules())
+
+
+def ignore_base_in_ddp(module: nn.Module) -> None:
+    """Let DDP send what trains, adapters whole: no frozen weights at its start, no frozen buffers before each step."""
+    module.__dict__["_ddp_params_and_buffers_to_ignore"] = _FrozenNames(module)
 
 
 class _FrozenNames:

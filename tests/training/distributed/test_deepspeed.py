@@ -123,15 +123,15 @@ class Engineless(DeepSpeedStrategy):
 def test_deepspeed_leaves_the_base_out_unless_told_otherwise():
     for full in (False, True):
         strategy = Engineless(2)
-        prepare_strategy(strategy, module(), full, {})
+        prepare_strategy(strategy, full, {})
         assert strategy.exclude_frozen_parameters == (not full)
 
 
 def test_what_deepspeed_would_lose_is_refused():
     with pytest.raises(ValueError, match="stage 3 .*FSDP2Strategy"):
-        prepare_strategy(Engineless(3), module(), False, {})
+        prepare_strategy(Engineless(3), False, {})
     with pytest.raises(ValueError, match="'lora' is frozen by a factor of 0"):
-        prepare_strategy(Engineless(2), module(), False, {"lora": 0})
+        prepare_strategy(Engineless(2), False, {"lora": 0})
     method = lp.AdaLoRA(initial_rank=4, target_rank=2)
     model = lp.inject(module(), method)
     with pytest.raises(ValueError, match="AdaLoRA adds a penalty"):
