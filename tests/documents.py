@@ -1,6 +1,7 @@
 """What pages of documentation name and show: files, functions, blocks of code."""
 
 import ast
+import functools
 import re
 import sys
 import types
@@ -54,10 +55,14 @@ def _names(node):
     return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
-def execute(text, name, monkeypatch):
-    """Return a new module of this name in which a block ran; with the name come relative imports, and pickling."""
+@functools.cache
+def execute(text, name):
+    """Return a module of this name in which a block ran; with the name come relative imports, and pickling.
+
+    It stays importable, since its methods stay subclasses of ``Method``, which command lines import by their module.
+    """
     module = types.ModuleType(name)
     module.__package__ = name.rpartition(".")[0]
-    monkeypatch.setitem(sys.modules, name, module)
+    sys.modules[name] = module
     exec(compile(text, f"<{name}>", "exec"), module.__dict__)  # noqa: S102
     return module

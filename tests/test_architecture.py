@@ -79,11 +79,11 @@ def test_names_that_do_not_exist_are_found():
     assert not defines(PACKAGE / "core/adapted_module.py", "adapted_class.backward")
 
 
-def test_blocks_of_the_page_run(monkeypatch):
+def test_blocks_of_the_page_run():
     found = blocks(PAGE, "python")
     assert len(found) == 1
     for text in found:
-        assert execute(text, "architecture", monkeypatch).torch is torch
+        assert execute(text, "architecture").torch is torch
 
 
 class Projection(nn.Linear):

@@ -33,9 +33,9 @@ LAWS = [
 
 
 @pytest.fixture
-def example(monkeypatch):
+def example():
     """Return a function that runs the block of a file and returns it as a module."""
-    return lambda file: execute(FILES[file], file.removesuffix(".py").replace("/", "."), monkeypatch)
+    return lambda file: execute(FILES[file], file.removesuffix(".py").replace("/", "."))
 
 
 def test_the_page_has_the_blocks_that_these_tests_run():
@@ -65,9 +65,9 @@ def test_each_method_is_right_on_the_example_of_a_layer_type(name, example, monk
 
 
 @needs("transformers")
-def test_other_blocks_run(monkeypatch, capsys):
+def test_other_blocks_run(capsys):
     (roles,) = [text for text in PYTHON if text not in FILES.values()]
-    execute(roles, "roles_of_a_model", monkeypatch)
+    execute(roles, "roles_of_a_model")
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["attention.query", "3", "model.layers.0.self_attn.q_proj"] in lines
     assert len(lines) == 6
