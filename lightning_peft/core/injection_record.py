@@ -98,6 +98,9 @@ class InjectionRecord:
         self.method_groups.pop(name, None)
         self.active[:] = [active for active in self.active if active != name]
 
+    def _members(self, name: str) -> list[Method]:
+        return [method for method in self.methods if method.name in self.method_groups.get(name, [name])]
+
     def set_active(self, names: Sequence[str]) -> None:
         """Set the names of the active methods and groups, inner before outer."""
         self.active[:] = names
@@ -165,7 +168,7 @@ def methods_named(record: InjectionRecord, name: str) -> list[Method]:
     names = [method.name for method in record.methods if method.name not in members]
     if name not in names:
         raise ValueError(f"This model has no adapter named {name!r}; it has {', '.join(map(repr, names))}.")
-    return _members(record, name)
+    return record._members(name)
 
 
 def methods_in_same_group(record: InjectionRecord, method: Method) -> list[Method]:
@@ -176,11 +179,7 @@ def methods_in_same_group(record: InjectionRecord, method: Method) -> list[Metho
 
 def active_methods(record: InjectionRecord) -> list[Method]:
     """Return the methods whose adapters are active."""
-    return [method for name in record.active for method in _members(record, name)]
-
-
-def _members(record: InjectionRecord, name: str) -> list[Method]:
-    return [method for method in record.methods if method.name in record.method_groups.get(name, [name])]
+    return [method for name in record.active for method in record._members(name)]
 
 
 def adapters_of(model: nn.Module, *methods: Method) -> dict[str, Adapter]:

@@ -115,10 +115,9 @@ class ReadLinearType(LinearType):
         return cast("nn.Parameter | None", host._parameters[read_bias_attribute(type(host))])
 
     def parameter(self, host: Any) -> Tensor:
-        weight: Tensor | None = host._parameters[read_weight_attribute(type(host)) or "weight"]  # not the property
-        if weight is None:
+        if (weight := host._parameters[read_weight_attribute(type(host)) or "weight"]) is None:  # not the property
             raise TypeError("This nn.MultiheadAttention has separate projections (kdim, vdim); they cannot be adapted.")
-        return weight
+        return cast(Tensor, weight)
 
 
 class EmbeddingType(_StoredTransposedType):
