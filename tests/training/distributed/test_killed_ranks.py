@@ -43,9 +43,10 @@ def command(folder, strategy, *more):
 
 
 def environment(**more):
-    tests = Path(__file__).parents[2]
+    here = Path(__file__).parent
+    paths = os.pathsep.join(str(folder) for folder in (here, here.parents[1], here.parents[2]))
     own = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_", "PL_"))}
-    return own | {"PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "OMP_NUM_THREADS": "1", **more}
+    return own | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **more}
 
 
 def start(folder, strategy, *more, **slow):
