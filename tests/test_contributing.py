@@ -18,7 +18,7 @@ PAGE = "CONTRIBUTING.md"
 PYTHON, DIFFS = blocks(PAGE, "python"), blocks(PAGE, "diff")
 COMMANDS = [line.partition("#")[0].strip() for block in blocks(PAGE, "bash") for line in block.splitlines()]
 FILES = {match[1]: text for text in PYTHON if (match := re.match(r"# (\S+\.py)\n", text))}
-METHOD, LAYER = "lightning_peft/methods/rank_one.py", "tests/dense.py"
+METHOD, ADAPTER, LAYER = "lightning_peft/methods/rank_one.py", "tests/gate.py", "tests/dense.py"
 LAWS = [
     "test_base_keys_stay_and_a_base_state_loads_after_injection",
     "test_step_0_is_the_base_bit_for_bit",
@@ -30,6 +30,7 @@ LAWS = [
     "test_a_narrow_base_keeps_wide_adapters",
     "test_autocast_to_bfloat16_changes_values_by_rounding_alone",
 ]
+REFUSED = ["test_a_refused_merge_leaves_the_model_untouched"]
 
 
 @pytest.fixture
@@ -39,8 +40,8 @@ def example():
 
 
 def test_the_page_has_the_blocks_that_these_tests_run():
-    assert {METHOD, LAYER} < set(FILES)
-    assert (len(PYTHON), len(DIFFS), len(COMMANDS)) == (4, 4, 11)
+    assert {METHOD, ADAPTER, LAYER} < set(FILES)
+    assert (len(PYTHON), len(DIFFS), len(COMMANDS)) == (5, 4, 11)
 
 
 @pytest.mark.parametrize("model", ["plain", "encoder", pytest.param("gpt2", marks=needs("transformers"))])
@@ -50,6 +51,17 @@ def test_the_example_of_a_method_obeys_the_laws(law, model, example):
     method = example(METHOD).RankOne(scale=2)
     assert method.scale == 2
     getattr(test_contract, law)(Case(model, (method,)))
+
+
+@pytest.mark.parametrize(
+    "model", ["encoder", *[pytest.param(name, marks=needs("transformers")) for name in ("bert", "gpt2")]]
+)
+@pytest.mark.parametrize("law", [law for law in LAWS if "merge" not in law and "delta" not in law] + REFUSED)
+@pytest.mark.usefixtures("ordinary_path")
+def test_the_example_of_an_adapter_that_is_no_weight_update_obeys_the_laws(law, model, example):
+    method = example(ADAPTER).AttentionGate()
+    assert method.targets == ["attention"]
+    getattr(test_contract, law)(Case(model, (method,), mergeable=False))
 
 
 def test_the_example_of_a_method_refuses_what_is_no_scale(example):

@@ -39,7 +39,7 @@ class Adapter(nn.Module, ABC):
     """Whether no other adapter may update the same rows of its host's weight."""
     replaces: Sequence[str] = ()
     """Names of parameters of the host in whose place the adapter's tensors are used during calls."""
-    unmergeable = "no weight of the host expresses it"
+    unmergeable = "its class defines no merge"
     """Reason that the error message gives where ``merge`` is not implemented."""
     local_tensors: tuple[str, ...] = ()
     """Names of tensors that stay with a client in federated training."""

@@ -48,6 +48,11 @@ def check_host(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
         raise TypeError(
             f"{name} belongs to nn.MultiheadAttention, which reads its weight and never calls it; target other layers."
         )
+    if isinstance(host, nn.MultiheadAttention) and _breaks_fast_path(host, adapter):
+        raise TypeError(
+            f"{type(adapter).__name__} would give {name} a bias, and nn.MultiheadAttention with batch_first=True fails "
+            f"in evaluation if one of its two projections alone has one; create it with bias=True, or target others."
+        )
     if isinstance(host, (nn.ModuleList, nn.ModuleDict)) or type(host).forward is nn.Module.forward:
         raise TypeError(f"{name} is a {type(host).__name__}, which is never called; target the modules inside.")
     if isinstance(host, torch.jit.ScriptModule):
@@ -113,6 +118,12 @@ def _shows_weight(adapter: Adapter) -> bool:
     """Return whether an adapter works on a host whose parent reads its weight."""
     cls = type(adapter)
     return cls.effective_weight is not Adapter.effective_weight or cls.effective_bias is not Adapter.effective_bias
+
+
+def _breaks_fast_path(host: nn.MultiheadAttention, adapter: Adapter) -> bool:
+    """Return whether torch's fast path, which takes both biases of attention or none, would get one of them."""
+    without = host._parameters["in_proj_bias"] is None and host.batch_first and host.num_heads % 2 == 0
+    return without and adapter.effective_bias(None) is not None
 
 
 def check_shared_host(placed: Sequence[tuple[str, Adapter]]) -> None:

@@ -1,4 +1,4 @@
-"""``WeightUpdate``: adapters that train another weight for a linear layer, on any layer type and any of its rows."""
+"""``WeightUpdate``: adapters that train another weight, or bias, for a linear layer, of any type and for any rows."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ from .weight_cache import WeightCache
 class WeightUpdate(BatchableLayerAdapter, Adapter):
     """Trains W' instead of the weight W of a linear layer: y = host(x) + x (W' - W)^T, or x W'^T at once where cheaper.
 
-    A subclass defines ``delta()``, for W' = W + delta(), or ``updated(weight)``, for any W'. Everything else follows:
-    embeddings, convolutions, quantized layers, rows of fused layers, torch's attention, merging and files. ``update``,
-    ``as_parametrization`` and ``factor_tensors`` may say how the same is computed faster:
-    ``update(host, x) == layer.apply(host, x, updated(w) - w)`` with the rows ``w`` of the weight.
+    A subclass defines ``delta()``, for W' = W + delta(), or ``updated(weight)``, for any W'; besides them, or alone,
+    ``updated_bias(bias)`` for another bias. Everything else follows: embeddings, convolutions, quantized layers, rows
+    of fused layers, torch's attention, merging and files. ``update``, ``as_parametrization`` and ``factor_tensors`` may
+    say how the same is computed faster: ``update(host, x) == layer.apply(host, x, updated(w) - w)`` with the rows ``w``
+    of the weight.
 
     Args:
         host: Layer whose weight, seen as (out, in, *kernel), is updated.
         rows: Rows of a fused layer that are updated, as ``select`` returned them; None for all.
 
     Raises:
-        TypeError: The subclass defines neither ``delta`` nor ``updated``, or the layer's type is not known.
+        TypeError: The subclass defines none of ``delta``, ``updated`` and ``updated_bias``, or the layer's type is not
+            known.
     """
 
     rows: tuple[int, int]
@@ -38,15 +40,18 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
     def __init__(self, host: nn.Module, rows: Rows | None = None) -> None:
         super().__init__()
         cls = type(self)
-        if cls.delta is WeightUpdate.delta and cls.updated is WeightUpdate.updated:
-            raise TypeError(f"{cls.__name__} must define delta() or updated(weight).")
+        self.updates_bias = cls.updated_bias is not WeightUpdate.updated_bias
+        self.updates_weight = cls.delta is not WeightUpdate.delta or cls.updated is not WeightUpdate.updated
+        if not (self.updates_bias or self.updates_weight):
+            raise TypeError(f"{cls.__name__} must define delta(), updated(weight) or updated_bias(bias).")
         self.layer = layer_of(host)
         self.weight_cache: WeightCache | None = None  # in evaluation on the CPU alone
         out, *rest = self.layer.shape(host)
         self.part, *ends = rows or ("", 0, out)
-        self.rows = (ends[0], ends[1])
+        self.rows, self.outside = (ends[0], ends[1]), (ends[0], out - ends[1])  # rows, and their number on either side
         self.shape = (ends[1] - ends[0], *rest)  # of the rows, and so of delta()
-        self.exclusive = cls.updated is not WeightUpdate.updated  # W' need not be a sum in which updates commute
+        # W' and b' need not be sums, in which updates commute.
+        self.exclusive = cls.updated is not WeightUpdate.updated or self.updates_bias
 
     def delta(self) -> Tensor:
         """Return W' - W of the rows, as (out, in, *kernel)."""
@@ -55,6 +60,10 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
     def updated(self, weight: Tensor) -> Tensor:
         """Return W' for rows W of a weight, as (out, in, *kernel)."""
         return weight + self.delta()
+
+    def updated_bias(self, bias: Tensor | None) -> Tensor:
+        """Return b' for the bias b of the rows, of shape (out,); b is None where the layer has none."""
+        raise TypeError(f"{type(self).__name__} does not change the bias.")
 
     def update(self, host: Any, x: Tensor) -> Tensor:
         """Return the difference that the update makes to the output of the rows; the bias is no part of it."""
@@ -89,15 +98,21 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
     def _forward(self, host: Any, inner: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if (product := self._fused_forward(host, inner, x)) is not None:
             return product
-        return self.post_forward(host, x, inner(x, *args, **kwargs))
+        y = inner(x, *args, **kwargs)
+        y = self.post_forward(host, x, y) if self.updates_weight else y
+        return y + self._bias_change(host).to(y.dtype) if self.updates_bias else y
+
+    def _bias_change(self, host: Any) -> Tensor:
+        bias = self.layer.bias(host)
+        change = self._whole_bias(bias) if bias is None else self._whole_bias(bias) - bias
+        return change.view(-1, *[1] * (len(self.shape) - 2))  # features, and the dimensions of a kernel behind them
 
     def post_forward(self, host: Any, x: Tensor, y: Tensor, *values: Any) -> Tensor:
         return y + self.pad_to_host_output(host, self.update(host, x)).to(y.dtype)
 
     def pad_to_host_output(self, host: Any, update: Tensor) -> Tensor:
         """Pad the output of the rows with zeros to the width of the host's output."""
-        start, stop = self.rows
-        return F.pad(update, (start, self.layer.shape(host)[0] - stop)) if self.part else update
+        return F.pad(update, self.outside) if self.part else update
 
     def _fused_forward(self, host: Any, inner: Call, x: Tensor) -> Tensor | None:
         """Return the output of the host with this adapter and the remaining ones; None unless one product is cheaper.
@@ -125,7 +140,7 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
             return []
         updates: list[WeightUpdateSpec] = []
         for adapter in adapters:
-            update = adapter.as_parametrization()
+            update = None if adapter.updates_bias else adapter.as_parametrization()
             if update is None or any(factor.dtype != host.weight.dtype for factor in update.factors):
                 return []
             updates.append(update)
@@ -145,11 +160,27 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
         return F.linear(x, weight, host.bias)
 
     def effective_weight(self, weight: Tensor) -> Tensor:
+        if not self.updates_weight:
+            return weight
         start, stop = self.rows
         return torch.cat([weight[:start], self.updated(weight[start:stop]).to(weight.dtype), weight[stop:]])
 
+    def effective_bias(self, bias: Tensor | None) -> Tensor | None:
+        return self._whole_bias(bias) if self.updates_bias else bias
+
+    def _whole_bias(self, bias: Tensor | None) -> Tensor:
+        """Return the host's bias with that of the rows updated."""
+        if bias is None:
+            return F.pad(self.updated_bias(None), self.outside)
+        start, stop = self.rows
+        return torch.cat([bias[:start], self.updated_bias(bias[start:stop]).to(bias.dtype), bias[stop:]])
+
+    @torch.no_grad()
     def merge(self, host: Any) -> None:
-        self.layer.write(host, self.updated(self._read_rows(host)).detach(), self.rows[0])
+        if self.updates_bias:
+            self.layer.write_bias(host, self._whole_bias(self.layer.bias(host)))  # first, since it may refuse
+        if self.updates_weight:
+            self.layer.write(host, self.updated(self._read_rows(host)), self.rows[0])
 
     def _read_rows(self, host: Any) -> Tensor:
         """Return the rows W of the weight of a host, in float32 or wider."""

@@ -67,4 +67,4 @@ class AddedBias(Adapter):
 
     def merge(self, host: Any) -> None:
         """Register the bias as that of the host."""
-        host.bias = nn.Parameter(self.bias.detach().to(host.weight.dtype, copy=True))
+        layer_of(host).write_bias(host, self.bias)

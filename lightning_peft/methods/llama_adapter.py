@@ -99,6 +99,7 @@ class LLaMAAdapterPrompt(Adapter):
         heads: Number of query heads.
     """
 
+    unmergeable = "no weight gives attention to a prompt"
     plot_tensors = {"gates": "gate", "tokens": "prompt"}
 
     def __init__(self, host: nn.Module, project: KeyValue, length: int, heads: int) -> None:

@@ -135,7 +135,7 @@ class LoRAAdapter(LowRankUpdate):
         super().__init__(host, scale, dropout, rows)
         out, *rest = self.shape
         self.init = init
-        self.exclusive = decompose
+        self.exclusive = decompose or self.updates_bias
         weight = self.layer.parameter(host)
         self.a, self.b = parameter_like(weight, rank, *rest), parameter_like(weight, out, rank)
         if init in FROM_WEIGHT:

@@ -1,4 +1,4 @@
-"""``LayerType`` and ``layer_of``: how each type of linear layer is applied, and how its weight is read and written.
+"""``LayerType`` and ``layer_of``: how each type of linear layer is applied, and how its weight and bias are stored.
 
 Every weight is seen as ``(out, in, *kernel)``. Add a layer by ``layer_of.register(Layer)(lambda host: ItsType())``.
 """
@@ -61,6 +61,21 @@ class LayerType(ABC):
         if type(weight) is Tensor and weight._base is None and not weight.is_inference():  # computed, and no view
             raise TypeError(f"The weight of {type(host).__name__} is computed; its layer type has to override write.")
         weight[first : first + len(rows)].copy_(rows)
+
+    @torch.no_grad()
+    def write_bias(self, host: Any, bias: Tensor) -> None:
+        """Replace the host's bias by ``bias`` of shape (out,), rounding once; a host without a bias gets one.
+
+        Raises:
+            TypeError: The host's class has no bias.
+        """
+        if (own := self.bias(host)) is not None:
+            own.copy_(bias)
+            return
+        if (name := read_bias_attribute(type(host))) not in host._parameters:
+            raise TypeError(f"{type(host).__name__} has no place for a bias; keep the adapter, or merge without it.")
+        values = bias.detach().to(self.parameter(host).dtype, copy=True)
+        setattr(host, name, nn.Parameter(values, requires_grad=False))
 
     def is_plain_matmul(self, host: Any, call: object) -> bool:
         """Return whether ``call``, the host's forward, computes x W^T + bias and nothing else."""

@@ -228,7 +228,7 @@ def test_an_update_of_any_weight_cannot_share_it_and_needs_one_definition():
             """There is nothing to fill."""
 
     net = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(TypeError, match=r"Empty must define delta\(\) or updated\(weight\)"):
+    with pytest.raises(TypeError, match=r"Empty must define delta\(\), updated\(weight\) or updated_bias"):
         Empty(net[0])
     with pytest.raises(ValueError, match="Gain at 0 rewrites the whole weight"):
         lp.inject(net, [lp.LoRA(rank=2, targets=["0"]), Careless(kind=Gain, targets=["0"])])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapter import Adapter, Call, parameter_like
-from ...structure.layer_types import layer_of, read_bias_attribute
+from ...structure.layer_types import layer_of
 from .fused_scaling import scaled_output
 
 
@@ -51,14 +51,7 @@ class BiasAndScale(Adapter):
         Raises:
             TypeError: The host's class has no bias.
         """
-        name = read_bias_attribute(type(host))
-        if name not in host._parameters:
-            raise TypeError(f"{type(host).__name__} has no place for a bias; keep the adapter, or merge without it.")
-        weight, base_bias = self.layer.read(host), self.layer.bias(host)
-        bias = self.effective_bias(base_bias)
+        self.layer.write_bias(host, self.effective_bias(self.layer.bias(host)))  # first, since it may refuse
+        weight = self.layer.read(host)
         scale = self.scale.view(-1, *[1] * (weight.dim() - 1))
         self.layer.write(host, weight.to(torch.promote_types(weight.dtype, torch.float32)) * scale)
-        if base_bias is None:
-            setattr(host, name, nn.Parameter(bias.to(weight.dtype), requires_grad=False))
-        else:
-            base_bias.copy_(bias)

@@ -22,6 +22,8 @@ from .virtual_tokens import Insertion, names_of, prepend_to_backbone, prepend_to
 
 Insert = Callable[..., Any]
 
+_UNMERGEABLE = "virtual tokens are no weight"
+
 
 @dataclass(frozen=True)
 class PromptSite:
@@ -41,7 +43,7 @@ class Prompt(BatchableModuleAdapter, TaskAdapter):
         tasks: Number of tasks.
     """
 
-    tensor_parallel_dims = {}
+    tensor_parallel_dims, unmergeable = {}, _UNMERGEABLE
     plot_tensors = {"tokens": "prompt"}
 
     def __init__(self, site: PromptSite, tasks: int) -> None:
@@ -83,7 +85,7 @@ class Prompt(BatchableModuleAdapter, TaskAdapter):
 class ExtendEncoderMask(BatchableAdapter, Adapter):
     """Lets a decoder's cross-attention see the virtual tokens in the encoder's output; has no parameters."""
 
-    tensor_parallel_dims = {}
+    tensor_parallel_dims, unmergeable = {}, _UNMERGEABLE
 
     def __init__(self, host: nn.Module, length: int) -> None:
         super().__init__()
@@ -106,7 +108,7 @@ class ExtendEncoderMask(BatchableAdapter, Adapter):
 class StripPrompt(BatchableAdapter, Adapter):
     """Removes the virtual tokens from the output of the last of several blocks; has no parameters."""
 
-    tensor_parallel_dims = {}
+    tensor_parallel_dims, unmergeable = {}, _UNMERGEABLE
     part = "end"  # with a single block, the prompt is on the same host
 
     def __init__(self, length: int) -> None:
