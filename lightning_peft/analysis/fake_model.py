@@ -21,6 +21,8 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..ops.torch_api import without_onednn
+
 Model = TypeVar("Model", bound=nn.Module)
 
 _LARGE = 2**22  # elements; larger integer tensors, like attention masks, are not computed, to save memory
@@ -54,7 +56,7 @@ def shapes_only(model: Model) -> Iterator[Model]:
             }
         fake = copy.deepcopy(model, memo)
     try:
-        with _without_cpu_kernels(), mode, _ComputeIntegers():  # type: ignore[no-untyped-call]
+        with without_onednn(), mode, _ComputeIntegers():  # type: ignore[no-untyped-call]
             yield fake
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
@@ -83,17 +85,6 @@ def _user_code_line(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     places = [f"{f.filename}:{f.lineno}" for f in frames if "torch" not in Path(f.filename).parts]
     return next((place for place in reversed(places) if not place.startswith(f"{__file__}:")), "Code")
-
-
-@contextmanager
-def _without_cpu_kernels() -> Iterator[None]:
-    """Context without oneDNN, whose LSTM does not tell what it saves; GPUs have none."""
-    before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(before)
 
 
 class _ComputeIntegers(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..ops.torch_api import storage_key
 from ..structure.roles import blocks
 from ..structure.transformers_api import without_checkpointing
 from .fake_model import fake_tensor_like, shapes_only
@@ -66,13 +67,13 @@ class _SavedTensorCounter(ExitStack):
         """Count the storage of a tensor that is saved."""
         storage = x.untyped_storage()
         self.held.append(storage)
-        self.sizes.setdefault(storage._cdata, (storage.nbytes(), self.block))
+        self.sizes.setdefault(storage_key(x), (storage.nbytes(), self.block))
         return x.detach()  # an output that its own node holds would never be freed
 
     def leave_out(self, tensors: list[Tensor]) -> None:
         """Take tensors out of the count."""
         for x in tensors:
-            self.sizes.pop(x.untyped_storage()._cdata, None)
+            self.sizes.pop(storage_key(x), None)
 
     def total(self) -> int:
         """Return all bytes."""

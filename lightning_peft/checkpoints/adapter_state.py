@@ -15,6 +15,7 @@ from ..core.adapter import Adapter
 from ..core.injection_record import get_record, require_record
 from ..core.method import Method
 from ..ops.sharded_tensors import global_shape
+from ..ops.torch_api import hooks
 from ..structure.base_model import ADAPTERS_ATTRIBUTE, base_modules
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|_forward_module)\.")
@@ -147,7 +148,7 @@ def _adapter_prefix(host_name: str, key: str) -> str:
 def drop_base(module: nn.Module, state: dict[str, Any], prefix: str = "", metadata: Any = None) -> None:
     """Delete the frozen base from a module's state; the hook by which ``state_dict()`` leaves it out."""
     record = get_record(module)
-    if record is not None and not record.shows_base and drop_base in module._state_dict_hooks.values():
+    if record is not None and not record.shows_base and drop_base in hooks(module, "state_dict").values():
         names = base_names(module)
         for key in [
             k for k in state if k.startswith(prefix) and _is_under(strip_wrapper_names(k[len(prefix) :]), names)

@@ -14,7 +14,7 @@ from ..core.adapted_module import AdaptedModule, list_base_modules, method_name,
 from ..core.adapter import Adapter, Call
 from ..core.injection_record import check_not_paused, methods_named, require_record
 from ..core.per_row import BatchableAdapter, BatchableLayerAdapter
-from ..structure.layer_types import read_weight_attribute
+from ..structure.read_weights import read_weight_attribute
 from .row_dispatch import BatchedLayerCall, BatchedModuleCall, RowAssignment
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..ops.torch_api import hooks
 from ..structure.base_model import base_parameters
 from .adapted_module import (
     AdaptedModule,
@@ -180,6 +181,6 @@ def temporary_adapters(host: Any) -> tuple[str, ...]:
 
 def _restored_fast_path(module: nn.Module) -> bool:
     """Restore torch's fast path and return whether it had been disabled."""
-    before = len(module._forward_pre_hooks)
+    before = len(hooks(module, "forward_pre"))
     restore_fast_path(module)
-    return len(module._forward_pre_hooks) < before
+    return len(hooks(module, "forward_pre")) < before

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from ..ops.torch_api import hooks, remove_hooks
 from ..structure.base_model import ADAPTERS_ATTRIBUTE
-from ..structure.layer_types import read_bias_attribute, read_weight_attribute
+from ..structure.read_weights import read_bias_attribute, read_weight_attribute
 from .adapter import Adapter, InnerCall
 
 # Modules of torch that read the weights of their children in eval mode, or pack padded input into nested tensors.
@@ -167,17 +168,15 @@ def disable_fast_path(modules: Iterable[nn.Module]) -> None:
             if module.use_nested_tensor:
                 module.use_nested_tensor = False
                 module.register_forward_pre_hook(_nested_tensor_was_on)
-        elif _noop_hook not in module._forward_pre_hooks.values():
+        elif _noop_hook not in hooks(module, "forward_pre").values():
             module.register_forward_pre_hook(_noop_hook)
 
 
 def restore_fast_path(module: nn.Module) -> None:
     """Undo ``disable_fast_path``."""
-    for number, hook in list(module._forward_pre_hooks.items()):
-        if hook is _nested_tensor_was_on:
-            module.use_nested_tensor = True  # type: ignore[assignment]
-        if hook in (_noop_hook, _nested_tensor_was_on):
-            del module._forward_pre_hooks[number]
+    remove_hooks(module, "forward_pre", _noop_hook)
+    if remove_hooks(module, "forward_pre", _nested_tensor_was_on):
+        module.use_nested_tensor = True  # type: ignore[assignment]
 
 
 def _noop_hook(module: nn.Module, args: Any) -> None:

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from ..ops.torch_api import hooks
 from ..structure.layer_types import is_called_linear
 from .adapted_module import adapters
 from .adapter import Adapter
@@ -23,7 +24,7 @@ def is_split(host: nn.Module) -> bool:
     """Return whether tensor parallelism has split a layer: its weight and, by hooks, its input and output."""
     parameters: Any = host._parameters  # no dict in scripted modules
     sharded = "weight" in parameters and isinstance(parameters["weight"], DTensor)
-    return sharded and bool(host._forward_pre_hooks) and not isinstance(host, FSDPModule)
+    return sharded and bool(hooks(host, "forward_pre")) and not isinstance(host, FSDPModule)
 
 
 def mesh_of(model: nn.Module) -> DeviceMesh | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..ops.torch_api import remove_hooks
 from ..structure.base_model import own_tensors
 
 _BACKUP = "_peft_overwritten"
@@ -77,9 +78,7 @@ def run_with_backup(host: Any, by: Callable[[], None], order: tuple[str, ...]) -
 def restore(host: Any) -> WeightBackup:
     """Restore the tensors of a host from the backup of ``run_with_backup``, which is removed and returned."""
     backup: WeightBackup = vars(host).pop(_BACKUP)
-    for number, hook in list(host._state_dict_hooks.items()):
-        if hook is _show_base:
-            del host._state_dict_hooks[number]
+    remove_hooks(host, "state_dict", _show_base)
     for name in host._parameters.keys() - set(backup.names):
         del host._parameters[name]
     for name, tensor in backup.replaced.items():
@@ -110,9 +109,7 @@ def forbid_loading(model: nn.Module) -> None:
 def allow_loading(model: nn.Module) -> None:
     """Undo ``forbid_loading``."""
     for module in model.modules():
-        hooks: Any = module._load_state_dict_pre_hooks
-        for number in [number for number, wrapped in hooks.items() if wrapped.hook is _raise_on_load]:
-            del hooks[number]
+        remove_hooks(module, "load_state_dict_pre", _raise_on_load)
 
 
 def _raise_on_load(module: nn.Module, *args: Any) -> None:

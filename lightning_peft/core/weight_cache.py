@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..ops.torch_api import write_count
+
 LIMIT = 2**30  # bytes that all layers together may keep
 
 
@@ -32,7 +34,7 @@ class WeightCache:
         Values are compared because a write through ``.data`` does not change a tensor's version; of the base, which is
         frozen, address and version are compared.
         """
-        if self.weight is None or self._base != (base.data_ptr(), base._version):
+        if self.weight is None or self._base != (base.data_ptr(), write_count(base)):
             return None
         same = len(factors) == len(self._factors) and all(map(torch.equal, self._factors, factors))
         return self.weight if same else None
@@ -42,7 +44,7 @@ class WeightCache:
         self.clear()
         if WeightCache.total + weight.nbytes <= LIMIT and not base.is_inference():
             WeightCache.total += weight.nbytes
-            self.weight, self._base = weight, (base.data_ptr(), base._version)
+            self.weight, self._base = weight, (base.data_ptr(), write_count(base))
             self._factors = [factor.detach().clone() for factor in factors]
 
     def clear(self) -> None:

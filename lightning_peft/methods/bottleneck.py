@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter, Call, has_values, parameter_like
 from ..core.method import Method, check_setting
 from ..core.per_row import BatchableLayerAdapter
-from ..structure.layer_types import read_weight_attribute
+from ..structure.read_weights import read_weight_attribute
 from ..structure.roles import ROLES
 from ..structure.selection import select_modules, select_parameters
 from .families.bottleneck_mlp import bottleneck, check_bottleneck, output_of

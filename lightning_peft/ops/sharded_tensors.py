@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from .torch_api import local_part
 
 _SHARD = "_peft_shard"
 
@@ -91,7 +92,7 @@ def sample_values(tensor: Tensor, count: int) -> Tensor:
 def _sample_dtensor(tensor: DTensor, positions: Tensor) -> Tensor:
     """Return the elements at these positions: each process contributes those that it holds."""
     local, mesh = tensor.to_local().detach(), tensor.device_mesh
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
+    shape, offset = local_part(tensor)
     values = torch.zeros(len(positions), dtype=local.dtype, device=local.device)
     coordinates = zip(mesh.get_coordinate() or [], tensor.placements, strict=True)
     if all(c == 0 for c, placement in coordinates if placement == Replicate()):  # one of several replicas counts

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ops.sharded_tensors import global_shape
+from .read_weights import read_bias_attribute, read_weight_attribute
 from .transformers_api import CONV1D
 
 
@@ -201,15 +202,3 @@ def is_called_linear(module: nn.Module) -> bool:
         return layer_of(module).maps_features
     except TypeError:
         return False
-
-
-def read_weight_attribute(cls: type[nn.Module]) -> str | None:
-    """Return the name of the weight that torch's attention reads from modules of this class without calling them."""
-    if issubclass(cls, nn.MultiheadAttention):
-        return "in_proj_weight"
-    return "weight" if issubclass(cls, nn.modules.linear.NonDynamicallyQuantizableLinear) else None
-
-
-def read_bias_attribute(cls: type[nn.Module]) -> str:
-    """Return the name of the bias that belongs to that weight."""
-    return (read_weight_attribute(cls) or "weight").replace("weight", "bias")

@@ -10,7 +10,8 @@ from torch import nn
 
 from .base_model import base_modules, matches
 from .fused_rows import fused_patterns, lacks_query
-from .layer_types import is_called_linear, layer_of, read_weight_attribute
+from .layer_types import is_called_linear, layer_of
+from .read_weights import read_weight_attribute
 
 _NAMES = {
     "attention.query": (

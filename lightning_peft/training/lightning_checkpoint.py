@@ -16,6 +16,7 @@ from ..checkpoints.adapter_state import check_state, drop_base, drop_missing_bas
 from ..checkpoints.metadata import adapter_metadata, inject_from_metadata
 from ..checkpoints.reader import CHECKPOINT_KEY
 from ..core.injection_record import get_record
+from ..ops.torch_api import hooks
 from .module_hooks import wrap_hook
 from .saved_arguments import check_saved_arguments
 
@@ -28,7 +29,7 @@ def install_checkpoint_hooks(module: pl.LightningModule, check_base: bool) -> No
     ``state_dict()`` leaves out the frozen base and loading does not ask for it. Heads, metrics and whatever is unfrozen
     later stay in. Within ``full_state_dict``, everything is in it.
     """
-    if drop_base not in module._state_dict_hooks.values():
+    if drop_base not in hooks(module, "state_dict").values():
         module.register_state_dict_post_hook(drop_base)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_post_hook(drop_missing_base_keys)  # type: ignore[no-untyped-call]
 

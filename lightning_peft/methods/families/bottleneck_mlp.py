@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ...core.method import check_setting
 from ...structure.base_model import base_modules
-from ...structure.layer_types import is_called_linear, layer_of, read_weight_attribute
+from ...structure.layer_types import is_called_linear, layer_of
+from ...structure.read_weights import read_weight_attribute
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
 Layer = tuple[Tensor, Tensor | None]  # a weight and a bias

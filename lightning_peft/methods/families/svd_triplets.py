@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors
 
 from ...core.adapter import has_values, parameter_like
+from ...ops.torch_api import flat
 from ...structure.fused_rows import Rows
 from .low_rank import LowRankUpdate
 
@@ -104,10 +104,10 @@ def observe(layers: Sequence[SVDTriplets], beta1: float, beta2: float) -> None:
     ordered = [layer for group in group_by_shape(layers) for layer in group]
     factors = [factor for layer in ordered for factor in layer.factor_tensors()]
     gradients = [torch.zeros_like(f) if f.grad is None else f.grad for f in factors]
-    sensitivities: Tensor = _flatten_dense_tensors(gradients)  # type: ignore[no-untyped-call]
+    sensitivities = flat(gradients)
     if not sensitivities.sum().isfinite():
         return  # a gradient scaler has skipped this step
-    sensitivities.mul_(_flatten_dense_tensors(factors)).abs_()  # type: ignore[no-untyped-call]
+    sensitivities.mul_(flat(factors)).abs_()
     means, spreads = as_contiguous_view(ordered, "mean"), as_contiguous_view(ordered, "spread")
     means.lerp_(sensitivities, 1 - beta1)
     spreads.lerp_(sensitivities.sub_(means).abs_(), 1 - beta2)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ...core.adapter import Adapter, Call
 from ...core.method import check_setting
 from ...core.per_row import BatchableAdapter, BatchableModuleAdapter
-from ...structure.layer_types import is_called_linear, layer_of, read_weight_attribute
+from ...structure.layer_types import is_called_linear, layer_of
+from ...structure.read_weights import read_weight_attribute
 from ...structure.selection import select_modules
 from ...structure.transformers_api import backbones, is_encoder_decoder
 from .row_tasks import TaskAdapter
@@ -21,7 +22,6 @@ from .strip_outputs import strip_virtual_tokens
 from .virtual_tokens import Insertion, names_of, prepend_to_backbone, prepend_to_blocks, prepend_to_embedded
 
 Insert = Callable[..., Any]
-
 _UNMERGEABLE = "virtual tokens are no weight"
 
 

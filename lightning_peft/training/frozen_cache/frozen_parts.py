@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ...core.adapted_module import AdaptedModule, attach, remove
 from ...core.adapter import Adapter, Call
+from ...ops.torch_api import hooks, is_compiled_in_place, write_count
 from ...structure.base_model import ADAPTERS_ATTRIBUTE
 from .use_tracing import mark_used
 
@@ -116,9 +117,9 @@ class Trunk:
     @contextlib.contextmanager
     def buffers_stay(self, name: str) -> Iterator[None]:
         """Context in which no buffer of the model may change."""
-        before = {key: (buffer, buffer._version) for key, buffer in self.model.named_buffers()}
+        before = {key: (buffer, write_count(buffer)) for key, buffer in self.model.named_buffers()}
         yield
-        changed = [key for key, (buffer, version) in before.items() if buffer._version != version]
+        changed = [key for key, (buffer, version) in before.items() if write_count(buffer) != version]
         if changed:
             raise ValueError(
                 f"cache_frozen=True needs a trunk that changes nothing, but {changed[0]} had changed when {name} "
@@ -135,7 +136,7 @@ class Trunk:
         """Raise if hooks inside these parts would not be called, as those that collect hidden states."""
         for name in names:
             for inner, module in self.frozen[name].named_modules():
-                if inner and module._forward_hooks:
+                if inner and hooks(module, "forward"):
                     raise ValueError(
                         f"{name}.{inner} has a forward hook, which is not called where cache_frozen=True skips {name}. "
                         f"Hook {name} itself, ask for no hidden states or attentions, or set cache_frozen=False."
@@ -184,7 +185,7 @@ def _check_kind(name: str, module: nn.Module) -> None:
     kinds = (FSDPModule, FullyShardedDataParallel)
     if isinstance(module, kinds) or any(isinstance(p, DTensor) for p in module._parameters.values()):
         raise TypeError(f"{name} is sharded, and cache_frozen=True works on whole models; set cache_frozen=False.")
-    if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+    if "_orig_mod" in module._modules or is_compiled_in_place(module):
         raise TypeError(f"{name} is compiled, and cache_frozen=True cuts it out; compile nothing, or do not cache.")
 
 

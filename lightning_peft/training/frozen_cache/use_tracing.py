@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+
+from ...ops.torch_api import without_torch_function
 
 OutputKey = tuple[int, int]  # number of a call of the trunk in its step, number of the tensor among what it returned
 
@@ -38,7 +39,7 @@ class UseTrackingTensor(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tracked = [x for x in tree_leaves((args, kwargs)) if isinstance(x, cls)]
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             result = func(*args, **kwargs)
         name, tensors = getattr(func, "__name__", ""), [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         if not tracked or _reads_no_values(name, tensors):
@@ -87,5 +88,5 @@ def untraced(values: Any) -> Any:
 def _untraced(x: Any) -> Any:
     if not isinstance(x, UseTrackingTensor):
         return x
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_torch_function():
         return x.as_subclass(Tensor)

@@ -1,0 +1,77 @@
+"""What the package relies on of torch beyond its documented interface; ``tests/ops/test_torch_api.py`` holds each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+HookKind = Literal["forward", "forward_pre", "state_dict", "load_state_dict_pre"]
+
+
+def hooks(module: nn.Module, kind: HookKind) -> dict[int, Callable[..., Any]]:
+    """Return the functions that are registered as hooks on a module, by the number of their registration.
+
+    The handles that registering returns are no substitute: hooks are copied and pickled with a module, handles are not.
+    """
+    registered = getattr(module, f"_{kind}_hooks")
+    return {number: getattr(hook, "hook", hook) for number, hook in registered.items()}
+
+
+def remove_hooks(module: nn.Module, kind: HookKind, function: Callable[..., Any]) -> bool:
+    """Remove a function from the hooks of a module; return whether it was one."""
+    numbers = [number for number, hook in hooks(module, kind).items() if hook is function]
+    for number in numbers:
+        del getattr(module, f"_{kind}_hooks")[number]
+    return bool(numbers)
+
+
+def write_count(tensor: Tensor) -> int:
+    """Return a number that each write into a tensor raises; writes through ``.data`` do not."""
+    return tensor._version
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Return a number that tensors on one storage share, those without values included."""
+    key: int = tensor.untyped_storage()._cdata
+    return key
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Return all values of tensors in one vector: a copy, or the tensor itself if there is one alone."""
+    result: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    return result
+
+
+def local_part(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shape of the part of a sharded tensor that this process has, and where it begins."""
+    shape, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(shape), tuple(offsets)
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Return whether ``module.compile()`` was called."""
+    return module._compiled_call_impl is not None
+
+
+def without_torch_function() -> AbstractContextManager[None]:
+    """Context in which ``__torch_function__`` of subclasses of ``Tensor`` is not called."""
+    context: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
+    return context
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Context without the kernels of oneDNN, whose LSTM does not tell what it saves for backward."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)

@@ -1,0 +1,127 @@
+"""What is relied on of torch beyond its documented interface; each test says what breaks where one fails."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+from lightning_peft.ops import torch_api as api
+
+REGISTER = {
+    "forward": nn.Module.register_forward_hook,
+    "forward_pre": nn.Module.register_forward_pre_hook,
+    "state_dict": nn.Module.register_state_dict_post_hook,
+    "load_state_dict_pre": nn.Module.register_load_state_dict_pre_hook,
+}
+
+
+def hook(*args):
+    return None
+
+
+@pytest.mark.parametrize("kind", REGISTER)
+def test_hooks_are_found_in_a_module_and_its_copies_and_can_be_removed(kind):
+    """Else merged models load silently, checkpoints hold the base, or torch's fast path stays off."""
+    module = nn.Linear(2, 2)
+    REGISTER[kind](module, hook)
+    twin, loaded = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+    for each in (module, twin, loaded):
+        assert list(api.hooks(each, kind).values()) == [hook]
+        assert api.remove_hooks(each, kind, hook)
+        assert not api.hooks(each, kind)
+        assert not api.remove_hooks(each, kind, hook)
+
+
+def test_each_write_raises_the_count_and_reading_does_not():
+    """Else a cached weight, or a cached trunk, is used after it has changed."""
+    x = torch.zeros(3)
+    before = api.write_count(x)
+    x.sum()
+    assert api.write_count(x) == before
+    x.add_(1)
+    x[0] = 2
+    assert api.write_count(x) > before
+    with torch.no_grad():
+        after = api.write_count(x)
+        x.copy_(torch.ones(3))
+    assert api.write_count(x) > after
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_views_share_a_storage_and_other_tensors_do_not(fake):
+    """Else the memory planner counts a tensor that is saved twice as two."""
+    with FakeTensorMode() if fake else torch.no_grad():
+        x, y = torch.zeros(4, 2), torch.zeros(4, 2)
+        assert api.storage_key(x) == api.storage_key(x[1:].T)
+        assert api.storage_key(x) != api.storage_key(y)
+
+
+def test_values_of_tensors_are_joined_in_order():
+    """Else AdaLoRA ranks triplets by the sensitivities of others."""
+    assert api.flat([torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([5.0])]).tolist() == [1, 2, 3, 4, 5]
+
+
+def test_a_process_knows_the_part_of_a_sharded_tensor_that_it_has(tmp_path):
+    """Else fingerprints of sharded bases differ from those of whole ones."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        sharded = distribute_tensor(torch.arange(6.0).view(3, 2), init_device_mesh("cpu", (1,)), [Shard(0)])
+        assert api.local_part(sharded) == ((3, 2), (0, 0))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_compiling_a_module_in_place_is_seen():
+    """Else the frozen cache cuts a part out of compiled code, which goes on to call it."""
+    module = nn.Linear(2, 2)
+    assert not api.is_compiled_in_place(module)
+    module.compile()
+    assert api.is_compiled_in_place(module)
+
+
+def test_subclasses_of_tensors_are_computed_as_plain_ones():
+    """Else tracing how a batch is used never ends."""
+
+    class Counting(torch.Tensor):
+        calls = 0
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            cls.calls += 1
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    x = torch.ones(2).as_subclass(Counting)
+    Counting.calls = 0
+    with api.without_torch_function():
+        assert type(x + 1) is torch.Tensor
+    assert Counting.calls == 0
+
+
+def test_onednn_is_off_inside_and_as_before_outside():
+    """Else the memory planner misses what an LSTM saves for backward."""
+    before = torch._C._get_mkldnn_enabled()
+    with api.without_onednn():
+        assert not torch._C._get_mkldnn_enabled()
+    assert torch._C._get_mkldnn_enabled() == before
+
+
+def test_torchs_attention_reads_the_weights_that_are_taken_to_be_read():
+    """Else adapters on torch's attention are refused, or do nothing."""
+    from lightning_peft.structure.read_weights import read_bias_attribute, read_weight_attribute
+
+    attention = nn.MultiheadAttention(4, 2)
+    for module in (attention, attention.out_proj):
+        assert isinstance(getattr(module, read_weight_attribute(type(module))), nn.Parameter)
+        assert isinstance(getattr(module, read_bias_attribute(type(module))), nn.Parameter)
+    called = []
+    attention.out_proj.register_forward_hook(lambda *args: called.append(1))
+    x = torch.randn(3, 1, 4)
+    before = attention(x, x, x)[0]
+    nn.init.zeros_(attention.out_proj.weight)
+    assert not torch.equal(attention(x, x, x)[0], before)
+    assert called == []
