@@ -67,16 +67,15 @@ class LayerType(ABC):
     def write_bias(self, host: Any, bias: Tensor) -> None:
         """Replace the host's bias by ``bias`` of shape (out,), rounding once; a host without a bias gets one.
 
-        Raises:
-            TypeError: The host's class has no bias.
+        Raises a ``TypeError`` if the host's class has no bias.
         """
-        if (own := self.bias(host)) is not None:
-            own.copy_(bias)
-            return
         if (name := read_bias_attribute(type(host))) not in host._parameters:
             raise TypeError(f"{type(host).__name__} has no place for a bias; keep the adapter, or merge without it.")
-        values = bias.detach().to(self.parameter(host).dtype, copy=True)
-        setattr(host, name, nn.Parameter(values, requires_grad=False))
+        if (own := self.bias(host)) is None:
+            values = bias.detach().to(self.parameter(host).dtype, copy=True)
+            setattr(host, name, nn.Parameter(values, requires_grad=False))
+        else:
+            own.copy_(bias)
 
     def is_plain_matmul(self, host: Any, call: object) -> bool:
         """Return whether ``call``, the host's forward, computes x W^T + bias and nothing else."""
@@ -123,9 +122,6 @@ class ReadLinearType(LinearType):
     """``in_proj_weight`` of torch's attention, and ``out_proj``, whose weight it reads without calling the layer."""
 
     weight_read_by_parent, maps_features = True, False
-
-    def is_plain_matmul(self, host: Any, call: object) -> bool:
-        return False
 
     def bias(self, host: Any) -> nn.Parameter | None:
         return cast("nn.Parameter | None", host._parameters[read_bias_attribute(type(host))])

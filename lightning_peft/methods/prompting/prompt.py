@@ -22,7 +22,6 @@ from .strip_outputs import strip_virtual_tokens
 from .virtual_tokens import Insertion, names_of, prepend_to_backbone, prepend_to_blocks, prepend_to_embedded
 
 Insert = Callable[..., Any]
-_UNMERGEABLE = "virtual tokens are no weight"
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Prompt(BatchableModuleAdapter, TaskAdapter):
         tasks: Number of tasks.
     """
 
-    tensor_parallel_dims, unmergeable = {}, _UNMERGEABLE
+    tensor_parallel_dims, unmergeable = {}, "virtual tokens are no weight"
     plot_tensors = {"tokens": "prompt"}
 
     def __init__(self, site: PromptSite, tasks: int) -> None:
@@ -85,7 +84,7 @@ class Prompt(BatchableModuleAdapter, TaskAdapter):
 class ExtendEncoderMask(BatchableAdapter, Adapter):
     """Lets a decoder's cross-attention see the virtual tokens in the encoder's output; has no parameters."""
 
-    tensor_parallel_dims, unmergeable = {}, _UNMERGEABLE
+    tensor_parallel_dims = {}
 
     def __init__(self, host: nn.Module, length: int) -> None:
         super().__init__()
@@ -108,8 +107,7 @@ class ExtendEncoderMask(BatchableAdapter, Adapter):
 class StripPrompt(BatchableAdapter, Adapter):
     """Removes the virtual tokens from the output of the last of several blocks; has no parameters."""
 
-    tensor_parallel_dims, unmergeable = {}, _UNMERGEABLE
-    part = "end"  # with a single block, the prompt is on the same host
+    tensor_parallel_dims, part = {}, "end"  # with a single block, the prompt is on the same host
 
     def __init__(self, length: int) -> None:
         super().__init__()
