@@ -9,7 +9,9 @@ import traceback
 import torch
 import torch.multiprocessing as mp
 
-START = mp.get_context("spawn")
+# A server forks the processes after it has imported, once, what they would import.
+START = mp.get_context("forkserver")
+START.set_forkserver_preload(["transformers", "lightning.pytorch", "lightning_peft", "parallel_laws"])
 
 
 def together(function, *args, count=2, seconds=300):
