@@ -74,6 +74,7 @@ def test_each_method_is_right_on_the_example_of_a_layer_type(name, example, monk
     dense = example(LAYER)
     monkeypatch.setitem(test_weight_updates.LAYERS, "dense", (lambda: dense.Dense(32, 64), (40, 32), "layer"))
     test_weight_updates.test_values_and_gradients_are_those_of_the_updated_weight(name, "dense", "float32")
+    test_weight_updates.test_rows_that_are_written_are_those_that_are_read_and_the_others_stay("dense")
 
 
 @needs("transformers")

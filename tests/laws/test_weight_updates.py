@@ -156,6 +156,17 @@ def test_values_and_gradients_are_those_of_the_updated_weight(name, layer, dtype
     assert max(differences) < tolerance
 
 
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if "quantized" not in layer])  # which writing refuses
+def test_rows_that_are_written_are_those_that_are_read_and_the_others_stay(layer):
+    torch.manual_seed(0)
+    host = LAYERS[layer][0]()
+    layer_type = layer_of(host)
+    before = layer_type.read(host).detach().clone()
+    rows = torch.randn(3, *before.shape[1:])
+    layer_type.write(host, rows, 2)
+    torch.testing.assert_close(layer_type.read(host).detach(), torch.cat([before[:2], rows, before[5:]]))
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("inputs", [False, True], ids=["outputs", "inputs"])
 @pytest.mark.parametrize("layer", LAYERS)
