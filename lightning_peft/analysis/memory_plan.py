@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..checkpoints.adapter_state import adapter_state
 from ..core.adapted_module import adapters
 from ..structure.base_model import base_parameters
-from ..structure.layer_types import layer_of
+from ..structure.layer_of import layer_of
 from ..structure.quantized import is_quantized
 from ..structure.roles import blocks
 from .saved_activations import saved_bytes

@@ -10,7 +10,8 @@ Everything that a method outside of this package needs is exported here; other m
 """
 
 from ..structure.fused_rows import Rows
-from ..structure.layer_types import LayerType, LinearType, layer_of
+from ..structure.layer_of import layer_of
+from ..structure.layer_types import LayerType, LinearType
 from ..structure.selection import Target, select, select_modules, select_parameters
 from .adapter import Adapter, InnerCall, parameter_like
 from .method import Method, check_setting

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..structure.base_model import ADAPTERS_ATTRIBUTE, matches
+from ..structure.base_model import ADAPTERS_ATTRIBUTE, computed_from, matches
 from ..structure.fused_rows import requested_rows
-from ..structure.layer_types import layer_of
+from ..structure.layer_of import layer_of
 from ..structure.quantized import is_quantized
 from ..structure.roles import ROLES, WEIGHT_ROLES
 from ..structure.selection import Selection
@@ -47,6 +47,12 @@ def check_host(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
     if isinstance(host, nn.modules.linear.NonDynamicallyQuantizableLinear) and not _shows_weight(adapter):
         raise TypeError(
             f"{name} belongs to nn.MultiheadAttention, which reads its weight and never calls it; target other layers."
+        )
+    if type(adapter).merge is not Adapter.merge and (sources := computed_from(host)):
+        raise TypeError(
+            f"{name} computes its weight from {', '.join(sources)} in each call, so that nothing could be merged into "
+            f"it. Remove that first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, "
+            f"remove_spectral_norm or prune.remove), or target other layers."
         )
     if isinstance(host, nn.MultiheadAttention) and _breaks_fast_path(host, adapter):
         raise TypeError(

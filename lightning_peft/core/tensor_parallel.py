@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from ..ops.torch_api import hooks
-from ..structure.layer_types import is_called_linear
+from ..structure.layer_of import is_called_linear
 from .adapted_module import adapters
 from .adapter import Adapter
 

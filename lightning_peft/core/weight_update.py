@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.fused_linear import WeightUpdateSpec, rebuilding_is_cheaper, updated_linear, updated_weight
 from ..structure.fused_rows import Rows
-from ..structure.layer_types import layer_of
+from ..structure.layer_of import layer_of
 from .adapter import Adapter, Call, InnerCall
 from .per_row import BatchableLayerAdapter
 from .weight_cache import WeightCache

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..methods import AdaLoRA
 from ..methods.families.svd_triplets import SVDTriplets
 from ..ops.sharded_tensors import full_tensor
-from ..structure.layer_types import LinearType, TransposedLinearType, layer_of
+from ..structure.layer_of import layer_of
+from ..structure.layer_types import LinearType, TransposedLinearType
 from . import targets
 from .module_names import exact_globs, join_names
 from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_not_torch_attention, check_supported

@@ -11,7 +11,8 @@ import torch
 from ..methods import IA3
 from ..methods.ia3 import Scaling
 from ..ops.sharded_tensors import full_tensor
-from ..structure.layer_types import TransposedLinearType, layer_of
+from ..structure.layer_of import layer_of
+from ..structure.layer_types import TransposedLinearType
 from . import targets
 from .module_names import exact_globs, join_names
 from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_not_torch_attention

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..methods import KronA
 from ..methods.krona import KronAUpdate
 from ..ops.sharded_tensors import full_tensor
-from ..structure.layer_types import layer_of
+from ..structure.layer_of import layer_of
 from . import targets
 from .loha import check_host_type
 from .lora import alpha_for_scale

@@ -14,7 +14,8 @@ from ..methods import LoRA
 from ..methods.families.low_rank import FROM_WEIGHT
 from ..methods.lora import LoRAAdapter
 from ..ops.sharded_tensors import full_tensor
-from ..structure.layer_types import TransposedLinearType, layer_of
+from ..structure.layer_of import layer_of
+from ..structure.layer_types import TransposedLinearType
 from . import targets
 from .module_names import exact_globs, join_names, longest_first
 from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_not_torch_attention, check_supported

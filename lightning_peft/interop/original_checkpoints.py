@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..methods import IA3
 from ..structure.fused_rows import fused_rows, is_fused
-from ..structure.layer_types import layer_of
+from ..structure.layer_of import layer_of
 from .compatibility import check_module_names
 from .load_imported import inject_and_load
 from .lora import alpha_for_scale, lora_from_factors

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter, Call, parameter_like
 from ..core.method import Method
 from ..structure.base_model import base_parameters
-from ..structure.layer_types import is_called_linear, layer_of
+from ..structure.layer_of import is_called_linear, layer_of
 from ..structure.selection import select_modules, select_parameters
 
 

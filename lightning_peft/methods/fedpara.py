@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.method import Method, check_setting
-from ..structure.layer_types import layer_of
+from ..structure.layer_of import layer_of
 from ..structure.selection import select
 from .families.hadamard import HadamardUpdate
 

@@ -17,7 +17,7 @@ from ..core.method import Method, check_setting
 from ..core.per_row import BatchableLayerAdapter
 from ..structure.base_model import matches
 from ..structure.fused_rows import Rows
-from ..structure.layer_types import layer_of
+from ..structure.layer_of import layer_of
 from ..structure.roles import linear_branch
 from ..structure.selection import select, select_modules
 from .families.fused_scaling import scaled_input, scaled_output

@@ -17,7 +17,7 @@ from ..core.weight_update import WeightUpdate
 from ..ops.fused_linear import WeightUpdateSpec
 from ..ops.parametrizations import KroneckerParametrization
 from ..structure.fused_rows import Rows
-from ..structure.layer_types import layer_of
+from ..structure.layer_of import layer_of
 from ..structure.selection import select
 from .families.kronecker import check_kronecker, shape_of_a, start_factors, times_kronecker
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..structure.layer_types import layer_of
+from ..structure.layer_of import layer_of
 from ..structure.quantized_linear import Int8Linear, NF4Linear
 from ..structure.torchao_api import StoredNF4
 from .nf4 import BLOCK

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..structure.bitsandbytes_api import make_linear_4bit
-from ..structure.layer_types import layer_of
+from ..structure.layer_of import layer_of
 from ..structure.quantized_linear import NF4Linear
 from ..structure.torchao_api import to_nf4
 

@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor
 from ..core.adapted_module import adapters
 from ..core.injection_record import get_record
 from ..structure.base_model import count_owners
-from ..structure.layer_types import TransposedLinearType, is_called_linear, layer_of
+from ..structure.layer_of import is_called_linear, layer_of
+from ..structure.layer_types import TransposedLinearType
 from ..structure.quantized import QuantizedType
 from ..structure.selection import select_modules
 

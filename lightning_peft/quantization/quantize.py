@@ -18,7 +18,8 @@ from ..core.adapted_module import AdaptedModule, adapted_class
 from ..core.fingerprint import sample
 from ..core.weight_update import WeightUpdate
 from ..structure.bitsandbytes_api import forget_state
-from ..structure.layer_types import TransposedLinearType, layer_of
+from ..structure.layer_of import layer_of
+from ..structure.layer_types import TransposedLinearType
 from ..structure.quantized import (
     Original,
     is_quantized,

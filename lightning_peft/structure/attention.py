@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..ops.multi_head_attention import multi_head_attention
 from .fused_rows import fused_rows, is_fused
-from .layer_types import layer_of
+from .layer_of import layer_of
 from .roles import ROLES
 from .transformers_api import attention_heads, attention_implementation
 

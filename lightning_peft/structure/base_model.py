@@ -7,7 +7,7 @@ from collections import Counter
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 ADAPTERS_ATTRIBUTE = "peft"  # the child of an adapted module below which its adapters live; never part of the base
 
@@ -39,6 +39,16 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def own_tensors(module: nn.Module) -> dict[str, Any]:
     """Return the parameters and buffers registered on the module itself, not on its children; empty ones are None."""
     return {**module._parameters, **module._buffers}
+
+
+def computed_from(host: nn.Module) -> list[str]:
+    """Return the names of the parameters from which a layer computes its weight in each call; empty if it stores it.
+
+    ``torch.nn.utils.parametrizations``, ``weight_norm``, ``spectral_norm`` and ``prune`` make layers compute it.
+    """
+    if "weight" in own_tensors(host) or not isinstance(getattr(host, "weight", None), Tensor):
+        return []
+    return [name for name, _ in host.named_parameters() if "weight" in name]
 
 
 def count_owners(model: nn.Module) -> Counter[int]:

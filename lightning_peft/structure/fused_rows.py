@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .base_model import matches
-from .layer_types import layer_of
+from .layer_of import layer_of
 from .read_weights import read_weight_attribute
 
 _FUSED = ("c_attn", "attn.qkv", "qkv_proj")  # query, key and value in one weight, one below the other

@@ -1,11 +1,10 @@
-"""``LayerType`` and ``layer_of``: how each type of linear layer is applied, and how its weight and bias are stored.
+"""``LayerType``: how each type of linear layer is applied, and how its weight and bias are stored.
 
-Every weight is seen as ``(out, in, *kernel)``. Add a layer by ``layer_of.register(Layer)(lambda host: ItsType())``.
+Every weight is seen as ``(out, in, *kernel)``. ``layer_of`` returns the type of a layer.
 """
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from typing import Any, cast
 
@@ -16,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ops.sharded_tensors import global_shape
 from .read_weights import read_bias_attribute, read_weight_attribute
-from .transformers_api import CONV1D
+
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)  # types of weights that are neither sharded nor quantized
 
 
 class LayerType(ABC):
@@ -142,6 +142,16 @@ class EmbeddingType(_StoredTransposedType):
         return F.embedding(x, weight.T, host.padding_idx)
 
 
+class ScaledEmbeddingType(EmbeddingType):
+    """An ``nn.Embedding`` whose output is multiplied by a number, as in Gemma 3 and BART."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def apply(self, host: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return super().apply(host, x, weight) * self.scale
+
+
 class ConvType(LayerType):
     """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``, with a weight (out, in / groups, *kernel)."""
 
@@ -154,47 +164,3 @@ class ConvType(LayerType):
 
     def factorizes(self, host: Any) -> bool:
         return bool(host.groups == 1)
-
-
-@functools.singledispatch
-def layer_of(host: nn.Module) -> LayerType:
-    """Return the ``LayerType`` of a layer; raise a ``TypeError`` if the layer is of no known type."""
-    if (layer_type := _foreign(host)) is not None:
-        return layer_type
-    raise TypeError(
-        f"{type(host).__name__} is no known linear layer (nn.Linear, nn.Conv1d/2d/3d, nn.Embedding, transformers' "
-        f"Conv1D). Choose other targets, or teach it with lightning_peft.core.layer_of.register."
-    )
-
-
-_PLAIN = (Tensor, nn.Parameter, FakeTensor)  # types of weights that are neither sharded nor quantized
-_LINEAR, _READ, _EMBEDDING, _CONV = LinearType(), ReadLinearType(), EmbeddingType(), ConvType()
-FOREIGN: dict[str, LayerType] = {CONV1D: TransposedLinearType()}  # by class name of the layer, or of its weight
-
-
-def _foreign(host: nn.Module) -> LayerType | None:
-    """Return the type of another library's layer, known by the class of the layer or of its weight."""
-    classes: Any = type(host), type(host._parameters.get("weight"))
-    return _foreign_by_class(*classes)
-
-
-@functools.cache
-def _foreign_by_class(*classes: Any) -> LayerType | None:
-    found = (FOREIGN.get(f"{cls.__module__}.{cls.__qualname__}") for leaf in classes for cls in leaf.__mro__)
-    return next(filter(None, found), None)
-
-
-layer_of.register(nn.Linear)(lambda host: _foreign(host) or _LINEAR)
-layer_of.register(nn.Embedding)(lambda host: _EMBEDDING)
-for _conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-    layer_of.register(_conv)(lambda host: _CONV)
-for _read in (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear):
-    layer_of.register(_read)(lambda host: _READ)
-
-
-def is_called_linear(module: nn.Module) -> bool:
-    """Return whether a call of the module maps features linearly, unlike embeddings and torch's ``out_proj``."""
-    try:
-        return layer_of(module).maps_features
-    except TypeError:
-        return False

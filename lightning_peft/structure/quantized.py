@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from . import bitsandbytes_api, torchao_api
-from .layer_types import FOREIGN, LinearType, is_called_linear, layer_of
+from .layer_of import FOREIGN, is_called_linear, layer_of
+from .layer_types import LinearType
 from .quantized_linear import QuantizedLinear
 
 _ORIGINAL = "_peft_original"  # attribute of a layer that ``quantize`` changed

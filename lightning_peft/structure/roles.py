@@ -10,7 +10,7 @@ from torch import nn
 
 from .base_model import base_modules, matches
 from .fused_rows import fused_patterns, lacks_query
-from .layer_types import is_called_linear, layer_of
+from .layer_of import is_called_linear, layer_of
 from .read_weights import read_weight_attribute
 
 _NAMES = {

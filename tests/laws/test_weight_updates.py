@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.structure.layer_types import layer_of
+from lightning_peft.structure.layer_of import layer_of
 
 TARGETS = {"targets": ["layer"]}
 METHODS = {

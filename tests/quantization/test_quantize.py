@@ -18,7 +18,7 @@ import lightning_peft as lp
 from lightning_peft.checkpoints.adapter_state import drop_base, drop_missing_base_keys
 from lightning_peft.core.fingerprint import fingerprint
 from lightning_peft.quantization import nf4
-from lightning_peft.structure.layer_types import layer_of
+from lightning_peft.structure.layer_of import layer_of
 from lightning_peft.structure.quantized import QuantizedType
 from lightning_peft.structure.quantized_linear import Int8Linear
 from lightning_peft.structure.selection import select_modules

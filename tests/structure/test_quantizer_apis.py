@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_peft.quantization.nf4 import store
 from lightning_peft.structure import bitsandbytes_api, torchao_api
-from lightning_peft.structure.layer_types import layer_of
+from lightning_peft.structure.layer_of import layer_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # both speak of kernels for other devices when they are imported
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapter import Adapter, Call, parameter_like
-from ...structure.layer_types import layer_of
+from ...structure.layer_of import layer_of
 from .fused_scaling import scaled_output
 
 

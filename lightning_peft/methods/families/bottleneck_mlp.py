@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...core.method import check_setting
 from ...structure.base_model import base_modules
-from ...structure.layer_types import is_called_linear, layer_of
+from ...structure.layer_of import is_called_linear, layer_of
 from ...structure.read_weights import read_weight_attribute
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
@@ -46,8 +46,15 @@ def output_of(host: nn.Module, name: str) -> tuple[int, Tensor]:
         ValueError: The module contains no linear layer.
     """
     modules = [host, *base_modules(host).values()]
-    linear = [m for m in modules if is_called_linear(m) or read_weight_attribute(type(m)) == "weight"]
+    linear = [m for m in modules if isinstance(m, nn.Linear) or is_called_linear(m) or _is_read(m)]
     if not linear:
         raise ValueError(f"{name} ({type(host).__name__}) holds no linear layer, which would tell its width.")
-    layer = layer_of(linear[-1])
-    return layer.shape(linear[-1])[0], layer.parameter(linear[-1])
+    last = linear[-1]
+    if isinstance(last, nn.Linear):  # whatever a subclass does with its features
+        return last.out_features, last.weight
+    layer = layer_of(last)
+    return layer.shape(last)[0], layer.parameter(last)
+
+
+def _is_read(module: nn.Module) -> bool:
+    return read_weight_attribute(type(module)) == "weight"

@@ -15,7 +15,8 @@ from ...core.weight_update import WeightUpdate
 from ...ops.fused_linear import WeightUpdateSpec, dropped_low_rank
 from ...ops.parametrizations import LowRankParametrization
 from ...structure.fused_rows import Rows
-from ...structure.layer_types import LinearType, layer_of
+from ...structure.layer_of import layer_of
+from ...structure.layer_types import LinearType
 
 
 def check_low_rank(name: str, host: nn.Module, rank: int, dropout: float, field: str = "rank") -> None:

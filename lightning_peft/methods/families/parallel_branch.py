@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...core.adapter import Adapter, Call
 from ...core.per_row import BatchableLayerAdapter
 from ...structure.base_model import base_modules
-from ...structure.layer_types import is_called_linear, layer_of
+from ...structure.layer_of import is_called_linear, layer_of
 from ...structure.selection import select_modules
 
 FEEDFORWARD = "feedforward"  # the pairs of feedforward.up and feedforward.down that make a block

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...core.adapter import Adapter, Call
 from ...core.method import check_setting
 from ...core.per_row import BatchableAdapter, BatchableModuleAdapter
-from ...structure.layer_types import is_called_linear, layer_of
+from ...structure.layer_of import is_called_linear, layer_of
 from ...structure.read_weights import read_weight_attribute
 from ...structure.selection import select_modules
 from ...structure.transformers_api import backbones, is_encoder_decoder
