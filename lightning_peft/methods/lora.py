@@ -18,8 +18,7 @@ from ..ops.parametrizations import DoRAParametrization, LowRankParametrization, 
 from ..ops.sharded_tensors import full_tensor
 from ..structure.base_model import matches
 from ..structure.fused_rows import Rows
-from ..structure.selection import select
-from .families.low_rank import FROM_WEIGHT, RANDOM, LowRankUpdate, check_low_rank
+from .families.low_rank import FROM_WEIGHT, RANDOM, LowRankUpdate, check_low_rank, without_narrow
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 
@@ -76,13 +75,13 @@ class LoRA(Method):
         check_setting(self.init in get_args(Init), "init", self.init, f"one of {', '.join(get_args(Init))}")
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, LoRAAdapter]]:
-        selected = select(model, self.targets, self.exclude)
+        selected = without_narrow(model, self.targets, self.exclude, self._rank)
         for field in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, field):
                 matched = any(matches(target.name, pattern) for target in selected)
                 check_setting(matched, field, pattern, f"a glob of a target, like {selected[0].name}")
         for name, host, rows in selected:
-            rank = next((r for p, r in self.rank_pattern.items() if matches(name, p)), self.rank)
+            rank = self._rank(name)
             check_low_rank(name, host, rank, self.dropout)
             scale = self._scale(name, rank)
             yield name, LoRAAdapter(host, rank, scale, self.dropout, rows, self.init, self.decompose)
@@ -92,6 +91,9 @@ class LoRA(Method):
         if self.init in FROM_WEIGHT:
             a, b = torch.cat([a, packed["a0"].flatten(1)]), torch.cat([b, -packed["b0"]], 1)
         return a, b * scale
+
+    def _rank(self, host: str) -> int:
+        return next((rank for pattern, rank in self.rank_pattern.items() if matches(host, pattern)), self.rank)
 
     def _scale(self, host: str, rank: int) -> float:
         alpha = next((a for p, a in self.alpha_pattern.items() if matches(host, p)), self.alpha)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -142,8 +143,13 @@ def _named(role: str) -> Callable[[nn.Module], Iterable[str]]:
 
 def _all_linear(model: nn.Module) -> list[str]:
     """Return the names of the linear layers of the blocks; without blocks, of all but the last linear layer."""
-    linear = [n for n, m in base_modules(model).items() if is_called_linear(m) or read_weight_attribute(type(m))]
+    modules = base_modules(model)
+    linear = [n for n, m in modules.items() if is_called_linear(m) or read_weight_attribute(type(m))]
     inside = tuple(f"{name}." for name in blocks(model))
+    subclasses = [n for n, m in modules.items() if isinstance(m, nn.Linear) and n.startswith(inside)]
+    if others := [name for name in subclasses if name not in linear]:
+        described = ", ".join(f"{name} ({type(modules[name]).__name__})" for name in others[:5])
+        warnings.warn(f"all-linear leaves out {len(others)} layers that are not linear: {described}.", stacklevel=2)
     return [n for n in linear if f"{n}.".startswith(inside)] if inside else linear[:-1]
 
 
