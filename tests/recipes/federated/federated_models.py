@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule
@@ -21,7 +22,7 @@ FEATURES, CLASSES = 6, 3
 
 
 class Points(LightningModule):
-    """Classifies points; a row's trouble is nan, raise or die.
+    """Classifies points; a row's trouble is nan, raise or the path of a file that counts how often its process died.
 
     Args:
         rate: Learning rate.
@@ -43,8 +44,8 @@ class Points(LightningModule):
         trouble = set(batch["trouble"])
         if "raise" in trouble:
             raise ValueError("no training\ntoday")
-        if "die" in trouble:
-            os.kill(os.getpid(), signal.SIGKILL)
+        for path in map(Path, trouble - {"no", "nan", "raise"}):
+            die(path)
         return loss * float("nan") if "nan" in trouble else loss
 
     def validation_step(self, batch, index):
@@ -56,6 +57,15 @@ class Points(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.rate)
+
+
+def die(count):
+    """Kill this process, if it did not die twice before, which is as often as ray tries."""
+    with count.open("a+b") as file:
+        if file.tell() < 2:
+            file.write(b".")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class PointsData(TableDataModule):
@@ -113,13 +123,14 @@ class Wire:
     """Takes messages to clients in this process, and keeps them all.
 
     Args:
-        federation: Settings of the federation.
+        app: The clients' app.
+        count: Number of clients.
         change: What becomes of replies: gets client and reply, returns a reply, or None where it is lost.
     """
 
-    def __init__(self, federation, change=lambda client, reply: reply) -> None:
-        self.app, self.change = client_app(federation), change
-        self.count, self.asked, self.replies = federation.partition.count, [], []
+    def __init__(self, app, count, change=lambda client, reply: reply) -> None:
+        self.app, self.count, self.change = app, count, change
+        self.asked, self.replies = [], []
 
     def get_node_ids(self):
         return [1000 - client for client in range(self.count)]  # in no order that anybody may rely on
@@ -157,6 +168,7 @@ def run(federation, rounds=2, change=lambda client, reply: reply, strategy=None,
     from flwr.serverapp.strategy import FedAvg
 
     outside_of_flower()
-    server, wire = Server(federation, strategy or FedAvg, rounds, **settings), Wire(federation, change)
+    server = Server(federation, strategy or FedAvg, rounds, **settings)
+    wire = Wire(client_app(federation), federation.partition.count, change)
     server.run(wire)
     return server, wire

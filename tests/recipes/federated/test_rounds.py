@@ -18,7 +18,7 @@ from federated_models import Points, points, run
 from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM
 
-from lightning_peft.recipes.federated import Dirichlet, Server
+from lightning_peft.recipes.federated import Dirichlet, Server, client_app
 from lightning_peft.recipes.federated.engine import flower
 from lightning_peft.recipes.federated.history import means, restore_strategy, strategy_state
 from lightning_peft.recipes.federated.local_model import ClientModel
@@ -342,7 +342,7 @@ def test_a_client_with_another_model_is_refused(tmp_path):
     server = Server(points(tmp_path), FedAvg, 1, failed_rounds=1)
     other = points(tmp_path, method=lp.FedPara(rank=1, personalized=True, targets=["body"]))
     with pytest.raises(RuntimeError, match="The server has another model: methods was"):
-        server.run(Wire(other))
+        server.run(Wire(client_app(other), 3))
 
 
 def test_clients_that_never_come_are_named(tmp_path):
