@@ -158,16 +158,16 @@ def state(module):
     return {name: whole(tensor).clone() for name, tensor in found.items()}
 
 
-def resumed(case, strategy, folder, **settings):
+def resumed(case, strategy, folder, *callbacks, **settings):
     """Return the names of what differs in a single bit between a run and its continuation from the middle.
 
-    ``folder`` is empty and the same in all processes.
+    ``folder`` is empty and the same in all processes; callbacks take part in both runs.
     """
     saves = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-    expected = state(fit(case, strategy, saves, **settings))
+    expected = state(fit(case, strategy, saves, *callbacks, **settings))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Checkpoint directory|.*ckpt_path")
-        found = state(fit(case, strategy, path=folder / "epoch=0.ckpt", **settings))
+        found = state(fit(case, strategy, *callbacks, path=folder / "epoch=0.ckpt", **settings))
     assert found.keys() == expected.keys()
     return [name for name, value in expected.items() if not torch.equal(found[name], value)]
 
