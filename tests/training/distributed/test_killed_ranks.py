@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from cli_models import Net, Numbers
+from processes import together
+
+from lightning_peft.cli.main import main
 
 EPOCHS = 40
 
@@ -30,7 +33,7 @@ class Shuffled(Numbers):
         return torch.utils.data.DataLoader(self.loader().dataset, 4, shuffle=True)
 
 
-def command(folder, strategy, *more):
+def arguments(folder, strategy, *more):
     words = ["fit", "--model", "test_killed_ranks.SlowNet", "--data", "test_killed_ranks.Shuffled"]
     words += ["--seed_everything", "3", "--optimizer", "AdamW", "--optimizer.lr", "0.01"]
     words += ["--peft.method", "LoRA", "--peft.method.rank", "2", "--peft.method.targets", "['net.0', 'net.2']"]
@@ -39,7 +42,7 @@ def command(folder, strategy, *more):
     words += ["--trainer.enable_progress_bar", "false", "--trainer.default_root_dir", str(folder)]
     words += ["--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.dirpath", str(folder)]
     words += ["--trainer.callbacks.filename", "{epoch}", "--trainer.callbacks.save_top_k", "-1"]
-    return [sys.executable, "-m", "lightning_peft", *words, "--trainer.use_distributed_sampler", "true", *more]
+    return [*words, "--trainer.use_distributed_sampler", "true", *more]
 
 
 def environment(**more):
@@ -49,10 +52,11 @@ def environment(**more):
     return own | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **more}
 
 
-def start(folder, strategy, *more, **slow):
+def start(folder, strategy, **slow):
     with (folder / "log").open("w") as log:
         settings = {"env": environment(**slow), "stdout": log, "stderr": log, "start_new_session": True}
-        return subprocess.Popen(command(folder, strategy, *more), **settings)
+        command = [sys.executable, "-m", "lightning_peft", *arguments(folder, strategy)]
+        return subprocess.Popen(command, **settings)
 
 
 def children(process):
@@ -68,8 +72,7 @@ def final(folder):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
-@pytest.mark.parametrize("victim", ["first", "second"])
-@pytest.mark.parametrize("strategy", ["ddp", "lightning_peft.FSDP2Strategy"])
+@pytest.mark.parametrize(("strategy", "victim"), [("ddp", "first"), ("lightning_peft.FSDP2Strategy", "second")])
 def test_a_killed_process_ends_the_run_and_costs_nothing_before_its_checkpoint(tmp_path, strategy, victim):
     folders = [tmp_path / name for name in ("killed", "undisturbed")]
     for folder in folders:
@@ -94,9 +97,8 @@ def test_a_killed_process_ends_the_run_and_costs_nothing_before_its_checkpoint(t
                 os.killpg(killed.pid, signal.SIGKILL)
     assert not (folders[0] / f"epoch={EPOCHS - 1}.ckpt").exists()
     last = folders[0] / "epoch=4.ckpt"
-    for folder, more in ((folders[0], ["--ckpt_path", str(last)]), (folders[1], [])):
-        run = start(folder, strategy, *more)
-        assert run.wait(120) == 0, (folder / "log").read_text()[-3000:]
+    together(main, arguments(folders[0], strategy, "--ckpt_path", str(last)))
+    together(main, arguments(folders[1], strategy))
     found, expected = final(folders[0]), final(folders[1])
     assert found.keys() == expected.keys()
     assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
