@@ -1,6 +1,7 @@
 """What a benchmark finds: ratios beside their goals, printed one by one, kept in a file, shown as a table."""
 
 import argparse
+import gc
 import logging
 import statistics
 import warnings
@@ -62,6 +63,8 @@ def main(name: str, description: str, choices: dict[str, list[str]], run: Callab
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    if options.small:
+        gc.freeze()  # else most of the time goes into looking for garbage among what was imported
     results = {}
     for part, kind, method, row in run(options):
         new = {part: {kind: {method: row}}}
