@@ -1,5 +1,6 @@
 """Runs a function in several processes that talk over gloo, started as torchrun starts them: Lightning adds none."""
 
+import gc
 import multiprocessing
 import os
 import threading
@@ -61,6 +62,7 @@ def _run(rank, count, port, results, function, args):
     os.environ |= {"MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
     os.environ.pop("PL_GLOBAL_SEED", None)  # of a test that ran before; Lightning would draw everything anew from it
     torch.set_num_threads(1)
+    gc.freeze()  # what the server imported stays: to look for garbage in it only takes time
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     try:
         results.put((rank, function(*args), None))
