@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -70,35 +71,40 @@ def final(folder):
     }
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
-@pytest.mark.parametrize(("strategy", "victim"), [("ddp", "first"), ("lightning_peft.FSDP2Strategy", "second")])
-def test_a_killed_process_ends_the_run_and_costs_nothing_before_its_checkpoint(tmp_path, strategy, victim):
-    folders = [tmp_path / name for name in ("killed", "undisturbed")]
-    for folder in folders:
-        folder.mkdir()
-    killed = start(folders[0], strategy, SLOW="0.02")
-    other = None
+def killed(folder, strategy, victim):
+    """Start a run and kill one of its processes once there are checkpoints; all must end, with an error."""
+    folder.mkdir()
+    run, other = start(folder, strategy, SLOW="0.02"), None
     try:
-        while not (folders[0] / "epoch=5.ckpt").exists():
-            assert killed.poll() is None, (folders[0] / "log").read_text()
+        while not (folder / "epoch=5.ckpt").exists():
+            assert run.poll() is None, (folder / "log").read_text()
             time.sleep(0.01)
-        other = next(pid for pid in children(killed) if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes())
-        os.kill(other if victim == "second" else killed.pid, signal.SIGKILL)
+        other = next(pid for pid in children(run) if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes())
+        os.kill(other if victim == "second" else run.pid, signal.SIGKILL)
         began = time.monotonic()
-        assert killed.wait(60) != 0
+        assert run.wait(60) != 0
         while Path(f"/proc/{other}/cmdline").exists() and Path(f"/proc/{other}/cmdline").read_bytes():
             assert time.monotonic() - began < 60
             time.sleep(0.05)
         print(f"{strategy}, {victim} process killed: all ended after {time.monotonic() - began:.1f} s")
     finally:
-        if killed.poll() is None or other is not None:
+        if run.poll() is None or other is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(killed.pid, signal.SIGKILL)
-    assert not (folders[0] / f"epoch={EPOCHS - 1}.ckpt").exists()
-    last = folders[0] / "epoch=4.ckpt"
-    together(main, arguments(folders[0], strategy, "--ckpt_path", str(last)))
-    together(main, arguments(folders[1], strategy))
-    found, expected = final(folders[0]), final(folders[1])
-    assert found.keys() == expected.keys()
-    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+                os.killpg(run.pid, signal.SIGKILL)
+    assert not (folder / f"epoch={EPOCHS - 1}.ckpt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
+@pytest.mark.parametrize("strategy", ["ddp", "lightning_peft.FSDP2Strategy"])
+def test_a_killed_process_ends_the_run_and_costs_nothing_before_its_checkpoint(tmp_path, strategy):
+    victims = ["first", "second"]
+    with ThreadPoolExecutor() as pool:  # the command waits most of the time until its processes are there
+        list(pool.map(lambda victim: killed(tmp_path / victim, strategy, victim), victims))
+    together(main, arguments(tmp_path / "undisturbed", strategy))
+    expected = final(tmp_path / "undisturbed")
+    for folder in (tmp_path / victim for victim in victims):
+        together(main, arguments(folder, strategy, "--ckpt_path", str(folder / "epoch=4.ckpt")))
+        found = final(folder)
+        assert found.keys() == expected.keys()
+        assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
