@@ -29,13 +29,13 @@ def test_a_compiled_model_is_adapted_in_the_same_places(case):
 
 
 class Compiled(Task):
-    """Is compiled and called before anything is injected; any graph break is an error."""
+    """Is compiled and called, with as many rows as in training, before injection; any graph break is an error."""
 
     def __init__(self, model):
         super().__init__(model)
         self.net = torch.compile(self.net, backend="aot_eager", fullgraph=True)
         with torch.no_grad():
-            self.training_step(torch.utils.data.default_collate([Rows(model)[0]]))
+            self.training_step(torch.utils.data.default_collate([Rows(model)[0], Rows(model)[1]]))
 
 
 class InPlace(Task):
