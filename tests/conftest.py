@@ -17,6 +17,7 @@ gc.disable()  # until tests are collected: what they import stays, so that to lo
 def pytest_collection_finish():
     gc.freeze()
     gc.enable()
+    gc.set_threshold(50_000, 20, 100)  # compiling makes many objects and little garbage
 
 
 def pytest_assertion_pass():

@@ -151,11 +151,21 @@ def test_a_narrow_base_keeps_wide_adapters(case):
         assert run(model, case).isfinite().all()
 
 
+def two_blocks(model):
+    """Take the last of three blocks away, wherever a model lists some: compiling takes time for each."""
+    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList | nn.Sequential)}
+    for name, part in lists.items():
+        if len(part) == 3 and not any(name.startswith(f"{other}.") for other in lists):
+            del part[2]
+    return model
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_compiles_whole_with_gradients(case):
     torch._dynamo.reset()
-    model = disturb(adapted(case))
+    torch.manual_seed(1)
+    model = disturb(lp.inject(two_blocks(MODELS[case.model]()), list(case.methods)))
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     y = call(model, case)
     expected = torch.autograd.grad(y.square().sum(), [model.get_parameter(n) for n in names])
