@@ -77,7 +77,7 @@ def test_adapters_and_their_optimizer_state_are_float32(name):
         if settings is scaled and "lstm" in str(case):
             continue  # torch has no LSTM in float16 on the CPU
         types = Types()
-        fit(case, "auto", types, make=make, **(settings() if callable(settings) else settings))
+        fit(case, "auto", types, make=make, max_steps=2, **(settings() if callable(settings) else settings))
         for found in (types.values, types.gradients, types.moments):
             wide = {n for n, dtype in found.items() if dtype == torch.float32}
             assert wide >= {n for n in found if ".peft." in n}, case
