@@ -275,9 +275,12 @@ def test_a_run_killed_in_a_stage_ends_as_if_nothing_had_happened(folder, tmp_pat
     (tmp_path / "mpt.json").write_text(json.dumps(settings))
     environment = {**os.environ, "PYTHONPATH": str(Path(lp.__file__).parents[1])}
 
+    def arguments_of(output):
+        return ["mpt", "--config", str(tmp_path / "mpt.json"), "--output", str(output)]
+
     def start(output):
-        command = [sys.executable, "-m", "lightning_peft", "mpt", "--config", str(tmp_path / "mpt.json")]
-        return subprocess.Popen([*command, "--output", str(output)], env=environment, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "lightning_peft", *arguments_of(output)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = start(killed)
@@ -290,7 +293,7 @@ def test_a_run_killed_in_a_stage_ends_as_if_nothing_had_happened(folder, tmp_pat
     assert epoch < 39
     assert not (killed / "multitask" / "adapter").exists()
     assert start(killed).wait() == 0
-    assert start(whole).wait() == 0
+    main(arguments_of(whole))
     assert adapters(killed) == adapters(whole)
     assert len(adapters(whole)) == 5  # and the teachers' together
     assert (killed / "report.json").read_text() == (whole / "report.json").read_text()
