@@ -66,6 +66,12 @@ def without_torch_function() -> AbstractContextManager[None]:
     return context
 
 
+def without_function_modes() -> AbstractContextManager[None]:
+    """Context in which neither modes nor subclasses intercept functions of torch."""
+    context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return context
+
+
 @contextmanager
 def without_onednn() -> Iterator[None]:
     """Context without the kernels of oneDNN, whose LSTM does not tell what it saves for backward."""

@@ -136,7 +136,9 @@ def key_value(model: nn.Module, name: str) -> KeyValue:
         return KeyValue("", "")
     for child, module in host.named_children():
         if is_fused(f"{name}.{child}"):
-            *_, (_, start, middle), (_, _, end) = fused_rows(module, f"{name}.{child}")
+            *_, (_, start, middle), (_, first, end) = fused_rows(module, f"{name}.{child}")
+            if first != middle:
+                raise ValueError(f"{name}.{child} has other rows between keys and values; prefixes cannot enter it.")
             return KeyValue(child, child, (start, middle, end))
     keys, values = (_child(model, name, role) for role in ("attention.key", "attention.value"))
     if keys is None or values is None:

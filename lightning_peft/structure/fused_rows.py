@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -30,6 +31,20 @@ class Rows(NamedTuple):
     stop: int
 
 
+# By layer: its rows, a text that says why they are no ranges, or None where the trace shows no attention.
+_measured = WeakKeyDictionary[nn.Module, "list[Rows] | str | None"]()
+
+
+def was_measured(host: nn.Module) -> bool:
+    """Return whether a trace has looked for the rows of a layer."""
+    return host in _measured
+
+
+def set_measured_rows(host: nn.Module, rows: list[Rows] | str | None) -> None:
+    """Remember what a trace shows of a layer: rows, why they are no ranges, or None for nothing."""
+    _measured[host] = rows
+
+
 def is_fused(name: str) -> bool:
     """Return whether a layer of this name computes query, key and value at once."""
     return any(matches(name, pattern) for pattern in _FUSED)
@@ -53,14 +68,23 @@ def fused_patterns(role: str) -> tuple[str, ...]:
 def fused_rows(host: nn.Module, name: str = "") -> list[Rows]:
     """Return the rows of query, key and value in a layer that computes them at once.
 
+    They are those that ``measure_fused_rows`` found, else what the shape of the weight suggests.
+
     Raises:
-        ValueError: The weight's shape does not divide into query, key and value.
+        ValueError: The weight's shape does not divide into query, key and value, or their rows are no ranges.
     """
+    if (measured := _measured.get(host)) is not None:
+        if isinstance(measured, str):
+            raise ValueError(
+                f"{name or type(host).__name__} computes query, key and value at once, and {measured}; no role can "
+                f"mean them yet. Target the layer as a whole by a glob, such as {name.rpartition('.')[2] or '*'!r}."
+            )
+        return measured
     rows, width, *_ = layer_of(host).shape(host)
     if lacks_query(name):
         return [Rows("key", 0, rows // 2), Rows("value", rows // 2, rows)]
-    # With grouped heads there are fewer rows of keys than of queries. The layer does not tell its number of heads, so
-    # this assumes queries as wide as the input, which is wrong where heads * head_dim differs from the hidden size.
+    # With grouped heads there are fewer rows of keys than of queries; without a trace, queries are taken to be as wide
+    # as the input.
     query = rows // 3 if rows == 3 * width else width
     keys = (rows - query) // 2
     if keys < 1 or query + 2 * keys != rows:

@@ -12,6 +12,7 @@ from torch import nn
 
 from .base_model import base_modules, base_parameters, matches, name_pattern
 from .fused_rows import Rows, has_parts, requested_rows
+from .measure_rows import measure_fused_rows
 from .roles import ROLES
 
 
@@ -89,6 +90,7 @@ def select_modules(model: nn.Module, targets: Sequence[str], exclude: Sequence[s
     Arguments and errors are those of ``select``.
     """
     modules = base_modules(model)
+    measure_fused_rows(model)
     chosen = set[str]()
     for target in _listed(targets, "targets"):
         names = set(ROLES[target](model)) if target in ROLES else {n for n in modules if matches(n, target)}

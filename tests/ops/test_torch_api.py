@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from torch.overrides import TorchFunctionMode
 
 from lightning_peft.ops import torch_api as api
 
@@ -100,6 +101,24 @@ def test_subclasses_of_tensors_are_computed_as_plain_ones():
     with api.without_torch_function():
         assert type(x + 1) is torch.Tensor
     assert Counting.calls == 0
+
+
+def test_functions_of_torch_can_be_called_inside_of_a_mode_that_intercepts_them():
+    """Else tracing what feeds attention never ends."""
+    seen = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(2)
+    with Mode():
+        with api.without_function_modes():
+            torch.add(x, 1)
+        assert seen == []
+        torch.add(x, 1)
+    assert seen == [torch.add]
 
 
 def test_onednn_is_off_inside_and_as_before_outside():

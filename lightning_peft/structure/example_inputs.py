@@ -1,0 +1,78 @@
+"""``example_inputs``: the arguments of one small forward of a model, for tracing what it computes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_TOKENS = 8
+_ROWS = 2
+
+
+def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Return (args, kwargs): those of ``example_input_array``, or made for a model of transformers; None for others.
+
+    Of a configuration are read: the vocabulary, the size of images, of spectrograms. Text is random tokens.
+    """
+    given = getattr(model, "example_input_array", None)
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    if given is not None:
+        return (given if isinstance(given, tuple) else (given,)), {}
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    return None if config is None or main is None else _inputs_from_config(model, config, main)
+
+
+def _inputs_from_config(model: nn.Module, config: Any, main: str) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    generator = torch.Generator().manual_seed(0)
+    names = inspect.signature(model.forward).parameters
+    towers = hasattr(config, "vision_config") and hasattr(config, "text_config")  # side by side, as in CLIP
+    inputs: dict[str, Any] = {"use_cache": False} if "use_cache" in names else {}
+    if "input_ids" in names:
+        inputs["input_ids"] = _tokens(config, generator)
+    if "decoder_input_ids" in names:
+        inputs["decoder_input_ids"] = _tokens(config, generator)[:, : _TOKENS - 3]
+    if main == "pixel_values" or (towers and "pixel_values" in names and not hasattr(config, "image_token_id")):
+        inputs["pixel_values"] = _images(config, generator)
+    if main == "input_features":
+        frames = 2 * config.max_source_positions if hasattr(config, "max_source_positions") else 64
+        inputs["input_features"] = torch.randn(1, config.num_mel_bins, frames, generator=generator)
+    if main == "input_values":
+        inputs["input_values"] = _sound(config, generator)
+    return ((), inputs) if main in inputs else None
+
+
+def _from(config: Any, *names: str) -> Any:
+    """Return the first of these entries that a configuration, or that of its text, has."""
+    sources = (config, getattr(config, "text_config", None), getattr(config, "decoder", None))
+    return next((getattr(s, n) for s in sources for n in names if getattr(s, n, None) is not None), None)
+
+
+def _tokens(config: Any, generator: torch.Generator) -> Tensor:
+    """Return tokens of the lower half of the vocabulary, where none marks padding or an image."""
+    special = {getattr(config, name) for name in dir(config) if name.endswith("_token_id")}
+    special |= {getattr(config, name) for name in ("image_token_index", "video_token_index") if hasattr(config, name)}
+    count = min(int(_from(config, "vocab_size") or 32), 1000)
+    plain = torch.tensor([i for i in range(count) if i not in special])
+    return plain[torch.randint(len(plain), (_ROWS, _TOKENS), generator=generator)]
+
+
+def _images(config: Any, generator: torch.Generator) -> Tensor:
+    backbone = getattr(config, "backbone_config", None) or getattr(config, "vision_config", None) or config
+    size = _from(config, "image_size") or _from(backbone, "image_size") or 64
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    channels = _from(config, "num_channels") or _from(backbone, "num_channels") or 3
+    return torch.randn(_ROWS, channels, height, width, generator=generator)
+
+
+def _sound(config: Any, generator: torch.Generator) -> Tensor:
+    if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):  # spectrograms
+        return torch.randn(_ROWS, config.max_length, config.num_mel_bins, generator=generator)
+    stride = 1
+    for step in getattr(config, "conv_stride", ()):
+        stride *= step
+    return torch.randn(_ROWS, max(400, 12 * stride), generator=generator)

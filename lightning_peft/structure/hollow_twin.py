@@ -1,0 +1,99 @@
+"""``hollow_twin``: a copy of a model that runs in a second on a CPU, whatever the size of the model and wherever it is.
+
+Large weights are one number seen through a stride of 0. Layers of known types are not computed: each call returns
+random numbers of the right shape. What lies between them, attention and its products too, runs as it is written.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base_model import ADAPTERS_ATTRIBUTE
+
+_COPIED = 2**18  # elements up to which a stand-in has numbers of its own
+_CONVOLUTIONS: dict[Any, Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+
+def hollow_twin(model: nn.Module) -> nn.Module:
+    """Return the twin, in evaluation mode, on the CPU, in float32, without hooks and adapters."""
+    generator = torch.Generator().manual_seed(0)
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]:
+            if isinstance(tensor, Tensor) and id(tensor) not in memo:
+                memo[id(tensor)] = _stand_in(tensor, generator)
+    twin: nn.Module = _copy(model, memo, generator)
+    for module in twin.modules():
+        if (forward := _forward_of(module)) is not None:
+            module.forward = forward
+    return twin.eval()
+
+
+def _copy(model: nn.Module, memo: dict[int, Any], generator: torch.Generator) -> Any:
+    """Return a deep copy of the modules alone: of hooks, and of adapters inside of them, there are none."""
+    for module in reversed(list(model.modules())):  # children before their parents
+        cls: Any = getattr(type(module), "_host_class", type(module))
+        children = dict(module._modules)
+        if cls is not type(module):
+            children.pop(ADAPTERS_ATTRIBUTE)
+        own = {k: v for k, v in vars(module).items() if k not in ("forward", "_trainer")} | {"_modules": children}
+        for name in getattr(children.pop("parametrizations", None), "keys", list)():  # computed, by a class made for it
+            cls = type(module).__bases__[0]
+            weight = _stand_in(nn.Parameter(getattr(module, name)), generator)
+            own["_parameters"] = {**own["_parameters"], name: weight}
+        bare = cls.__new__(cls)
+        bare.__dict__ = own | {name: OrderedDict() for name in own if name.endswith("_hooks")}
+        memo[id(module)] = copy.deepcopy(bare, memo)
+    return memo[id(model)]
+
+
+def _stand_in(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    parameter = isinstance(tensor, nn.Parameter)
+    if not parameter and not tensor.is_meta:
+        copied = tensor.detach().to("cpu", copy=True)
+        return copied.float() if copied.is_floating_point() else copied
+    if not (parameter or tensor.is_floating_point()):
+        return (
+            torch.ones(tensor.shape, dtype=tensor.dtype)
+            if tensor.dtype == torch.bool
+            else torch.zeros(tensor.shape, dtype=tensor.dtype)
+        )
+    if tensor.numel() <= _COPIED:
+        values = torch.rand(tensor.shape, generator=generator) + 0.5
+    else:
+        values = torch.full((1,), 0.02).expand(tensor.shape)
+    return nn.Parameter(values, requires_grad=False) if parameter else values
+
+
+def _forward_of(module: Any) -> Callable[..., Any] | None:
+    """Return what stands for the forward of a layer whose output has a known shape; None for all other modules."""
+    forward = inspect.unwrap(type(module).forward)
+    if isinstance(module, nn.Linear) and (forward is nn.Linear.forward or not _computable(module)):
+        return lambda x, *_: torch.randn(*x.shape[:-1], module.out_features)
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return lambda x: torch.randn(*x.shape[:-1], module.nf)
+    if isinstance(module, nn.Embedding) and forward is nn.Embedding.forward:
+        return lambda indices: torch.randn(*indices.shape, module.embedding_dim)
+    kind = next((kind for kind in _CONVOLUTIONS if isinstance(module, kind)), None)
+    if kind is not None and forward is kind.forward and module.padding_mode == "zeros":
+        settings = (module.stride, module.padding, module.dilation, module.groups)
+        weight, product = torch.empty(module.weight.shape, device="meta"), _CONVOLUTIONS[kind]
+        return lambda x: torch.randn(product(x.detach().to("meta"), weight, None, *settings).shape)
+    if any(p.dim() == 3 and p.shape[0] > 1 for p in module.parameters(recurse=False)) and hasattr(
+        module, "num_experts"
+    ):
+        return lambda x, *_, **__: torch.randn(x.shape)  # experts: what they compute does not matter here
+    return None
+
+
+def _computable(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.dtype.itemsize >= 2
