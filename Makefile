@@ -26,7 +26,7 @@ test: $(VENV)/.installed-test ## Run the quick tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 test-all: test ## Run the quick tests, then the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(SLOW_WORKERS) -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(SLOW_WORKERS) --dist worksteal -m slow
 
 # Of torch, the pinned build: newer ones may be no CPU builds. All else is asked for anew each time.
 test-newest: ## Run the quick tests on the newest release of everything but torch
