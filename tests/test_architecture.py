@@ -51,6 +51,14 @@ def test_files_and_functions_that_a_page_names_exist(page):
     assert [f"{path}:{name}" for path, name in named if name and not defines(locate(path), name)] == []
 
 
+def test_tests_that_a_page_says_to_run_exist():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/**/*.md")]
+    made = {"tests/methods/test_rank_one.py", "tests/dense.py", "tests/gate.py"}  # by readers of CONTRIBUTING.md
+    named = {path for page in pages for path in re.findall(r"\btests/[\w/]+\.py", page.read_text())} - made
+    assert len(named) > 10
+    assert sorted(path for path in named if not (ROOT / path).is_file()) == []
+
+
 @pytest.mark.parametrize("page", [*PAGES, "README.md"])
 def test_links_of_a_page_lead_to_files(page):
     found = links(page)
