@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from ..ops.torch_api import hooks
 from ..structure.base_model import base_parameters
 from .adapted_module import (
     AdaptedModule,
@@ -140,7 +139,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
             f"{trained[0]} trains in the base itself, whose first values are not kept: none to go back to."
         )
     with paused(model):
-        hooked = [module for module in model.modules() if _restored_fast_path(module)]
+        hooked = [module for module in model.modules() if restore_fast_path(module)]
         try:
             yield
         finally:
@@ -177,10 +176,3 @@ def trained_by(model: nn.Module, methods: Iterable[Method]) -> list[str]:
 def temporary_adapters(host: Any) -> tuple[str, ...]:
     """Return the keys of a host's adapters that exist during one run only, such as a probe of the frozen cache."""
     return tuple(key for key in host.peft_order if not host.peft[key].persistent and key != PER_ROW_KEY)
-
-
-def _restored_fast_path(module: nn.Module) -> bool:
-    """Restore torch's fast path and return whether it had been disabled."""
-    before = len(hooks(module, "forward_pre"))
-    restore_fast_path(module)
-    return len(hooks(module, "forward_pre")) < before

@@ -172,11 +172,11 @@ def disable_fast_path(modules: Iterable[nn.Module]) -> None:
             module.register_forward_pre_hook(_noop_hook)
 
 
-def restore_fast_path(module: nn.Module) -> None:
-    """Undo ``disable_fast_path``."""
-    remove_hooks(module, "forward_pre", _noop_hook)
-    if remove_hooks(module, "forward_pre", _nested_tensor_was_on):
+def restore_fast_path(module: nn.Module) -> bool:
+    """Undo ``disable_fast_path``; return whether it had been disabled."""
+    if nested := remove_hooks(module, "forward_pre", _nested_tensor_was_on):
         module.use_nested_tensor = True  # type: ignore[assignment]
+    return remove_hooks(module, "forward_pre", _noop_hook) or nested
 
 
 def _noop_hook(module: nn.Module, args: Any) -> None:

@@ -104,7 +104,8 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
 
     def _bias_change(self, host: Any) -> Tensor:
         bias = self.layer.bias(host)
-        change = self._whole_bias(bias) if bias is None else self._whole_bias(bias) - bias
+        updated = self._whole_bias(bias)
+        change = updated if bias is None else updated - bias
         return change.view(-1, *[1] * (len(self.shape) - 2))  # features, and the dimensions of a kernel behind them
 
     def post_forward(self, host: Any, x: Tensor, y: Tensor, *values: Any) -> Tensor:

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .base_model import base_modules
 from .example_inputs import example_inputs
 from .fused_rows import Rows, is_fused, set_measured_rows, was_measured
 from .trace import AttentionCall, trace
-from .transformers_api import from_config
+from .transformers_api import from_config, outermost_pretrained
 
 # Families whose rows fused_rows.py computes from the shape of the weight; a test holds them to the trace.
 _KNOWN = ("gpt2",)
 
 
-def measure_fused_rows(model: nn.Module) -> None:
+def measure_fused_rows(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Measure the rows of fused layers below models of transformers, once for each layer; others are left as they are.
 
     A model whose twin does not run, or in which a layer feeds no attention, keeps the rows that its shape suggests.
+
+    Args:
+        model: The model.
+        modules: Its base modules by name.
     """
-    layers = {name: m for name, m in base_modules(model).items() if is_fused(name) and not was_measured(m)}
-    for prefix, part in _transformers_models(model) if layers else ():
+    layers = {name: m for name, m in modules.items() if is_fused(name) and not was_measured(m)}
+    for outer, part in outermost_pretrained(model) if layers else ():
+        prefix = f"{outer}." if outer else ""
         inside = {name.removeprefix(prefix): m for name, m in layers.items() if name.startswith(prefix)}
         if inside and from_config(part, "model_type") not in _KNOWN:
             calls = _trace(part)
@@ -60,16 +63,6 @@ def ranges_of(features: Tensor) -> list[tuple[int, int]]:
 def _described(ranges: list[tuple[int, int]]) -> str:
     shown = ", ".join(f"{start}:{stop}" for start, stop in ranges[:2])
     return f"{shown}..." if len(ranges) > 2 else shown
-
-
-def _transformers_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield (prefix of its names, module) of the outermost models of transformers."""
-    prefixes = list[str]()
-    for name, module in [("", model), *base_modules(model).items()]:
-        inside = any(name.startswith(prefix) for prefix in prefixes)
-        if not inside and getattr(module, "main_input_name", None) and from_config(module, "model_type"):
-            prefixes.append(f"{name}." if name else "")
-            yield prefixes[-1], module
 
 
 def _trace(model: nn.Module) -> list[AttentionCall] | None:

@@ -13,6 +13,7 @@ from .base_model import base_modules, matches
 from .fused_rows import fused_patterns, lacks_query
 from .layer_of import is_called_linear, layer_of
 from .read_weights import read_weight_attribute
+from .transformers_api import outermost_pretrained
 
 _NAMES = {
     "attention.query": (
@@ -80,20 +81,8 @@ def head_layers(model: nn.Module) -> list[str]:
 
     In transformers' models these are outside of the backbone and of the layers that predict its vocabulary.
     """
-    pretrained = tuple(itertools.chain.from_iterable(_pretrained(name, m) for name, m in _outermost_pretrained(model)))
+    pretrained = tuple(itertools.chain.from_iterable(_pretrained(name, m) for name, m in outermost_pretrained(model)))
     return [name for name in output_layers(model) if not f".{name}.".startswith(pretrained)]
-
-
-def _outermost_pretrained(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield (name, module) of the outermost models of transformers."""
-    prefixes = list[str]()
-    for name, module in [("", model), *base_modules(model).items()]:
-        # Of the class, since the wrapper of torch.compile has the attributes of the model inside.
-        embeds = callable(getattr(type(module), "get_input_embeddings", None))
-        inside = any(name.startswith(prefix) for prefix in prefixes)
-        if embeds and isinstance(getattr(module, "base_model", None), nn.Module) and not inside:
-            prefixes.append(f"{name}.".lstrip("."))
-            yield name, module
 
 
 def _pretrained(name: str, module: Any) -> Iterator[str]:
@@ -146,8 +135,9 @@ def _all_linear(model: nn.Module) -> list[str]:
     modules = base_modules(model)
     linear = [n for n, m in modules.items() if is_called_linear(m) or read_weight_attribute(type(m))]
     inside = tuple(f"{name}." for name in blocks(model))
+    known = set(linear)
     subclasses = [n for n, m in modules.items() if isinstance(m, nn.Linear) and n.startswith(inside)]
-    if others := [name for name in subclasses if name not in linear]:
+    if others := [name for name in subclasses if name not in known]:
         described = ", ".join(f"{name} ({type(modules[name]).__name__})" for name in others[:5])
         warnings.warn(f"all-linear leaves out {len(others)} layers that are not linear: {described}.", stacklevel=2)
     return [n for n in linear if f"{n}.".startswith(inside)] if inside else linear[:-1]

@@ -90,7 +90,7 @@ def select_modules(model: nn.Module, targets: Sequence[str], exclude: Sequence[s
     Arguments and errors are those of ``select``.
     """
     modules = base_modules(model)
-    measure_fused_rows(model)
+    measure_fused_rows(model, modules)
     chosen = set[str]()
     for target in _listed(targets, "targets"):
         names = set(ROLES[target](model)) if target in ROLES else {n for n in modules if matches(n, target)}

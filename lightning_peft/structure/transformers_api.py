@@ -47,6 +47,18 @@ def backbones(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield (f"{name}.decoder".lstrip("."), module.decoder) if wraps_decoder else (name, module)
 
 
+def outermost_pretrained(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield (name, module) of the outermost models of transformers."""
+    prefixes = list[str]()
+    for name, module in [("", model), *base_modules(model).items()]:
+        # Of the class, since the wrapper of torch.compile has the attributes of the model inside.
+        embeds = callable(getattr(type(module), "get_input_embeddings", None))
+        inside = any(name.startswith(prefix) for prefix in prefixes)
+        if embeds and isinstance(getattr(module, "base_model", None), nn.Module) and not inside:
+            prefixes.append(f"{name}.".lstrip("."))
+            yield name, module
+
+
 def has_input_embeddings(module: Any) -> bool:
     """Return whether a module has ``get_input_embeddings``, as every transformers model does."""
     return callable(getattr(module, "get_input_embeddings", None))
