@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import nn
@@ -14,7 +14,9 @@ from ..structure.base_model import ADAPTERS_ATTRIBUTE, computed_from, matches
 from ..structure.fused_rows import requested_rows
 from ..structure.layer_of import layer_of
 from ..structure.quantized import is_quantized
+from ..structure.read_weights import read_weight_attribute
 from ..structure.roles import ROLES, WEIGHT_ROLES
+from ..structure.rows import Rows
 from ..structure.selection import Selection
 from .adapted_module import AdaptedModule
 from .adapter import Adapter
@@ -75,6 +77,21 @@ def check_host(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
         raise ValueError(f"{name} already has an adapter {key!r}; give the method another name.")
 
 
+def check_not_read(host: nn.Module, name: str, read: Container[str]) -> None:
+    """Raise if the weight of a host is read outside of its calls, where an adapter would not be seen.
+
+    Args:
+        host: The host.
+        name: Its dotted name.
+        read: Names of the modules of which a trace shows that.
+    """
+    if name in read and not read_weight_attribute(type(host)):
+        raise TypeError(
+            f"The weight of {name} is read outside of its calls, as in the fast path of Mamba: an adapter would change "
+            f"nothing there, and something else once it is merged. Target other layers."
+        )
+
+
 def check_selection(selections: Sequence[Selection], placed: Sequence[tuple[str, Adapter]]) -> None:
     """Raise where a method selected rows of a layer, or a weight that is read, and its adapters change something else.
 
@@ -102,10 +119,11 @@ def _check_requests(name: str, requests: Sequence[Selection], placed: Sequence[A
     rows = [r for s in requests for r in requested_rows(name, host, s.targets, ROLES)]
     if None in rows:
         return
-    selected = {row for part in rows if part is not None for row in range(part.start, part.stop)}
+    selected = {row for part in rows if part is not None for row in part.numbers()}
     for adapter in placed:
-        if not selected.issuperset(range(*(adapter.rows or (0, layer_of(host).shape(host)[0])))):
-            described = ", ".join(f"{part.part} {part.start}:{part.stop}" for part in rows if part is not None)
+        changed = adapter.rows or Rows("", 0, layer_of(host).shape(host)[0])
+        if not selected.issuperset(changed.numbers()):
+            described = ", ".join(str(part) for part in rows if part is not None)
             raise ValueError(
                 f"{type(adapter).__name__} changes all rows of {name}, which computes query, key and value at once, "
                 f"and its targets {list(requests[0].targets)} mean the rows {described}. Give WeightUpdate.__init__ "

@@ -114,7 +114,7 @@ def _concatenated(out: int, triplets: Sequence[SVDTriplets]) -> tuple[Tensor, Te
     a, e = (torch.cat([state[key] for state in packed]) for key in ("a", "e"))
     b, column = a.new_zeros(out, len(a)), 0
     for part, state in zip(triplets, packed, strict=True):
-        b[slice(*part.rows), column : column + len(state["e"])] = state["b"]
+        b[:, column : column + len(state["e"])] = part.rows.pad(state["b"].mT, out).mT
         column += len(state["e"])
     return a, b, e
 

@@ -106,6 +106,13 @@ def attention_implementation(module: Any) -> str | None:
     return implementation
 
 
+def use_eager_attention(model: nn.Module) -> None:
+    """Let a model compute attention by operators that run on a CPU, where its configuration asks for others."""
+    for module in model.modules():
+        if attention_implementation(module) not in (None, "eager", "sdpa"):
+            module.config._attn_implementation = "eager"  # type: ignore[union-attr]
+
+
 def attention_heads(module: nn.Module) -> int | None:
     """Return the number of query heads, read from an attention module or its configuration; None if neither tells."""
     for source in (module, getattr(module, "config", None)):
