@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from . import losses, plots
 from .analysis.inspect import compare_adapters, inspect_adapter
+from .analysis.targets import targets
 from .checkpoints.adapter_state import full_state_dict, global_state, local_state
 from .checkpoints.save_load import load_adapter, save_adapter
 from .composition.combine import combine
@@ -114,6 +115,7 @@ __all__ = [
     "row_tasks",
     "save_adapter",
     "summary",
+    "targets",
     "unmerge",
     "vllm_problems",
     "without_values",

@@ -36,8 +36,8 @@ from .trainer import PEFTTrainer
 _OPTIMIZERS = sorted(
     (cls for cls in vars(torch.optim).values() if isinstance(cls, type)), key=lambda cls: cls is torch.optim.Optimizer
 )
-# `plan` runs where neither the GPUs nor the packages that a run's Trainer needs may be, and logs nothing.
-_PLAN_TRAINER_ARGS = {
+# `plan` and `targets` run where neither the GPUs nor the packages that a Trainer needs may be, and log nothing.
+_WITHOUT_TRAINING = {
     "accelerator": "cpu",
     "devices": 1,
     "num_nodes": 1,
@@ -47,7 +47,8 @@ _PLAN_TRAINER_ARGS = {
     "plugins": {"class_path": "lightning.pytorch.plugins.environments.LightningEnvironment"},
 }
 
-_TOOLS, _FIT_ONLY_KEYS = ("merge", "export", "import", "plan"), ("ckpt_path", "weights_only")
+_SHAPES_ALONE = ("plan", "targets")
+_TOOLS, _FIT_ONLY_KEYS = ("merge", "export", "import", "plan", "targets"), ("ckpt_path", "weights_only")
 
 
 class PEFTParser(LightningArgumentParser):
@@ -113,15 +114,15 @@ class PEFTCLI(LightningCLI):
         return {**LightningCLI.subcommands(), **dict.fromkeys(_TOOLS, {"model", "datamodule"})}
 
     def before_instantiate_classes(self) -> None:
-        """Build the model without memory if its weights come later; to plan, ask for no GPU."""
-        if self.subcommand == "plan":
-            trainer = self.config["plan"]["trainer"]
-            for key, value in _PLAN_TRAINER_ARGS.items():
+        """Build the model without memory if its weights come later, or not at all; then ask for no GPU."""
+        if self.subcommand in _SHAPES_ALONE:
+            trainer = self.config[self.subcommand]["trainer"]
+            for key, value in _WITHOUT_TRAINING.items():
                 trainer[key] = value
             if str(trainer["precision"]) in ("16", "16-mixed"):  # which CPUs have not; the sizes are the same
                 trainer["precision"] = "bf16-mixed"
         streams = self.subcommand == "merge" and self.config["merge"]["base"] is not None
-        if self.subcommand == "plan" or streams or self._reads_by_unit():
+        if self.subcommand in _SHAPES_ALONE or streams or self._reads_by_unit():
             self.parser.add_instantiator(_without_values, pl.LightningModule, subclasses=True, prepend=True)
 
     def _reads_by_unit(self) -> bool:

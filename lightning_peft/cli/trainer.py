@@ -1,4 +1,4 @@
-"""``PEFTTrainer``: a Trainer with ``plan`` and the methods of ``AdapterTools``, subcommands of the command line."""
+"""``PEFTTrainer``: a Trainer with ``plan``, ``targets`` and the methods of ``AdapterTools``, for the command line."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..analysis.fake_model import shapes_only
 from ..analysis.memory_plan import MemoryPlan, plan_memory
 from ..analysis.plan_table import layouts, plan_text
+from ..analysis.targets import targets
 from ..core.console import echo
 from ..quantization.meta_quantize import quantize_shapes
 from ..structure.transformers_api import from_config
@@ -24,7 +25,7 @@ _LONGEST = 2048  # tokens in a row, where neither data nor model have a limit
 
 
 class PEFTTrainer(AdapterTools, pl.Trainer):
-    """A Trainer that also merges, exports, imports and plans."""
+    """A Trainer that also merges, exports, imports, plans and shows targets."""
 
     def plan(
         self,
@@ -67,6 +68,17 @@ class PEFTTrainer(AdapterTools, pl.Trainer):
             batches |= {number: sample(rows, number) for number in lengths}
             memory_plan = plan_memory(fake, _step, batches, optimizer_bytes, gradient_checkpointing)
         echo(_json(memory_plan, processes) if as_json else plan_text(memory_plan, processes))
+
+    def targets(self, model: pl.LightningModule, datamodule: pl.LightningDataModule | None = None) -> None:
+        """Print what methods can target in the model: roles, rows of fused layers, blocks, head and towers.
+
+        Args:
+            model: Built without values; pretrained weights are not read.
+            datamodule: Is not used; a config may have one.
+        """
+        with without_values():
+            model.configure_model()
+        echo(str(targets(model)))
 
     def _adapt(self, model: pl.LightningModule) -> None:
         """Quantize and inject as before training; within ``shapes_only``, methods may read weights, too."""

@@ -21,6 +21,7 @@ from ..structure.roles import linear_branch
 from ..structure.rows import Rows
 from ..structure.selection import select, select_modules
 from ..structure.structure_of import structure_of
+from ..structure.towers import split_scope
 from .families.fused_scaling import scaled_input, scaled_output
 
 
@@ -75,7 +76,7 @@ class IA3(Method):
     def _gated_up(self, model: nn.Module, down: str) -> str | None:
         """Return the up-projection whose output can be scaled in place of the down-projection's input."""
         up = linear_branch(model, down)
-        named_by_glob = any(matches(down, target) for target in self.feedforward_targets)
+        named_by_glob = any(matches(down, split_scope(target)[1]) for target in self.feedforward_targets)
         excluded = up is not None and any(matches(up, pattern) for pattern in self.exclude)
         return None if named_by_glob or excluded else up
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from .base_model import base_modules, base_parameters
 from .layer_of import is_called_linear, layer_of
-from .structure import Structure
-from .trace import FeedForward, Trace, trace
+from .structure import FeedForward, Structure
+from .trace import Trace, trace
 from .traced_attention import TracedAttention
 from .traced_blocks import is_inside, traced_blocks, traced_output
 
@@ -46,10 +46,9 @@ def measured_structure(model: nn.Module, twin: nn.Module, inputs: Inputs) -> Str
         "unused": [name for name in base_parameters(model) if not _is_reached(name, traced.reached)],
     }
     order = {name: number for number, name in enumerate(["", *modules, *base_parameters(model)])}
-    branches = {down: found.linear for down, found in feedforward.items() if found.linear is not None}
     ordered = {key: sorted(found, key=order.__getitem__) for key, found in names.items()}
     ordered["called"] = [name for name in traced.order if name]
-    return Structure(ordered, branches, dict.fromkeys(linear) | attention.rows(), attention.modules, measured=True)
+    return Structure(ordered, feedforward, dict.fromkeys(linear) | attention.rows(), attention.modules, measured=True)
 
 
 def _feedforward(

@@ -5,8 +5,8 @@ It serves models that cannot be traced, and as a cache for families of which a t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from .base_model import base_modules, matches
 from .fused_rows import fused_patterns, lacks_query
 from .layer_of import is_called_linear, layer_of
 from .read_weights import read_weight_attribute
-from .structure import LAYER_ROLES, Structure
+from .structure import LAYER_ROLES, FeedForward, Structure
 
 _NAMES = {
     "attention.query": (
@@ -45,8 +45,7 @@ def named_structure(model: nn.Module) -> Structure:
     names = {role: [n for n in _named(role, modules) if n.startswith(inside)] for role in LAYER_ROLES}
     names |= {"attention": _attention(names["attention.key"], modules), "blocks": blocks}
     names |= {"output": _output(modules, blocks), "called": list(modules)}
-    branches = {down: up for down in names["feedforward.down"] if (up := _linear_branch(model, down)) is not None}
-    return Structure(names, branches)
+    return Structure(names, dict(_feedforward(model, names)))
 
 
 def _named(role: str, modules: dict[str, nn.Module]) -> Iterator[str]:
@@ -89,13 +88,25 @@ def _output(modules: dict[str, nn.Module], blocks: Sequence[str]) -> list[str]:
     return [name for name in leaves if order[name] > end]
 
 
-def _linear_branch(model: Any, down: str) -> str | None:
+def _feedforward(model: nn.Module, names: dict[str, list[str]]) -> Iterator[tuple[str, FeedForward]]:
+    """Yield down-projections with their network: the nearest of the up-projections before it in the model's order."""
+    ups, downs = set(names["feedforward.up"]), set(names["feedforward.down"])
+    before = list[str]()
+    for name in names["called"]:
+        if name in ups:
+            before.append(name)
+        elif name in downs and before:
+            depth = {up: len(os.path.commonprefix([up.split("."), name.split(".")])) for up in before}
+            nearest = tuple(up for up in before if depth[up] == max(depth.values()))
+            yield name, FeedForward(nearest, _linear_branch(model, name, nearest))
+            before.clear()
+
+
+def _linear_branch(model: nn.Module, down: str, ups: Sequence[str]) -> str | None:
     """Return the up-projection without activation in a gated feed-forward block; None in other blocks."""
-    parent = down.rpartition(".")[0]
-    siblings = dict(model.get_submodule(parent).named_children())
-    key = next((up for gate, up in _GATED.items() if gate in siblings and up in siblings), None)
-    if key is None:
+    by_child = {up.rpartition(".")[2]: up for up in ups}
+    linear = next((by_child[up] for gate, up in _GATED.items() if gate in by_child and up in by_child), None)
+    if linear is None:
         return None
-    up, host = siblings[key], model.get_submodule(down)
-    same_width = layer_of(up).shape(up)[0] == layer_of(host).shape(host)[1]
-    return f"{parent}.{key}".lstrip(".") if same_width else None
+    up, host = model.get_submodule(linear), model.get_submodule(down)
+    return linear if layer_of(up).shape(up)[0] == layer_of(host).shape(host)[1] else None

@@ -25,7 +25,8 @@ def linear_branch(model: nn.Module, down: str) -> str | None:
         model: Model that holds the block.
         down: Name of the block's down-projection.
     """
-    return structure_of(model).linear_branches.get(down)
+    network = structure_of(model).feedforward.get(down)
+    return None if network is None else network.linear
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:

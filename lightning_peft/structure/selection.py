@@ -15,6 +15,7 @@ from .fused_rows import has_parts, requested_rows
 from .roles import ROLES
 from .rows import Rows
 from .structure_of import structure_of
+from .towers import in_scope, split_scope
 from .useless_layers import without_useless
 
 
@@ -73,8 +74,9 @@ def select(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()
 
     Args:
         model: Where to look.
-        targets: Globs on the end of dotted names, or roles; see ``ROLES``.
-        exclude: Globs of modules to leave out.
+        targets: Globs on the end of dotted names, or roles; see ``ROLES``. After a scope and a colon they mean what is
+            inside of modules that a glob matches, or of a tower: ``decoder:*.fc1``, ``vision:all-linear``.
+        exclude: Globs or roles of modules to leave out.
 
     Raises:
         ValueError: A target or an exclusion matches nothing; names what the model has.
@@ -83,11 +85,11 @@ def select(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()
         >>> [name for name, host, rows in select(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), ["0"])]
         ['0']
     """
-    modules = select_modules(model, targets, exclude)
+    modules = base_modules(model)
     return [
-        Target(name, host, rows)
-        for name, host in modules.items()
-        for rows in requested_rows(name, host, targets, ROLES)
+        Target(name, modules[name], rows)
+        for name, meant_by in _chosen(model, modules, targets, exclude).items()
+        for rows in requested_rows(name, modules[name], meant_by, ROLES)
     ]
 
 
@@ -97,19 +99,35 @@ def select_modules(model: nn.Module, targets: Sequence[str], exclude: Sequence[s
     Arguments and errors are those of ``select``.
     """
     modules = base_modules(model)
-    structure = structure_of(model)  # which also measures the rows of fused layers
-    chosen = set[str]()
+    return {name: modules[name] for name in _chosen(model, modules, targets, exclude)}
+
+
+def _chosen(
+    model: nn.Module, modules: dict[str, nn.Module], targets: Sequence[str], exclude: Sequence[str]
+) -> dict[str, list[str]]:
+    """Return the names of selected modules, in the model's order, with the targets, without scopes, that mean each."""
+    measured = structure_of(model).measured  # which also measures the rows of fused layers
+    meant_by: dict[str, list[str]] = {}
     for target in _listed(targets, "targets"):
-        names = set(modules_of_role(model, target)) if target in ROLES else {n for n in modules if matches(n, target)}
-        chosen |= names or _nothing(target, modules, structure.measured)
+        for name in _named(model, target, modules) or _nothing(target, modules, measured):
+            meant_by.setdefault(name, []).append(split_scope(target)[1])
     for pattern in _listed(exclude, "exclude", empty=True):
-        chosen -= {n for n in modules if matches(n, pattern)} or _nothing(pattern, modules)
-    if not chosen:
+        for name in _named(model, pattern, modules) or _nothing(pattern, modules):
+            meant_by.pop(name, None)
+    if not meant_by:
         raise ValueError(f"exclude={list(exclude)!r} leaves nothing of targets={list(targets)!r}.")
-    selected = {name: module for name, module in modules.items() if name in chosen}
+    chosen = {name: meant_by[name] for name in modules if name in meant_by}
     if (selections := _selections.get()) is not None:
-        selections += [Selection(name, host, targets) for name, host in selected.items() if has_parts(name, host)]
-    return selected
+        parts = [name for name in chosen if has_parts(name, modules[name])]
+        selections += [Selection(name, modules[name], chosen[name]) for name in parts]
+    return chosen
+
+
+def _named(model: nn.Module, target: str, modules: Iterable[str]) -> list[str]:
+    """Return the names of the modules that a glob or a role means, inside of its scope."""
+    scope, target = split_scope(target)
+    names = modules_of_role(model, target) if target in ROLES else [name for name in modules if matches(name, target)]
+    return in_scope(model, scope, names)
 
 
 def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -126,11 +144,10 @@ def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     shared = {name: first_names[id(p)] for name, p in every_name.items() if id(p) in first_names}
     chosen = set[str]()
     for pattern in patterns:
-        if pattern in ROLES:
-            owners = set(modules_of_role(model, pattern))
-        else:
-            owners = {name for name in modules if matches(name, pattern)}
-        names = {shared[n] for n in shared if matches(n, pattern) or any(n.startswith(f"{o}.") for o in owners)}
+        scope, end = split_scope(pattern)
+        owners = tuple(f"{owner}." for owner in _named(model, pattern, modules))
+        matching = in_scope(model, scope, [name for name in shared if matches(name, end)])
+        names = {shared[name] for name in matching} | {shared[name] for name in shared if name.startswith(owners)}
         chosen |= names or _nothing(pattern, modules | parameters)
     return [name for name in parameters if name in chosen]
 

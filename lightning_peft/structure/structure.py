@@ -12,6 +12,23 @@ LAYER_ROLES = (*PART_OF_ROLE, "attention.output", "feedforward.up", "feedforward
 
 
 @dataclass(frozen=True)
+class FeedForward:
+    """Up-projections of a feed-forward network.
+
+    Args:
+        ups: Names of the layers in the order of their calls, two if one gates the other.
+        linear: Name of the one without activation, by which the other is multiplied; None without a gate.
+    """
+
+    ups: tuple[str, ...]
+    linear: str | None
+
+    def below(self, name: str) -> FeedForward:
+        """Return the same with names as they are in a model that has this one as the module ``name``."""
+        return FeedForward(tuple(f"{name}.{up}" for up in self.ups), self.linear and f"{name}.{self.linear}")
+
+
+@dataclass(frozen=True)
 class Structure:
     """Names of a model's modules by what they do.
 
@@ -27,7 +44,7 @@ class Structure:
 
     Args:
         names: Names by key, in the model's order.
-        linear_branches: In gated feed-forward networks, the up-projection without activation by the down-projection.
+        feedforward: Feed-forward networks by the name of their down-projection.
         rows: For each linear layer that was traced, its rows of query, key and value if it computes several of them, or
             more; a text says why they cannot be told; None if it does not.
         heads: Number of query heads by attention module, where it was measured.
@@ -35,7 +52,7 @@ class Structure:
     """
 
     names: Mapping[str, Sequence[str]]
-    linear_branches: Mapping[str, str] = field(default_factory=dict)
+    feedforward: Mapping[str, FeedForward] = field(default_factory=dict)
     rows: Mapping[str, list[Rows] | str | None] = field(default_factory=dict)
     heads: Mapping[str, int | None] = field(default_factory=dict)
     measured: bool = False
@@ -46,7 +63,7 @@ class Structure:
             return self
         return Structure(
             {key: [f"{name}.{n}" for n in names] for key, names in self.names.items()},
-            {f"{name}.{down}": f"{name}.{up}" for down, up in self.linear_branches.items()},
+            {f"{name}.{down}": found.below(name) for down, found in self.feedforward.items()},
             {f"{name}.{layer}": rows for layer, rows in self.rows.items()},
             {f"{name}.{module}": heads for module, heads in self.heads.items()},
             self.measured,
@@ -66,9 +83,9 @@ class Structure:
             known = {name for name in self.names.get(key, ()) if not name.startswith(inside)}
             known.update(*(part.names.get(key, ()) for part in parts.values()))
             names[key] = sorted(known, key=lambda name: position.get(name, len(position)))
-        branches = {down: up for down, up in self.linear_branches.items() if not down.startswith(inside)}
+        networks = {down: found for down, found in self.feedforward.items() if not down.startswith(inside)}
         for part in parts.values():
-            branches |= part.linear_branches
+            networks |= part.feedforward
         rows = {layer: rows for part in parts.values() for layer, rows in part.rows.items()}
         heads = {module: count for part in parts.values() for module, count in part.heads.items()}
-        return Structure(names, branches, rows, heads, all(part.measured for part in parts.values()))
+        return Structure(names, networks, rows, heads, all(part.measured for part in parts.values()))

@@ -20,22 +20,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .attention_finder import AttentionCall, AttentionFinder
 from .cut_graph import CutGraph
 from .hollow_twin import is_depthwise
+from .structure import FeedForward
 
 LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 _WITH_GRADIENT = 2**18  # elements up to which it is measured whether an output depends on a parameter
-
-
-@dataclass(frozen=True)
-class FeedForward:
-    """Up-projections of a feed-forward network.
-
-    Args:
-        ups: Names of the layers, two if one gates the other.
-        linear: Name of the one without activation, by which the other is multiplied; None without a gate.
-    """
-
-    ups: tuple[str, ...]
-    linear: str | None
 
 
 @dataclass(frozen=True)

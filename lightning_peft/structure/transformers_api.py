@@ -19,6 +19,11 @@ from .base_model import base_modules
 CONV1D = "transformers.pytorch_utils.Conv1D"  # linear layer of GPT-2 whose weight is (in, out)
 POSITIONS = ("position_ids", "cache_position")  # arguments of a backbone that hold the positions of its tokens
 _PLAIN = (Tensor, bool, int, float, str, list, Mapping)  # arguments that carry no state of earlier calls
+_MODALITIES = {"text": "language", "image": "vision", "video": "vision", "audio": "audio"}
+_MODALITY_OF_INPUT = {  # before transformers 5
+    **{"input_ids": "text", "pixel_values": "image", "pixel_values_videos": "video"},
+    **{"input_features": "audio", "input_values": "audio"},
+}
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead")
 
 
@@ -47,16 +52,28 @@ def backbones(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield (f"{name}.decoder".lstrip("."), module.decoder) if wraps_decoder else (name, module)
 
 
+def is_pretrained(module: nn.Module) -> bool:
+    """Return whether a module is a model of transformers."""
+    # Of the class, since the wrapper of torch.compile has the attributes of the model inside.
+    embeds = callable(getattr(type(module), "get_input_embeddings", None))
+    return embeds and isinstance(getattr(module, "base_model", None), nn.Module)
+
+
 def outermost_pretrained(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield (name, module) of the outermost models of transformers."""
     prefixes = list[str]()
     for name, module in [("", model), *base_modules(model).items()]:
-        # Of the class, since the wrapper of torch.compile has the attributes of the model inside.
-        embeds = callable(getattr(type(module), "get_input_embeddings", None))
         inside = any(name.startswith(prefix) for prefix in prefixes)
-        if embeds and isinstance(getattr(module, "base_model", None), nn.Module) and not inside:
+        if not inside and is_pretrained(module):
             prefixes.append(f"{name}.".lstrip("."))
             yield name, module
+
+
+def modalities(module: Any) -> set[str]:
+    """Return which of ``vision``, ``language`` and ``audio`` a model of transformers reads; empty for other modules."""
+    by_input = _MODALITY_OF_INPUT.get(getattr(module, "main_input_name", ""), "")
+    names: Any = getattr(module, "input_modalities", None) or by_input
+    return {_MODALITIES[name] for name in ([names] if isinstance(names, str) else names) if name in _MODALITIES}
 
 
 def has_input_embeddings(module: Any) -> bool:

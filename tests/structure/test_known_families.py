@@ -55,7 +55,7 @@ def test_names_tell_what_a_trace_finds(family):
             assert list(named.names[key]) == list(measured.names[key]), (head, key)
         for key in ("read", "unused", "zero_inputs"):
             assert measured.names[key] == [], (head, key)
-        assert dict(named.linear_branches) == dict(measured.linear_branches), head
+        assert dict(named.feedforward) == dict(measured.feedforward), head
         for name, rows in measured.rows.items():
             layer: nn.Module = model.get_submodule(name)
             assert (fused_rows(layer, name) if is_fused(name, layer) else None) == rows, (head, name)

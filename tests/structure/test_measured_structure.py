@@ -11,6 +11,7 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.structure.rows import Rows
+from lightning_peft.structure.structure import FeedForward
 from lightning_peft.structure.structure_of import structure_of
 
 WIDTH, HEADS, SIZE = 32, 4, 8
@@ -103,12 +104,16 @@ def test_a_model_of_ones_own_has_every_role_row_block_and_head(strange):
     }
     assert {key: list(structure.names[key]) for key in expected} == expected
     assert even == ("k.1", "k.3")
-    assert structure.linear_branches == {"k.0.d4": "k.0.x9", "k.2.d4": "k.2.x9"}
+    assert structure.feedforward == {
+        **{f"k.{i}.d4": FeedForward((f"k.{i}.c3", f"k.{i}.x9"), f"k.{i}.x9") for i in (0, 2)},
+        **{f"k.{i}.q0": FeedForward((f"k.{i}.r",), None) for i in (1, 3)},
+    }
     rows = [Rows(part, s, s + SIZE, 3 * SIZE, HEADS) for part, s in (("query", 8), ("key", 16), ("value", 0))]
     assert structure.rows["k.0.m.a1"] == structure.rows["k.2.m.a1"] == rows
     assert structure.rows["k.0.m.b7"] is None
 
 
+PLAIN = [f"k.{i}.{n}" for i in (1, 3) for n in ("r", "q0")]
 METHODS = {
     "lora": (lp.LoRA(rank=2), [f"k.{i}.m.a1" for i in (0, 0, 2, 2)]),
     "ia3": (
@@ -117,6 +122,7 @@ METHODS = {
     ),
     "prefix": (lp.PTuningV2(length=2), ["k.0.m", "k.2.m"]),
     "llama_adapter": (lp.LLaMAAdapter(length=2, layers=2), ["k.0.m", "k.2.m"]),
+    "parallel": (lp.ParallelAdapter(size=4), [f"k.{i}.{n}" for i in (0, 2) for n in ("c3", "d4")] + PLAIN),
     "bottleneck": (lp.Bottleneck(size=4), ["k.0.d4", "k.0.m.b7", "k.1.q0", "k.2.d4", "k.2.m.b7", "k.3.q0"]),
 }
 

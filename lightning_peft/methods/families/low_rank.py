@@ -21,6 +21,7 @@ from ...structure.layer_of import layer_of
 from ...structure.layer_types import LinearType
 from ...structure.rows import Rows
 from ...structure.selection import Target, select, select_modules
+from ...structure.towers import split_scope
 
 
 def check_low_rank(name: str, host: nn.Module, rank: int, dropout: float, field: str = "rank") -> None:
@@ -39,7 +40,7 @@ def without_narrow(
     Such layers are the gates of experts, for example. A warning names them.
     """
     selected = select(model, targets, exclude)
-    others = [target for target in targets if target != "all-linear"]
+    others = [target for target in targets if split_scope(target)[1] != "all-linear"]
     if len(others) == len(targets):
         return selected
     named = select_modules(model, others) if others else {}

@@ -6,7 +6,6 @@ by ``feedforward``. Then an ``InputCapture`` at the up-projection passes the inp
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from ...core.per_row import BatchableLayerAdapter
 from ...structure.base_model import base_modules
 from ...structure.layer_of import is_called_linear, layer_of
 from ...structure.selection import select_modules
+from ...structure.structure_of import structure_of
+from ...structure.towers import in_scope, split_scope
 
 FEEDFORWARD = "feedforward"  # the pairs of feedforward.up and feedforward.down that make a block
 _UNMERGEABLE = "the feed-forward block is not linear, so no weight expresses a branch beside it"
@@ -114,18 +115,20 @@ def feedforward_blocks(model: nn.Module, targets: Sequence[str], exclude: Sequen
 
     Args:
         model: Model to search.
-        targets: Globs of modules that are blocks, or ``feedforward``.
+        targets: Globs of modules that are blocks, or ``feedforward``, also after a scope as in ``vision:feedforward``.
         exclude: Globs of modules to leave out, with all blocks inside them.
 
     Raises:
         ValueError: No block is found, or the input and the output of a block differ in width.
     """
-    globs = targets if isinstance(targets, str) else [target for target in targets if target != FEEDFORWARD]
+    scopes = [split_scope(target)[0] for target in targets if split_scope(target)[1] == FEEDFORWARD]
+    globs = targets if isinstance(targets, str) else [t for t in targets if split_scope(t)[1] != FEEDFORWARD]
     up_of: dict[str, str | None] = {}  # up-projection by the name of the down-projection; None for a module
     if globs or not targets:
         up_of |= dict.fromkeys(select_modules(model, globs))  # raises for a string, and for an empty list
-    if FEEDFORWARD in targets:
-        up_of |= {down: up for up, down in _pairs(model)}
+    if scopes:
+        down_of = {down: up for up, down in _pairs(model)}
+        up_of |= {down: down_of[down] for scope in scopes for down in in_scope(model, scope, list(down_of))}
     excluded = tuple(f"{name}." for name in (select_modules(model, exclude) if exclude else ()))
     names = [n for n in base_modules(model) if n in up_of and not f"{n}.".startswith(excluded)]
     if not names:
@@ -134,18 +137,13 @@ def feedforward_blocks(model: nn.Module, targets: Sequence[str], exclude: Sequen
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield (up, down): each down-projection with the first up-projection before it in the same block."""
-    ups, downs = select_modules(model, ["feedforward.up"]), select_modules(model, ["feedforward.down"])
-    before = list[str]()
-    for name in base_modules(model):
-        if name in ups:
-            before.append(name)
-        elif name in downs:
-            if not before:
-                raise ValueError(f"No up-projection comes before {name}; name the blocks by globs of their modules.")
-            depth = {up: len(os.path.commonprefix([up.split("."), name.split(".")])) for up in before}
-            yield max(depth, key=depth.__getitem__), name
-            before.clear()
+    """Yield (up, down) of each feed-forward network: its first up-projection, and its down-projection."""
+    select_modules(model, ["feedforward.up"])  # raises without any
+    networks = structure_of(model).feedforward
+    for down in select_modules(model, ["feedforward.down"]):
+        if down not in networks:
+            raise ValueError(f"No up-projection comes before {down}; name the blocks by globs of their modules.")
+        yield networks[down].ups[0], down
 
 
 def _block(model: nn.Module, name: str, up: str | None) -> Block:
