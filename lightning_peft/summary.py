@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .checkpoints.adapter_state import adapter_state
+from .core.adapted_module import adapters
+from .core.coverage import Coverage, coverage
 from .core.injection_record import active_methods, adapters_of, get_record
 from .core.method import Method
 from .ops.sharded_tensors import global_shape
@@ -26,6 +28,7 @@ class Summary:
         total: Number of parameters, adapters included, a shared one once.
         saved_bytes: Size of what an adapter file holds.
         base_bytes: Size of the base model's parameters.
+        coverage: Blocks with adapters, by tower; empty where no blocks are known.
     """
 
     rows: tuple[tuple[str, int, int], ...]
@@ -33,6 +36,7 @@ class Summary:
     total: int
     saved_bytes: int
     base_bytes: int
+    coverage: tuple[Coverage, ...] = ()
 
     def __str__(self) -> str:
         """Return the table as text."""
@@ -44,9 +48,11 @@ class Summary:
     def caption(self) -> str:
         """What trains of all, and what a file of it takes."""
         share = 100 * self.trainable / max(1, self.total)
+        partly = len(self.coverage) > 1 or any(part.adapted and part.untouched for part in self.coverage)
+        reached = f";\nadapters are in {', '.join(map(str, self.coverage))}" if partly else ""
         return (
             f"{self.trainable:,} of {self.total:,} parameters train ({share:.3g} %);\n"
-            f"an adapter takes {size(self.saved_bytes)}, the base model {size(self.base_bytes)}"
+            f"an adapter takes {size(self.saved_bytes)}, the base model {size(self.base_bytes)}{reached}"
         )
 
 
@@ -67,6 +73,7 @@ def summary(model: nn.Module) -> Summary:
         total=sum(_count(p) for p in model.parameters()),
         saved_bytes=sum(_count(v) * v.element_size() for v in adapter_state(model, packed=True).values()),
         base_bytes=sum(_count(p) * p.element_size() for p in base_parameters(model).values()),
+        coverage=tuple(coverage(model, {name for name, *_ in adapters(model)})),
     )
 
 

@@ -26,6 +26,7 @@ from .adapted_module import (
 )
 from .adapter import Adapter
 from .checks import check_host, check_names, check_not_read, check_selection, check_shared_host, check_trainable
+from .coverage import warn_of_untouched_blocks
 from .injection_record import InjectionRecord, check_not_paused, get_record, set_record
 from .method import Method
 from .own_parameters import OwnParameters
@@ -183,6 +184,7 @@ class InjectionPlan:
             shard_adapters(self.model, mesh)
         disable_fast_path(self.modules.values())
         keep_differentiable(self.modules.values())
+        warn_of_untouched_blocks(self.model, self.methods, [placement.name for placement in self.placements])
         return self.model
 
     def _mesh(self) -> DeviceMesh | None:

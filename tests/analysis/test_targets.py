@@ -57,7 +57,7 @@ def test_the_command_line_prints_the_table_of_a_configuration(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "attention.query   3      network.model.layers.*.self_attn.q_proj          32 -> 32" in lines
     assert [line.split()[:3] for line in lines if line.startswith("blocks")] == [
-        ["blocks", "3", "model.model.layers.*"]
+        ["blocks", "3", "network.model.layers.*"]
     ]
 
 
@@ -87,6 +87,9 @@ def test_a_scope_limits_a_role_or_a_glob(target, expected):
 @needs("transformers")
 def test_scopes_of_several_targets_are_apart():
     model = lp.inject(clip(), lp.LoRA(rank=2, targets=["vision:attention.key", "language:attention.value"]))
+    share = "(14.1 % of their weights)"  # 1,056 of 7,504
+    coverage = f"2 of 2 blocks of text_model {share}, 2 of 2 blocks of vision_model {share}"
+    assert coverage in str(lp.summary(model))
     found = [name.split(".")[0] + name[-6:] for name, *_ in lp.adapters(model)]
     assert found == ["text_modelv_proj"] * 2 + ["vision_modelk_proj"] * 2
 

@@ -127,6 +127,7 @@ METHODS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Adapters reach 2 of 4 blocks")
 @pytest.mark.parametrize("method", METHODS)
 def test_default_targets_of_methods_find_their_hosts(strange, method):
     method, expected = METHODS[method]
@@ -157,10 +158,16 @@ def test_without_an_example_the_names_of_a_model_decide():
         lp.inject(Strange(), lp.LoRA(rank=2))
 
 
-def test_an_example_is_given_to_inject():
-    model = lp.inject(Strange(), lp.LoRA(rank=2), example_inputs=EXAMPLE)
+UNTOUCHED = r"Adapters reach 2 of 4 blocks \(21.9 % of their weights\): nothing in k.1, k.3 plays a role"
+
+
+def test_an_example_is_given_to_inject_and_blocks_without_the_roles_are_said():
+    with pytest.warns(UserWarning, match=UNTOUCHED):
+        model = lp.inject(Strange(), lp.LoRA(rank=2), example_inputs=EXAMPLE)
     assert [name for name, *_ in lp.adapters(model)] == METHODS["lora"][1]
-    by_name = lp.inject(Strange(), lp.LoRA(rank=2), example_inputs={"ids": EXAMPLE})
+    assert str(lp.summary(model)).endswith("adapters are in 2 of 4 blocks (21.9 % of their weights)")
+    with pytest.warns(UserWarning, match=UNTOUCHED):
+        by_name = lp.inject(Strange(), lp.LoRA(rank=2), example_inputs={"ids": EXAMPLE})
     assert [name for name, *_ in lp.adapters(by_name)] == METHODS["lora"][1]
 
 
