@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Collection, Mapping
 
+from ..checkpoints.key_prefix import align_keys
 from ..core.adapter import Adapter
 from ..core.method import Method
 from .peft_format import Base, PeftFile, PeftFormat, StateDict
@@ -25,10 +27,21 @@ def check_module_names(base: Base, hosts: Collection[str]) -> None:
     """Raise where a file adapts modules that a model has not."""
     modules = dict(base.network.named_modules())
     if unknown := [name for name in hosts if name not in modules]:
-        close_names = difflib.get_close_matches(unknown[0], modules, n=3)
-        raise ValueError(
-            f"The file adapts {unknown[:3]}, which the model has not. Close names: {', '.join(close_names)}."
+        raise ValueError(f"The file adapts {unknown[:3]}, which the model has not. {_advice(unknown, modules)}")
+
+
+def _advice(unknown: Collection[str], modules: Mapping[str, object]) -> str:
+    """Return which prefix differs, if that is all, else close names."""
+    aligned = align_keys(unknown, modules)
+    name, here = next(iter(aligned.items()), ("", ""))
+    common = os.path.commonprefix([name[::-1], here[::-1]])[::-1]
+    if len(aligned) == len(unknown) and common and all(new in modules for new in aligned.values()):
+        theirs, ours = name.removesuffix(common), here.removesuffix(common)
+        return (
+            f"Only a prefix differs: {theirs!r} in the file is {ours!r} here. Give import_peft the module whose names "
+            f"the file has, or rename its keys."
         )
+    return f"Close names: {', '.join(difflib.get_close_matches(next(iter(unknown)), modules, n=3))}."
 
 
 def complete_states(base: Base, method: Method, imported: Mapping[str, StateDict], source: str) -> dict[str, StateDict]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,7 +59,7 @@ class IA3Format(PeftFormat):
         feedforward = file.get("feedforward_modules", [])
         inputs, outputs = list[str](), list[str]()
         for host in file.state:
-            (inputs if _scales_inputs(host, feedforward) else outputs).append(join_names(base.name, host))
+            (inputs if targets.ends_like(host, feedforward) else outputs).append(join_names(base.name, host))
         (of_inputs, input_surplus), (of_outputs, output_surplus) = (
             exact_globs(inputs, base.model),
             exact_globs(outputs, base.model),
@@ -74,9 +73,3 @@ class IA3Format(PeftFormat):
             ),
             states,
         )
-
-
-def _scales_inputs(host: str, pattern: str | Collection[str]) -> bool:
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, host) is not None
-    return any(host.endswith(suffix) for suffix in pattern)

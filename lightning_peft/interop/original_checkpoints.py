@@ -15,10 +15,11 @@ from ..structure.layer_of import layer_of
 from .compatibility import check_module_names
 from .load_imported import inject_and_load
 from .lora import alpha_for_scale, lora_from_factors
-from .module_names import exact_globs, find_network, join_names
+from .module_names import exact_globs, join_names
 from .modules_to_save import read_all_trained
 from .peft_folder import read_tensor_file
-from .peft_format import Base, StateDict
+from .peft_format import PeftFile, StateDict
+from .renamed_modules import base_of_file, rename_hosts
 
 
 def import_loralib(
@@ -43,8 +44,9 @@ def import_loralib(
     Raises:
         ValueError: The file is damaged, or does not fit this model.
     """
-    base = Base(model, *find_network(model))
     hosts, other_tensors = _by_host(read_tensor_file(path), {"lora_A": "a", "lora_B": "b"})
+    base = base_of_file(model, hosts)
+    hosts = dict(rename_hosts(base, PeftFile({}, hosts)).state)
     check_module_names(base, hosts)
     states, alphas = dict[str, StateDict](), dict[str, float]()
     for host, factors in hosts.items():
@@ -74,8 +76,9 @@ def import_t_few(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         ValueError: The file is damaged, or does not fit this model.
     """
-    base = Base(model, *find_network(model))
     hosts, other_tensors = _by_host(read_tensor_file(path), {"multi_lora_b": "scales"})
+    base = base_of_file(model, hosts)
+    hosts = dict(rename_hosts(base, PeftFile({}, hosts)).state)
     check_module_names(base, hosts)
     states = {join_names(base.name, host): {"scales": tensors["scales"].flatten()} for host, tensors in hosts.items()}
     targets, exclude = exact_globs(states, model)

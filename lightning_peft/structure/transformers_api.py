@@ -7,8 +7,9 @@ installed release no longer has. transformers is never imported here: a program 
 from __future__ import annotations
 
 import functools
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,6 +58,55 @@ def outermost_pretrained(model: nn.Module) -> Iterator[tuple[str, Any]]:
         if embeds and isinstance(getattr(module, "base_model", None), nn.Module) and not inside:
             prefixes.append(f"{name}.".lstrip("."))
             yield name, module
+
+
+def names_by_loading(model: Any, known: Collection[str]) -> Callable[[str], str]:
+    """Return a function that renames what another release, or a model with another head, wrote, as loading does.
+
+    Releases before 5 keep their rules on the class of a model, later ones collect them from all of its modules. The
+    name of the backbone is then added, or left out, where the result is known.
+
+    Args:
+        model: A model of transformers; names of other models stay as they are.
+        known: Names that the model has, of modules or of tensors.
+    """
+    prefix = getattr(model, "base_model_prefix", None)
+    if not isinstance(prefix, str):
+        return lambda name: name
+    rules = _renamings(model)
+
+    def place(name: str) -> str:
+        for rename in rules:
+            name = rename(name)
+        if name in known or not prefix:
+            return name
+        without = name.removeprefix(f"{prefix}.")
+        return without if without in known else f"{prefix}.{name}"
+
+    return place
+
+
+def _renamings(model: Any) -> list[Callable[[str], str]]:
+    """Return the rules by which transformers renames what it reads for a model, in their order."""
+    collect = getattr(sys.modules.get("transformers.conversion_mapping"), "get_model_conversion_mapping", None)
+    if collect is None:  # before transformers 5
+        patterns = getattr(type(model), "_checkpoint_conversion_mapping", None) or {}
+        return [functools.partial(_first_substitution, patterns)]
+    # Rules that compute tensors from several others, such as fused experts, have operations.
+    return [functools.partial(_by_rule, rule) for rule in collect(model) if not hasattr(rule, "operations")]
+
+
+def _by_rule(rule: Any, name: str) -> str:
+    renamed: str = rule.rename_source_key(name)[0]
+    return renamed
+
+
+def _first_substitution(patterns: Mapping[str, str], name: str) -> str:
+    for pattern, replacement in patterns.items():
+        new, count = re.subn(pattern, replacement, name)
+        if count:
+            return new
+    return name
 
 
 def has_input_embeddings(module: Any) -> bool:
