@@ -6,14 +6,19 @@ import difflib
 import os
 from collections.abc import Collection, Mapping
 
+from torch import nn
+
 from ..checkpoints.key_prefix import align_keys
 from ..core.adapter import Adapter
 from ..core.method import Method
-from .peft_format import Base, PeftFile, PeftFormat, StateDict
+from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_supported
 
 
 def check_hosts(base: Base, peft_format: PeftFormat, file: PeftFile) -> None:
     """Raise where a file and a model do not have the same hosts."""
+    modules = dict(base.network.named_modules())
+    for host in file.state:
+        _check_not_in_attention(modules, host)
     check_module_names(base, file.state)
     if missing := [name for name in peft_format.expected(base, file) if name not in file.state]:
         raise ValueError(f"The file's settings adapt {missing[:5]}, but it has no tensors of them.")
@@ -21,6 +26,16 @@ def check_hosts(base: Base, peft_format: PeftFormat, file: PeftFile) -> None:
         raise ValueError(
             f"The file has no tensor of a {peft_format.kind} adapter: none ends in {', '.join(peft_format.tensors)}."
         )
+
+
+def _check_not_in_attention(modules: Mapping[str, nn.Module], host: str) -> None:
+    """Refuse an adapter on torch's attention or on its ``out_proj``."""
+    owner = host.removesuffix(".out_proj").removesuffix(".base_layer")
+    check_supported(
+        isinstance(modules.get(owner), nn.MultiheadAttention),
+        f"An adapter on torch's attention {owner}",
+        "of its out_proj, it adds an update twice together with the attention, and none otherwise",
+    )
 
 
 def check_module_names(base: Base, hosts: Collection[str]) -> None:

@@ -18,7 +18,15 @@ from ..structure.layer_of import layer_of
 from ..structure.layer_types import TransposedLinearType
 from . import targets
 from .module_names import exact_globs, join_names, longest_first
-from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_not_torch_attention, check_supported
+from .peft_format import (
+    Base,
+    PeftFile,
+    PeftFormat,
+    StateDict,
+    check_convolution,
+    check_not_torch_attention,
+    check_supported,
+)
 
 _A, _B, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 _TABLE_A, _TABLE_B = "lora_embedding_A", "lora_embedding_B"  # of embeddings
@@ -84,10 +92,12 @@ class LoRAFormat(PeftFormat):
         )
         alphas, states = dict[str, float](), dict[str, StateDict]()
         for host, tensors in file.state.items():
-            state, alpha = _factors(tensors), targets.by_pattern(patterns, host, file.get("lora_alpha", 8))
-            states[host], alphas[host] = limit_rank(state, alpha, use_rslora)
+            module = base.network.get_submodule(host)
+            check_convolution(module, host, groups=False, dilation=False)
+            alpha = targets.by_pattern(patterns, host, file.get("lora_alpha", 8))
+            states[host], alphas[host] = limit_rank(_factors(tensors), alpha, use_rslora)
             if init in FROM_WEIGHT:
-                states[host] |= _start(base.network.get_submodule(host), init, states[host], alphas[host], use_rslora)
+                states[host] |= _start(module, init, states[host], alphas[host], use_rslora)
         settings = {"dropout": file.get("lora_dropout", 0.0), "decompose": file.get("use_dora", False)}
         settings |= {"init": init} if init in FROM_WEIGHT else {}
         yield lora_from_factors(base, name, states, alphas, "rank_stabilized" if use_rslora else "standard", **settings)
@@ -139,6 +149,8 @@ def _start(host: Any, init: str, state: StateDict, alpha: float, use_rslora: boo
     if "a" not in state:
         return {}
     rank, layer = len(state["a"]), layer_of(host)
+    if layer.is_embedding:  # whose factors start at random there, whatever the setting says
+        return {"a0": torch.zeros_like(state["a"]), "b0": torch.zeros_like(state["b"])}
     scale = alpha / (math.sqrt(rank) if use_rslora else rank)
     a, b = FROM_WEIGHT[init](full_tensor(layer.read(host)).detach().to(state["a"].dtype).flatten(1), rank, scale)
     return {"a0": a.view(state["a"].shape), "b0": b}
@@ -159,9 +171,7 @@ def alpha_for_scale(scale: float, rank: int, use_rslora: bool = False) -> float:
 def _tensors(host: Any, name: str, updates: Sequence[LoRAAdapter]) -> StateDict:
     layer, (first, *others) = layer_of(host), updates
     check_not_torch_attention(first, name)
-    check_supported(
-        getattr(host, "groups", 1) > 1, f"LoRA on {name}", "its convolution has groups, which it splits otherwise"
-    )
+    check_convolution(host, name, groups=False, dilation=False)
     check_supported(
         any(update.scale != first.scale for update in others), f"LoRA on {name}", "its parts have different scales"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -52,9 +53,10 @@ def import_loralib(
     for host, factors in hosts.items():
         if factors.keys() != {"a", "b"}:
             raise ValueError(f"{path} has only {sorted(factors)} of the two factors of {host}.")
-        scale = alpha / factors["b"].shape[1]
-        states[host] = _whole_layer_factors(base.network.get_submodule(host), host, factors, parts)
-        alphas[host] = alpha_for_scale(scale, len(states[host]["a"]))
+        module = base.network.get_submodule(host)
+        rank = factors["b"].shape[1] // (module.kernel_size[0] if isinstance(module, nn.Conv2d) else 1)
+        states[host] = _whole_layer_factors(module, host, factors, parts)
+        alphas[host] = alpha_for_scale(alpha / rank, len(states[host]["a"]))
     inject_and_load(
         base, [lora_from_factors(base, "lora", states, alphas)], read_all_trained(base, other_tensors), str(path)
     )
@@ -103,7 +105,9 @@ def _by_host(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> tuple[d
 def _whole_layer_factors(host: nn.Module, name: str, factors: StateDict, wanted: Sequence[str]) -> StateDict:
     """Return factors for a whole layer; of a fused one, A of projections lie below each other, B on the diagonal."""
     a, b = factors["a"], factors["b"]
-    out = layer_of(host).shape(host)[0]
+    out, *shape = layer_of(host).shape(host)
+    if isinstance(host, nn.Conv2d):
+        return _convolution_factors(name, a, b, out, shape)
     count, rank = len(a) // b.shape[1], b.shape[1]
     if count == 1 and len(b) == out:
         return factors
@@ -120,3 +124,15 @@ def _whole_layer_factors(host: nn.Module, name: str, factors: StateDict, wanted:
     if row != len(b):
         raise ValueError(f"{name} has {len(b)} rows of B, expected {row} for {list(wanted)!r}.")
     return {"a": a, "b": torch.clone(full_b)}
+
+
+def _convolution_factors(name: str, a: Tensor, b: Tensor, out: int, shape: Sequence[int]) -> StateDict:
+    """Return factors for a kernel (out, *shape) that is the product B A seen otherwise, which has no low rank."""
+    if len(b) * a.shape[1] != out * math.prod(shape):
+        raise ValueError(
+            f"{name} has factors {tuple(a.shape)} and {tuple(b.shape)}, whose product is no ({out}, {shape})."
+        )
+    product, limit = (b @ a).reshape(out, -1), min(out, math.prod(shape))
+    eye = torch.eye(limit, dtype=a.dtype)
+    a, b = (product, eye) if limit == out else (eye, product)
+    return {"a": a.reshape(-1, *shape), "b": b}

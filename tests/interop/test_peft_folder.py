@@ -486,7 +486,7 @@ REFUSED = [
     (lambda: lp.inject(BASES["bert"](), lp.KronA(shape_a=[2, 8])), "no one factor gives the shapes"),
     (
         lambda: lp.inject(Small(), lp.AdaLoRA(initial_rank=2, target_rank=1, targets=["table"])),
-        "adapts linear layers alone",
+        "adapts linear layers and Conv2d, not Embedding",
     ),
 ]
 
@@ -525,6 +525,10 @@ BROKEN = [
     (lambda f: _written(f, peft_type="VERA"), "VERA adapter, which is not read"),
     (lambda f: _written(f, init_lora_weights="corda"), "init_lora_weights='corda' .* changes the base's weights"),
     (lambda f: _written(f, trainable_token_indices=[1]), r"sets {'trainable_token_indices': \[1\]}"),
+    (
+        lambda f: _written(f, target_parameters=["experts.down_proj"]),
+        r"sets {'target_parameters': \['experts.down_proj'\]}",
+    ),
     (lambda f: _written(f, lora_bias=True), "sets {'lora_bias': True}"),
     (lambda f: _written(f, target_modules=["query", "key"]), r"layer.0.attention.self.key.*no tensors"),
     (lambda f: _written(f, modules_to_save=["pooler"]), r"saves \['pooler'\], but lacks"),
