@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..structure.base_model import ADAPTERS_ATTRIBUTE, computed_from, matches
+from ..structure.base_model import ADAPTERS_ATTRIBUTE, computed_from, matches, split_adapter_key
 from ..structure.fused_rows import requested_rows
 from ..structure.layer_of import layer_of
 from ..structure.quantized import is_quantized
 from ..structure.roles import ROLES, WEIGHT_ROLES
 from ..structure.selection import Selection
-from .adapted_module import AdaptedModule
+from .adapted_module import AdaptedModule, can_hold_adapters
 from .adapter import Adapter
 from .tensor_parallel import is_split
 from .weight_update import WeightUpdate
@@ -31,6 +31,16 @@ def check_names(names: Sequence[str]) -> None:
             raise ValueError(
                 f"A method cannot be named {name!r}: choose a name without dots, which does not begin with _ and is "
                 f"not one that torch uses."
+            )
+
+
+def check_base_names(names: Iterable[str], methods: Sequence[str]) -> None:
+    """Raise where a tensor of the base would be taken for one of an adapter when a file is read."""
+    for name in names:
+        if (place := split_adapter_key(name, methods)) is not None:
+            raise ValueError(
+                f"{name} of the base has the name of an adapter's tensor in files, since it lies below a module called "
+                f"{ADAPTERS_ATTRIBUTE!r} and a method is named name={place[1]!r}; give the method another name."
             )
 
 
@@ -69,10 +79,20 @@ def check_host(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
         raise TypeError(f"forward of {name} was replaced on the instance, which hides any adapter; inject before that.")
     if any(isinstance(p, DTensor) and not is_split(part) for part in host.modules() for p in part._parameters.values()):
         raise TypeError(f"{name} is sharded already, so adapters would train on each rank alone; inject, then shard.")
-    if not isinstance(host, AdaptedModule) and hasattr(host, ADAPTERS_ATTRIBUTE):
+    _check_keys(host, name, key, adapter)
+
+
+def _check_keys(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
+    """Raise if an adapter has no place of its own on its host, or in files."""
+    if not can_hold_adapters(host):
         raise TypeError(f"{name} has an attribute {ADAPTERS_ATTRIBUTE!r} of its own, where its adapters would live.")
     if isinstance(host, AdaptedModule) and key in host.peft:
         raise ValueError(f"{name} already has an adapter {key!r}; give the method another name.")
+    if below := [n for n in adapter.state_dict(keep_vars=True) if ADAPTERS_ATTRIBUTE in n.split(".")]:
+        raise TypeError(
+            f"{type(adapter).__name__} has a tensor {below[0]}; call its module otherwise than {ADAPTERS_ATTRIBUTE!r}, "
+            f"below which files keep adapters."
+        )
 
 
 def check_selection(selections: Sequence[Selection], placed: Sequence[tuple[str, Adapter]]) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..structure.base_model import base_modules, base_parameters
+from ..structure.base_model import base_modules, base_parameters, own_tensors
 from ..structure.bitsandbytes_api import check_not_repacked, keep_differentiable
 from ..structure.selection import Selection, literal, record_selections, select_parameters
 from .adapted_module import (
@@ -24,7 +24,7 @@ from .adapted_module import (
     restore_fast_path,
 )
 from .adapter import Adapter
-from .checks import check_host, check_names, check_selection, check_shared_host, check_trainable
+from .checks import check_base_names, check_host, check_names, check_selection, check_shared_host, check_trainable
 from .injection_record import InjectionRecord, check_not_paused, get_record, set_record
 from .method import Method
 from .own_parameters import OwnParameters
@@ -142,7 +142,9 @@ class InjectionPlan:
 
     def check(self) -> None:
         """Raise for what cannot work."""
-        check_names([method.name for method in [*self.record.methods, *self.methods]])
+        names = [method.name for method in [*self.record.methods, *self.methods]]
+        check_names(names)
+        check_base_names((f"{n}.{key}" for n, module in self.modules.items() for key in own_tensors(module)), names)
         check_not_repacked(self.modules)
         split = self._mesh() is not None
         placed = []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checkpoints.adapter_state import strip_wrapper_names
 from ..ops.sharded_tensors import full_tensor
-from ..structure.base_model import ADAPTERS_ATTRIBUTE, base_parameters, count_owners
+from ..structure.base_model import adapter_host, base_parameters, count_owners
 from .module_names import join_names
 from .peft_format import Base, StateDict, check_supported
 from .renamed_modules import name_in
@@ -58,8 +58,10 @@ def head_tensors(base: Base, task: str | None, modules: StateDict) -> StateDict:
 
 def _state(base: Base, module: str) -> StateDict:
     """Return the tensors of a module of the base, by their names within the network."""
-    state = base.network.get_submodule(module).state_dict(keep_vars=True)
-    return {f"{module}.{key}": value for key, value in state.items() if f".{ADAPTERS_ATTRIBUTE}." not in f".{key}"}
+    saved = base.network.get_submodule(module)
+    host_of = adapter_host(saved)
+    state = saved.state_dict(keep_vars=True)
+    return {f"{module}.{key}": value for key, value in state.items() if host_of(key) is None}
 
 
 def _peft_key(name: str, hosts: Collection[str]) -> str:

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from ..core.adapted_module import adapters
+from ..core.checks import check_base_names
 from ..core.inject import inject
 from ..core.injection_record import InjectionRecord, get_record, set_record
 from ..core.method import Method
@@ -89,6 +90,7 @@ def ensure_injected(module: pl.LightningModule, methods: Sequence[Method], also_
             return
         check_not_merged(module)
         record = InjectionRecord.around(below, base_parameters(module))
+        check_base_names(base_parameters(module), [method.name for method in record.methods])
         set_record(module, record)
     if methods and record.methods not in (list(methods), [method.finalized() for method in methods]):
         raise ValueError(
