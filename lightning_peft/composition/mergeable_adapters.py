@@ -8,8 +8,10 @@ from torch import nn
 
 from ..core.adapted_module import adapters
 from ..core.adapter import Adapter
+from ..core.checks import shows_weight
 from ..core.injection_record import get_record
 from ..structure.base_model import count_owners
+from ..structure.read_weights import read_weight_attribute
 
 HostedAdapter = tuple[str, Any, str, Adapter]  # name of the host, the host, the adapter's key there, the adapter
 
@@ -34,6 +36,12 @@ def mergeable_adapters(model: nn.Module, allow_inactive: bool = False) -> list[H
     for name, host, key, adapter in adapted:
         if type(adapter).merge is Adapter.merge:
             raise TypeError(f"{key!r} at {name} cannot be merged: {adapter.unmergeable}.")
+        if read_weight_attribute(type(host)) and not (shows_weight(adapter) or adapter.replaces):
+            raise TypeError(
+                f"{key!r} at {name} cannot be merged: {type(adapter).__name__} changes what {type(host).__name__} "
+                f"returns, and its merge would write a weight that is read inside. Override effective_weight and "
+                f"effective_bias in it, or keep the adapter."
+            )
         if any(owners[id(p)] > 1 for p in host._parameters.values() if p is not None):
             raise ValueError(f"{name} shares a parameter with another module; untie it before merging.")
     # Adapters that replace parameters come first: what others add goes on top of the replaced values, as in forward.

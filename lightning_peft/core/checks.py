@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..structure.base_model import ADAPTERS_ATTRIBUTE, computed_from, matches, split_adapter_key
+from ..structure.base_model import ADAPTERS_ATTRIBUTE, computed_from, matches, own_tensors, split_adapter_key
 from ..structure.fused_rows import requested_rows
 from ..structure.layer_of import layer_of
 from ..structure.quantized import is_quantized
@@ -22,8 +22,8 @@ from .tensor_parallel import is_split
 from .weight_update import WeightUpdate
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Raise where methods share a name, or a name cannot be that of a child module."""
+def check_names(names: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
+    """Raise where methods share a name, or a name cannot be that of a child module beside the modules of the base."""
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"Two methods are named {name!r}; give one of them another name.")
@@ -32,11 +32,12 @@ def check_names(names: Sequence[str]) -> None:
                 f"A method cannot be named {name!r}: choose a name without dots, which does not begin with _ and is "
                 f"not one that torch uses."
             )
+    check_base_names(modules, names)
 
 
-def check_base_names(names: Iterable[str], methods: Sequence[str]) -> None:
+def check_base_names(modules: Mapping[str, nn.Module], methods: Sequence[str]) -> None:
     """Raise where a tensor of the base would be taken for one of an adapter when a file is read."""
-    for name in names:
+    for name in (f"{n}.{key}" for n, module in modules.items() for key in own_tensors(module)):
         if (place := split_adapter_key(name, methods)) is not None:
             raise ValueError(
                 f"{name} of the base has the name of an adapter's tensor in files, since it lies below a module called "
@@ -54,7 +55,7 @@ def check_trainable(model: nn.Module, name: str) -> None:
 
 def check_host(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
     """Raise if an adapter on this host could not work; each case fails silently without this check."""
-    if isinstance(host, nn.modules.linear.NonDynamicallyQuantizableLinear) and not _shows_weight(adapter):
+    if isinstance(host, nn.modules.linear.NonDynamicallyQuantizableLinear) and not shows_weight(adapter):
         raise TypeError(
             f"{name} belongs to nn.MultiheadAttention, which reads its weight and never calls it; target other layers."
         )
@@ -95,6 +96,19 @@ def _check_keys(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
         )
 
 
+def check_keys_differ(placed: Sequence[tuple[str, nn.Module, str, Adapter]]) -> None:
+    """Raise where two adapters of one injection, given as (name, host, key, adapter), have one key on one host."""
+    seen = set[tuple[str, str]]()
+    for name, _, key, adapter in placed:
+        if (name, key) in seen:
+            raise ValueError(
+                f"Two adapters {key!r} go to {name}, of which the second would replace the first: select returns a "
+                f"layer once for each of its parts. Give the rows to WeightUpdate.__init__, set part and rows of "
+                f"{type(adapter).__name__}, or use select_modules."
+            )
+        seen.add((name, key))
+
+
 def check_selection(selections: Sequence[Selection], placed: Sequence[tuple[str, Adapter]]) -> None:
     """Raise where a method selected rows of a layer, or a weight that is read, and its adapters change something else.
 
@@ -113,7 +127,7 @@ def _check_requests(name: str, requests: Sequence[Selection], placed: Sequence[A
     if any(_means_module(request) for request in requests):
         return
     host = requests[0].host
-    if layer_of(host).weight_read_by_parent and not all(map(_shows_weight, placed)):
+    if layer_of(host).weight_read_by_parent and not all(map(shows_weight, placed)):
         raise TypeError(
             f"{type(placed[0]).__name__} surrounds the call of {name}, and the roles {list(requests[0].targets)} mean "
             f"weights that {type(host).__name__} reads without calling a layer. Derive it from WeightUpdate, or "
@@ -140,7 +154,7 @@ def _means_module(request: Selection) -> bool:
     return any(matches(request.name, glob) for glob in globs) or bool(modules)
 
 
-def _shows_weight(adapter: Adapter) -> bool:
+def shows_weight(adapter: Adapter) -> bool:
     """Return whether an adapter works on a host whose parent reads its weight."""
     cls = type(adapter)
     return cls.effective_weight is not Adapter.effective_weight or cls.effective_bias is not Adapter.effective_bias

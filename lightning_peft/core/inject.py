@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..structure.base_model import base_modules, base_parameters, own_tensors
+from ..structure.base_model import base_modules, base_parameters
 from ..structure.bitsandbytes_api import check_not_repacked, keep_differentiable
 from ..structure.selection import Selection, literal, record_selections, select_parameters
 from .adapted_module import (
@@ -24,7 +24,7 @@ from .adapted_module import (
     restore_fast_path,
 )
 from .adapter import Adapter
-from .checks import check_base_names, check_host, check_names, check_selection, check_shared_host, check_trainable
+from .checks import check_host, check_keys_differ, check_names, check_selection, check_shared_host, check_trainable
 from .injection_record import InjectionRecord, check_not_paused, get_record, set_record
 from .method import Method
 from .own_parameters import OwnParameters
@@ -142,9 +142,7 @@ class InjectionPlan:
 
     def check(self) -> None:
         """Raise for what cannot work."""
-        names = [method.name for method in [*self.record.methods, *self.methods]]
-        check_names(names)
-        check_base_names((f"{n}.{key}" for n, module in self.modules.items() for key in own_tensors(module)), names)
+        check_names([method.name for method in [*self.record.methods, *self.methods]], self.modules)
         check_not_repacked(self.modules)
         split = self._mesh() is not None
         placed = []
@@ -155,6 +153,7 @@ class InjectionPlan:
             placed.append((name, adapter))
         for name in sorted(self.trained | replaced_names(placed)):
             check_trainable(self.model, name)
+        check_keys_differ(self.placements)
         check_shared_host((list(active_adapters(self.model)) if self.active else []) + placed)
         if not self.placements and not self.trained:
             raise ValueError("Nothing would train: the methods add no adapter and choose no parameter.")

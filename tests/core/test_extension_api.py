@@ -215,6 +215,48 @@ def test_who_ignores_rows_or_read_weights_is_refused_before_anything_changed(mod
     assert [p.requires_grad for p in net.parameters()] == required
 
 
+class MergedGate(Gate):
+    """A gate that merges as that of a linear layer."""
+
+    def forward(self, host, inner, *args, **kwargs):
+        y = inner(*args, **kwargs)
+        return (y[0] * self.gate, *y[1:]) if isinstance(y, tuple) else y * self.gate
+
+    def merge(self, host):
+        layer = layer_of(host)
+        layer.write(host, layer.read(host) * self.gate)
+        layer.write_bias(host, layer.bias(host) * self.gate)
+
+
+@pytest.mark.parametrize(("name", "targets"), [("gpt2", ["all-linear"]), ("encoder", ["self_attn"])])
+def test_a_surrounding_adapter_is_merged_right_or_refused(name, targets):
+    """On all of GPT-2's c_attn it would be three adapters of one name; the output of torch's attention is no weight."""
+    net = MODELS[name]().eval()
+    before, base = {key: value.clone() for key, value in net.state_dict().items()}, run(net)
+    if name == "gpt2":
+        with pytest.raises(
+            ValueError, match=r"Two adapters 'careless' go to transformer.h.0.attn.c_attn.*select_modul"
+        ):
+            lp.inject(net, Careless(kind=MergedGate, targets=targets))
+        assert not list(lp.adapters(net))
+        lp.inject(net, Careless(kind=MergedGate, targets=["c_attn", "mlp.c_proj"]))
+    else:
+        lp.inject(net, Careless(kind=MergedGate, targets=targets))
+    for *_, adapter in lp.adapters(net):
+        nn.init.constant_(adapter.gate, 0.5)
+    live = run(net)
+    assert (live - base).abs().max() > 1e-2
+    if name == "gpt2":
+        torch.testing.assert_close(run(lp.merge(net)), live, atol=1e-5, rtol=1e-5)
+        return
+    for options in ({}, {"keep": True}):
+        with pytest.raises(TypeError, match="MergedGate changes what MultiheadAttention returns, and its merge would"):
+            lp.merge(net, **options)
+    after = net.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    torch.testing.assert_close(run(net), live, atol=0, rtol=0)
+
+
 def test_who_ignores_rows_is_right_where_there_are_none_or_a_glob_means_all():
     for targets, name in ((["attention.query"], "llama"), (["c_attn"], "gpt2"), (["linear1"], "encoder")):
         net = lp.inject(MODELS[name](), Careless(kind=Gain, targets=targets)).eval()
