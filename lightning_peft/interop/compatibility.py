@@ -56,7 +56,8 @@ def _advice(unknown: Collection[str], modules: Mapping[str, object]) -> str:
             f"Only a prefix differs: {theirs!r} in the file is {ours!r} here. Give import_peft the module whose names "
             f"the file has, or rename its keys."
         )
-    return f"Close names: {', '.join(difflib.get_close_matches(next(iter(unknown)), modules, n=3))}."
+    close = difflib.get_close_matches(next(iter(unknown)), modules, n=3) or list(modules)[-3:]
+    return f"Close names: {', '.join(close)}."
 
 
 def complete_states(base: Base, method: Method, imported: Mapping[str, StateDict], source: str) -> dict[str, StateDict]:

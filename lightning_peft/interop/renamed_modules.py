@@ -22,14 +22,15 @@ _MODULES = ("feedforward_modules",)  # lists of ends of names, or a regular expr
 _NAMES = ("target_modules", "exclude_modules", "modules_to_save")  # lists in which whole names can occur
 
 
-def name_in(base: Base, known: Collection[str]) -> Callable[[str], str]:
+def name_in(base: Base, known: Collection[str], ending: str = "") -> Callable[[str], str]:
     """Return a function from a name in a file to the name of the same in the network; unknown names stay as they are.
 
     Args:
         base: Base model.
         known: Names that the network has, of modules or of tensors.
+        ending: Of names of modules, what makes them names of their tensors.
     """
-    rename = names_by_loading(base.network, known)
+    rename = names_by_loading(base.network, known, ending)
 
     def place(name: str) -> str:
         new = name if name in known else rename(name)
@@ -44,7 +45,7 @@ def rename_hosts(base: Base, file: PeftFile) -> PeftFile:
     Raises:
         ValueError: Two modules of the file are one in the network.
     """
-    place = name_in(base, dict(base.network.named_modules()))
+    place = name_in(base, dict(base.network.named_modules()), ".weight")
     names = {host: place(host) for host in file.state}
     if all(host == name for host, name in names.items()):
         return file
@@ -100,5 +101,5 @@ def base_of_file(model: nn.Module, hosts: Collection[str]) -> Base:
 
 def _has_all(base: Base, hosts: Collection[str]) -> bool:
     modules = dict(base.network.named_modules())
-    place = name_in(base, modules)
+    place = name_in(base, modules, ".weight")
     return all(place(host) in modules for host in hosts)

@@ -60,7 +60,7 @@ def outermost_pretrained(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def names_by_loading(model: Any, known: Collection[str]) -> Callable[[str], str]:
+def names_by_loading(model: Any, known: Collection[str], ending: str) -> Callable[[str], str]:
     """Return a function that renames what another release, or a model with another head, wrote, as loading does.
 
     Releases before 5 keep their rules on the class of a model, later ones collect them from all of its modules. The
@@ -69,6 +69,7 @@ def names_by_loading(model: Any, known: Collection[str]) -> Callable[[str], str]
     Args:
         model: A model of transformers; names of other models stay as they are.
         known: Names that the model has, of modules or of tensors.
+        ending: What makes the names those of tensors, of which the rules are; empty if they are.
     """
     prefix = getattr(model, "base_model_prefix", None)
     if not isinstance(prefix, str):
@@ -77,7 +78,7 @@ def names_by_loading(model: Any, known: Collection[str]) -> Callable[[str], str]
 
     def place(name: str) -> str:
         for rename in rules:
-            name = rename(name)
+            name = rename(name + ending).removesuffix(ending)
         if name in known or not prefix:
             return name
         without = name.removeprefix(f"{prefix}.")

@@ -121,6 +121,50 @@ def test_settings_that_spell_old_names_mean_the_renamed_modules(setting, tmp_pat
     torch.testing.assert_close(see(lp.import_peft(llava(), tmp_path).eval()), see(model), atol=1e-5, rtol=0)
 
 
+def test_a_saved_module_that_is_spelled_by_its_old_name_is_found(tmp_path):
+    model = disturbed(lp.inject(llava(), lp.LoRA(rank=2), ["lm_head"]))
+    lp.export_peft(model, tmp_path)
+    rename_as_before_5(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    assert config["modules_to_save"] == ["lm_head"]
+    path.write_text(json.dumps(config | {"modules_to_save": ["language_model.lm_head"]}))
+    back = lp.import_peft(llava(), tmp_path).eval()
+    torch.testing.assert_close(see(back), see(model), atol=1e-5, rtol=0)
+    assert back.lm_head.weight.requires_grad
+
+
+def vit():
+    torch.manual_seed(0)
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**VISION, image_size=32, patch_size=8)).eval()
+
+
+def neox():
+    torch.manual_seed(0)
+    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**TEXT)).eval()
+
+
+OLDER = {  # maker, target, its old name
+    "vit": (vit, "vit.layers.1.attention.q_proj", "vit.encoder.layer.1.attention.attention.query"),
+    "neox": (neox, "lm_head", "embed_out"),
+}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_renamed_layers_of_other_models_are_placed(name, tmp_path):
+    make, target, old = OLDER[name]
+    if target not in dict(make().named_modules()):
+        pytest.skip("this release of transformers has the old name")
+    model = disturbed(lp.inject(make(), lp.LoRA(rank=2, targets=[target])))
+    lp.export_peft(model, tmp_path)
+    rename(tmp_path, **{old.replace(".", "__"): target})
+    back = lp.import_peft(make(), tmp_path).eval()
+    assert [host for host, *_ in lp.adapters(back)] == [target]
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    found, expected = ((m(pixels) if name == "vit" else m(tokens())).logits for m in (back, model))
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
 def test_two_names_of_one_module_are_refused(tmp_path):
     lp.export_peft(lp.inject(llava(), lp.LoRA(rank=2, targets=["lm_head"])), tmp_path)
     path = tmp_path / "adapter_model.safetensors"
