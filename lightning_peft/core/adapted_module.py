@@ -16,6 +16,8 @@ from .adapter import Adapter, InnerCall
 # Modules of torch that read the weights of their children in eval mode, or pack padded input into nested tensors.
 _READERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
+_ORDER = "peft_order"  # attribute of hosts
+
 
 class AdaptedModule:
     """First base class of every module with adapters; the second one is the module's own class."""
@@ -77,7 +79,7 @@ def _rebuild(cls: Any) -> nn.Module:
 
 def can_hold_adapters(module: nn.Module) -> bool:
     """Return whether the place of a module's adapters is free, or holds some."""
-    return isinstance(module, AdaptedModule) or not hasattr(module, ADAPTERS_ATTRIBUTE)
+    return isinstance(module, AdaptedModule) or not any(hasattr(module, name) for name in (ADAPTERS_ATTRIBUTE, _ORDER))
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Adapter]]:
@@ -130,7 +132,7 @@ def attach(host: Any, key: str, adapter: Adapter, active: bool = True) -> None:
     """Add an adapter to a host, outside of the active ones; an inactive adapter is stored and not called."""
     if not isinstance(host, AdaptedModule):
         if not can_hold_adapters(host):
-            raise TypeError(f"{type(host).__name__} has an attribute 'peft' of its own, where its adapters would live.")
+            raise TypeError(f"{type(host).__name__} has an attribute 'peft' or 'peft_order' of its own.")
         host.peft, host.peft_order = nn.ModuleDict(), ()
         cls: Any = type(host)
         host.__class__ = adapted_class(cls)

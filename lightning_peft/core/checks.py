@@ -86,7 +86,9 @@ def check_host(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
 def _check_keys(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
     """Raise if an adapter has no place of its own on its host, or in files."""
     if not can_hold_adapters(host):
-        raise TypeError(f"{name} has an attribute {ADAPTERS_ATTRIBUTE!r} of its own, where its adapters would live.")
+        raise TypeError(
+            f"{name} has an attribute {ADAPTERS_ATTRIBUTE!r} or 'peft_order' of its own, where its adapters would live."
+        )
     if isinstance(host, AdaptedModule) and key in host.peft:
         raise ValueError(f"{name} already has an adapter {key!r}; give the method another name.")
     if below := [n for n in adapter.state_dict(keep_vars=True) if ADAPTERS_ATTRIBUTE in n.split(".")]:

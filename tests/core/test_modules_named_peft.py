@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from models import MODELS, logits, tokens
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from trainer_models import trainer
@@ -180,7 +181,7 @@ def test_what_a_cache_cannot_watch_is_refused():
 
 def test_a_module_with_a_child_of_that_name_is_no_host():
     net = Net()
-    with pytest.raises(TypeError, match="peft has an attribute 'peft' of its own, where its adapters would live"):
+    with pytest.raises(TypeError, match="peft has an attribute 'peft' or 'peft_order' of its own, where its adapters"):
         lp.inject(net, Method(host="peft", child="gate"))
     assert type(net.peft) is Block
 
@@ -239,3 +240,48 @@ def test_a_network_of_that_name_in_a_module_is_exported_and_found(tmp_path):
     lp.save_adapter(model, tmp_path / "own")
     again = lp.load_adapter(MODELS["bert"](), tmp_path / "own").eval()
     torch.testing.assert_close(logits(again(tokens())), logits(model.peft(tokens())), atol=0, rtol=0)
+
+
+class Numbers(nn.Module):
+    """Parameters and attributes of the names that hosts use."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.peft = nn.Parameter(torch.randn(4))
+        self.layer, self.peft_order = nn.Linear(4, 4), ("mine",)
+
+    def forward(self, x):
+        return self.layer(x) * self.peft
+
+
+def test_parameters_and_attributes_of_that_name_stay_the_bases(tmp_path):
+    net = nn.Sequential(Numbers(), Numbers())
+    model = changed(lp.inject(net, lp.LoRA(rank=2, targets=["0.layer"]), ["0.peft"]))
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        "0.peft", "0.layer.peft.lora.a", "0.layer.peft.lora.b"
+    }  # fmt: skip
+    lp.save_adapter(model, tmp_path)
+    x = torch.randn(3, 4)
+    again = lp.load_adapter(nn.Sequential(Numbers(), Numbers()), tmp_path).eval()
+    torch.testing.assert_close(again(x), model(x), atol=0, rtol=0)
+    plain = nn.Sequential(Numbers())
+    with pytest.raises(TypeError, match="0 has an attribute 'peft' or 'peft_order' of its own, where its adapters"):
+        lp.inject(plain, Method(host="0", child="gate"))
+    del plain[0].peft
+    with pytest.raises(TypeError, match="0 has an attribute 'peft' or 'peft_order' of its own, where its adapters"):
+        lp.inject(plain, Method(host="0", child="gate"))
+    assert plain[0].peft_order == ("mine",)
+
+
+def test_files_of_such_a_base_are_merged(tmp_path):
+    model = changed(lp.inject(Net(), METHOD, ["norm"]))
+    lp.save_adapter(model, tmp_path / "adapter")
+    save_file({key: value.clone() for key, value in Net().state_dict().items()}, tmp_path / "base.safetensors")
+    with lp.without_values():
+        empty = Net()
+    lp.merge_files(empty, tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out")
+    merged = Net()
+    merged.load_state_dict(load_file(tmp_path / "out" / "base.safetensors"))
+    x, _ = rows()
+    torch.testing.assert_close(merged(x), model(x), atol=1e-5, rtol=0)
