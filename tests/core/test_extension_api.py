@@ -324,3 +324,20 @@ def test_a_layer_type_that_computes_its_weight_and_cannot_write_it_refuses_to_me
     model = lp.inject(nn.Sequential(Product(4, 4)), lp.LoRA(rank=2, targets=["0"]))
     with pytest.raises(TypeError, match="The weight of Product is computed; its layer type has to override write"):
         lp.merge(model)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_merge_that_one_class_of_layers_refuses_leaves_all_layers_as_they_were(keep):
+    layer_of.register(Product)(lambda host: ProductType())
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), Product(4, 4))
+    lp.inject(model, lp.LoRA(rank=2, targets=["0", "1", "2"]))
+    for *_, adapter in lp.adapters(model):
+        nn.init.normal_(adapter.b)
+    x, before = torch.randn(3, 4), {key: value.clone() for key, value in model.state_dict().items()}
+    live = model(x)
+    with pytest.raises(TypeError, match="has to override write"):
+        lp.merge(model, keep=keep)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+    torch.testing.assert_close(model(x), live, atol=0, rtol=0)
+    assert len(list(lp.adapters(model))) == 3
