@@ -133,6 +133,11 @@ def _config_and_tensors(
 ) -> tuple[dict[str, Any], StateDict]:
     """Return the config and the tensors of a folder."""
     hosts, model_class = _adapters_by_host(base, method), type(base.network).__name__
+    check_supported(
+        peft_format.by_task and _task_of(base) is None,
+        f"{type(method).__name__} on {model_class}",
+        "it is put in for known tasks alone",
+    )
     settings, state = peft_format.to_peft(base, method, hosts)
     trained_settings, modules = saved.trained_settings(base, trained, hosts, "bias" in peft_format.settings)
     alone = "modules_to_save" not in peft_format.settings
@@ -142,11 +147,6 @@ def _config_and_tensors(
         f"{peft_format.kind} has adapters alone",
     )
     task = _task(base, peft_format, trained_settings)
-    check_supported(
-        task is None and peft_format.by_task,
-        f"{type(method).__name__} on {model_class}",
-        "it is put in for known tasks alone",
-    )
     modules |= saved.head_tensors(base, task, modules)
     config = {
         "peft_type": peft_format.kind,

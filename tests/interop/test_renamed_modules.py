@@ -273,6 +273,15 @@ def test_adapters_in_both_networks_stay_one_folder_of_the_module(tmp_path):
         torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
+def test_prefixes_in_two_networks_are_no_folder(tmp_path):
+    both = lp.inject(pair("llama", "llama"), lp.PrefixTuning(length=2, reparameterize=False, shift_positions=True))
+    with pytest.raises(
+        ValueError, match="PrefixTuning on Holder cannot be exchanged with HF PEFT: .* known tasks alone"
+    ):
+        lp.export_peft(both, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
 def speech():
     config = transformers.WhisperConfig(
         d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
