@@ -282,6 +282,13 @@ def test_prefixes_in_two_networks_are_no_folder(tmp_path):
     assert not (tmp_path / "folder").exists()
 
 
+def test_prefixes_of_a_model_that_sees_are_no_folder(tmp_path):
+    model = lp.inject(llava(), lp.PrefixTuning(length=2, reparameterize=False, shift_positions=True))
+    with pytest.raises(ValueError, match="A prefix for LlavaForConditionalGeneration cannot be .* one stack of layers"):
+        lp.export_peft(model, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
 def speech():
     config = transformers.WhisperConfig(
         d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
