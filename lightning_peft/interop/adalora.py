@@ -16,6 +16,7 @@ from ..ops.sharded_tensors import full_tensor
 from ..structure.layer_of import layer_of
 from ..structure.layer_types import LinearType, TransposedLinearType
 from . import targets
+from .misread_names import check_names
 from .module_names import exact_globs, join_names
 from .peft_format import (
     Base,
@@ -55,6 +56,7 @@ class AdaLoRAFormat(PeftFormat):
         self, base: Base, method: AdaLoRA, hosts: Mapping[str, Sequence[SVDTriplets]]
     ) -> tuple[dict[str, Any], StateDict]:
         rank = max(sum(len(part.e) for part in triplets) for triplets in hosts.values())
+        check_names(base, hosts, experts=False)
         state, patterns = StateDict(), dict[str, list[bool]]()
         for name, triplets in hosts.items():
             host = base.network.get_submodule(name)

@@ -18,7 +18,7 @@ from ..methods.families.hadamard import HadamardUpdate
 from ..ops.sharded_tensors import full_tensor
 from ..structure.layer_of import layer_of
 from . import targets
-from .lora import most_common_value
+from .factors import most_common_value
 from .module_names import exact_globs, join_names, longest_first
 from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_convolution, check_supported
 

@@ -15,8 +15,8 @@ from ..methods.krona import KronAUpdate
 from ..ops.sharded_tensors import full_tensor
 from ..structure.layer_of import layer_of
 from . import targets
+from .factors import alpha_for_scale
 from .loha import check_host_type
-from .lora import alpha_for_scale
 from .module_names import exact_globs, join_names
 from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_convolution, check_supported
 

@@ -14,8 +14,9 @@ from ..methods import IA3
 from ..structure.fused_rows import fused_rows, is_fused
 from ..structure.layer_of import layer_of
 from .compatibility import check_module_names
+from .factors import alpha_for_scale
 from .load_imported import inject_and_load
-from .lora import alpha_for_scale, lora_from_factors
+from .lora import lora_from_factors
 from .module_names import exact_globs, join_names
 from .modules_to_save import read_all_trained
 from .peft_folder import read_tensor_file

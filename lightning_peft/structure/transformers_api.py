@@ -97,6 +97,13 @@ def _renamings(model: Any) -> list[Callable[[str], str]]:
     return [functools.partial(_by_rule, rule) for rule in collect(model) if not hasattr(rule, "operations")]
 
 
+def renamed_like(model: Any) -> str | None:
+    """Return the type of the model by whose rules transformers renames the weights of this one; None for its own."""
+    patterns = getattr(sys.modules.get("transformers.conversion_mapping"), "_MODEL_TO_CONVERSION_PATTERN", {})
+    kind: str | None = patterns.get(from_config(model, "model_type"))
+    return kind
+
+
 def _by_rule(rule: Any, name: str) -> str:
     renamed: str = rule.rename_source_key(name)[0]
     return renamed
