@@ -9,9 +9,9 @@ Everything that a method outside of this package needs is exported here; other m
 * ``parameter_like`` creates their parameters, ``layer_of`` says how a layer type reads, writes and applies its weight.
 """
 
-from ..structure.fused_rows import Rows
 from ..structure.layer_of import layer_of
 from ..structure.layer_types import LayerType, LinearType
+from ..structure.rows import Rows
 from ..structure.selection import Target, select, select_modules, select_parameters
 from .adapter import Adapter, InnerCall, parameter_like
 from .method import Method, check_setting

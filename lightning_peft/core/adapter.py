@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..structure.rows import Rows
+
 Call = Callable[..., Any]
 Axes = tuple[str | None, ...]
 
@@ -52,7 +54,7 @@ class Adapter(nn.Module, ABC):
     """Whether it is part of the model and its files; temporary adapters exist during one run only."""
     part = ""
     """Suffix of its key where a method puts several adapters on one host."""
-    rows: tuple[int, int] | None = None
+    rows: Rows | None = None
     """First row, and row after the last one, of the host's weight that it changes; None for the host's whole output."""
 
     @abstractmethod

@@ -4,45 +4,24 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..structure.base_model import ADAPTERS_ATTRIBUTE, computed_from, matches, own_tensors, split_adapter_key
+from ..structure.base_model import computed_from, matches
 from ..structure.fused_rows import requested_rows
 from ..structure.layer_of import layer_of
 from ..structure.quantized import is_quantized
+from ..structure.read_weights import read_weight_attribute
 from ..structure.roles import ROLES, WEIGHT_ROLES
+from ..structure.rows import Rows
 from ..structure.selection import Selection
-from .adapted_module import AdaptedModule, can_hold_adapters
 from .adapter import Adapter
+from .check_keys import check_keys
 from .tensor_parallel import is_split
 from .weight_update import WeightUpdate
-
-
-def check_names(names: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
-    """Raise where methods share a name, or a name cannot be that of a child module beside the modules of the base."""
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"Two methods are named {name!r}; give one of them another name.")
-        if not name or "." in name or name.startswith("_") or hasattr(nn.ModuleDict, name):
-            raise ValueError(
-                f"A method cannot be named {name!r}: choose a name without dots, which does not begin with _ and is "
-                f"not one that torch uses."
-            )
-    check_base_names(modules, names)
-
-
-def check_base_names(modules: Mapping[str, nn.Module], methods: Sequence[str]) -> None:
-    """Raise where a tensor of the base would be taken for one of an adapter when a file is read."""
-    for name in (f"{n}.{key}" for n, module in modules.items() for key in own_tensors(module)):
-        if (place := split_adapter_key(name, methods)) is not None:
-            raise ValueError(
-                f"{name} of the base has the name of an adapter's tensor in files, since it lies below a module called "
-                f"{ADAPTERS_ATTRIBUTE!r} and a method is named name={place[1]!r}; give the method another name."
-            )
 
 
 def check_trainable(model: nn.Module, name: str) -> None:
@@ -80,35 +59,22 @@ def check_host(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
         raise TypeError(f"forward of {name} was replaced on the instance, which hides any adapter; inject before that.")
     if any(isinstance(p, DTensor) and not is_split(part) for part in host.modules() for p in part._parameters.values()):
         raise TypeError(f"{name} is sharded already, so adapters would train on each rank alone; inject, then shard.")
-    _check_keys(host, name, key, adapter)
+    check_keys(host, name, key, adapter)
 
 
-def _check_keys(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
-    """Raise if an adapter has no place of its own on its host, or in files."""
-    if not can_hold_adapters(host):
+def check_not_read(host: nn.Module, name: str, read: Container[str]) -> None:
+    """Raise if the weight of a host is read outside of its calls, where an adapter would not be seen.
+
+    Args:
+        host: The host.
+        name: Its dotted name.
+        read: Names of the modules of which a trace shows that.
+    """
+    if name in read and not read_weight_attribute(type(host)):
         raise TypeError(
-            f"{name} has an attribute {ADAPTERS_ATTRIBUTE!r} or 'peft_order' of its own, where its adapters would live."
+            f"The weight of {name} is read outside of its calls, as in the fast path of Mamba: an adapter would change "
+            f"nothing there, and something else once it is merged. Target other layers."
         )
-    if isinstance(host, AdaptedModule) and key in host.peft:
-        raise ValueError(f"{name} already has an adapter {key!r}; give the method another name.")
-    if below := [n for n in adapter.state_dict(keep_vars=True) if ADAPTERS_ATTRIBUTE in n.split(".")]:
-        raise TypeError(
-            f"{type(adapter).__name__} has a tensor {below[0]}; call its module otherwise than {ADAPTERS_ATTRIBUTE!r}, "
-            f"below which files keep adapters."
-        )
-
-
-def check_keys_differ(placed: Sequence[tuple[str, nn.Module, str, Adapter]]) -> None:
-    """Raise where two adapters of one injection, given as (name, host, key, adapter), have one key on one host."""
-    seen = set[tuple[str, str]]()
-    for name, _, key, adapter in placed:
-        if (name, key) in seen:
-            raise ValueError(
-                f"Two adapters {key!r} go to {name}, of which the second would replace the first: select returns a "
-                f"layer once for each of its parts. Give the rows to WeightUpdate.__init__, set part and rows of "
-                f"{type(adapter).__name__}, or use select_modules."
-            )
-        seen.add((name, key))
 
 
 def check_selection(selections: Sequence[Selection], placed: Sequence[tuple[str, Adapter]]) -> None:
@@ -138,10 +104,11 @@ def _check_requests(name: str, requests: Sequence[Selection], placed: Sequence[A
     rows = [r for s in requests for r in requested_rows(name, host, s.targets, ROLES)]
     if None in rows:
         return
-    selected = {row for part in rows if part is not None for row in range(part.start, part.stop)}
+    selected = {row for part in rows if part is not None for row in part.numbers()}
     for adapter in placed:
-        if not selected.issuperset(range(*(adapter.rows or (0, layer_of(host).shape(host)[0])))):
-            described = ", ".join(f"{part.part} {part.start}:{part.stop}" for part in rows if part is not None)
+        changed = adapter.rows or Rows("", 0, layer_of(host).shape(host)[0])
+        if not selected.issuperset(changed.numbers()):
+            described = ", ".join(str(part) for part in rows if part is not None)
             raise ValueError(
                 f"{type(adapter).__name__} changes all rows of {name}, which computes query, key and value at once, "
                 f"and its targets {list(requests[0].targets)} mean the rows {described}. Give WeightUpdate.__init__ "

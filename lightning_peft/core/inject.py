@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import nn
@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..structure.base_model import base_modules, base_parameters
 from ..structure.bitsandbytes_api import check_not_repacked, keep_differentiable
 from ..structure.selection import Selection, literal, record_selections, select_parameters
+from ..structure.structure_of import measure, structure_of
 from .adapted_module import (
     active_adapters,
     adapter_key,
@@ -24,20 +25,28 @@ from .adapted_module import (
     restore_fast_path,
 )
 from .adapter import Adapter
-from .checks import check_host, check_keys_differ, check_names, check_selection, check_shared_host, check_trainable
+from .check_keys import check_keys_differ, check_names
+from .checks import check_host, check_not_read, check_selection, check_shared_host, check_trainable
 from .injection_record import InjectionRecord, check_not_paused, get_record, set_record
 from .method import Method
 from .own_parameters import OwnParameters
 from .tensor_parallel import check_tensor_parallel_support, mesh_of, shard_adapters
 
 
-def inject(model: nn.Module, method: Method | Sequence[Method], also_train: Sequence[str] = ()) -> nn.Module:
+def inject(
+    model: nn.Module,
+    method: Method | Sequence[Method],
+    also_train: Sequence[str] = (),
+    example_inputs: Any = None,
+) -> nn.Module:
     """Freeze ``model`` and adapt it in place; nothing is changed if anything is wrong.
 
     Args:
         model: Any module. Its own parameters keep their names, its layers their types.
         method: One method or several; of two on one host, the later is the outer.
         also_train: Patterns or roles of base modules and parameters that train too, such as a new head.
+        example_inputs: Inputs of the model's forward, a tensor, a tuple by position or a dictionary by name, by which
+            roles are measured. Models of transformers, and those with an ``example_input_array``, need none.
 
     Returns:
         The model.
@@ -47,6 +56,8 @@ def inject(model: nn.Module, method: Method | Sequence[Method], also_train: Sequ
         TypeError: A host cannot be adapted; the message says what to do instead.
     """
     methods = [method] if isinstance(method, Method) else list(method)
+    if example_inputs is not None:
+        measure(model, example_inputs)
     return InjectionPlan.build(model, methods, also_train).apply()
 
 
@@ -144,9 +155,10 @@ class InjectionPlan:
         """Raise for what cannot work."""
         check_names([method.name for method in [*self.record.methods, *self.methods]], self.modules)
         check_not_repacked(self.modules)
-        split = self._mesh() is not None
+        split, read = self._mesh() is not None, structure_of(self.model).names.get("read", ())
         placed = []
         for name, host, key, adapter in self.placements:
+            check_not_read(host, name, read)
             check_host(host, name, key, adapter)
             if split:
                 check_tensor_parallel_support(host, name, key, adapter)

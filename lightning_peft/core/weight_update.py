@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.fused_linear import WeightUpdateSpec, rebuilding_is_cheaper, updated_linear, updated_weight
-from ..structure.fused_rows import Rows
 from ..structure.layer_of import layer_of
+from ..structure.rows import Rows
 from .adapter import Adapter, Call, InnerCall
 from .per_row import BatchableLayerAdapter
 from .weight_cache import WeightCache
@@ -35,7 +35,7 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
             known.
     """
 
-    rows: tuple[int, int]
+    rows: Rows
 
     def __init__(self, host: nn.Module, rows: Rows | None = None) -> None:
         super().__init__()
@@ -47,9 +47,10 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
         self.layer = layer_of(host)
         self.weight_cache: WeightCache | None = None  # in evaluation on the CPU alone
         out, *rest = self.layer.shape(host)
-        self.part, *ends = rows or ("", 0, out)
-        self.rows, self.outside = (ends[0], ends[1]), (ends[0], out - ends[1])  # rows, and their number on either side
-        self.shape = (ends[1] - ends[0], *rest)  # of the rows, and so of delta()
+        self.rows = rows or Rows("", 0, out)
+        self.part = self.rows.part
+        self.host_rows = out
+        self.shape = (self.rows.size, *rest)  # of the rows, and so of delta()
         # W' and b' need not be sums, in which updates commute.
         self.exclusive = cls.updated is not WeightUpdate.updated or self.updates_bias
 
@@ -113,7 +114,7 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
 
     def pad_to_host_output(self, host: Any, update: Tensor) -> Tensor:
         """Pad the output of the rows with zeros to the width of the host's output."""
-        return F.pad(update, self.outside) if self.part else update
+        return self.rows.pad(update, self.host_rows)
 
     def _fused_forward(self, host: Any, inner: Call, x: Tensor) -> Tensor | None:
         """Return the output of the host with this adapter and the remaining ones; None unless one product is cheaper.
@@ -141,7 +142,8 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
             return []
         updates: list[WeightUpdateSpec] = []
         for adapter in adapters:
-            update = None if adapter.updates_bias else adapter.as_parametrization()
+            special = adapter.updates_bias or adapter.rows.repeats > 1
+            update = None if special else adapter.as_parametrization()
             if update is None or any(factor.dtype != host.weight.dtype for factor in update.factors):
                 return []
             updates.append(update)
@@ -163,8 +165,7 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
     def effective_weight(self, weight: Tensor) -> Tensor:
         if not self.updates_weight:
             return weight
-        start, stop = self.rows
-        return torch.cat([weight[:start], self.updated(weight[start:stop]).to(weight.dtype), weight[stop:]])
+        return self.rows.put(weight, self.updated(self.rows.take(weight)).to(weight.dtype))
 
     def effective_bias(self, bias: Tensor | None) -> Tensor | None:
         return self._whole_bias(bias) if self.updates_bias else bias
@@ -172,18 +173,18 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
     def _whole_bias(self, bias: Tensor | None) -> Tensor:
         """Return the host's bias with that of the rows updated."""
         if bias is None:
-            return F.pad(self.updated_bias(None), self.outside)
-        start, stop = self.rows
-        return torch.cat([bias[:start], self.updated_bias(bias[start:stop]).to(bias.dtype), bias[stop:]])
+            return self.rows.pad(self.updated_bias(None), self.host_rows)
+        return self.rows.put(bias, self.updated_bias(self.rows.take(bias)).to(bias.dtype))
 
     @torch.no_grad()
     def merge(self, host: Any) -> None:
         if self.updates_bias:
             self.layer.write_bias(host, self._whole_bias(self.layer.bias(host)))  # first, since it may refuse
         if self.updates_weight:
-            self.layer.write(host, self.updated(self._read_rows(host)), self.rows[0])
+            for first, rows in self.rows.split(self.updated(self._read_rows(host))):
+                self.layer.write(host, rows, first)
 
     def _read_rows(self, host: Any) -> Tensor:
         """Return the rows W of the weight of a host, in float32 or wider."""
-        weight = self.layer.read(host)[slice(*self.rows)]
+        weight = self.rows.take(self.layer.read(host))
         return weight.to(torch.promote_types(weight.dtype, torch.float32))

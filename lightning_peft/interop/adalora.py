@@ -130,7 +130,7 @@ def _concatenated(out: int, triplets: Sequence[SVDTriplets]) -> tuple[Tensor, Te
     a, e = torch.cat([state["a"].flatten(1) for state in packed]), torch.cat([state["e"] for state in packed])
     b, column = a.new_zeros(out, len(a)), 0
     for part, state in zip(triplets, packed, strict=True):
-        b[slice(*part.rows), column : column + len(state["e"])] = state["b"]
+        b[:, column : column + len(state["e"])] = part.rows.pad(state["b"].mT, out).mT
         column += len(state["e"])
     return a, b, e
 

@@ -66,7 +66,7 @@ class LLaMAAdapterFormat(PeftFormat):
                 raise ValueError(f"The file has {sorted(tensors)} of {host}, expected {', '.join(self.tensors)}.")
             gate = tensors[_GATE]
             check_supported(bool((gate.abs() >= 1).any()), f"The gate {gate.item():g} at {host}", "tanh stays below 1")
-            heads = head_count(base.network.get_submodule(host), host)
+            heads = head_count(base.network, host)
             gates = torch.atanh(gate.double()).to(gate.dtype).expand(heads)
             states[join_names(base.name, host)] = {"prompt": tensors[_PROMPT][0], "gate": gates}
         patterns, _ = exact_globs(states, base.model)

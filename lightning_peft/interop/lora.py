@@ -169,7 +169,7 @@ def block_diagonal_pairs(out: int, updates: Sequence[Any]) -> tuple[Tensor, Tens
     a = torch.cat([a for a, _ in pairs])
     b, column = a.new_zeros(out, len(a)), 0
     for update, (_, b_of_part) in zip(updates, pairs, strict=True):
-        b[slice(*update.rows), column : column + b_of_part.shape[1]] = b_of_part
+        b[:, column : column + b_of_part.shape[1]] = update.rows.pad(b_of_part.mT, out).mT
         column += b_of_part.shape[1]
     return a.detach(), b.detach()
 

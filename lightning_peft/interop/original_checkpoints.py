@@ -112,18 +112,18 @@ def _whole_layer_factors(host: nn.Module, name: str, factors: StateDict, wanted:
     count, rank = len(a) // b.shape[1], b.shape[1]
     if count == 1 and len(b) == out:
         return factors
-    if not is_fused(name):
+    if not is_fused(name, host):
         raise ValueError(f"{name} has factors of {count} parts, whose order among its rows is not known.")
-    rows = {part: (first, stop) for part, first, stop in fused_rows(host, name)}
+    rows = {part.part: part for part in fused_rows(host, name)}
     if count != len(wanted) or any(part not in rows for part in wanted):
         raise ValueError(f"{name} has factors of {count} parts, but parts={list(wanted)!r}; name those adapted.")
+    if (size := sum(rows[part].size for part in wanted)) != len(b):
+        raise ValueError(f"{name} has {len(b)} rows of B, expected {size} for {list(wanted)!r}.")
     full_b, row = b.new_zeros(out, len(a)), 0
-    for number, part in enumerate(sorted(wanted, key=lambda part: rows[part])):
-        first, stop = rows[part]
-        full_b[first:stop, number * rank : (number + 1) * rank] = b[row : row + stop - first]
-        row += stop - first
-    if row != len(b):
-        raise ValueError(f"{name} has {len(b)} rows of B, expected {row} for {list(wanted)!r}.")
+    for number, part in enumerate(sorted(wanted, key=lambda part: rows[part].start)):
+        of_part = b[row : row + rows[part].size]
+        full_b[:, number * rank : (number + 1) * rank] = rows[part].pad(of_part.mT, out).mT
+        row += rows[part].size
     return {"a": a, "b": torch.clone(full_b)}
 
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call, InnerCall, parameter_like
 from ..core.method import Method, check_setting
 from ..core.per_row import BatchableLayerAdapter
 from ..structure.base_model import matches
-from ..structure.fused_rows import Rows
 from ..structure.layer_of import layer_of
 from ..structure.roles import linear_branch
+from ..structure.rows import Rows
 from ..structure.selection import select, select_modules
+from ..structure.structure_of import structure_of
 from .families.fused_scaling import scaled_input, scaled_output
 
 
@@ -47,9 +48,10 @@ class IA3(Method):
     exclude: list[str] = dataclasses.field(default_factory=list)
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Scaling]]:
-        select_modules(model, [*self.targets, *self.feedforward_targets], self.exclude)  # one of both may be empty
+        feedforward_targets = self._feedforward_targets(model)
+        select_modules(model, [*self.targets, *feedforward_targets], self.exclude)  # one of both may be empty
         outputs = select(model, self.targets, self.exclude) if self.targets else []
-        inputs = select(model, self.feedforward_targets, self.exclude) if self.feedforward_targets else []
+        inputs = select(model, feedforward_targets, self.exclude) if feedforward_targets else []
         names = {target.name for target in outputs}
         for name, host, _ in [*outputs, *inputs]:
             check_setting(not layer_of(host).is_embedding, f"target {name}", type(host).__name__, "a layer of features")
@@ -61,6 +63,14 @@ class IA3(Method):
                 yield up, Scaling(model.get_submodule(up))
             else:
                 yield name, Scaling(host, of_inputs=True)
+
+    def _feedforward_targets(self, model: nn.Module) -> list[str]:
+        """Return ``feedforward_targets``, without the role if a trace shows that only experts are feed-forward."""
+        structure, role = structure_of(model), "feedforward.down"
+        if role not in self.feedforward_targets or structure.names[role] or not structure.measured or not self.targets:
+            return self.feedforward_targets
+        warnings.warn(f"IA3 leaves out {role}: the model has no feed-forward networks besides experts.", stacklevel=2)
+        return [target for target in self.feedforward_targets if target != role]
 
     def _gated_up(self, model: nn.Module, down: str) -> str | None:
         """Return the up-projection whose output can be scaled in place of the down-projection's input."""
@@ -79,7 +89,7 @@ class Scaling(BatchableLayerAdapter, Adapter):
         rows: Rows of a fused layer whose outputs are scaled.
     """
 
-    rows: tuple[int, int]
+    rows: Rows
 
     def __init__(self, host: Any, of_inputs: bool = False, rows: Rows | None = None) -> None:
         super().__init__()
@@ -87,9 +97,9 @@ class Scaling(BatchableLayerAdapter, Adapter):
         self.tensor_parallel_dims = {"scales": ("in" if of_inputs else "out",)}
         out, features, *kernel = self.layer.shape(host)
         features *= getattr(host, "groups", 1)
-        self.part, first, stop = rows or ("", 0, out)
-        self.rows, self.outside = (first, stop), (first, out - stop)
-        self.scales = parameter_like(self.layer.parameter(host), features if of_inputs else stop - first)
+        self.rows, self.host_rows = rows or Rows("", 0, out), out
+        self.part = self.rows.part
+        self.scales = parameter_like(self.layer.parameter(host), features if of_inputs else self.rows.size)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -127,7 +137,7 @@ class Scaling(BatchableLayerAdapter, Adapter):
 
     def whole(self) -> Tensor:
         """Return a scale for each output of the host: ones outside of the scaled rows."""
-        return F.pad(self.scales, self.outside, value=1.0) if any(self.outside) else self.scales
+        return self.rows.pad(self.scales, self.host_rows, fill=1.0)
 
     def effective_weight(self, weight: Tensor) -> Tensor:
         return (weight * (self.scales if self.of_inputs else self.whole()[:, None])).to(weight.dtype)
@@ -145,10 +155,10 @@ class Scaling(BatchableLayerAdapter, Adapter):
             inputs = self.scales.view(groups, -1).repeat_interleave(len(weight) // groups, 0)
             self.layer.write(host, wide * inputs.view(len(weight), -1, *ones))
             return
-        start, stop = self.rows
-        self.layer.write(host, wide[start:stop] * self.scales.view(-1, 1, *ones), start)
+        for first, rows in self.rows.split(self.rows.take(wide) * self.scales.view(-1, 1, *ones)):
+            self.layer.write(host, rows, first)
         if bias is not None:
-            bias[start:stop].copy_(bias[start:stop] * self.scales)  # in the type of the bias, rounded once
+            bias.copy_(bias * self.whole())  # in the type of the bias, rounded once
 
 
 def _scales_outputs(adapter: Adapter) -> TypeGuard[Scaling]:

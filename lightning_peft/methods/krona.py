@@ -16,8 +16,8 @@ from ..core.method import Method
 from ..core.weight_update import WeightUpdate
 from ..ops.fused_linear import WeightUpdateSpec
 from ..ops.parametrizations import KroneckerParametrization
-from ..structure.fused_rows import Rows
 from ..structure.layer_of import layer_of
+from ..structure.rows import Rows
 from ..structure.selection import select
 from .families.kronecker import check_kronecker, shape_of_a, start_factors, times_kronecker
 
@@ -92,7 +92,7 @@ class KronAUpdate(WeightUpdate):
 
     def as_parametrization(self) -> WeightUpdateSpec | None:
         return (
-            WeightUpdateSpec(KroneckerParametrization(self.scale), self.rows, (self.a, self.b))
+            WeightUpdateSpec(KroneckerParametrization(self.scale), self.rows.ends, (self.a, self.b))
             if self.b.dim() == 2
             else None
         )

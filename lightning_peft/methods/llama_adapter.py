@@ -68,7 +68,7 @@ class LLaMAAdapter(Method):
         )
         for name, host in list(hosts.items())[-layers:]:
             check_interceptable(model, name)
-            heads = self.heads or head_count(host, name)
+            heads = self.heads or head_count(model, name)
             yield name, LLaMAAdapterPrompt(host, key_value(model, name), self.length, heads)
         if self.bias_and_scale:
             for name, host in select_modules(model, ["all-linear"]).items():

@@ -17,7 +17,7 @@ from ..ops.fused_linear import WeightUpdateSpec
 from ..ops.parametrizations import DoRAParametrization, LowRankParametrization, magnitude_over_norm
 from ..ops.sharded_tensors import full_tensor
 from ..structure.base_model import matches
-from ..structure.fused_rows import Rows
+from ..structure.rows import Rows
 from .families.low_rank import FROM_WEIGHT, RANDOM, LowRankUpdate, check_low_rank, without_narrow
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
@@ -161,7 +161,7 @@ class LoRAAdapter(LowRankUpdate):
                 "decompose and the initial values pissa and olora are computed from the host's weight: load the base "
                 "model first, then inject."
             )
-        weight = full_tensor(self.layer.read(host))[slice(*self.rows)].to(self.a.dtype).flatten(1)
+        weight = self.rows.take(full_tensor(self.layer.read(host))).to(self.a.dtype).flatten(1)
         if self.init in FROM_WEIGHT:
             a, b = FROM_WEIGHT[self.init](weight, len(self.a), self.scale)
             for factor, value in ((self.a, a), (self.a0, a), (self.b, b), (self.b0, b)):
@@ -185,7 +185,7 @@ class LoRAAdapter(LowRankUpdate):
     def update(self, host: Any, x: Tensor) -> Tensor:
         if self.magnitude is None:
             return super().update(host, x)
-        weight = self.layer.read(host)[slice(*self.rows)].to(self.a.dtype)
+        weight = self.rows.take(self.layer.read(host)).to(self.a.dtype)
         change = self.updated(weight) - weight
         return self.layer.apply(host, self.dropped(x), change.to(x.dtype) if x.is_floating_point() else change)
 
@@ -193,7 +193,7 @@ class LoRAAdapter(LowRankUpdate):
         update = super().as_parametrization()
         if update is None or self.magnitude is None:
             return update
-        return WeightUpdateSpec(DoRAParametrization(self.scale), self.rows, (*update.factors, self.magnitude))
+        return WeightUpdateSpec(DoRAParametrization(self.scale), self.rows.ends, (*update.factors, self.magnitude))
 
     def extra_repr(self) -> str:
         return f"rank={len(self.a)}, scale={self.scale:g}, dropout={self.dropout:g}"

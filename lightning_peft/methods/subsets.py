@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..core.method import Method, check_setting
 from ..structure.base_model import base_parameters
-from ..structure.roles import blocks, output_layers
+from ..structure.roles import output_layers
 from ..structure.selection import select_parameters
+from ..structure.structure_of import structure_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +68,20 @@ class LastLayers(Method):
         check_setting(isinstance(self.count, int) and self.count > 0, "count", self.count, "a positive whole number")
 
     def parameters(self, model: nn.Module) -> Iterable[str]:
-        names = list(blocks(model))
+        structure = structure_of(model)
+        called = list(structure.names["called"])
+        names = sorted(structure.names["blocks"], key=called.index)
         check_setting(
             self.count <= len(names), "count", self.count, f"at most {len(names)}, the number of blocks found"
         )
-        modules = [name for name, _ in model.named_modules()]
-        following = modules[modules.index(names[-self.count]) :]
-        parameters = base_parameters(model)
-        return [name for name in parameters if name.rpartition(".")[0] in set(following)]
+        following = set(called[called.index(names[-self.count]) :])
+        before, unused = set(called) - following, set(structure.names.get("unused", ()))
+        return [n for n in base_parameters(model) if n not in unused and _follows(n, following, before)]
+
+
+def _follows(parameter: str, following: Container[str], before: Container[str]) -> bool:
+    """Return whether the innermost module that is called and holds a parameter follows."""
+    module = parameter.rpartition(".")[0]
+    while module and module not in following and module not in before:
+        module = module.rpartition(".")[0]
+    return module in following

@@ -15,6 +15,8 @@ from ..ops.multi_head_attention import multi_head_attention
 from .fused_rows import fused_rows, is_fused
 from .layer_of import layer_of
 from .roles import ROLES
+from .rows import Rows
+from .structure_of import structure_of
 from .transformers_api import attention_heads, attention_implementation
 
 
@@ -70,14 +72,17 @@ class KeyValue:
     """Key and value projections of an attention module.
 
     Args:
-        key: Name of the child whose output holds the keys; empty for ``nn.MultiheadAttention``, which holds both.
-        value: Name of the child whose output holds the values.
-        rows: First feature of the keys, first of the values and the one after them, in the output of a fused child.
+        key: Name, below the module, of the layer that computes keys; empty for ``nn.MultiheadAttention``, which holds
+            both.
+        value: Name of the layer that computes values.
+        key_rows: Rows of the keys in the weight of a layer that computes more; None for all.
+        value_rows: Rows of the values.
     """
 
     key: str
     value: str
-    rows: tuple[int, int, int] | None = None
+    key_rows: Rows | None = None
+    value_rows: Rows | None = None
 
     def __call__(self, host: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """Project x (tokens, features) to keys and values (tokens, heads * size), adapters included."""
@@ -86,11 +91,9 @@ class KeyValue:
             return _projected_by_torch(child, x)
         if child.weight.is_floating_point():
             x = x.to(child.weight.dtype)
-        if self.rows is None:
-            return child(x), host.get_submodule(self.value)(x)
-        start, middle, end = self.rows
-        fused = child(x)
-        return fused[..., start:middle], fused[..., middle:end]
+        keys = child(x)
+        values = keys if self.key == self.value else host.get_submodule(self.value)(x)
+        return _features(keys, self.key_rows), _features(values, self.value_rows)
 
     def weight(self, host: nn.Module) -> Tensor:
         """Return the weight of a projection, for its device and type."""
@@ -110,11 +113,13 @@ class KeyValue:
         child: Any = host.get_submodule(self.key)
         if isinstance(child, nn.MultiheadAttention):
             return child.embed_dim, child.embed_dim
-        if self.rows is not None:
-            start, middle, end = self.rows
-            return middle - start, end - middle
         value = host.get_submodule(self.value)
-        return layer_of(child).shape(child)[0], layer_of(value).shape(value)[0]
+        return layer_of(child).shape(child, self.key_rows)[0], layer_of(value).shape(value, self.value_rows)[0]
+
+
+def _features(x: Tensor, rows: Rows | None) -> Tensor:
+    """Return the features of x (tokens, features) that rows of a weight computed."""
+    return x if rows is None else rows.take(x.T).T
 
 
 def _projected_by_torch(host: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,28 +139,34 @@ def key_value(model: nn.Module, name: str) -> KeyValue:
     host = model.get_submodule(name)
     if isinstance(host, nn.MultiheadAttention):
         return KeyValue("", "")
-    for child, module in host.named_children():
-        if is_fused(f"{name}.{child}"):
-            *_, (_, start, middle), (_, first, end) = fused_rows(module, f"{name}.{child}")
-            if first != middle:
-                raise ValueError(f"{name}.{child} has other rows between keys and values; prefixes cannot enter it.")
-            return KeyValue(child, child, (start, middle, end))
-    keys, values = (_child(model, name, role) for role in ("attention.key", "attention.value"))
-    if keys is None or values is None:
+    (key, key_rows), (value, value_rows) = (_projection(model, name, part) for part in ("key", "value"))
+    return KeyValue(key, value, key_rows, value_rows)
+
+
+def _projection(model: nn.Module, name: str, part: str) -> tuple[str, Rows | None]:
+    """Return the name of the layer below an attention module that computes keys or values, and their rows in it."""
+    prefix = f"{name}." if name else ""
+    layers = [layer for layer in ROLES[f"attention.{part}"](model) if layer.startswith(prefix)]
+    if len(layers) != 1:
+        found = f"{len(layers)} layers ({', '.join(layers)})" if layers else "no known layer"
         raise TypeError(
-            f"{name} ({type(host).__name__}) has no children that are known as key and value projections (such as "
-            f"k_proj and v_proj, key and value, c_attn). Target the module that holds them."
+            f"{name} ({type(model.get_submodule(name)).__name__}) has {found} that computes its {part}s, where one is "
+            f"expected (such as k_proj and v_proj, key and value, c_attn). Target the module that holds it, or choose "
+            f"another method."
         )
-    return KeyValue(keys, values)
+    host = model.get_submodule(layers[0])
+    rows = fused_rows(host, layers[0]) if is_fused(layers[0], host) else []
+    return layers[0].removeprefix(prefix), next((found for found in rows if found.part == part), None)
 
 
-def head_count(host: nn.Module, name: str) -> int:
-    """Return the number of query heads, read from an attention module or its configuration.
+def head_count(model: nn.Module, name: str) -> int:
+    """Return the number of query heads of an attention module, as measured or as it or its configuration says.
 
     Raises:
-        TypeError: Neither tells the number of heads.
+        TypeError: Nothing tells the number of heads.
     """
-    count = attention_heads(host)
+    host = model.get_submodule(name)
+    count = structure_of(model).heads.get(name) or attention_heads(host)
     if count is None:
         raise TypeError(
             f"{name} ({type(host).__name__}) does not say how many heads it has; give the method heads=...."
@@ -190,9 +201,3 @@ def check_interceptable(model: nn.Module, name: str) -> None:
             f"{name} ({type(host).__name__}) has fused_attn=False, where added keys would be silently ignored; call "
             f"timm.layers.set_fused_attn(True) before the model is built."
         )
-
-
-def _child(model: nn.Module, name: str, role: str) -> str | None:
-    """Return the name of the first child of a module that plays a role."""
-    children = [path.rpartition(".")[2] for path in ROLES[role](model) if path.rpartition(".")[0] == name]
-    return children[0] if children else None

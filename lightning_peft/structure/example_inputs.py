@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .image_inputs import with_images
+
 _TOKENS = 8
-_ROWS = 2
+_ROWS = 1  # of several, a classifier without a padding token could not find the last tokens
 
 
-def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Return (args, kwargs): those of ``example_input_array``, or made for a model of transformers; None for others.
+def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return (args, kwargs) for a model of transformers, or its twin.
 
     Of a configuration are read: the vocabulary, the size of images, of spectrograms. Text is random tokens.
+
+    Raises:
+        ValueError: The model has no configuration, or one that does not tell.
     """
-    given = getattr(model, "example_input_array", None)
-    if isinstance(given, Mapping):
-        return (), dict(given)
-    if given is not None:
-        return (given if isinstance(given, tuple) else (given,)), {}
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
-    return None if config is None or main is None else _inputs_from_config(model, config, main)
+    if config is None or main is None:
+        raise ValueError("it is no model of transformers, whose configuration would tell its inputs")
+    inputs = _inputs_from_config(model, config, main)
+    if main not in inputs:
+        raise ValueError(f"no {main} can be made from its configuration")
+    return (), inputs
 
 
-def _inputs_from_config(model: nn.Module, config: Any, main: str) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _inputs_from_config(model: nn.Module, config: Any, main: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     names = inspect.signature(model.forward).parameters
     towers = hasattr(config, "vision_config") and hasattr(config, "text_config")  # side by side, as in CLIP
@@ -35,7 +39,9 @@ def _inputs_from_config(model: nn.Module, config: Any, main: str) -> tuple[tuple
     if "input_ids" in names:
         inputs["input_ids"] = _tokens(config, generator)
     if "decoder_input_ids" in names:
-        inputs["decoder_input_ids"] = _tokens(config, generator)[:, : _TOKENS - 3]
+        inputs["decoder_input_ids"] = _tokens(config, generator)
+        if "input_ids" in inputs and isinstance(eos := getattr(config, "eos_token_id", None), int):
+            inputs["input_ids"][:, -1] = eos  # where classifiers read
     if main == "pixel_values" or (towers and "pixel_values" in names and not hasattr(config, "image_token_id")):
         inputs["pixel_values"] = _images(config, generator)
     if main == "input_features":
@@ -43,7 +49,9 @@ def _inputs_from_config(model: nn.Module, config: Any, main: str) -> tuple[tuple
         inputs["input_features"] = torch.randn(1, config.num_mel_bins, frames, generator=generator)
     if main == "input_values":
         inputs["input_values"] = _sound(config, generator)
-    return ((), inputs) if main in inputs else None
+    if "input_ids" in inputs:
+        inputs = with_images(model, config, inputs, _images(config, generator))
+    return inputs
 
 
 def _from(config: Any, *names: str) -> Any:

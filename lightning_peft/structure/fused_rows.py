@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -11,48 +10,31 @@ from torch import nn
 from .base_model import matches
 from .layer_of import layer_of
 from .read_weights import read_weight_attribute
+from .rows import Rows
+from .structure import PART_OF_ROLE
 
 _FUSED = ("c_attn", "attn.qkv", "qkv_proj")  # query, key and value in one weight, one below the other
 _KEYS_AND_VALUES = "crossattention.c_attn"  # of GPT-2: fused, but without the query
-_PART_OF_ROLE = {"attention.query": "query", "attention.key": "key", "attention.value": "value"}
 
-
-class Rows(NamedTuple):
-    """Rows of a layer's weight, seen as (out, in, *kernel), that compute one part of a fused layer.
-
-    Args:
-        part: ``query``, ``key`` or ``value``.
-        start: The first row.
-        stop: The row after the last one.
-    """
-
-    part: str
-    start: int
-    stop: int
-
-
-# By layer: its rows, a text that says why they are no ranges, or None where the trace shows no attention.
+# By layer: its rows, a text that says why they cannot be told, or None where each part is the whole output.
 _measured = WeakKeyDictionary[nn.Module, "list[Rows] | str | None"]()
 
 
-def was_measured(host: nn.Module) -> bool:
-    """Return whether a trace has looked for the rows of a layer."""
-    return host in _measured
-
-
 def set_measured_rows(host: nn.Module, rows: list[Rows] | str | None) -> None:
-    """Remember what a trace shows of a layer: rows, why they are no ranges, or None for nothing."""
+    """Remember what a trace shows of a layer: rows, why they cannot be told, or None where it has no parts."""
     _measured[host] = rows
 
 
-def is_fused(name: str) -> bool:
-    """Return whether a layer of this name computes query, key and value at once."""
+def is_fused(name: str, host: nn.Module) -> bool:
+    """Return whether a layer computes several of query, key and value at once, or other features beside one of them."""
+    if host in _measured:
+        return _measured[host] is not None
     return any(matches(name, pattern) for pattern in _FUSED)
 
 
 def has_parts(name: str, host: nn.Module) -> bool:
     """Return whether a role can mean rows of a layer, or a weight that its parent reads, and not its call."""
-    return is_fused(name) or read_weight_attribute(type(host)) is not None
+    return is_fused(name, host) or read_weight_attribute(type(host)) is not None
 
 
 def lacks_query(name: str) -> bool:
@@ -62,22 +44,22 @@ def lacks_query(name: str) -> bool:
 
 def fused_patterns(role: str) -> tuple[str, ...]:
     """Return globs of the fused layers that compute this role, along with others."""
-    return _FUSED if role in _PART_OF_ROLE else ()
+    return _FUSED if role in PART_OF_ROLE else ()
 
 
 def fused_rows(host: nn.Module, name: str = "") -> list[Rows]:
     """Return the rows of query, key and value in a layer that computes them at once.
 
-    They are those that ``measure_fused_rows`` found, else what the shape of the weight suggests.
+    They are those that a trace found, else what the shape of the weight suggests.
 
     Raises:
-        ValueError: The weight's shape does not divide into query, key and value, or their rows are no ranges.
+        ValueError: The weight's shape does not divide into query, key and value, or their rows cannot be told.
     """
     if (measured := _measured.get(host)) is not None:
         if isinstance(measured, str):
             raise ValueError(
                 f"{name or type(host).__name__} computes query, key and value at once, and {measured}; no role can "
-                f"mean them yet. Target the layer as a whole by a glob, such as {name.rpartition('.')[2] or '*'!r}."
+                f"mean them. Target the layer as a whole by a glob, such as {name.rpartition('.')[2] or '*'!r}."
             )
         return measured
     rows, width, *_ = layer_of(host).shape(host)
@@ -101,9 +83,13 @@ def requested_rows(name: str, host: nn.Module, targets: Sequence[str], roles: Co
         targets: Globs and roles that selected it.
         roles: The names of roles; all other targets are globs.
     """
-    if not (is_fused(name) or isinstance(host, nn.MultiheadAttention)):
+    if not (is_fused(name, host) or isinstance(host, nn.MultiheadAttention)):
         return [None]
     if any(matches(name, target) for target in targets if target not in roles):
         return [None]
-    parts = {_PART_OF_ROLE.get(target) for target in targets}
-    return [rows for rows in fused_rows(host, name) if rows.part in parts or "all-linear" in targets] or [None]
+    rows = fused_rows(host, name)
+    if "all-linear" in targets:
+        numbers = [number for part in rows for number in part.numbers()]
+        return [*rows] if sorted(numbers) == list(range(layer_of(host).shape(host)[0])) else [None]
+    parts = {PART_OF_ROLE.get(target) for target in targets}
+    return [part for part in rows if part.part in parts] or [None]

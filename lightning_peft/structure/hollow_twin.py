@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base_model import ADAPTERS_ATTRIBUTE
+from .transformers_api import use_eager_attention
 
 _COPIED = 2**18  # elements up to which a stand-in has numbers of its own
 _CONVOLUTIONS: dict[Any, Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
@@ -34,6 +35,7 @@ def hollow_twin(model: nn.Module) -> nn.Module:
     for module in twin.modules():
         if (forward := _forward_of(module)) is not None:
             module.forward = forward
+    use_eager_attention(twin)
     return twin.eval()
 
 
@@ -83,7 +85,7 @@ def _forward_of(module: Any) -> Callable[..., Any] | None:
     if isinstance(module, nn.Embedding) and forward is nn.Embedding.forward:
         return lambda indices: torch.randn(*indices.shape, module.embedding_dim)
     kind = next((kind for kind in _CONVOLUTIONS if isinstance(module, kind)), None)
-    if kind is not None and forward is kind.forward and module.padding_mode == "zeros":
+    if kind is not None and not is_depthwise(module) and forward is kind.forward and module.padding_mode == "zeros":
         settings = (module.stride, module.padding, module.dilation, module.groups)
         weight, product = torch.empty(module.weight.shape, device="meta"), _CONVOLUTIONS[kind]
         return lambda x: torch.randn(product(x.detach().to("meta"), weight, None, *settings).shape)
@@ -92,6 +94,11 @@ def _forward_of(module: Any) -> Callable[..., Any] | None:
     ):
         return lambda x, *_, **__: torch.randn(x.shape)  # experts: what they compute does not matter here
     return None
+
+
+def is_depthwise(module: Any) -> bool:
+    """Return whether a module is a convolution of each channel by itself, which maps no features."""
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == module.in_channels > 1
 
 
 def _computable(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ops.sharded_tensors import global_shape
 from .read_weights import read_bias_attribute, read_weight_attribute
+from .rows import Rows
 
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)  # types of weights that are neither sharded nor quantized
 
@@ -50,10 +51,10 @@ class LayerType(ABC):
         """Return (out, in, *kernel) of the whole weight, even where each process holds a shard of it."""
         return global_shape(self.read(host))
 
-    def shape(self, host: Any, rows: tuple[Any, int, int] | None = None) -> torch.Size:
-        """Return (out, in, *kernel) of the weight, or of some of its rows, given as (part, start, stop)."""
+    def shape(self, host: Any, rows: Rows | None = None) -> torch.Size:
+        """Return (out, in, *kernel) of the weight, or of some of its rows."""
         shape = self.full_shape(host)
-        return shape if rows is None else torch.Size([rows[2] - rows[1], *shape[1:]])
+        return shape if rows is None else torch.Size([rows.size, *shape[1:]])
 
     @torch.no_grad()
     def write(self, host: Any, rows: Tensor, first: int = 0) -> None:

@@ -1,39 +1,21 @@
-"""``ROLES``: functions that find layers by their role (``attention.query``, ``head``...), from names and positions."""
+"""``ROLES``: functions that find modules by their role (``attention.query``, ``head``...) in a model."""
 
 from __future__ import annotations
 
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from .base_model import base_modules, matches
-from .fused_rows import fused_patterns, lacks_query
-from .layer_of import is_called_linear, layer_of
+from .base_model import base_modules
+from .layer_of import is_called_linear
 from .read_weights import read_weight_attribute
+from .structure import LAYER_ROLES
+from .structure_of import structure_of
 from .transformers_api import outermost_pretrained
-
-_NAMES = {
-    "attention.query": (
-        *("query", "query_proj", "q_lin", "q_proj", "q_attn", "SelfAttention.q", "EncDecAttention.q", "wq"),
-    ),
-    "attention.key": ("key", "key_proj", "k_lin", "k_proj", "SelfAttention.k", "EncDecAttention.k", "wk"),
-    "attention.value": ("value", "value_proj", "v_lin", "v_proj", "SelfAttention.v", "EncDecAttention.v", "wv"),
-    "attention.output": (
-        *("attention.output.dense", "out_lin", "o_proj", "out_proj", "attn.c_proj", "attn.proj"),
-        *("SelfAttention.o", "EncDecAttention.o", "crossattention.c_proj"),
-    ),
-    "feedforward.up": (
-        *("intermediate.dense", "lin1", "up_proj", "gate_proj", "gate_up_proj", "c_fc", "fc1"),
-        *("DenseReluDense.wi*", "linear1"),
-    ),
-    "feedforward.down": (
-        *("*[0-9].output.dense", "lin2", "down_proj", "mlp.c_proj", "fc2", "DenseReluDense.wo", "linear2"),
-    ),
-}
-_GATED = {"gate_proj": "up_proj", "wi_0": "wi_1"}  # the activated projection, and the one it is multiplied with
 
 
 def linear_branch(model: nn.Module, down: str) -> str | None:
@@ -43,37 +25,17 @@ def linear_branch(model: nn.Module, down: str) -> str | None:
         model: Model that holds the block.
         down: Name of the block's down-projection.
     """
-    parent = down.rpartition(".")[0]
-    siblings = dict(model.get_submodule(parent).named_children())
-    key = next((up for gate, up in _GATED.items() if gate in siblings and up in siblings), None)
-    if key is None:
-        return None
-    up, host = siblings[key], model.get_submodule(down)
-    same_width = layer_of(up).shape(up)[0] == layer_of(host).shape(host)[1]
-    return f"{parent}.{key}".lstrip(".") if same_width else None
+    return structure_of(model).linear_branches.get(down)
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the repeated blocks of a model: the children, all of one class, of outermost lists and sequences."""
-    repeated: dict[str, nn.Module] = {}
-    for name, module in [("", model), *base_modules(model).items()]:
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and not any(name.startswith(f"{b}.") for b in repeated):
-            children = dict(module.named_children())
-            if len({type(child) for child in children.values()}) == 1 and any(True for _ in module.parameters()):
-                repeated |= {f"{name}.{key}".lstrip("."): child for key, child in children.items()}
-    return repeated
+    """Return the repeated blocks of a model by name."""
+    return {name: model.get_submodule(name) for name in structure_of(model).names["blocks"]}
 
 
 def output_layers(model: nn.Module) -> list[str]:
-    """Return the names of the layers with weights that follow the last block; without blocks, of the last layer."""
-    modules = base_modules(model)
-    leaves = [n for n, m in modules.items() if any(p.dim() > 1 for p in m.parameters(recurse=False))]
-    last = next(reversed(blocks(model)), None)
-    if last is None:
-        return leaves[-1:]
-    order = {name: position for position, name in enumerate(modules)}
-    end = max(order[name] for name in order if f"{name}.".startswith(f"{last}."))
-    return [name for name in leaves if order[name] > end]
+    """Return the names of the layers with weights that follow the last block; without blocks, of the last layers."""
+    return list(structure_of(model).names["output"])
 
 
 def head_layers(model: nn.Module) -> list[str]:
@@ -105,36 +67,20 @@ def norms(model: nn.Module) -> list[str]:
     return [name for name, vectors in parameters.items() if vectors and all(p.dim() == 1 for p in vectors)]
 
 
-def attention_modules(model: nn.Module) -> list[str]:
-    """Return the names of the modules that hold key projections, alone or fused, and of ``nn.MultiheadAttention``."""
-    modules = base_modules(model)
-    of_torch = {n for n, m in modules.items() if isinstance(m, nn.MultiheadAttention)}
-    parents = {name.rpartition(".")[0] for name in _named("attention.key")(model) if name not in of_torch}
-    return [n for n in modules if n in parents | of_torch]
-
-
-def _named(role: str) -> Callable[[nn.Module], Iterable[str]]:
-    """Return the function that yields the names of a role's layers, by the names that model families use."""
-    patterns = (*_NAMES[role], *fused_patterns(role))
-
-    def find(model: nn.Module) -> Iterator[str]:
-        for name, module in base_modules(model).items():
-            named = is_called_linear(module) and any(matches(name, pattern) for pattern in patterns)
-            named = named and not (role == "attention.query" and lacks_query(name))
-            reads = (isinstance(module, nn.MultiheadAttention) and bool(fused_patterns(role))) or (
-                role == "attention.output" and read_weight_attribute(type(module)) == "weight"
-            )
-            if named or reads:
-                yield name
-
-    return find
+def _of_structure(role: str, model: nn.Module) -> list[str]:
+    return list(structure_of(model).names[role])
 
 
 def _all_linear(model: nn.Module) -> list[str]:
-    """Return the names of the linear layers of the blocks; without blocks, of all but the last linear layer."""
+    """Return the names of the linear layers of the blocks; without blocks, of all but the last linear layer.
+
+    Of blocks without linear layers, as those of ResNet, they are the convolutions.
+    """
     modules = base_modules(model)
     linear = [n for n, m in modules.items() if is_called_linear(m) or read_weight_attribute(type(m))]
     inside = tuple(f"{name}." for name in blocks(model))
+    if inside and not any(f"{name}.".startswith(inside) for name in linear):
+        linear = [n for n, m in modules.items() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
     known = set(linear)
     subclasses = [n for n, m in modules.items() if isinstance(m, nn.Linear) and n.startswith(inside)]
     if others := [name for name in subclasses if name not in known]:
@@ -143,10 +89,9 @@ def _all_linear(model: nn.Module) -> list[str]:
     return [n for n in linear if f"{n}.".startswith(inside)] if inside else linear[:-1]
 
 
-WEIGHT_ROLES = (*_NAMES, "all-linear")  # roles that mean weights, also those that a module reads from its children
+WEIGHT_ROLES = (*LAYER_ROLES, "all-linear")  # roles that mean weights, also those that a module reads from its children
 ROLES: dict[str, Callable[[nn.Module], Iterable[str]]] = {
-    **{role: _named(role) for role in _NAMES},
-    "attention": attention_modules,
+    **{role: partial(_of_structure, role) for role in (*LAYER_ROLES, "attention")},
     "all-linear": _all_linear,
     "blocks": blocks,
     "output": output_layers,

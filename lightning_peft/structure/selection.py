@@ -11,9 +11,11 @@ from typing import NamedTuple
 from torch import nn
 
 from .base_model import base_modules, base_parameters, matches, name_pattern
-from .fused_rows import Rows, has_parts, requested_rows
-from .measure_rows import measure_fused_rows
+from .fused_rows import has_parts, requested_rows
 from .roles import ROLES
+from .rows import Rows
+from .structure_of import structure_of
+from .useless_layers import without_useless
 
 
 class Target(NamedTuple):
@@ -58,6 +60,11 @@ def record_selections() -> Iterator[list[Selection]]:
         _selections.reset(token)
 
 
+def modules_of_role(model: nn.Module, role: str) -> list[str]:
+    """Return the names of the modules that play a role, without those in which nothing would be learned."""
+    return without_useless(model, structure_of(model), role, list(ROLES[role](model)))
+
+
 def select(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()) -> list[Target]:
     """Return where adapters go, in the model's order: (name, host, rows).
 
@@ -90,11 +97,11 @@ def select_modules(model: nn.Module, targets: Sequence[str], exclude: Sequence[s
     Arguments and errors are those of ``select``.
     """
     modules = base_modules(model)
-    measure_fused_rows(model, modules)
+    structure = structure_of(model)  # which also measures the rows of fused layers
     chosen = set[str]()
     for target in _listed(targets, "targets"):
-        names = set(ROLES[target](model)) if target in ROLES else {n for n in modules if matches(n, target)}
-        chosen |= names or _nothing(target, modules)
+        names = set(modules_of_role(model, target)) if target in ROLES else {n for n in modules if matches(n, target)}
+        chosen |= names or _nothing(target, modules, structure.measured)
     for pattern in _listed(exclude, "exclude", empty=True):
         chosen -= {n for n in modules if matches(n, pattern)} or _nothing(pattern, modules)
     if not chosen:
@@ -120,7 +127,7 @@ def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     chosen = set[str]()
     for pattern in patterns:
         if pattern in ROLES:
-            owners = set(ROLES[pattern](model))
+            owners = set(modules_of_role(model, pattern))
         else:
             owners = {name for name in modules if matches(name, pattern)}
         names = {shared[n] for n in shared if matches(n, pattern) or any(n.startswith(f"{o}.") for o in owners)}
@@ -142,10 +149,12 @@ def _listed(patterns: Sequence[str], field: str, empty: bool = False) -> Sequenc
     return patterns
 
 
-def _nothing(pattern: str, named: Iterable[str]) -> set[str]:
+def _nothing(pattern: str, named: Iterable[str], measured: bool = True) -> set[str]:
     """Raise a ``ValueError`` that lists close names, since a pattern without a match is mostly a typo."""
     patterns = list(dict.fromkeys(map(name_pattern, named)))
     ends = {name.rpartition(".")[2] for name in patterns} - {"*"}
     close = [] if pattern in ROLES else difflib.get_close_matches(pattern, [*ends, *patterns, *ROLES], n=5)
     advice = f"Close names: {', '.join(close)}." if close else f"The model has: {', '.join(patterns[:40])}."
+    if pattern in ROLES and not measured:
+        advice = f"It was looked for by names; give example_inputs to lightning_peft.inject to measure it. {advice}"
     raise ValueError(f"{pattern!r} matches nothing in the model. {advice} Roles: {', '.join(ROLES)}.")

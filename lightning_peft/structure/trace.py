@@ -1,59 +1,107 @@
-"""``trace``: which layers, and which of their features, feed query, key and value of each attention call.
+"""``trace``: what feeds what in one forward of a model: attention, feed-forwards, outputs. No name is looked at.
 
 The output of every layer is cut from the graph while a hollow twin of the model runs, so that a gradient from a tensor
-reaches exactly the last layers before it, feature by feature. No name is looked at.
+reaches exactly the last layers before it, feature by feature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..ops.torch_api import without_function_modes
-from .hollow_twin import hollow_twin
+from .attention_finder import AttentionCall, AttentionFinder
+from .cut_graph import CutGraph
+from .hollow_twin import is_depthwise
 
-_OPERANDS = ("query", "key", "value")
-_PRODUCTS = {"matmul", "bmm", "__matmul__", "baddbmm", "einsum"}
-
-Sources = dict[str, Tensor]  # by name of a layer, for each of its features whether it matters
+_WITH_GRADIENT = 2**18  # elements up to which it is measured whether an output depends on a parameter
 
 
 @dataclass(frozen=True)
-class AttentionCall:
-    """One call of attention, with the layers that feed it.
+class FeedForward:
+    """Up-projections of a feed-forward network.
 
     Args:
-        query: Layers that feed the query, with their features; so for the others.
-        key: Layers that feed the key.
-        value: Layers that feed the value.
+        ups: Names of the layers, two if one gates the other.
+        linear: Name of the one without activation, by which the other is multiplied; None without a gate.
     """
 
-    query: Sources
-    key: Sources
-    value: Sources
+    ups: tuple[str, ...]
+    linear: str | None
 
 
-def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[AttentionCall]:
-    """Return the attention calls in one forward of the model's twin; raises what the forward raises."""
-    twin, tracer = hollow_twin(model), _Tracer()
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), _hooks(twin, tracer), tracer:
-        twin(*args, **kwargs)
-    return tracer.calls
+@dataclass(frozen=True)
+class Trace:
+    """What one forward shows. ``@i`` stands for the attention call of that number.
+
+    Args:
+        attention: Attention calls in their order; that of ``nn.MultiheadAttention`` is fed by the module itself.
+        reads: Layers that each layer reads.
+        entries: Layers that the first input of each module depends on, for modules with others inside.
+        order: Names of modules in the order of their first call.
+        outputs: Layers that outputs depend on directly.
+        feedforward: Feed-forward networks by the name of their down-projection.
+        linear_attention: By the name of an output projection, the query, key and value of linear attention with memory
+            (RWKV): what multiplies each position, what is remembered nonlinearly, and what linearly.
+        reached: Names of parameters, and of layers, on which an output depends.
+        read: Names of modules whose parameters were read outside of their calls.
+        zero: Names of layers whose inputs were zero in each call.
+    """
+
+    attention: list[AttentionCall]
+    reads: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    entries: dict[str, set[str]] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+    outputs: set[str] = field(default_factory=set)
+    feedforward: dict[str, FeedForward] = field(default_factory=dict)
+    linear_attention: dict[str, tuple[str, str, str]] = field(default_factory=dict)
+    reached: set[str] = field(default_factory=set)
+    read: set[str] = field(default_factory=set)
+    zero: set[str] = field(default_factory=set)
+
+
+def trace(twin: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], linear: Container[str] = ()) -> Trace:
+    """Return what one forward of a model's twin shows; raises what the forward raises.
+
+    Args:
+        twin: The twin, as ``hollow_twin`` returns it.
+        args: Arguments of its forward by position.
+        kwargs: Arguments of its forward by name.
+        linear: Names of its linear layers, among which feed-forwards are looked for.
+    """
+    owners = defaultdict[int, set[str]](set)
+    for name, module in twin.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.is_floating_point():
+                owners[id(parameter)].add(name)
+                parameter.requires_grad_(parameter.numel() <= _WITH_GRADIENT)
+    recorder = _Recorder(AttentionFinder(CutGraph(), owners), linear)
+    with torch.enable_grad(), _hooks(twin, recorder), recorder.finder:
+        output = twin(*args, **kwargs)
+    recorder.finish(twin, [x for x in tree_leaves(_plain(output)) if isinstance(x, Tensor) and x.requires_grad])
+    return recorder.trace
+
+
+def _plain(output: Any) -> Any:
+    """Return outputs of a model in plain containers."""
+    if isinstance(output, Mapping):
+        return [_plain(value) for value in output.values()]
+    return [_plain(value) for value in output] if isinstance(output, (tuple, list)) else output
 
 
 @contextmanager
-def _hooks(twin: nn.Module, tracer: _Tracer) -> Iterator[None]:
-    """Context in which the tracer cuts the output of each layer from the graph."""
-    handles = [module.register_forward_hook(partial(_cut, tracer, name)) for name, module in twin.named_modules()]
+def _hooks(twin: nn.Module, recorder: _Recorder) -> Iterator[None]:
+    handles = []
+    for name, module in twin.named_modules():
+        handles.append(module.register_forward_pre_hook(partial(recorder.enter, name), with_kwargs=True))
+        handles.append(module.register_forward_hook(partial(recorder.leave, name), with_kwargs=True))
     try:
         yield
     finally:
@@ -61,85 +109,85 @@ def _hooks(twin: nn.Module, tracer: _Tracer) -> Iterator[None]:
             handle.remove()
 
 
-def _cut(tracer: _Tracer, name: str, module: nn.Module, args: Any, output: Any) -> Any:
-    layer = any(p.dim() > 1 for p in module.parameters(recurse=False)) and not any(True for _ in module.children())
-    return tracer.cut(name, output) if layer and isinstance(output, Tensor) else None
+def _is_layer(module: nn.Module) -> bool:
+    """Return whether a module of a twin is not computed, or has a weight of its own and no modules inside."""
+    if "forward" in vars(module):
+        return True
+    weighted = any(sum(n > 1 for n in p.shape) > 1 for p in module.parameters(recurse=False))
+    return weighted and not is_depthwise(module) and not any(True for _ in module.children())
 
 
-class _Tracer(TorchFunctionMode):
-    """Cuts the graph at attention calls: those of torch, and a softmax between two products."""
+class _Recorder:
+    """Hooks of a twin that fill a ``Trace``."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = list[AttentionCall]()
-        self.leaves: list[tuple[str, Tensor]] = []
-        self.products: list[tuple[Tensor, Tensor, Tensor]] = []  # (a, b, a b) since the last softmax
-        self.softmax: list[tuple[Tensor, Sources, Sources]] = []  # (probabilities, query, key), without a value yet
+    def __init__(self, finder: AttentionFinder, linear: Container[str]) -> None:
+        self.finder, self.graph, self.linear = finder, finder.graph, linear
+        self.trace = Trace(finder.calls, read=finder.read)
+        self.not_zero = set[str]()
+        self.seen: dict[str, None] = {}
 
-    def cut(self, name: str, output: Tensor) -> Tensor:
-        """Make a tensor a leaf of the graph under a name, and return it."""
-        if not output.is_floating_point():
-            return output
-        leaf = output.detach().requires_grad_()
-        self.leaves.append((name, leaf))
-        return leaf.clone()
+    def enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.finder.modules.append(name)
+        first = name not in self.seen
+        self.seen[name] = None
+        inputs = _floating((args, kwargs))
+        if _is_layer(module):
+            sources = set(self.graph.sources(inputs[0])) if inputs else set()
+            self.trace.reads[name] |= sources
+            if any(x.any() for x in inputs) or not inputs:
+                self.not_zero.add(name)
+            if inputs and name in self.linear and all(source in self.linear for source in sources):
+                self._note_network(name, inputs[0], sorted(sources, key=list(self.seen).index))
+        elif first and inputs and any(True for _ in module.children()):
+            self.trace.entries[name] = set(self.graph.sources(inputs[0]))
 
-    def sources(self, x: Any) -> Sources:
-        """Return the leaves that a tensor depends on, with the features that matter."""
-        if not isinstance(x, Tensor) or not x.requires_grad:
-            return {}
-        with without_function_modes():
-            seed = torch.rand_like(x) + 0.5
-            leaves = [leaf for _, leaf in self.leaves]
-            gradients = torch.autograd.grad(x, leaves, seed, allow_unused=True, retain_graph=True)
-        found: Sources = {}
-        for (name, _), gradient in zip(self.leaves, gradients, strict=True):
-            if gradient is not None and (matters := gradient.flatten(0, -2).ne(0).any(0)).any():
-                known = found.get(name)
-                found[name] = matters if known is None or known.shape != matters.shape else known | matters
-        return found
+    def leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        self.finder.modules.pop()
+        inputs = _floating((args, kwargs))
+        if isinstance(module, nn.MultiheadAttention):  # torch reads its weights, so that it is a layer of its own
+            rows = torch.ones(module.embed_dim, dtype=torch.bool)
+            self.finder.modules.append(name)
+            attended = self.finder.attention([{name: rows}] * 3, list(inputs), output[0], module.num_heads)
+            self.finder.modules.pop()
+            return attended, *output[1:]
+        return self.graph.cut(name, output, inputs) if _is_layer(module) and isinstance(output, Tensor) else None
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func is F.scaled_dot_product_attention:
-            call = dict(zip(_OPERANDS, args, strict=False)) | (kwargs or {})
-            return self._attention(*(self.sources(call[name]) for name in _OPERANDS), output=output)
-        name = getattr(func, "__name__", "")
-        if name == "softmax" and isinstance(output, Tensor) and output.dim() > 2 and output.requires_grad:
-            return self._softmax(args[0], output)
-        if name in _PRODUCTS and isinstance(output, Tensor):
-            return self._product([x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)][-2:], output)
-        return output
+    def _note_network(self, name: str, x: Tensor, sources: Sequence[str]) -> None:
+        """Note whether linear layers and the one that reads them make a feed-forward network, or linear attention."""
+        if len(sources) not in (1, 2, 3):
+            return
+        by_memory = [source for source in sources if self.graph.has_memory(x, source)]
+        linear = [source for source in sources if self.graph.is_linear(x, source)]
+        if len(sources) < 3 and not by_memory and len(linear) < len(sources):  # else there is no activation
+            self.trace.feedforward[name] = FeedForward(tuple(sources), linear[0] if linear else None)
+        if len(sources) == 3 and len(by_memory) == 2 and len(linear) == 1 and linear[0] in by_memory:
+            (query,) = set(sources).difference(by_memory)
+            (key,) = set(by_memory).difference(linear)
+            self.trace.linear_attention[name] = (query, key, linear[0])
 
-    def _attention(self, *operands: Sources, output: Tensor) -> Tensor:
-        layers = [{n: f for n, f in sources.items() if not n.startswith("@")} for sources in operands]
-        self.calls.append(AttentionCall(*layers))
-        return self.cut(f"@{len(self.calls) - 1}", output)
+    def finish(self, twin: nn.Module, outputs: list[Tensor]) -> None:
+        """Note what outputs depend on."""
+        for x in outputs:
+            self.trace.outputs.update(self.graph.sources(x))
+        layers = self.graph.reached(outputs)
+        self.trace.order.extend(self.seen)
+        self.trace.zero.update(set(self.trace.reads) - self.not_zero)
+        parameters = dict(twin.named_parameters(remove_duplicate=False))
+        reached = set[int]()
+        for name, parameter in parameters.items():
+            by_gradient = parameter.grad is not None and bool(parameter.grad.any())
+            large = not parameter.requires_grad and name.rpartition(".")[0] in self.trace.read
+            if by_gradient or large or any(owner in layers for owner in _owners(name)):
+                reached.add(id(parameter))
+        self.trace.reached.update(layers, (name for name, p in parameters.items() if id(p) in reached))
 
-    def _softmax(self, scores: Tensor, output: Tensor) -> Tensor:
-        pairs = [(a, b) for a, b, product in self.products if self._depends(scores, product)]
-        self.products.clear()
-        if not pairs:
-            return output
-        query, key = ({k: v for pair in pairs for k, v in self.sources(pair[side]).items()} for side in (0, 1))
-        probabilities = output.detach().requires_grad_()
-        self.softmax.append((probabilities, query, key))
-        return probabilities
 
-    def _product(self, factors: list[Tensor], output: Tensor) -> Tensor:
-        if len(factors) < 2 or not all(x.requires_grad for x in factors):
-            return output
-        for entry in self.softmax:
-            probabilities, query, key = entry
-            if (first := self._depends(factors[0], probabilities)) or self._depends(factors[1], probabilities):
-                self.softmax.remove(entry)
-                return self._attention(query, key, self.sources(factors[first]), output=output)
-        self.products.append((*factors, output))  # type: ignore[arg-type]
-        return output
+def _owners(name: str) -> Iterator[str]:
+    """Yield the names of the modules that hold a parameter, innermost first."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
-    def _depends(self, x: Tensor, on: Tensor) -> bool:
-        if x is on or not (x.requires_grad and on.requires_grad) or x.is_leaf:
-            return x is on
-        with without_function_modes():
-            (gradient,) = torch.autograd.grad(x, on, torch.ones_like(x), allow_unused=True, retain_graph=True)
-        return gradient is not None
+
+def _floating(arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(x for x in tree_leaves(arguments) if isinstance(x, Tensor) and x.is_floating_point())

@@ -74,11 +74,10 @@ def names_by_loading(model: Any, known: Collection[str], ending: str) -> Callabl
     prefix = getattr(model, "base_model_prefix", None)
     if not isinstance(prefix, str):
         return lambda name: name
-    rules = _renamings(model)
+    rename = _renaming(model)
 
     def place(name: str) -> str:
-        for rename in rules:
-            name = rename(name + ending).removesuffix(ending)
+        name = rename(name + ending).removesuffix(ending)
         if name in known or not prefix:
             return name
         without = name.removeprefix(f"{prefix}.")
@@ -87,14 +86,15 @@ def names_by_loading(model: Any, known: Collection[str], ending: str) -> Callabl
     return place
 
 
-def _renamings(model: Any) -> list[Callable[[str], str]]:
-    """Return the rules by which transformers renames what it reads for a model, in their order."""
+def _renaming(model: Any) -> Callable[[str], str]:
+    """Return how transformers renames a tensor that it reads for a model."""
     collect = getattr(sys.modules.get("transformers.conversion_mapping"), "get_model_conversion_mapping", None)
     if collect is None:  # before transformers 5
-        patterns = getattr(type(model), "_checkpoint_conversion_mapping", None) or {}
-        return [functools.partial(_first_substitution, patterns)]
+        old = getattr(type(model), "_checkpoint_conversion_mapping", None) or {}
+        return lambda name: next((re.sub(part, new, name) for part, new in old.items() if re.search(part, name)), name)
     # Rules that compute tensors from several others, such as fused experts, have operations.
-    return [functools.partial(_by_rule, rule) for rule in collect(model) if not hasattr(rule, "operations")]
+    rules = [rule for rule in collect(model) if not hasattr(rule, "operations")]
+    return lambda name: functools.reduce(lambda renamed, rule: str(rule.rename_source_key(renamed)[0]), rules, name)
 
 
 def renamed_like(model: Any) -> str | None:
@@ -102,19 +102,6 @@ def renamed_like(model: Any) -> str | None:
     patterns = getattr(sys.modules.get("transformers.conversion_mapping"), "_MODEL_TO_CONVERSION_PATTERN", {})
     kind: str | None = patterns.get(from_config(model, "model_type"))
     return kind
-
-
-def _by_rule(rule: Any, name: str) -> str:
-    renamed: str = rule.rename_source_key(name)[0]
-    return renamed
-
-
-def _first_substitution(patterns: Mapping[str, str], name: str) -> str:
-    for pattern, replacement in patterns.items():
-        new, count = re.subn(pattern, replacement, name)
-        if count:
-            return new
-    return name
 
 
 def has_input_embeddings(module: Any) -> bool:
@@ -162,6 +149,13 @@ def attention_implementation(module: Any) -> str | None:
     """Return how a module computes attention (``sdpa``, ``eager``...); None if its configuration does not tell."""
     implementation: str | None = from_config(module, "_attn_implementation")
     return implementation
+
+
+def use_eager_attention(model: nn.Module) -> None:
+    """Let a model compute attention by operators that run on a CPU, where its configuration asks for others."""
+    for module in model.modules():
+        if attention_implementation(module) not in (None, "eager", "sdpa"):
+            module.config._attn_implementation = "eager"  # type: ignore[union-attr]
 
 
 def attention_heads(module: nn.Module) -> int | None:

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from ..core.adapted_module import adapters
-from ..core.checks import check_base_names
+from ..core.check_keys import check_base_names
 from ..core.inject import inject
 from ..core.injection_record import InjectionRecord, get_record, set_record
 from ..core.method import Method

@@ -14,6 +14,7 @@ from torch import nn
 import lightning_peft as lp
 from lightning_peft.structure.fused_rows import fused_rows, requested_rows
 from lightning_peft.structure.roles import ROLES
+from lightning_peft.structure.rows import Rows
 
 SITES = {  # of the first block: of the encoder, then of the decoder
     "bert": ["attention.self.key", "attention.self.value", "output.dense in"],
@@ -58,8 +59,10 @@ def test_gpt2_crosses_with_keys_and_values_alone():
     model = small("gpt2, crossing")
     name = "h.0.crossattention.c_attn"
     host = model.get_submodule(name)
-    assert fused_rows(host, name) == [("key", 0, 8), ("value", 8, 16)]
-    assert requested_rows(name, host, wanted := ["attention.query", "attention.value"], wanted) == [("value", 8, 16)]
+    assert fused_rows(host, name) == [Rows("key", 0, 8), Rows("value", 8, 16)]
+    assert requested_rows(name, host, wanted := ["attention.query", "attention.value"], wanted) == [
+        Rows("value", 8, 16)
+    ]
     assert list(ROLES["attention.query"](model)) == ["h.0.attn.c_attn", "h.0.crossattention.q_attn"]
 
 

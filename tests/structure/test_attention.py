@@ -13,7 +13,7 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.structure.attention import AttentionCalls
-from lightning_peft.structure.roles import attention_modules
+from lightning_peft.structure.roles import ROLES
 
 
 def unchanged(attend, query, key, value, **settings):
@@ -303,7 +303,7 @@ COUNTS = {"bert": 3, "llama": 3, "gpt2": 3, "distilbert": 3, "vit": 3, "fused_vi
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_every_attention_of_a_family_is_found(name):
-    assert len(attention_modules(MODELS[name]())) == COUNTS[name]
+    assert len(ROLES["attention"](MODELS[name]())) == COUNTS[name]
 
 
 def implemented(kind):

@@ -12,8 +12,8 @@ from ...core.adapter import parameter_like
 from ...core.weight_update import WeightUpdate
 from ...ops.fused_linear import WeightUpdateSpec
 from ...ops.parametrizations import HadamardParametrization, LowRankParametrization
-from ...structure.fused_rows import Rows
 from ...structure.layer_types import LinearType
+from ...structure.rows import Rows
 
 
 class HadamardUpdate(WeightUpdate):
@@ -109,8 +109,8 @@ class HadamardUpdate(WeightUpdate):
         if self._observes() or not isinstance(self.layer, LinearType):
             return None
         if self.skinny:
-            return WeightUpdateSpec(LowRankParametrization(1.0), self.rows, self.pair())
-        return WeightUpdateSpec(self.form, self.rows, self.factors())
+            return WeightUpdateSpec(LowRankParametrization(1.0), self.rows.ends, self.pair())
+        return WeightUpdateSpec(self.form, self.rows.ends, self.factors())
 
     def _observes(self) -> bool:
         return self.observed and self.training and torch.is_grad_enabled()

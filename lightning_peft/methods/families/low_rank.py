@@ -17,9 +17,9 @@ from ...core.weight_update import WeightUpdate
 from ...ops.fused_linear import WeightUpdateSpec, dropped_low_rank
 from ...ops.parametrizations import LowRankParametrization
 from ...structure.base_model import name_pattern
-from ...structure.fused_rows import Rows
 from ...structure.layer_of import layer_of
 from ...structure.layer_types import LinearType
+from ...structure.rows import Rows
 from ...structure.selection import Target, select, select_modules
 
 
@@ -95,7 +95,7 @@ class LowRankUpdate(WeightUpdate):
         a, b = self.pair()
         if self._drops() or (torch.is_grad_enabled() and not a.requires_grad):  # B alone saves A x, and not x
             return None
-        return WeightUpdateSpec(LowRankParametrization(self.scale), self.rows, (a, b))
+        return WeightUpdateSpec(LowRankParametrization(self.scale), self.rows.ends, (a, b))
 
     def per_example_tensors(self) -> tuple[Any, ...]:
         if self.exclusive or (self.dropout and self.training) or not self.layer.maps_features:
@@ -106,9 +106,7 @@ class LowRankUpdate(WeightUpdate):
         if not values:
             return super().post_forward(host, x, y)
         a, b, scale = values
-        first, stop = self.rows
-        if stop - first < y.shape[-1]:
-            b = F.pad(b, (0, 0, first, y.shape[-1] - stop))
+        b = self.rows.pad(b.mT, self.host_rows).mT if self.part else b
         hidden, b = torch.bmm(x, a.to(x.dtype).mT), b.to(x.dtype)
         hidden = hidden if isinstance(scale, float) and scale == 1.0 else (hidden * scale).to(hidden.dtype)
         if y.dtype == hidden.dtype == b.dtype:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...core.adapter import has_values, parameter_like
 from ...ops.torch_api import flat
-from ...structure.fused_rows import Rows
+from ...structure.rows import Rows
 from .low_rank import LowRankUpdate
 
 _FACTORS = ("a", "b", "e")

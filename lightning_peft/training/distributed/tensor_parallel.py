@@ -97,7 +97,7 @@ def _check_layers(model: nn.Module, names: Sequence[str]) -> None:
     """Raise where a layer is no plain linear one, or shares its weight."""
     owners = count_owners(model)
     for name in names:
-        if is_fused(name):
+        if is_fused(name, model.get_submodule(name)):
             raise TypeError(f"{name} computes query, key and value at once; its rows are not split by heads. {_ADVICE}")
         host: Any = model.get_submodule(name)
         kind = getattr(host, "_host_class", type(host))
