@@ -71,7 +71,7 @@ class AttentionFinder(TorchFunctionMode):
 
     def attention(self, operands: list[Sources], inputs: list[Tensor], output: Tensor, heads: int | None) -> Tensor:
         """Note one call, with the layers that feed query, key and value, and cut its output from the graph."""
-        query, key, value = ({n: f for n, f in sources.items() if n[0] != "@"} for sources in operands)
+        query, key, value = ({n: f for n, f in sources.items() if n[0] not in "@#"} for sources in operands)
         self.calls.append(AttentionCall(query, key, value, tuple(self.modules), heads))
         return self.graph.cut(f"@{len(self.calls) - 1}", output, tuple(inputs))
 

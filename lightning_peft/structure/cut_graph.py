@@ -37,7 +37,8 @@ class CutGraph:
         """Put a leaf of the graph in place of a tensor, with random values, and return it."""
         if not output.is_floating_point():
             return output
-        leaf = torch.randn_like(output).requires_grad_()  # where activations are neither linear nor constant
+        # Random values, where activations are neither linear nor constant; zeros stay, since they are looked for.
+        leaf = (torch.randn_like(output) if output.any() else torch.zeros_like(output)).requires_grad_()
         self.leaves.append(Leaf(name, leaf, tuple(x for x in inputs if x.requires_grad)))
         return leaf.clone()
 
@@ -54,7 +55,7 @@ class CutGraph:
         if not isinstance(x, Tensor) or not x.requires_grad or not self.leaves:
             return
         with without_function_modes():
-            seed = torch.rand_like(x) + 0.5
+            seed = _random(x)
             inputs = [leaf.tensor for leaf in self.leaves]
             gradients = torch.autograd.grad(x, inputs, seed, allow_unused=True, retain_graph=True)
         yield from ((leaf, g) for leaf, g in zip(self.leaves, gradients, strict=True) if g is not None)
@@ -74,7 +75,7 @@ class CutGraph:
         """Return whether x depends linearly on the output of a layer: whether its gradient does not depend on it."""
         leaf = self._last(name)
         with without_function_modes():
-            seed = torch.rand_like(x) + 0.5
+            seed = _random(x)
             (gradient,) = torch.autograd.grad(x, leaf, seed, retain_graph=True, create_graph=True)
             if gradient.requires_grad:
                 weights = torch.rand_like(gradient)  # a plain sum does not change where a softmax is inside
@@ -112,7 +113,12 @@ def _backward(tensors: Sequence[Tensor], later: Tensor | None = None) -> None:
     """Propagate a gradient from tensors, at positions where ``later``, the gradient of what reads them, has some."""
     for x in tensors:
         if x.requires_grad:
-            seed = torch.rand_like(x) + 0.5
+            seed = _random(x)
             if later is not None and later.shape[:-1] == x.shape[:-1]:
                 seed = seed * later.ne(0).any(-1, keepdim=True)
             torch.autograd.backward(x, seed, retain_graph=True)
+
+
+def _random(x: Tensor) -> Tensor:
+    """Return positive numbers of the shape of a tensor, different for each feature: their sum never cancels out."""
+    return (torch.rand(x.shape[-1:]) + 0.5).expand_as(x)

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .attention_finder import AttentionCall, AttentionFinder
 from .cut_graph import CutGraph
 from .hollow_twin import is_depthwise
 
+LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 _WITH_GRADIENT = 2**18  # elements up to which it is measured whether an output depends on a parameter
 
 
@@ -39,12 +40,12 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one forward shows. ``@i`` stands for the attention call of that number.
+    """What one forward shows. ``@i`` stands for the attention call of that number, ``#name`` for a module's input.
 
     Args:
         attention: Attention calls in their order; that of ``nn.MultiheadAttention`` is fed by the module itself.
         reads: Layers that each layer reads.
-        entries: Layers that the first input of each module depends on, for modules with others inside.
+        entries: What the first input of each module depends on, for modules with others inside.
         order: Names of modules in the order of their first call.
         outputs: Layers that outputs depend on directly.
         feedforward: Feed-forward networks by the name of their down-projection.
@@ -82,7 +83,8 @@ def trace(twin: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], lin
             if parameter is not None and parameter.is_floating_point():
                 owners[id(parameter)].add(name)
                 parameter.requires_grad_(parameter.numel() <= _WITH_GRADIENT)
-    recorder = _Recorder(AttentionFinder(CutGraph(), owners), linear)
+    listed = {name for name, module in twin.named_modules() if _is_listed(twin, name) and any(module.children())}
+    recorder = _Recorder(AttentionFinder(CutGraph(), owners), linear, listed)
     with torch.enable_grad(), _hooks(twin, recorder), recorder.finder:
         output = twin(*args, **kwargs)
     recorder.finish(twin, [x for x in tree_leaves(_plain(output)) if isinstance(x, Tensor) and x.requires_grad])
@@ -120,13 +122,14 @@ def _is_layer(module: nn.Module) -> bool:
 class _Recorder:
     """Hooks of a twin that fill a ``Trace``."""
 
-    def __init__(self, finder: AttentionFinder, linear: Container[str]) -> None:
+    def __init__(self, finder: AttentionFinder, linear: Container[str], listed: Container[str]) -> None:
         self.finder, self.graph, self.linear = finder, finder.graph, linear
+        self.listed = listed  # modules before which the graph is cut, so that its parts do not grow from block to block
         self.trace = Trace(finder.calls, read=finder.read)
         self.not_zero = set[str]()
         self.seen: dict[str, None] = {}
 
-    def enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         self.finder.modules.append(name)
         first = name not in self.seen
         self.seen[name] = None
@@ -140,6 +143,9 @@ class _Recorder:
                 self._note_network(name, inputs[0], sorted(sources, key=list(self.seen).index))
         elif first and inputs and any(True for _ in module.children()):
             self.trace.entries[name] = set(self.graph.sources(inputs[0]))
+        if inputs and name in self.listed:
+            return _replaced((args, kwargs), inputs[0], self.graph.cut(f"#{name}", inputs[0], inputs[:1]))
+        return None
 
     def leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         self.finder.modules.pop()
@@ -187,6 +193,15 @@ def _owners(name: str) -> Iterator[str]:
     while name:
         name = name.rpartition(".")[0]
         yield name
+
+
+def _is_listed(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), LISTS) and bool(name)
+
+
+def _replaced(arguments: Any, old: Tensor, new: Tensor) -> Any:
+    """Return arguments with one tensor replaced."""
+    return tree_map_only(Tensor, lambda x: new if x is old else x, arguments)
 
 
 def _floating(arguments: Any) -> tuple[Tensor, ...]:

@@ -8,9 +8,7 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
-from .trace import Trace
-
-_LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+from .trace import LISTS, Trace
 
 
 def is_inside(name: str, module: str) -> bool:
@@ -43,7 +41,7 @@ def _chains(model: nn.Module, traced: Trace) -> tuple[list[list[str]], list[list
             siblings[name.rpartition(".")[0]].append(name)
     listed, others = [], []
     for parent, names in siblings.items():
-        if isinstance(model.get_submodule(parent), _LISTS):
+        if isinstance(model.get_submodule(parent), LISTS):
             if _is_chain(names, traced):
                 listed.append(names)
         else:
@@ -102,7 +100,10 @@ def traced_output(traced: Trace, blocks: Collection[str]) -> list[str]:
     reaching, feeding = _upstream(traced.outputs, traced), _upstream(inside, traced)
     after = set[str]()
     for name in layers:  # in the order of their calls
-        if any(source in inside or source in after or source.startswith("@") for source in traced.reads[name]):
+        sources = set(traced.reads[name])
+        for given in [source for source in sources if source.startswith("#")]:
+            sources |= traced.entries.get(given[1:], set())
+        if any(source in inside or source in after or source.startswith("@") for source in sources):
             after.add(name)
     return [name for name in layers if name in reaching and name in after and name not in feeding]
 
@@ -118,6 +119,8 @@ def _upstream(names: Iterable[str], traced: Trace) -> set[str]:
         if name.startswith("@"):
             call = traced.attention[int(name[1:])]
             todo += [*call.query, *call.key, *call.value]
+        elif name.startswith("#"):
+            todo += traced.entries.get(name[1:], ())
         else:
             todo += traced.reads.get(name, ())
     return found
