@@ -16,7 +16,7 @@ from ..core.injection_record import get_record, require_record
 from ..core.method import Method
 from ..ops.sharded_tensors import global_shape
 from ..ops.torch_api import hooks
-from ..structure.base_model import ADAPTERS_ATTRIBUTE, base_modules
+from ..structure.base_model import ADAPTERS_ATTRIBUTE, adapter_host, base_modules
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|_forward_module)\.")
 
@@ -103,9 +103,14 @@ def check_state(
     """
     expected = {strip_wrapper_names(k): v for k, v in adapter_state(model, only=only).items()}
     state = {strip_wrapper_names(k): v for k, v in loaded.items()}
+    host_of = adapter_host(model)
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    base = {strip_wrapper_names(name) for name, _ in tensors if host_of(name) is None}
     problems = {
         "lacks": sorted(expected.keys() - state.keys()),
-        "has no place for": sorted(k for k in state.keys() - expected.keys() if f".{ADAPTERS_ATTRIBUTE}." in f".{k}"),
+        "has no place for": sorted(
+            k for k in state.keys() - expected.keys() if f".{ADAPTERS_ATTRIBUTE}." in f".{k}" and not _is_under(k, base)
+        ),
         "has another shape of": [
             f"{k} {tuple(state[k].shape)} instead of {tuple(global_shape(v))}"
             for k, v in expected.items()
@@ -137,7 +142,8 @@ def frozen_names(model: nn.Module) -> set[str]:
     for name, module in base_modules(model).items():
         if not any(p.requires_grad for p in module.parameters(recurse=False)):
             names |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False)}
-    return {n for n in names if f".{ADAPTERS_ATTRIBUTE}." not in f".{n}"}
+    host_of = adapter_host(model)
+    return {n for n in names if host_of(n) is None}
 
 
 def _adapter_prefix(host_name: str, key: str) -> str:

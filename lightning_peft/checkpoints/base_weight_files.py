@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.fingerprint import digest, sample, trained_or_replaced_names
 from ..core.injection_record import require_record
-from ..structure.base_model import ADAPTERS_ATTRIBUTE, base_parameters
+from ..structure.base_model import adapter_host, base_parameters
 from .key_prefix import align_keys
 from .safetensors_files import TensorFiles
 
@@ -32,9 +32,9 @@ class BaseWeightFiles:
     """
 
     def __init__(self, model: nn.Module, files: TensorFiles) -> None:
-        names = defaultdict[nn.Parameter, list[str]](list)
+        names, host_of = defaultdict[nn.Parameter, list[str]](list), adapter_host(model)
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            if parameter.is_meta and f".{ADAPTERS_ATTRIBUTE}." not in f".{name}":
+            if parameter.is_meta and host_of(name) is None:
                 names[parameter].append(name)
         self._aliases = {name: aliases for aliases in names.values() for name in aliases}
         self._key_of = {name: key for key, name in align_keys(files.keys(), self._aliases).items()}

@@ -25,7 +25,7 @@ from ..core.weight_backup import (
 )
 from ..quantization.quantize import dequantize as dequantize_layers
 from ..structure.quantized import is_quantized
-from .mergeable_adapters import HostedAdapter, mergeable_adapters
+from .mergeable_adapters import HostedAdapter, mergeable_adapters, rehearse_merge
 
 
 def merge(model: nn.Module, dequantize: bool = False, keep: bool = False) -> nn.Module:
@@ -57,6 +57,7 @@ def merge(model: nn.Module, dequantize: bool = False, keep: bool = False) -> nn.
     if keep:
         return _merge_and_keep(model, dequantize)
     adapted = mergeable_adapters(model)
+    rehearse_merge(adapted)
     if name := _first_quantized(adapted):
         if not dequantize:
             raise TypeError(

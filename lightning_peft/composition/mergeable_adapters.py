@@ -1,15 +1,23 @@
-"""``mergeable_adapters`` returns the adapters that ``merge`` folds into weights, in the order of folding."""
+"""``mergeable_adapters`` returns what ``merge`` folds into weights, in order; ``rehearse_merge`` tries it on copies."""
 
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..core.adapted_module import adapters
 from ..core.adapter import Adapter
+from ..core.checks import shows_weight
 from ..core.injection_record import get_record
 from ..structure.base_model import count_owners
+from ..structure.quantized import is_quantized
+from ..structure.read_weights import read_weight_attribute
 
 HostedAdapter = tuple[str, Any, str, Adapter]  # name of the host, the host, the adapter's key there, the adapter
 
@@ -34,7 +42,35 @@ def mergeable_adapters(model: nn.Module, allow_inactive: bool = False) -> list[H
     for name, host, key, adapter in adapted:
         if type(adapter).merge is Adapter.merge:
             raise TypeError(f"{key!r} at {name} cannot be merged: {adapter.unmergeable}.")
+        if read_weight_attribute(type(host)) and not (shows_weight(adapter) or adapter.replaces):
+            raise TypeError(
+                f"{key!r} at {name} cannot be merged: {type(adapter).__name__} changes what {type(host).__name__} "
+                f"returns, and its merge would write a weight that is read inside. Override effective_weight and "
+                f"effective_bias in it, or keep the adapter."
+            )
         if any(owners[id(p)] > 1 for p in host._parameters.values() if p is not None):
             raise ValueError(f"{name} shares a parameter with another module; untie it before merging.")
     # Adapters that replace parameters come first: what others add goes on top of the replaced values, as in forward.
     return sorted(adapted, key=lambda entry: (not entry[3].replaces, entry[1].peft_order.index(entry[2])))
+
+
+@torch.no_grad()
+def rehearse_merge(adapted: Sequence[HostedAdapter]) -> None:
+    """Merge into a copy of the first host of each kind, so that what cannot be merged raises while nothing is changed.
+
+    A kind is the class of a host, the names of its parameters, and the classes of its adapters. Left out are copies of
+    parameters, whose hosts can be whole models, and what is quantized or sharded.
+    """
+    by_host, tried = defaultdict[int, list[HostedAdapter]](list), set[tuple[Any, ...]]()
+    for entry in adapted:
+        by_host[id(entry[1])].append(entry)
+    for entries in by_host.values():
+        host, merging = entries[0][1], [adapter for *_, adapter in entries if not adapter.replaces]
+        parameters = {name: p for name, p in host._parameters.items() if p is not None}
+        kind = (type(host), *parameters, *map(type, merging))
+        special = is_quantized(host) or any(isinstance(p, DTensor) for p in host.parameters())
+        if merging and not special and kind not in tried:
+            tried.add(kind)
+            twin = copy.deepcopy(host)
+            for adapter in merging:
+                adapter.merge(twin)

@@ -17,7 +17,7 @@ from ..core.inject import add_inactive
 from ..core.injection_record import adapters_of, methods_named, require_record
 from ..core.method import Method, from_dict
 from ..core.own_parameters import COPIES_ATTRIBUTE
-from ..structure.base_model import ADAPTERS_ATTRIBUTE
+from ..structure.base_model import ADAPTERS_ATTRIBUTE, split_adapter_key
 
 
 def add_adapter(
@@ -97,10 +97,9 @@ def _rename_state(
     }
     renamed = {}
     for key, value in state.items():
-        host, slot, rest = f".{key}".partition(f".{ADAPTERS_ATTRIBUTE}.")
-        if slot:
-            old_key, dot, entry = rest.partition(".")
-            new_key = f"{host}{slot}{keys.get(old_key, old_key)}{dot}{entry}"
+        if (place := split_adapter_key(key, new_methods)) is not None:
+            host, old_key, entry = place
+            new_key = f"{host}.{ADAPTERS_ATTRIBUTE}.{keys.get(old_key, old_key)}.{entry}"
         else:
             host, _, entry = f".{key}".rpartition(".")
             new_key = f"{host}.{ADAPTERS_ATTRIBUTE}.{copies_method.name}.{COPIES_ATTRIBUTE}.{entry}"

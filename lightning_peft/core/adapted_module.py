@@ -9,12 +9,14 @@ from typing import Any
 from torch import nn
 
 from ..ops.torch_api import hooks, remove_hooks
-from ..structure.base_model import ADAPTERS_ATTRIBUTE
+from ..structure.base_model import ADAPTERS_ATTRIBUTE, holds_adapters
 from ..structure.read_weights import read_bias_attribute, read_weight_attribute
 from .adapter import Adapter, InnerCall
 
 # Modules of torch that read the weights of their children in eval mode, or pack padded input into nested tensors.
 _READERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+
+_ORDER = "peft_order"  # attribute of hosts
 
 
 class AdaptedModule:
@@ -75,6 +77,11 @@ def _rebuild(cls: Any) -> nn.Module:
     return new.__new__(new)
 
 
+def can_hold_adapters(module: nn.Module) -> bool:
+    """Return whether the place of a module's adapters is free, or holds some."""
+    return isinstance(module, AdaptedModule) or not any(hasattr(module, name) for name in (ADAPTERS_ATTRIBUTE, _ORDER))
+
+
 def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Adapter]]:
     """Yield (host's name, host, adapter's key, adapter); hosts are found by type, never by the spelling of a name.
 
@@ -92,11 +99,7 @@ def list_base_modules(model: nn.Module) -> list[Any]:
     modules, seen = [model], {id(model)}
     for module in modules:  # the list grows during the loop
         for name, child in module._modules.items():
-            if (
-                child is not None
-                and id(child) not in seen
-                and not (name == ADAPTERS_ATTRIBUTE and isinstance(module, AdaptedModule))
-            ):
+            if child is not None and id(child) not in seen and not holds_adapters(module, name):
                 modules.append(child)
                 seen.add(id(child))
     return modules
@@ -128,6 +131,8 @@ def replaced_names(placed: Iterable[tuple[str, Adapter]]) -> set[str]:
 def attach(host: Any, key: str, adapter: Adapter, active: bool = True) -> None:
     """Add an adapter to a host, outside of the active ones; an inactive adapter is stored and not called."""
     if not isinstance(host, AdaptedModule):
+        if not can_hold_adapters(host):
+            raise TypeError(f"{type(host).__name__} has an attribute 'peft' or 'peft_order' of its own.")
         host.peft, host.peft_order = nn.ModuleDict(), ()
         cls: Any = type(host)
         host.__class__ = adapted_class(cls)

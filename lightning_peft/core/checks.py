@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..structure.base_model import ADAPTERS_ATTRIBUTE, computed_from, matches
+from ..structure.base_model import computed_from, matches
 from ..structure.fused_rows import requested_rows
 from ..structure.layer_of import layer_of
 from ..structure.quantized import is_quantized
@@ -18,22 +18,10 @@ from ..structure.read_weights import read_weight_attribute
 from ..structure.roles import ROLES, WEIGHT_ROLES
 from ..structure.rows import Rows
 from ..structure.selection import Selection
-from .adapted_module import AdaptedModule
 from .adapter import Adapter
+from .check_keys import check_keys
 from .tensor_parallel import is_split
 from .weight_update import WeightUpdate
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Raise where methods share a name, or a name cannot be that of a child module."""
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"Two methods are named {name!r}; give one of them another name.")
-        if not name or "." in name or name.startswith("_") or hasattr(nn.ModuleDict, name):
-            raise ValueError(
-                f"A method cannot be named {name!r}: choose a name without dots, which does not begin with _ and is "
-                f"not one that torch uses."
-            )
 
 
 def check_trainable(model: nn.Module, name: str) -> None:
@@ -46,7 +34,7 @@ def check_trainable(model: nn.Module, name: str) -> None:
 
 def check_host(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
     """Raise if an adapter on this host could not work; each case fails silently without this check."""
-    if isinstance(host, nn.modules.linear.NonDynamicallyQuantizableLinear) and not _shows_weight(adapter):
+    if isinstance(host, nn.modules.linear.NonDynamicallyQuantizableLinear) and not shows_weight(adapter):
         raise TypeError(
             f"{name} belongs to nn.MultiheadAttention, which reads its weight and never calls it; target other layers."
         )
@@ -71,10 +59,7 @@ def check_host(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
         raise TypeError(f"forward of {name} was replaced on the instance, which hides any adapter; inject before that.")
     if any(isinstance(p, DTensor) and not is_split(part) for part in host.modules() for p in part._parameters.values()):
         raise TypeError(f"{name} is sharded already, so adapters would train on each rank alone; inject, then shard.")
-    if not isinstance(host, AdaptedModule) and hasattr(host, ADAPTERS_ATTRIBUTE):
-        raise TypeError(f"{name} has an attribute {ADAPTERS_ATTRIBUTE!r} of its own, where its adapters would live.")
-    if isinstance(host, AdaptedModule) and key in host.peft:
-        raise ValueError(f"{name} already has an adapter {key!r}; give the method another name.")
+    check_keys(host, name, key, adapter)
 
 
 def check_not_read(host: nn.Module, name: str, read: Container[str]) -> None:
@@ -110,7 +95,7 @@ def _check_requests(name: str, requests: Sequence[Selection], placed: Sequence[A
     if any(_means_module(request) for request in requests):
         return
     host = requests[0].host
-    if layer_of(host).weight_read_by_parent and not all(map(_shows_weight, placed)):
+    if layer_of(host).weight_read_by_parent and not all(map(shows_weight, placed)):
         raise TypeError(
             f"{type(placed[0]).__name__} surrounds the call of {name}, and the roles {list(requests[0].targets)} mean "
             f"weights that {type(host).__name__} reads without calling a layer. Derive it from WeightUpdate, or "
@@ -138,7 +123,7 @@ def _means_module(request: Selection) -> bool:
     return any(matches(request.name, glob) for glob in globs) or bool(modules)
 
 
-def _shows_weight(adapter: Adapter) -> bool:
+def shows_weight(adapter: Adapter) -> bool:
     """Return whether an adapter works on a host whose parent reads its weight."""
     cls = type(adapter)
     return cls.effective_weight is not Adapter.effective_weight or cls.effective_bias is not Adapter.effective_bias

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -12,11 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..structure.base_model import base_modules, base_parameters
 from ..structure.bitsandbytes_api import check_not_repacked, keep_differentiable
-from ..structure.selection import Selection, literal, record_selections, select_parameters
+from ..structure.selection import select_parameters
 from ..structure.structure_of import measure, structure_of
 from .adapted_module import (
     active_adapters,
-    adapter_key,
     adapters,
     attach,
     disable_fast_path,
@@ -24,12 +23,12 @@ from .adapted_module import (
     replaced_names,
     restore_fast_path,
 )
-from .adapter import Adapter
-from .checks import check_host, check_names, check_not_read, check_selection, check_shared_host, check_trainable
+from .check_keys import check_keys_differ, check_names
+from .checks import check_host, check_not_read, check_shared_host, check_trainable
 from .coverage import warn_of_untouched_blocks
 from .injection_record import InjectionRecord, check_not_paused, get_record, set_record
 from .method import Method
-from .own_parameters import OwnParameters
+from .placements import Placement, copies_of, placements_of
 from .tensor_parallel import check_tensor_parallel_support, mesh_of, shard_adapters
 
 
@@ -83,22 +82,6 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
-class Placement(NamedTuple):
-    """One adapter and its host.
-
-    Args:
-        name: Dotted name of the host.
-        host: The module.
-        key: Key of the adapter on its host.
-        adapter: The adapter.
-    """
-
-    name: str
-    host: nn.Module
-    key: str
-    adapter: Adapter
-
-
 @dataclass(frozen=True)
 class InjectionPlan:
     """All that one injection will do to a model. ``build`` raises for what cannot work, before anything is changed.
@@ -135,13 +118,13 @@ class InjectionPlan:
         check_not_paused(record)
         placements, trained = list[Placement](), set[str]()
         for method in methods:
-            placements += _placements(model, modules, method)
+            placements += placements_of(model, modules, method)
             trained.update(method.parameters(model))
         trained.update(select_parameters(model, also_train))
         trained -= replaced_names((placement.name, placement.adapter) for placement in placements)
         if trained and not active:
-            copies = _copies(model, methods[0].name, trained)
-            more = _placements(model, modules, copies)
+            copies = copies_of(model, methods[0].name, trained)
+            more = placements_of(model, modules, copies)
             if extra := replaced_names((placement.name, placement.adapter) for placement in more) - trained:
                 raise ValueError(
                     f"{min(extra)} ends in the name of a parameter that trains and would train too; rename one of them."
@@ -153,7 +136,7 @@ class InjectionPlan:
 
     def check(self) -> None:
         """Raise for what cannot work."""
-        check_names([method.name for method in [*self.record.methods, *self.methods]])
+        check_names([method.name for method in [*self.record.methods, *self.methods]], self.modules)
         check_not_repacked(self.modules)
         split, read = self._mesh() is not None, structure_of(self.model).names.get("read", ())
         placed = []
@@ -165,6 +148,7 @@ class InjectionPlan:
             placed.append((name, adapter))
         for name in sorted(self.trained | replaced_names(placed)):
             check_trainable(self.model, name)
+        check_keys_differ(self.placements)
         check_shared_host((list(active_adapters(self.model)) if self.active else []) + placed)
         if not self.placements and not self.trained:
             raise ValueError("Nothing would train: the methods add no adapter and choose no parameter.")
@@ -190,20 +174,3 @@ class InjectionPlan:
     def _mesh(self) -> DeviceMesh | None:
         """Return the mesh of tensor parallelism, which needs a process group."""
         return mesh_of(self.model) if dist.is_available() and dist.is_initialized() else None
-
-
-def _placements(model: nn.Module, modules: dict[str, nn.Module], method: Method) -> list[Placement]:
-    """Return the adapters of a method with their hosts; raise if they change more than the method selected."""
-    selections: list[Selection]
-    with record_selections() as selections:
-        placed = list(method.adapters(model))
-    for name, adapter in placed:
-        if name not in modules:
-            raise ValueError(f"{type(method).__name__} has {type(adapter).__name__} on {name!r}, which is no module.")
-    check_selection(selections, placed)
-    return [Placement(name, modules[name], adapter_key(method.name, adapter), adapter) for name, adapter in placed]
-
-
-def _copies(model: nn.Module, name: str, trained: set[str]) -> Method:
-    """Return a method whose adapters hold copies of these parameters."""
-    return OwnParameters(name=f"{name}_own", targets=[literal(parameter) for parameter in sorted(trained)])

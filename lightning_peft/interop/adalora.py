@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..methods import AdaLoRA
 from ..methods.families.svd_triplets import SVDTriplets
@@ -15,8 +16,17 @@ from ..ops.sharded_tensors import full_tensor
 from ..structure.layer_of import layer_of
 from ..structure.layer_types import LinearType, TransposedLinearType
 from . import targets
+from .misread_names import check_names
 from .module_names import exact_globs, join_names
-from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_not_torch_attention, check_supported
+from .peft_format import (
+    Base,
+    PeftFile,
+    PeftFormat,
+    StateDict,
+    check_convolution,
+    check_not_torch_attention,
+    check_supported,
+)
 
 _NAMES = {"lora_A": "a", "lora_B": "b", "lora_E": "e"}
 _FIELDS = {  # our field for each setting of peft
@@ -46,13 +56,15 @@ class AdaLoRAFormat(PeftFormat):
         self, base: Base, method: AdaLoRA, hosts: Mapping[str, Sequence[SVDTriplets]]
     ) -> tuple[dict[str, Any], StateDict]:
         rank = max(sum(len(part.e) for part in triplets) for triplets in hosts.values())
+        check_names(base, hosts, experts=False)
         state, patterns = StateDict(), dict[str, list[bool]]()
         for name, triplets in hosts.items():
             host = base.network.get_submodule(name)
             check_not_torch_attention(triplets[0], name)
             layer = layer_of(host)
-            check_supported(layer.is_embedding or not isinstance(layer, LinearType), f"AdaLoRA on {name}",
-                   f"it adapts linear layers alone, not {type(host).__name__}")  # fmt: skip
+            check_supported(not isinstance(host, nn.Conv2d) and not isinstance(layer, LinearType), f"AdaLoRA on {name}",
+                   f"it adapts linear layers and Conv2d, not {type(host).__name__}")  # fmt: skip
+            check_convolution(host, name, groups=False)
             a, b, e = _concatenated(layer.shape(host)[0], triplets)
             state |= {f"{self.prefix}{name}.{key}": t for key, t in zip(_NAMES, (a, b, e[:, None]), strict=True)}
             if len(e) < rank:
@@ -80,10 +92,14 @@ class AdaLoRAFormat(PeftFormat):
         alpha, rank = file.get("lora_alpha", 8), fields.pop("initial_rank", 12)
         groups = defaultdict[int, dict[str, StateDict]](dict)
         for host, tensors in file.state.items():
-            layer = layer_of(base.network.get_submodule(host))
-            out_features, in_features, *_ = layer.shape(base.network.get_submodule(host))
-            limit = min(rank, out_features, in_features)
-            groups[limit][join_names(base.name, host)] = _limit_rank(_from_peft_names(tensors), limit)
+            module = base.network.get_submodule(host)
+            check_convolution(module, host, groups=False)
+            out_features, *shape = layer_of(module).shape(module)
+            limit = min(rank, out_features, math.prod(shape))
+            state = _limit_rank(_from_peft_names(tensors), limit)
+            if "a" in state and state["a"].shape[1] == math.prod(shape):
+                state["a"] = state["a"].view(-1, *shape)
+            groups[limit][join_names(base.name, host)] = state
         for number, (limit, states) in enumerate(groups.items(), 1):
             patterns, exclude = exact_globs(states, base.model)
             target = min(fields.get("target_rank", 8), limit)
@@ -111,7 +127,7 @@ def _settings(method: AdaLoRA, scale: float, rank: int) -> dict[str, Any]:
 def _concatenated(out: int, triplets: Sequence[SVDTriplets]) -> tuple[Tensor, Tensor, Tensor]:
     """Return the kept triplets of all projections of a host, joined: P is block diagonal."""
     packed = [{key: full_tensor(value).detach() for key, value in part.export_state().items()} for part in triplets]
-    a, e = (torch.cat([state[key] for state in packed]) for key in ("a", "e"))
+    a, e = torch.cat([state["a"].flatten(1) for state in packed]), torch.cat([state["e"] for state in packed])
     b, column = a.new_zeros(out, len(a)), 0
     for part, state in zip(triplets, packed, strict=True):
         b[:, column : column + len(state["e"])] = part.rows.pad(state["b"].mT, out).mT

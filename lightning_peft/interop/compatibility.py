@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Collection, Mapping
 
+from torch import nn
+
+from ..checkpoints.key_prefix import align_keys
 from ..core.adapter import Adapter
 from ..core.method import Method
-from .peft_format import Base, PeftFile, PeftFormat, StateDict
+from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_supported
 
 
 def check_hosts(base: Base, peft_format: PeftFormat, file: PeftFile) -> None:
     """Raise where a file and a model do not have the same hosts."""
+    modules = dict(base.network.named_modules())
+    for host in file.state:
+        _check_not_in_attention(modules, host)
     check_module_names(base, file.state)
     if missing := [name for name in peft_format.expected(base, file) if name not in file.state]:
         raise ValueError(f"The file's settings adapt {missing[:5]}, but it has no tensors of them.")
@@ -21,14 +28,36 @@ def check_hosts(base: Base, peft_format: PeftFormat, file: PeftFile) -> None:
         )
 
 
+def _check_not_in_attention(modules: Mapping[str, nn.Module], host: str) -> None:
+    """Refuse an adapter on torch's attention or on its ``out_proj``."""
+    owner = host.removesuffix(".out_proj").removesuffix(".base_layer")
+    check_supported(
+        isinstance(modules.get(owner), nn.MultiheadAttention),
+        f"An adapter on torch's attention {owner}",
+        "of its out_proj, it adds an update twice together with the attention, and none otherwise",
+    )
+
+
 def check_module_names(base: Base, hosts: Collection[str]) -> None:
     """Raise where a file adapts modules that a model has not."""
     modules = dict(base.network.named_modules())
     if unknown := [name for name in hosts if name not in modules]:
-        close_names = difflib.get_close_matches(unknown[0], modules, n=3)
-        raise ValueError(
-            f"The file adapts {unknown[:3]}, which the model has not. Close names: {', '.join(close_names)}."
+        raise ValueError(f"The file adapts {unknown[:3]}, which the model has not. {_advice(unknown, modules)}")
+
+
+def _advice(unknown: Collection[str], modules: Mapping[str, object]) -> str:
+    """Return which prefix differs, if that is all, else close names."""
+    aligned = align_keys(unknown, modules)
+    name, here = next(iter(aligned.items()), ("", ""))
+    common = os.path.commonprefix([name[::-1], here[::-1]])[::-1]
+    if len(aligned) == len(unknown) and common and all(new in modules for new in aligned.values()):
+        theirs, ours = name.removesuffix(common), here.removesuffix(common)
+        return (
+            f"Only a prefix differs: {theirs!r} in the file is {ours!r} here. Give import_peft the module whose names "
+            f"the file has, or rename its keys."
         )
+    close = difflib.get_close_matches(next(iter(unknown)), modules, n=3) or list(modules)[-3:]
+    return f"Close names: {', '.join(close)}."
 
 
 def complete_states(base: Base, method: Method, imported: Mapping[str, StateDict], source: str) -> dict[str, StateDict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from ..core.adapter_folder import WEIGHTS, replace_file
 from ..core.injection_record import adapters_of, require_record
 from ..core.method import Method, to_dict
 from ..ops.sharded_tensors import writes_files
-from ..structure.transformers_api import from_config
+from ..structure.transformers_api import from_config, is_encoder_decoder
 from ..summary import BASE, row, summary
 from . import modules_to_save as saved
 from .export_selection import format_of, methods_to_export, select_method
@@ -48,7 +49,8 @@ def export_peft(
 
     Args:
         model: The same module that was given to ``inject`` (with a Trainer: the LightningModule).
-        folder: Where to write; names in it are those of the transformers model inside, if there is one.
+        folder: Where to write; names in it are those of the transformers model inside, if there is one; of several, of
+            that which has all adapters.
         name: Name of the method, where the model has several with adapters.
         metrics: Results by name, for the model card.
         model_card: Whether to write a README.md that says what the adapter is.
@@ -66,7 +68,7 @@ def export_peft(
     if model_card:
         check_card_replaceable(folder)
     method = select_method(model, name)
-    base, peft_format = Base(model, *find_network(model)), format_of(method)
+    base, peft_format = Base(model, *find_network(model, _adapted_names(model, method))), format_of(method)
     trained: StateDict = {
         _relative_name(base, strip_wrapper_names(key)): model.get_parameter(key) for key in record.trained
     }
@@ -81,6 +83,12 @@ def export_peft(
             text = render_card(facts, config, state, (folder / WEIGHTS).stat().st_size)
             replace_file(folder / CARD, text.encode())
     return folder
+
+
+def _adapted_names(model: nn.Module, method: Method) -> list[str]:
+    """Return the names of modules with adapters of what is exported, and of parameters that train beside them."""
+    names = [name for exported in methods_to_export(model, method) for name in adapters_of(model, exported)]
+    return [strip_wrapper_names(name) for name in [*names, *require_record(model).trained]]
 
 
 def _card_facts(base: Base, method: Method, metrics: Mapping[str, float]) -> CardFacts:
@@ -125,6 +133,11 @@ def _config_and_tensors(
 ) -> tuple[dict[str, Any], StateDict]:
     """Return the config and the tensors of a folder."""
     hosts, model_class = _adapters_by_host(base, method), type(base.network).__name__
+    check_supported(
+        peft_format.by_task and _task_of(base) is None,
+        f"{type(method).__name__} on {model_class}",
+        "it is put in for known tasks alone",
+    )
     settings, state = peft_format.to_peft(base, method, hosts)
     trained_settings, modules = saved.trained_settings(base, trained, hosts, "bias" in peft_format.settings)
     alone = "modules_to_save" not in peft_format.settings
@@ -134,11 +147,6 @@ def _config_and_tensors(
         f"{peft_format.kind} has adapters alone",
     )
     task = _task(base, peft_format, trained_settings)
-    check_supported(
-        task is None and peft_format.by_task,
-        f"{type(method).__name__} on {model_class}",
-        "it is put in for known tasks alone",
-    )
     modules |= saved.head_tensors(base, task, modules)
     config = {
         "peft_type": peft_format.kind,
@@ -173,5 +181,10 @@ def _task(base: Base, peft_format: PeftFormat, trained_settings: Mapping[str, An
 
 
 def _task_of(base: Base) -> str | None:
-    kind = type(base.network).__name__
-    return next((task for end, task in _TASKS.items() if kind.endswith(end)), None)
+    kind: Any = type(base.network)
+    task = next((task for end, task in _TASKS.items() if kind.__name__.endswith(end)), None)
+    if task != "SEQ_2_SEQ_LM":
+        return task
+    # HF PEFT calls a model of a task with input_ids, which models of speech (Whisper) do not take.
+    takes_tokens = "input_ids" in inspect.signature(kind.forward).parameters
+    return (task if is_encoder_decoder(base.network) else "CAUSAL_LM") if takes_tokens else None

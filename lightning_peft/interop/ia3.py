@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..methods import IA3
 from ..methods.ia3 import Scaling
 from ..ops.sharded_tensors import full_tensor
 from ..structure.layer_of import layer_of
-from ..structure.layer_types import TransposedLinearType
+from ..structure.layer_types import LinearType, TransposedLinearType
 from . import targets
 from .module_names import exact_globs, join_names
-from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_not_torch_attention
+from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_not_torch_attention, check_supported
 
 _SCALES = "ia3_l"
 
@@ -33,12 +33,18 @@ class IA3Format(PeftFormat):
         state = StateDict()
         for name, scalings in hosts.items():
             check_not_torch_attention(scalings[0], name)
+            host = base.network.get_submodule(name)
+            check_supported(
+                not isinstance(host, (nn.Conv2d, nn.Conv3d)) and not isinstance(layer_of(host), LinearType),
+                f"IA3 on {name}",
+                f"it scales linear layers, Conv2d and Conv3d, no {type(host).__name__}",
+            )
             scales = (
                 full_tensor(scalings[0].scales)
                 if scalings[0].of_inputs
                 else torch.stack([s.whole() for s in scalings]).prod(0)
             )
-            ones = [1] * (len(layer_of(base.network.get_submodule(name)).shape(base.network.get_submodule(name))) - 2)
+            ones = [1] * (len(layer_of(host).shape(host)) - 2)
             state[f"{self.prefix}{name}.{_SCALES}"] = scales.view(
                 *((1, -1, *ones) if scalings[0].of_inputs or ones else (-1, 1))
             )
@@ -60,7 +66,7 @@ class IA3Format(PeftFormat):
         feedforward = file.get("feedforward_modules", [])
         inputs, outputs = list[str](), list[str]()
         for host in file.state:
-            (inputs if _scales_inputs(host, feedforward) else outputs).append(join_names(base.name, host))
+            (inputs if targets.ends_like(host, feedforward) else outputs).append(join_names(base.name, host))
         (of_inputs, input_surplus), (of_outputs, output_surplus) = (
             exact_globs(inputs, base.model),
             exact_globs(outputs, base.model),
@@ -74,9 +80,3 @@ class IA3Format(PeftFormat):
             ),
             states,
         )
-
-
-def _scales_inputs(host: str, pattern: str | Collection[str]) -> bool:
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, host) is not None
-    return any(host.endswith(suffix) for suffix in pattern)

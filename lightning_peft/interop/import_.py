@@ -10,14 +10,17 @@ from torch import nn
 from . import modules_to_save as saved
 from .compatibility import check_hosts
 from .load_imported import inject_and_load
-from .module_names import find_network
 from .peft_folder import read_peft_folder
-from .peft_format import Base, PeftFile, PeftFormat, StateDict
+from .peft_format import PeftFile, PeftFormat, StateDict
 from .peft_formats import FORMATS
+from .renamed_modules import base_of_file, rename_hosts
 
 
 def import_peft(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> nn.Module:
     """Inject the adapter of a HF PEFT folder and load its values; the model is unchanged if anything is wrong.
+
+    Modules that another release of transformers, or a model with another head, calls otherwise are found by the rules
+    by which transformers loads weights.
 
     Args:
         model: The base model, or a module that holds it.
@@ -38,11 +41,12 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], name: str | No
         raise ValueError(f"{folder} is a {config['peft_type']} adapter, which is not read. Read are: {readable}.")
     if unknown := peft_format.unknown(config):
         raise ValueError(f"{folder} sets {unknown}, which may change what it computes and is not known here.")
-    base = Base(model, *find_network(model))
     states, other_tensors = split_by_host(peft_format, tensors)
-    check_hosts(base, peft_format, PeftFile(config, states))
-    trained = saved.read_trained(base, config, other_tensors)
-    plan = list(peft_format.from_peft(base, PeftFile(config, states), name or peft_format.name))
+    base = base_of_file(model, states)
+    file = rename_hosts(base, PeftFile(config, states))
+    check_hosts(base, peft_format, file)
+    trained = saved.read_trained(base, file.config, other_tensors)
+    plan = list(peft_format.from_peft(base, file, name or peft_format.name))
     inject_and_load(base, plan, trained, str(folder))
     return model
 

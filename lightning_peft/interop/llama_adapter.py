@@ -12,10 +12,12 @@ from ..methods import LLaMAAdapter
 from ..methods.llama_adapter import LLaMAAdapterPrompt
 from ..ops.sharded_tensors import full_tensor
 from ..structure.attention import head_count
+from ..structure.transformers_api import from_config
 from .module_names import exact_globs, join_names
 from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_supported
 
 _PROMPT, _GATE = "adaption_prompt", "adaption_gate"
+_MODELS = ("llama", "mistral")  # of those that peft knows, the ones that compute prompts as the paper does
 
 
 class LLaMAAdapterFormat(PeftFormat):
@@ -28,6 +30,10 @@ class LLaMAAdapterFormat(PeftFormat):
         self, base: Base, method: LLaMAAdapter, hosts: Mapping[str, Sequence[LLaMAAdapterPrompt]]
     ) -> tuple[dict[str, Any], StateDict]:
         check_supported(method.bias_and_scale, "bias_and_scale", "it has no scales and biases")
+        kind = from_config(base.network, "model_type")
+        check_supported(
+            kind not in (*_MODELS, "gpt2"), f"LLaMAAdapter on {kind}", f"it adapts {' and '.join(_MODELS)} alone"
+        )
         state = StateDict()
         for name, (adapter, *_) in hosts.items():
             _check_attention(base, name)

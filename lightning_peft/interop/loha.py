@@ -5,6 +5,7 @@ Of a convolution with cores both are transposed, ``hada_t1`` is T1; the scale is
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,10 +16,11 @@ from torch import nn
 from ..methods import FedPara
 from ..methods.families.hadamard import HadamardUpdate
 from ..ops.sharded_tensors import full_tensor
+from ..structure.layer_of import layer_of
 from . import targets
-from .lora import most_common_value
+from .factors import most_common_value
 from .module_names import exact_globs, join_names, longest_first
-from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_supported
+from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_convolution, check_supported
 
 _NAMES = {"hada_w1_a": "x1", "hada_w1_b": "y1", "hada_w2_a": "x2", "hada_w2_b": "y2", "hada_t1": "t1", "hada_t2": "t2"}
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -39,6 +41,7 @@ class LoHaFormat(PeftFormat):
         for name, (adapter, *_) in hosts.items():
             host = base.network.get_submodule(name)
             check_host_type(host, name, adapter.part, _LAYERS, "LoHa")
+            check_convolution(host, name)
             cores = adapter.t1 is not None
             check_supported(cores and adapter.t1 is not None and adapter.t1[0, 0].numel() == 1, f"Cores on {name}",
                    "convolutions of one place have none there; set cores=False")  # fmt: skip
@@ -63,11 +66,16 @@ class LoHaFormat(PeftFormat):
     def from_peft(self, base: Base, file: PeftFile, name: str) -> Iterator[tuple[FedPara, Mapping[str, StateDict]]]:
         groups = defaultdict[tuple[int, bool], dict[str, StateDict]](dict)
         for host, tensors in file.state.items():
-            state = _from_peft_names(tensors)
+            module = base.network.get_submodule(host)
+            check_convolution(module, host)
+            out, features, *kernel = layer_of(module).shape(module)
+            state = _from_peft_names(tensors, kernel)
             rank = state["x1"].shape[1] if "x1" in state else file.get("r", 8)
             alpha = targets.by_pattern(file.get("alpha_pattern", {}), host, file.get("alpha", 8))
             if alpha != rank and "x1" in state:
                 state["x1"] = state["x1"] * (alpha / rank)
+            if rank > min(out, features if "t1" in state else features * math.prod(kernel)):
+                state, rank = _limit_rank(state, out, features * math.prod(kernel))
             groups[rank, "t1" in state][join_names(base.name, host)] = state
         for number, ((rank, cores), states) in enumerate(groups.items(), 1):
             patterns, exclude = exact_globs(states, base.model)
@@ -113,12 +121,25 @@ def _to_peft_names(factors: StateDict) -> StateDict:
     return state
 
 
-def _from_peft_names(tensors: StateDict) -> StateDict:
+def _from_peft_names(tensors: StateDict, kernel: Sequence[int]) -> StateDict:
     state = {}
     for peft_name, value in tensors.items():
         key = _NAMES[peft_name]
         if key in ("t1", "t2"):
-            state[key] = value
+            state[key] = value.view(*value.shape[:2], *kernel) if value[0, 0].numel() == math.prod(kernel) else value
         else:
             state[key] = value if key.startswith("x") and "hada_t1" not in tensors else value.T
     return state
+
+
+def _limit_rank(state: StateDict, out: int, columns: int) -> tuple[StateDict, int]:
+    """Return the matrices as factors without cores of the rank of their shorter side, and this rank."""
+    limit = min(out, columns)
+    eye, limited = torch.eye(limit, dtype=state["x1"].dtype), StateDict()
+    for number in "12":
+        x, y, core = (state.get(f"{factor}{number}") for factor in "xyt")
+        if x is None or y is None:
+            return state, limit  # whoever loads it says what is missing
+        product = x @ y.T if core is None else torch.einsum("ab...,oa,ib->oi...", core, x, y).flatten(1)
+        limited[f"x{number}"], limited[f"y{number}"] = (eye, product.T) if limit == out else (product, eye)
+    return limited, limit

@@ -15,10 +15,10 @@ from ..methods.krona import KronAUpdate
 from ..ops.sharded_tensors import full_tensor
 from ..structure.layer_of import layer_of
 from . import targets
+from .factors import alpha_for_scale
 from .loha import check_host_type
-from .lora import alpha_for_scale
 from .module_names import exact_globs, join_names
-from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_supported
+from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_convolution, check_supported
 
 _NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
@@ -38,7 +38,9 @@ class LoKrFormat(PeftFormat):
     ) -> tuple[dict[str, Any], StateDict]:
         state, shapes = StateDict(), dict[str, tuple[tuple[int, int], tuple[int, int]]]()
         for name, (adapter, *_) in hosts.items():
-            check_host_type(base.network.get_submodule(name), name, adapter.part, (nn.Linear, nn.Conv2d), "LoKr")
+            host = base.network.get_submodule(name)
+            check_host_type(host, name, adapter.part, (nn.Linear, nn.Conv2d), "LoKr")
+            check_convolution(host, name)
             w1, w2 = full_tensor(adapter.a).detach().T, full_tensor(adapter.b).detach().transpose(0, 1)
             state |= {f"{self.prefix}{name}.lokr_w1": w1, f"{self.prefix}{name}.lokr_w2": w2}
             shapes[name] = (w1.shape[1], w2.shape[1]), (w1.shape[0], w2.shape[0])
@@ -54,18 +56,17 @@ class LoKrFormat(PeftFormat):
     def from_peft(self, base: Base, file: PeftFile, name: str) -> Iterator[tuple[KronA, Mapping[str, StateDict]]]:
         groups = defaultdict[tuple[tuple[int, ...], float], dict[str, StateDict]](dict)
         for host, tensors in file.state.items():
-            name_in_model = join_names(base.name, host)
+            name_in_model, module = join_names(base.name, host), base.network.get_submodule(host)
+            check_convolution(module, host)
             check_supported(
-                isinstance(base.network.get_submodule(host), nn.Conv1d),
+                isinstance(module, nn.Conv1d),
                 f"LoKr on the one-dimensional {host}",
                 "its product takes the kernel for rows",
             )
             a, b = _product(tensors, "lokr_w1"), _product(tensors, "lokr_w2")
             if a is None or b is None:
                 raise ValueError(f"The file has {sorted(tensors)} of {host}, which are not both factors.")
-            out_features, in_features, *kernel = layer_of(base.network.get_submodule(host)).shape(
-                base.network.get_submodule(host)
-            )
+            out_features, in_features, *kernel = layer_of(module).shape(module)
             b = b.reshape(-1, in_features // a.shape[1], *kernel)
             rank = targets.by_pattern(file.get("rank_pattern", {}), host, file.get("r", 8))
             alpha = targets.by_pattern(file.get("alpha_pattern", {}), host, file.get("alpha", 8))

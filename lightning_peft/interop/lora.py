@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,8 +16,18 @@ from ..ops.sharded_tensors import full_tensor
 from ..structure.layer_of import layer_of
 from ..structure.layer_types import TransposedLinearType
 from . import targets
+from .factors import alpha_for_scale, limit_rank, most_common_value
+from .misread_names import check_names
 from .module_names import exact_globs, join_names, longest_first
-from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_not_torch_attention, check_supported
+from .peft_format import (
+    Base,
+    PeftFile,
+    PeftFormat,
+    StateDict,
+    check_convolution,
+    check_not_torch_attention,
+    check_supported,
+)
 
 _A, _B, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 _TABLE_A, _TABLE_B = "lora_embedding_A", "lora_embedding_B"  # of embeddings
@@ -44,6 +53,7 @@ class LoRAFormat(PeftFormat):
     ) -> tuple[dict[str, Any], StateDict]:
         ranks, alphas, state = dict[str, int](), dict[str, float](), StateDict()
         use_rslora = method.scaling == "rank_stabilized"
+        check_names(base, hosts, experts=True)
         for name, updates in hosts.items():
             tensors = _tensors(base.network.get_submodule(name), name, updates)
             state |= {f"{self.prefix}{name}.{key}": value for key, value in tensors.items()}
@@ -84,10 +94,12 @@ class LoRAFormat(PeftFormat):
         )
         alphas, states = dict[str, float](), dict[str, StateDict]()
         for host, tensors in file.state.items():
-            state, alpha = _factors(tensors), targets.by_pattern(patterns, host, file.get("lora_alpha", 8))
-            states[host], alphas[host] = limit_rank(state, alpha, use_rslora)
+            module = base.network.get_submodule(host)
+            check_convolution(module, host, groups=False, dilation=False)
+            alpha = targets.by_pattern(patterns, host, file.get("lora_alpha", 8))
+            states[host], alphas[host] = limit_rank(_factors(tensors), alpha, use_rslora)
             if init in FROM_WEIGHT:
-                states[host] |= _start(base.network.get_submodule(host), init, states[host], alphas[host], use_rslora)
+                states[host] |= _start(module, init, states[host], alphas[host], use_rslora)
         settings = {"dropout": file.get("lora_dropout", 0.0), "decompose": file.get("use_dora", False)}
         settings |= {"init": init} if init in FROM_WEIGHT else {}
         yield lora_from_factors(base, name, states, alphas, "rank_stabilized" if use_rslora else "standard", **settings)
@@ -121,47 +133,22 @@ def lora_from_factors(
     return method, by_name
 
 
-def limit_rank(state: StateDict, alpha: float, use_rslora: bool = False) -> tuple[StateDict, float]:
-    """Return factors of a rank no higher than the weight's sides, and their alpha; a higher rank is multiplied out."""
-    a, b = state.get("a"), state.get("b")
-    if a is None or b is None or len(a) != b.shape[1] or len(a) <= min(len(b), a[0].numel()):
-        return state, alpha
-    product, limit = b @ a.flatten(1), min(len(b), a[0].numel())
-    eye = torch.eye(limit, dtype=a.dtype)
-    factors = {"a": product, "b": eye} if limit == len(b) else {"a": eye, "b": product}
-    factors["a"] = factors["a"].view(-1, *a.shape[1:])
-    scale = alpha / (math.sqrt(len(a)) if use_rslora else len(a))
-    return state | factors, alpha_for_scale(scale, limit, use_rslora)
-
-
 def _start(host: Any, init: str, state: StateDict, alpha: float, use_rslora: bool) -> StateDict:
     """Return the initial factors, which HF PEFT subtracts from the base's weight before it loads an adapter."""
     if "a" not in state:
         return {}
     rank, layer = len(state["a"]), layer_of(host)
+    if layer.is_embedding:  # whose factors start at random there, whatever the setting says
+        return {"a0": torch.zeros_like(state["a"]), "b0": torch.zeros_like(state["b"])}
     scale = alpha / (math.sqrt(rank) if use_rslora else rank)
     a, b = FROM_WEIGHT[init](full_tensor(layer.read(host)).detach().to(state["a"].dtype).flatten(1), rank, scale)
     return {"a0": a.view(state["a"].shape), "b0": b}
 
 
-def most_common_value(values: Mapping[str, Any]) -> Any:
-    """Return the value that most hosts have."""
-    return Counter(values.values()).most_common(1)[0][0]
-
-
-def alpha_for_scale(scale: float, rank: int, use_rslora: bool = False) -> float:
-    """Return the alpha that gives this scale, a whole number if one does."""
-    divisor = math.sqrt(rank) if use_rslora else rank
-    alpha = scale * divisor
-    return round(alpha) if round(alpha) / divisor == scale else alpha
-
-
 def _tensors(host: Any, name: str, updates: Sequence[LoRAAdapter]) -> StateDict:
     layer, (first, *others) = layer_of(host), updates
     check_not_torch_attention(first, name)
-    check_supported(
-        getattr(host, "groups", 1) > 1, f"LoRA on {name}", "its convolution has groups, which it splits otherwise"
-    )
+    check_convolution(host, name, groups=False, dilation=False)
     check_supported(
         any(update.scale != first.scale for update in others), f"LoRA on {name}", "its parts have different scales"
     )

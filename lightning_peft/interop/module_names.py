@@ -14,17 +14,31 @@ from ..structure.selection import literal
 from ..structure.transformers_api import has_input_embeddings
 
 
-def find_network(model: nn.Module) -> tuple[str, nn.Module]:
-    """Return the name and the module that other libraries know: the one transformers model, or else all of it."""
-    pretrained: list[tuple[str, nn.Module]] = []
+def find_network(model: nn.Module, adapted: Collection[str] = ()) -> tuple[str, nn.Module]:
+    """Return the name and the module that other libraries know: the one transformers model, or else all of it.
+
+    Args:
+        model: The module that holds it.
+        adapted: Names of what is adapted or trains; of several transformers models, it is the one that has all of it.
+    """
+    networks = pretrained_networks(model)
+    if len(networks) > 1:
+        networks = {name: net for name, net in networks.items() if all(is_below(key, name) for key in adapted)}
+    return next(iter(networks.items())) if len(networks) == 1 else ("", model)
+
+
+def pretrained_networks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the outermost transformers models in a module by name."""
+    networks = dict[str, nn.Module]()
     for name, module in [("", model), *base_modules(model).items()]:
-        inside = any(f"{name}.".startswith(f"{outer}.") or not outer for outer, _ in pretrained)
-        if not inside and _is_pretrained(module):
-            pretrained.append((name, module))
-    if len(pretrained) != 1:
-        return "", model
-    (name, module), *_ = pretrained
-    return strip_wrapper_names(f"{name}.").rstrip("."), module
+        if not any(is_below(name, outer) for outer in networks) and _is_pretrained(module):
+            networks[name] = module
+    return {strip_wrapper_names(f"{name}.").rstrip("."): module for name, module in networks.items()}
+
+
+def is_below(name: str, outer: str) -> bool:
+    """Return whether a name is another one, or of something in it; all is in the empty name."""
+    return not outer or f"{name}.".startswith(f"{outer}.")
 
 
 def _is_pretrained(module: Any) -> bool:

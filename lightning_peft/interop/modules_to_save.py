@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..checkpoints.adapter_state import strip_wrapper_names
 from ..ops.sharded_tensors import full_tensor
-from ..structure.base_model import ADAPTERS_ATTRIBUTE, base_parameters, count_owners
+from ..structure.base_model import adapter_host, base_parameters, count_owners
 from .module_names import join_names
 from .peft_format import Base, StateDict, check_supported
+from .renamed_modules import name_in
 
 _WRAPPED = "base_layer."  # peft inserts this into the keys of an adapted module's base parameters
 _SAVED, _UNUSED = "modules_to_save.", "original_module."  # peft's copies in a saved module: trained, untrained
@@ -57,8 +58,10 @@ def head_tensors(base: Base, task: str | None, modules: StateDict) -> StateDict:
 
 def _state(base: Base, module: str) -> StateDict:
     """Return the tensors of a module of the base, by their names within the network."""
-    state = base.network.get_submodule(module).state_dict(keep_vars=True)
-    return {f"{module}.{key}": value for key, value in state.items() if f".{ADAPTERS_ATTRIBUTE}." not in f".{key}"}
+    saved = base.network.get_submodule(module)
+    host_of = adapter_host(saved)
+    state = saved.state_dict(keep_vars=True)
+    return {f"{module}.{key}": value for key, value in state.items() if host_of(key) is None}
 
 
 def _peft_key(name: str, hosts: Collection[str]) -> str:
@@ -95,7 +98,8 @@ def read_trained(base: Base, config: Mapping[str, Any], other_tensors: StateDict
     """
     network_state = base.network.state_dict(keep_vars=True)
     used = {key: value for key, value in other_tensors.items() if _UNUSED not in key}
-    state = {key.replace(_WRAPPED, "").replace(_SAVED, ""): value for key, value in used.items()}
+    place = name_in(base, network_state)
+    state = {place(key.replace(_WRAPPED, "").replace(_SAVED, "")): value for key, value in used.items()}
     if unknown := sorted(state.keys() - network_state.keys()):
         raise ValueError(f"The file has {unknown[:5]}, for which {type(base.network).__name__} has no place.")
     suffixes = config.get("modules_to_save") or []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,14 @@ from ..methods import IA3
 from ..structure.fused_rows import fused_rows, is_fused
 from ..structure.layer_of import layer_of
 from .compatibility import check_module_names
+from .factors import alpha_for_scale
 from .load_imported import inject_and_load
-from .lora import alpha_for_scale, lora_from_factors
-from .module_names import exact_globs, find_network, join_names
+from .lora import lora_from_factors
+from .module_names import exact_globs, join_names
 from .modules_to_save import read_all_trained
 from .peft_folder import read_tensor_file
-from .peft_format import Base, StateDict
+from .peft_format import PeftFile, StateDict
+from .renamed_modules import base_of_file, rename_hosts
 
 
 def import_loralib(
@@ -43,16 +46,18 @@ def import_loralib(
     Raises:
         ValueError: The file is damaged, or does not fit this model.
     """
-    base = Base(model, *find_network(model))
     hosts, other_tensors = _by_host(read_tensor_file(path), {"lora_A": "a", "lora_B": "b"})
+    base = base_of_file(model, hosts)
+    hosts = dict(rename_hosts(base, PeftFile({}, hosts)).state)
     check_module_names(base, hosts)
     states, alphas = dict[str, StateDict](), dict[str, float]()
     for host, factors in hosts.items():
         if factors.keys() != {"a", "b"}:
             raise ValueError(f"{path} has only {sorted(factors)} of the two factors of {host}.")
-        scale = alpha / factors["b"].shape[1]
-        states[host] = _whole_layer_factors(base.network.get_submodule(host), host, factors, parts)
-        alphas[host] = alpha_for_scale(scale, len(states[host]["a"]))
+        module = base.network.get_submodule(host)
+        rank = factors["b"].shape[1] // (module.kernel_size[0] if isinstance(module, nn.Conv2d) else 1)
+        states[host] = _whole_layer_factors(module, host, factors, parts)
+        alphas[host] = alpha_for_scale(alpha / rank, len(states[host]["a"]))
     inject_and_load(
         base, [lora_from_factors(base, "lora", states, alphas)], read_all_trained(base, other_tensors), str(path)
     )
@@ -74,8 +79,9 @@ def import_t_few(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         ValueError: The file is damaged, or does not fit this model.
     """
-    base = Base(model, *find_network(model))
     hosts, other_tensors = _by_host(read_tensor_file(path), {"multi_lora_b": "scales"})
+    base = base_of_file(model, hosts)
+    hosts = dict(rename_hosts(base, PeftFile({}, hosts)).state)
     check_module_names(base, hosts)
     states = {join_names(base.name, host): {"scales": tensors["scales"].flatten()} for host, tensors in hosts.items()}
     targets, exclude = exact_globs(states, model)
@@ -100,7 +106,9 @@ def _by_host(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> tuple[d
 def _whole_layer_factors(host: nn.Module, name: str, factors: StateDict, wanted: Sequence[str]) -> StateDict:
     """Return factors for a whole layer; of a fused one, A of projections lie below each other, B on the diagonal."""
     a, b = factors["a"], factors["b"]
-    out = layer_of(host).shape(host)[0]
+    out, *shape = layer_of(host).shape(host)
+    if isinstance(host, nn.Conv2d):
+        return _convolution_factors(name, a, b, out, shape)
     count, rank = len(a) // b.shape[1], b.shape[1]
     if count == 1 and len(b) == out:
         return factors
@@ -117,3 +125,15 @@ def _whole_layer_factors(host: nn.Module, name: str, factors: StateDict, wanted:
         full_b[:, number * rank : (number + 1) * rank] = rows[part].pad(of_part.mT, out).mT
         row += rows[part].size
     return {"a": a, "b": torch.clone(full_b)}
+
+
+def _convolution_factors(name: str, a: Tensor, b: Tensor, out: int, shape: Sequence[int]) -> StateDict:
+    """Return factors for a kernel (out, *shape) that is the product B A seen otherwise, which has no low rank."""
+    if len(b) * a.shape[1] != out * math.prod(shape):
+        raise ValueError(
+            f"{name} has factors {tuple(a.shape)} and {tuple(b.shape)}, whose product is no ({out}, {shape})."
+        )
+    product, limit = (b @ a).reshape(out, -1), min(out, math.prod(shape))
+    eye = torch.eye(limit, dtype=a.dtype)
+    a, b = (product, eye) if limit == out else (eye, product)
+    return {"a": a.reshape(-1, *shape), "b": b}

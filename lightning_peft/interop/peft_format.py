@@ -112,3 +112,22 @@ def check_not_torch_attention(adapter: Adapter, host: str) -> None:
     check_supported(
         is_read, host, "torch's attention reads its weight, which HF PEFT stores for all of the attention at once"
     )
+
+
+def check_convolution(host: nn.Module, name: str, groups: bool = True, dilation: bool = True) -> None:
+    """Refuse a convolution that HF PEFT's adapter does not follow; hosts of other types pass.
+
+    Args:
+        host: Layer.
+        name: Its name, for the message.
+        groups: Whether the adapter has the groups of its host.
+        dilation: Whether it has its dilation.
+    """
+    if not isinstance(host, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return
+    subject = f"An update of {name}"
+    check_supported(not groups and host.groups > 1, subject, "its convolution has groups, which it splits otherwise")
+    dilated = any(step > 1 and size > 1 for step, size in zip(host.dilation, host.kernel_size, strict=True))
+    check_supported(not dilation and dilated, subject, "its convolution is dilated, and its adapter would not be")
+    pads = host.padding_mode != "zeros" and (isinstance(host.padding, str) or any(host.padding))
+    check_supported(pads, subject, f"its convolution pads by {host.padding_mode}, and its adapter would by zeros")

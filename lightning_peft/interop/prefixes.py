@@ -31,6 +31,7 @@ class PrefixFormat(PeftFormat):
         self, base: Base, method: PrefixTuning, hosts: Mapping[str, Sequence[Adapter]]
     ) -> tuple[dict[str, Any], StateDict]:
         _check_not_encoder_decoder(base)
+        heads = _heads(base)
         check_supported(
             not method.shift_positions, "shift_positions=False", "its cache moves positions on by the length"
         )
@@ -44,7 +45,6 @@ class PrefixFormat(PeftFormat):
         )
         keys_and_values = [full_tensor(x).detach() for prefix in prefixes for x in prefix.key_value()]
         length, width = keys_and_values[0].shape
-        heads = _heads(base)
         settings = {
             "num_virtual_tokens": length,
             "num_layers": layers,
@@ -59,6 +59,7 @@ class PrefixFormat(PeftFormat):
         self, base: Base, file: PeftFile, name: str
     ) -> Iterator[tuple[PrefixTuning, Mapping[str, StateDict]]]:
         _check_not_encoder_decoder(base)
+        _heads(base)
         bank = file.state[""][_PREFIXES]
         method = PrefixTuning(name=name, length=len(bank), reparameterize=False, shift_positions=True)
         hosts = [host for host, adapter in method.adapters(base.model) if isinstance(adapter, Prefix)]
@@ -78,7 +79,10 @@ def _check_not_encoder_decoder(base: Base) -> None:
 
 
 def _heads(base: Base) -> int:
-    """Return the number of heads with keys of their own."""
+    """Return the number of heads with keys of their own, of a model with one stack of layers."""
     config: Any = base.network.config
-    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return heads
+    heads: Any = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    check_supported(
+        not heads, f"A prefix for {type(base.network).__name__}", "its bank is for one stack of layers, not for several"
+    )
+    return int(heads)

@@ -12,6 +12,7 @@ from ..core.adapter import Adapter
 from ..core.method import Method
 from ..methods import MultitaskPromptTuning, PromptTuning, PTuning
 from ..ops.sharded_tensors import full_tensor
+from ..structure.transformers_api import attention_heads, from_config
 from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_supported
 
 _PROMPT, _COLUMNS, _ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
@@ -46,6 +47,8 @@ class PromptFormat(PeftFormat):
         packed = {key: full_tensor(value).detach() for key, value in adapter.export_state().items()}
         length, width = packed["prompt"].shape
         sizes = {"num_virtual_tokens": length, "token_dim": width, "num_transformer_submodules": 1}
+        sizes |= {"num_attention_heads": attention_heads(base.network) or 1}  # it asks for some, and does not use them
+        sizes |= {"num_layers": from_config(base.network, "num_hidden_layers") or 1}
         return sizes | self.more_settings(packed), self.their_state(packed)
 
     def from_peft(self, base: Base, file: PeftFile, name: str) -> Iterator[tuple[Method, Mapping[str, StateDict]]]:

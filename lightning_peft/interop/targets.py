@@ -49,6 +49,13 @@ def _fits(name: str, pattern: str | Collection[str]) -> bool:
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in pattern)
 
 
+def ends_like(name: str, pattern: str | Collection[str]) -> bool:
+    """Return whether a name has one of these ends, or fits a regular expression as a whole."""
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(name.endswith(suffix) for suffix in pattern)
+
+
 def by_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
     """Return the setting of a module from a mapping of regular expressions for the ends of names."""
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)

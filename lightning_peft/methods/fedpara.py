@@ -68,7 +68,8 @@ class FedPara(Method):
         for name, host, rows in select(model, self.targets, self.exclude):
             out, features, *kernel = layer_of(host).shape(host, rows)
             rank = self.rank or self.rank_of(out, features, *kernel)
-            check_setting(rank <= min(out, features), f"rank at {name}", rank, f"at most {min(out, features)}")
+            largest = min(out, features if self.cores else features * math.prod(kernel))
+            check_setting(rank <= largest, f"rank at {name}", rank, f"at most {largest}")
             shift = 1.0 if self.personalized else 0.0
             yield name, HadamardUpdate(host, rank, self.tanh, shift, self.cores, self.jacobian_weight > 0, rows)
 

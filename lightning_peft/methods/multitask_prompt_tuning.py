@@ -14,7 +14,7 @@ from ..core.adapter import Adapter, parameter_like
 from ..core.adapter_folder import read_adapter
 from ..core.fingerprint import fingerprint
 from ..core.method import Method, check_setting
-from ..structure.base_model import ADAPTERS_ATTRIBUTE
+from ..structure.base_model import split_adapter_key
 from ..structure.selection import select_parameters
 from .prompting.prompt import Prompt, PromptSite, check_sites, place_prompts
 from .prompting.text_init import PromptInit
@@ -83,7 +83,7 @@ class MultitaskPromptTuning(Method):
         same_method = source["method"] == type(self).__name__ and not more_methods
         check_setting(same_method, "start", self.start, f"the folder of an adapter of {type(self).__name__} alone")
         check_setting(source["length"] == self.length, "length", self.length, f"{source['length']}, as in {self.start}")
-        stored = {key: value for key, value in state.items() if f".{ADAPTERS_ATTRIBUTE}." in f".{key}"}
+        stored = {key: value for key, value in state.items() if split_adapter_key(key, [source["name"]])}
         values = {key.rpartition(".")[2]: value for key, value in stored.items()}
         check_setting(len(values) == len(stored), "start", self.start, "of one prompt")
         base = fingerprint(model, select_parameters(model, config["also_train"]))

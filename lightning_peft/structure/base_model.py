@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
-ADAPTERS_ATTRIBUTE = "peft"  # the child of an adapted module below which its adapters live; never part of the base
+ADAPTERS_ATTRIBUTE = "peft"  # the child of an adapted module below which its adapters live; a base may use it, too
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -22,18 +23,71 @@ def name_pattern(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
+def is_adapted(module: nn.Module) -> bool:
+    """Return whether a module is a host: its class is the one that runs adapters, whatever its children are called."""
+    return hasattr(type(module), "_host_class")
+
+
+def holds_adapters(module: nn.Module, child: str) -> bool:
+    """Return whether the child of this name holds the adapters of a module, and is no part of the base."""
+    return child == ADAPTERS_ATTRIBUTE and is_adapted(module)
+
+
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of the base model by name, adapters and the root left out."""
-    return {
-        name: module for name, module in model.named_modules() if name and f".{ADAPTERS_ATTRIBUTE}." not in f".{name}."
-    }
+    return {name: module for name, module in _walk(model) if name}
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of the base model by name, adapters left out; a shared one appears once."""
-    return {
-        name: parameter for name, parameter in model.named_parameters() if f".{ADAPTERS_ATTRIBUTE}." not in f".{name}"
-    }
+    parameters, seen = dict[str, nn.Parameter](), set[int]()
+    for name, module in _walk(model):
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                parameters[f"{name}.{key}" if name else key] = parameter
+    return parameters
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name, module) of the base in the order of ``named_modules``."""
+    stack, seen = [("", model)], set[int]()
+    while stack:
+        name, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield name, module
+        prefix = f"{name}." if name else ""
+        for key, child in reversed(list(module._modules.items())):
+            if child is not None and not (key == ADAPTERS_ATTRIBUTE and is_adapted(module)):
+                stack.append((prefix + key, child))
+
+
+def adapter_host(model: nn.Module) -> Callable[[str], str | None]:
+    """Return a function from the name of a module or tensor to the host of its adapter; None for what is the base's."""
+    hosts = {name for name, module in model.named_modules(remove_duplicate=False) if is_adapted(module)}
+
+    def host_of(name: str) -> str | None:
+        if ADAPTERS_ATTRIBUTE not in name:
+            return None
+        words = name.split(".")
+        found = (".".join(words[:i]) for i, word in enumerate(words) if word == ADAPTERS_ATTRIBUTE)
+        return next((host for host in found if host in hosts), None)
+
+    return host_of
+
+
+def split_adapter_key(key: str, methods: Collection[str]) -> tuple[str, str, str] | None:
+    """Return (host, key of the adapter, tensor) for a key in a file of methods of these names; None for the base's.
+
+    ``inject`` refuses names with which this would not be clear.
+    """
+    words = key.split(".") if ADAPTERS_ATTRIBUTE in key else []
+    for i in range(len(words) - 3, -1, -1):
+        if words[i] == ADAPTERS_ATTRIBUTE and any(f"{words[i + 1]}_".startswith(f"{name}_") for name in methods):
+            return ".".join(words[:i]), words[i + 1], ".".join(words[i + 2 :])
+    return None
 
 
 def own_tensors(module: nn.Module) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from ..core.adapted_module import adapters
+from ..core.check_keys import check_base_names
 from ..core.inject import inject
 from ..core.injection_record import InjectionRecord, get_record, set_record
 from ..core.method import Method
 from ..core.weight_backup import check_not_merged
-from ..structure.base_model import base_parameters
+from ..structure.base_model import base_modules, base_parameters
 from .lightning_api import spawns_processes
 from .module_hooks import call_after
 
@@ -89,6 +90,7 @@ def ensure_injected(module: pl.LightningModule, methods: Sequence[Method], also_
             return
         check_not_merged(module)
         record = InjectionRecord.around(below, base_parameters(module))
+        check_base_names(base_modules(module), [method.name for method in record.methods])
         set_record(module, record)
     if methods and record.methods not in (list(methods), [method.finalized() for method in methods]):
         raise ValueError(

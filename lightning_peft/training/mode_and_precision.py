@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..core.adapted_module import adapters
 from ..core.weight_backup import check_not_merged
 from ..quantization.quantize import quantize_once
-from ..structure.base_model import ADAPTERS_ATTRIBUTE, base_modules, base_parameters
+from ..structure.base_model import base_modules, base_parameters, holds_adapters
 from ..structure.transformers_api import checkpoint_without_reentry, is_checkpointing
 from .distributed.lightning_strategies import SHARDING
 from .lightning_api import trainer_of
@@ -84,7 +84,7 @@ def set_mode(module: nn.Module, frozen: Literal["eval", "train"]) -> None:
 def _set_frozen_mode(module: nn.Module, frozen: Literal["eval", "train"]) -> None:
     trained = {name for name, p in base_parameters(module).items() if p.requires_grad}
     for name, part in module.named_children():
-        if name == ADAPTERS_ATTRIBUTE:
+        if holds_adapters(module, name):
             part.train()
         elif any(n.startswith(f"{name}.") for n in trained):
             _set_frozen_mode(part, frozen)

@@ -18,9 +18,10 @@ Rule = Callable[[Tensor], dict[str, float]]  # the special settings of a paramet
 
 def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
     """Freeze parameters by globs of their names, or by the names of methods."""
-    parameters, aliases = dict(module.named_parameters()), _names_without_projection(module)
+    parameters = {strip_wrapper_names(name): p for name, p in module.named_parameters()}
+    by_method = _names_by_method(module)
     for pattern in patterns:
-        for parameter in _matching(pattern, parameters, aliases):
+        for parameter in _matching(pattern, parameters, by_method):
             parameter.requires_grad_(False)
 
 
@@ -31,11 +32,11 @@ def group_rule(module: nn.Module, lr_factors: dict[str, float], no_decay: Sequen
         ValueError: A pattern matches no trainable parameter.
     """
     parameters = {strip_wrapper_names(name): p for name, p in module.named_parameters() if p.requires_grad}
-    aliases = _names_without_projection(module)
+    by_method = _names_by_method(module)
     special: dict[int, dict[str, float]] = {}
     settings = [(p, "lr_factor", f) for p, f in lr_factors.items()] + [(p, "weight_decay", 0.0) for p in no_decay]
     for pattern, field, value in settings:
-        for parameter in _matching(pattern, parameters, aliases):
+        for parameter in _matching(pattern, parameters, by_method):
             special.setdefault(id(parameter), {})[field] = value
 
     def rule(parameter: Tensor) -> dict[str, float]:
@@ -44,25 +45,26 @@ def group_rule(module: nn.Module, lr_factors: dict[str, float], no_decay: Sequen
     return rule
 
 
-def _names_without_projection(module: nn.Module) -> dict[str, str]:
-    """Return other names of adapters' parameters: by the name of the method, such as lora for lora_query."""
+def _names_by_method(module: nn.Module) -> dict[str, list[str]]:
+    """Return the ends of names of adapters' parameters, as they are and for all projections: lora_query.a, lora.a."""
     return {
-        strip_wrapper_names(
-            f"{host}.{ADAPTERS_ATTRIBUTE}.{key}.{name}".lstrip(".")
-        ): f"{host}.{ADAPTERS_ATTRIBUTE}.{key.removesuffix(f'_{adapter.part}')}.{name}"
+        strip_wrapper_names(f"{host}.{ADAPTERS_ATTRIBUTE}.{key}.{name}".lstrip(".")): [
+            f"{key}.{name}",
+            f"{key.removesuffix(f'_{adapter.part}')}.{name}",
+        ]
         for host, _, key, adapter in adapters(module)
         for name, _ in adapter.named_parameters()
     }
 
 
-def _matching(pattern: str, parameters: dict[str, nn.Parameter], aliases: dict[str, str]) -> list[nn.Parameter]:
+def _matching(pattern: str, parameters: dict[str, nn.Parameter], by_method: dict[str, list[str]]) -> list[nn.Parameter]:
     """Return parameters by a glob of their names or the name of their method."""
-    names = {name: (name, aliases.get(name, name)) for name in parameters}
-    matching = [
-        parameters[name]
-        for name, both in names.items()
-        if any(matches(either, pattern) or f".{ADAPTERS_ATTRIBUTE}.{pattern}." in f".{either}" for either in both)
-    ]
+    matching = []
+    for name, parameter in parameters.items():
+        ends = by_method.get(name, [])
+        names = [name, *(name.removesuffix(ends[0]) + end for end in ends)]
+        if any(f"{end}.".startswith(f"{pattern}.") for end in ends) or any(matches(n, pattern) for n in names):
+            matching.append(parameter)
     if not matching:
         raise ValueError(
             f"{pattern!r} is no trainable parameter or method. Parameters: {', '.join(list(parameters)[:10])}."

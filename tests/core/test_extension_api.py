@@ -215,6 +215,48 @@ def test_who_ignores_rows_or_read_weights_is_refused_before_anything_changed(mod
     assert [p.requires_grad for p in net.parameters()] == required
 
 
+class MergedGate(Gate):
+    """A gate that merges as that of a linear layer."""
+
+    def forward(self, host, inner, *args, **kwargs):
+        y = inner(*args, **kwargs)
+        return (y[0] * self.gate, *y[1:]) if isinstance(y, tuple) else y * self.gate
+
+    def merge(self, host):
+        layer = layer_of(host)
+        layer.write(host, layer.read(host) * self.gate)
+        layer.write_bias(host, layer.bias(host) * self.gate)
+
+
+@pytest.mark.parametrize(("name", "targets"), [("gpt2", ["all-linear"]), ("encoder", ["self_attn"])])
+def test_a_surrounding_adapter_is_merged_right_or_refused(name, targets):
+    """On all of GPT-2's c_attn it would be three adapters of one name; the output of torch's attention is no weight."""
+    net = MODELS[name]().eval()
+    before, base = {key: value.clone() for key, value in net.state_dict().items()}, run(net)
+    if name == "gpt2":
+        with pytest.raises(
+            ValueError, match=r"Two adapters 'careless' go to transformer.h.0.attn.c_attn.*select_modul"
+        ):
+            lp.inject(net, Careless(kind=MergedGate, targets=targets))
+        assert not list(lp.adapters(net))
+        lp.inject(net, Careless(kind=MergedGate, targets=["c_attn", "mlp.c_proj"]))
+    else:
+        lp.inject(net, Careless(kind=MergedGate, targets=targets))
+    for *_, adapter in lp.adapters(net):
+        nn.init.constant_(adapter.gate, 0.5)
+    live = run(net)
+    assert (live - base).abs().max() > 1e-2
+    if name == "gpt2":
+        torch.testing.assert_close(run(lp.merge(net)), live, atol=1e-5, rtol=1e-5)
+        return
+    for options in ({}, {"keep": True}):
+        with pytest.raises(TypeError, match="MergedGate changes what MultiheadAttention returns, and its merge would"):
+            lp.merge(net, **options)
+    after = net.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    torch.testing.assert_close(run(net), live, atol=0, rtol=0)
+
+
 def test_who_ignores_rows_is_right_where_there_are_none_or_a_glob_means_all():
     for targets, name in ((["attention.query"], "llama"), (["c_attn"], "gpt2"), (["linear1"], "encoder")):
         net = lp.inject(MODELS[name](), Careless(kind=Gain, targets=targets)).eval()
@@ -282,3 +324,20 @@ def test_a_layer_type_that_computes_its_weight_and_cannot_write_it_refuses_to_me
     model = lp.inject(nn.Sequential(Product(4, 4)), lp.LoRA(rank=2, targets=["0"]))
     with pytest.raises(TypeError, match="The weight of Product is computed; its layer type has to override write"):
         lp.merge(model)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_merge_that_one_class_of_layers_refuses_leaves_all_layers_as_they_were(keep):
+    layer_of.register(Product)(lambda host: ProductType())
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), Product(4, 4))
+    lp.inject(model, lp.LoRA(rank=2, targets=["0", "1", "2"]))
+    for *_, adapter in lp.adapters(model):
+        nn.init.normal_(adapter.b)
+    x, before = torch.randn(3, 4), {key: value.clone() for key, value in model.state_dict().items()}
+    live = model(x)
+    with pytest.raises(TypeError, match="has to override write"):
+        lp.merge(model, keep=keep)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+    torch.testing.assert_close(model(x), live, atol=0, rtol=0)
+    assert len(list(lp.adapters(model))) == 3

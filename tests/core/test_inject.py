@@ -102,7 +102,7 @@ REFUSED = {
     ),
     "replaced forward": (replaced, lp.LoRA(targets=["0"]), TypeError, "replaced on the instance"),
     "sharded": (sharded, lp.LoRA(targets=["0"], rank=2), TypeError, "sharded already"),
-    "own attribute": (holder, lp.LoRA(targets=["0"]), TypeError, "attribute 'peft' of its own"),
+    "own attribute": (holder, lp.LoRA(targets=["0"]), TypeError, "attribute 'peft' or 'peft_order' of its own"),
     "no linear layer": (chain, lp.LoRA(targets=["1"]), TypeError, "Tanh is no known linear layer"),
     "typo": (MODELS["llama"], lp.LoRA(targets=["q_proj", "v_prj"]), ValueError, "'v_prj' matches nothing.*v_proj"),
     "excluded typo": (MODELS["llama"], lp.LoRA(exclude=["layer.0.*"]), ValueError, "'layer.0.*' matches nothing"),

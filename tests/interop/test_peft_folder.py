@@ -460,6 +460,13 @@ def test_the_network_in_a_module_is_found(tmp_path):
     assert all(torch.equal(value, back.state_dict()[key]) for key, value in outer.state_dict().items())
 
 
+def qwen():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=9, num_key_value_heads=2, **sizes))
+
+
 REFUSED = [
     (lambda: lp.inject(BASES["bert"](), lp.Bottleneck()), "HF PEFT has no Bottleneck"),
     (lambda: lp.inject(BASES["bert"](), [lp.LoRA(), lp.IA3()]), r"lora \(LoRA\), ia3 \(IA3\)"),
@@ -477,6 +484,7 @@ REFUSED = [
     (lambda: adapted("llama", lp.LLaMAAdapter(length=3)), "gates at model.layers.2.self_attn"),
     (lambda: lp.inject(BASES["llama"](), lp.LLaMAAdapter(train_norms=True)), "ADAPTION_PROMPT has adapters alone"),
     (lambda: lp.inject(BASES["gpt2"](), lp.LLaMAAdapter()), "otherwise than LLaMA-Adapter"),
+    (lambda: lp.inject(qwen(), lp.LLaMAAdapter()), "LLaMAAdapter on qwen2 .*adapts llama and mistral alone"),
     (lambda: lp.inject(BASES["llama"](), lp.PrefixTuning()), "shift_positions=False cannot be exchanged"),
     (lambda: lp.inject(BASES["t5"](), lp.PrefixTuning()), "prefix for an encoder-decoder model"),
     (lambda: lp.inject(BASES["bert"](), lp.PromptTuning()), "classifier reads a virtual token"),
@@ -486,7 +494,7 @@ REFUSED = [
     (lambda: lp.inject(BASES["bert"](), lp.KronA(shape_a=[2, 8])), "no one factor gives the shapes"),
     (
         lambda: lp.inject(Small(), lp.AdaLoRA(initial_rank=2, target_rank=1, targets=["table"])),
-        "adapts linear layers alone",
+        "adapts linear layers and Conv2d, not Embedding",
     ),
 ]
 
@@ -525,6 +533,10 @@ BROKEN = [
     (lambda f: _written(f, peft_type="VERA"), "VERA adapter, which is not read"),
     (lambda f: _written(f, init_lora_weights="corda"), "init_lora_weights='corda' .* changes the base's weights"),
     (lambda f: _written(f, trainable_token_indices=[1]), r"sets {'trainable_token_indices': \[1\]}"),
+    (
+        lambda f: _written(f, target_parameters=["experts.down_proj"]),
+        r"sets {'target_parameters': \['experts.down_proj'\]}",
+    ),
     (lambda f: _written(f, lora_bias=True), "sets {'lora_bias': True}"),
     (lambda f: _written(f, target_modules=["query", "key"]), r"layer.0.attention.self.key.*no tensors"),
     (lambda f: _written(f, modules_to_save=["pooler"]), r"saves \['pooler'\], but lacks"),

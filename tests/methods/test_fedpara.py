@@ -180,3 +180,11 @@ def test_it_equals_loha_of_peft(name):
         size = theirs(x).abs().max().item()
     print(f"{name}: max difference {difference:.1e} of {size:.1f}")
     assert difference <= 2e-6 * max(1.0, size)
+
+
+def test_without_cores_a_kernels_places_count_as_inputs_for_the_largest_rank_too():
+    net = nn.Sequential(nn.Conv2d(2, 8, 2))
+    ((*_, adapter),) = lp.adapters(lp.inject(net, lp.FedPara(targets=["0"], rank=8, cores=False)))
+    assert (adapter.x1.shape, adapter.y1.shape) == ((8, 8), (8, 8))
+    with pytest.raises(ValueError, match="rank at 0 must be at most 2, got 8"):
+        lp.inject(nn.Sequential(nn.Conv2d(2, 8, 2)), lp.FedPara(targets=["0"], rank=8))

@@ -10,6 +10,7 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.structure import transformers_api as api
+from lightning_peft.structure.transformers_loading import names_by_loading
 
 transformers = pytest.importorskip("transformers")
 DECODERS = ["llama", "gpt2"]
@@ -182,3 +183,20 @@ def test_conv1d_is_still_where_its_type_is_looked_up():
     """Else LoRA refuses GPT-2, whose linear layers are of this type."""
     kind = type(MODELS["gpt2"]().transformer.h[0].attn.c_attn)
     assert f"{kind.__module__}.{kind.__qualname__}" == api.CONV1D
+
+
+def test_the_rules_by_which_weights_are_renamed_are_found():
+    """If this fails, adapters of older releases are refused on models whose modules have other names now."""
+    text, vision = (
+        transformers.LlamaConfig(**SIZES),
+        transformers.CLIPVisionConfig(**SIZES, image_size=16, patch_size=8),
+    )
+    with torch.device("meta"):
+        model = transformers.LlavaForConditionalGeneration(
+            transformers.LlavaConfig(vision_config=vision, text_config=text)
+        )
+    place = names_by_loading(model, set(model.state_dict()), "")
+    old, new = "language_model.model.layers.0.mlp.up_proj.weight", "model.language_model.layers.0.mlp.up_proj.weight"
+    assert (place(old), place(new)) == (new, new)
+    assert place("language_model.lm_head.weight") == "lm_head.weight"
+    assert names_by_loading(nn.Linear(2, 2), {"weight"}, "")(old) == old

@@ -16,7 +16,7 @@ from ...interop.import_ import split_by_host
 from ...interop.peft_folder import is_peft, read_peft_folder
 from ...interop.peft_format import PeftFormat
 from ...interop.peft_formats import FORMATS
-from ...structure.base_model import ADAPTERS_ATTRIBUTE
+from ...structure.base_model import split_adapter_key
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,9 @@ def read_adapter_contents(path: str | os.PathLike[str]) -> AdapterContents:
         {},
     )
     for entry, value in sorted(stored.state.items(), key=lambda item: natural_sort_key(item[0])):
-        if match := re.fullmatch(rf"(.*?)\.?\b{ADAPTERS_ATTRIBUTE}\.([^.]+)\.(.+)", entry):
-            keys_by_place.setdefault((match[1], match[2]), {})[match[3]] = entry
+        if (found := split_adapter_key(entry, [data["name"] for data in methods])) is not None:
+            host, key, name = found
+            keys_by_place.setdefault((host, key), {})[name] = entry
         else:
             other_tensors[entry] = value
     places = []

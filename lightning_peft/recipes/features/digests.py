@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...structure.base_model import ADAPTERS_ATTRIBUTE, base_modules
+from ...structure.base_model import adapter_host, base_modules
 
 _NO_SETTINGS = {"name_or_path", *vars(nn.Module())}  # the mode is not: features are computed in evaluation mode
 
@@ -41,9 +41,10 @@ def model_digest(model: nn.Module, layer: str, called: Collection[nn.Module]) ->
     end = max(position for position, name in enumerate(names) if f"{name}.".startswith(f"{layer}."))
     following = {name for name in names[end + 1 :] if model.get_submodule(name) not in called}
     digest = hashlib.sha256()
+    host_of = adapter_host(model)
     for name, module in model.named_modules():
-        host = f".{name}.".partition(f".{ADAPTERS_ATTRIBUTE}.")[0].strip(".")
-        if host not in following:
+        host = host_of(name)
+        if (name if host is None else host) not in following:
             digest.update(f"{name} {type(module).__qualname__} {_settings(module)}".encode())
             tensors = {**module._parameters, **module._buffers}
             _update(digest, ((key, value) for key, value in tensors.items() if value is not None))

@@ -15,7 +15,7 @@ from ...checkpoints.base_weight_files import BaseWeightFiles, trim_malloc
 from ...checkpoints.safetensors_files import TensorFiles
 from ...core.adapted_module import adapters
 from ...quantization.quantize import quantize_late
-from ...structure.base_model import ADAPTERS_ATTRIBUTE
+from ...structure.base_model import adapter_host, base_modules
 from ...structure.quantized import original_of
 
 
@@ -46,8 +46,9 @@ def find_base_weights(module: nn.Module, path: str | os.PathLike[str]) -> BaseWe
         FileNotFoundError: There is no file.
         ValueError: A frozen parameter is not in the files, or has another shape there, or a buffer has no values.
     """
+    host_of = adapter_host(module)
     for name, buffer in module.named_buffers():
-        if buffer.is_meta and f".{ADAPTERS_ATTRIBUTE}." not in f".{name}":
+        if buffer.is_meta and host_of(name) is None:
             raise ValueError(f"{name} is a buffer without values. Build the network in the context "
                              f"lightning_peft.without_values(), which leaves buffers as they are.")  # fmt: skip
     weights = BaseWeightFiles(module, TensorFiles(path))
@@ -74,11 +75,12 @@ def read_into(unit: nn.Module, name: str, weights: BaseWeightFiles, device: torc
         ValueError: A parameter trains, is in no file, and its module has no ``reset_parameters``.
     """
     trim_malloc()  # of the unit before, which is sharded by now
-    for module_name, module in unit.named_modules(prefix=name):
+    prefix = f"{name}." if name else ""
+    for module_name, module in [(name, unit), *((prefix + key, part) for key, part in base_modules(unit).items())]:
         complete, original = True, original_of(module)
         stored_dtype = None if original is None else original.dtype  # quantized from this, whatever the plugin made
         for key, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_meta and f".{ADAPTERS_ATTRIBUTE}." not in f".{module_name}.":
+            if parameter.is_meta:
                 stored = weights.has(f"{module_name}.{key}")
                 complete &= stored
                 values = weights.read(f"{module_name}.{key}") if stored else torch.empty(parameter.shape)

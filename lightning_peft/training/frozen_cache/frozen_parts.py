@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from ...core.adapted_module import AdaptedModule, attach, remove
+from ...core.adapted_module import AdaptedModule, attach, can_hold_adapters, remove
 from ...core.adapter import Adapter, Call
 from ...ops.torch_api import hooks, is_compiled_in_place, write_count
-from ...structure.base_model import ADAPTERS_ATTRIBUTE
+from ...structure.base_model import holds_adapters
 from .use_tracing import mark_used
 
 KEY = "_frozen_trunk"  # of its adapters on their hosts
@@ -155,11 +155,16 @@ def find_parts(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Mod
 
     def walk(module: nn.Module, prefix: str) -> None:
         for key, child in module.named_children():
-            flags = [p.requires_grad for p in child.parameters()]
-            if not flags or key == ADAPTERS_ATTRIBUTE or id(child) in seen:
+            flags, free = [p.requires_grad for p in child.parameters()], can_hold_adapters(child)  # where probes are
+            if not flags or holds_adapters(module, key) or id(child) in seen:
                 continue
             seen.add(id(child))
-            if not _is_called(child) or (any(flags) and not (all(flags) or _trains_itself(child))):
+            if not free and any(flags) and _trains_itself(child):
+                raise ValueError(
+                    f"{prefix}{key} trains and has an attribute 'peft' of its own, where cache_frozen=True would watch "
+                    f"it; set cache_frozen=False."
+                )
+            if not free or not _is_called(child) or (any(flags) and not (all(flags) or _trains_itself(child))):
                 walk(child, f"{prefix}{key}.")
             else:
                 (trained if any(flags) else frozen)[prefix + key] = child

@@ -1,0 +1,47 @@
+"""``Placement``: an adapter and its host; ``placements_of``: those of a method, checked against what it selected."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from ..structure.selection import Selection, literal, record_selections
+from .adapted_module import adapter_key
+from .adapter import Adapter
+from .checks import check_selection
+from .method import Method
+from .own_parameters import OwnParameters
+
+
+class Placement(NamedTuple):
+    """One adapter and its host.
+
+    Args:
+        name: Dotted name of the host.
+        host: The module.
+        key: Key of the adapter on its host.
+        adapter: The adapter.
+    """
+
+    name: str
+    host: nn.Module
+    key: str
+    adapter: Adapter
+
+
+def placements_of(model: nn.Module, modules: dict[str, nn.Module], method: Method) -> list[Placement]:
+    """Return the adapters of a method with their hosts; raise if they change more than the method selected."""
+    selections: list[Selection]
+    with record_selections() as selections:
+        placed = list(method.adapters(model))
+    for name, adapter in placed:
+        if name not in modules:
+            raise ValueError(f"{type(method).__name__} has {type(adapter).__name__} on {name!r}, which is no module.")
+    check_selection(selections, placed)
+    return [Placement(name, modules[name], adapter_key(method.name, adapter), adapter) for name, adapter in placed]
+
+
+def copies_of(model: nn.Module, name: str, trained: set[str]) -> Method:
+    """Return a method whose adapters hold copies of these parameters."""
+    return OwnParameters(name=f"{name}_own", targets=[literal(parameter) for parameter in sorted(trained)])
