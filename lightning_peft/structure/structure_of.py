@@ -80,7 +80,7 @@ def _part(model: nn.Module) -> Structure:
 
 def _traced(model: nn.Module, example: Inputs | None = None) -> Structure:
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(0)  # the same structure in each process
             twin = hollow_twin(model)
             return measured_structure(model, twin, example or example_inputs(twin))

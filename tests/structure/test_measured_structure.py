@@ -171,6 +171,16 @@ def test_an_example_is_given_to_inject_and_blocks_without_the_roles_are_said():
     assert [name for name, *_ in lp.adapters(by_name)] == METHODS["lora"][1]
 
 
+@needs("transformers")
+def test_models_are_traced_where_new_tensors_have_no_values():
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": HEADS}
+    with torch.device("meta"):
+        model = lp.inject(GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=64, **sizes)), lp.LoRA(rank=2))
+    assert [adapter.part for *_, adapter in lp.adapters(model)] == ["query", "value"] * 2
+
+
 class ReadsItsWeights(nn.Module):
     """Block that reads the weight of ``b`` instead of calling it, as Mamba does; ``s`` gets zeros."""
 
