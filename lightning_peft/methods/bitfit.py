@@ -23,8 +23,10 @@ class BitFit(Method):
     Args:
         name: Name of the method.
         targets: Globs of modules or parameters whose biases train; all biases if empty.
-        add_missing: Whether linear layers of the blocks that have no bias get one, starting at zero, as in models
-            such as Llama or T5.
+        add_missing: Whether linear layers of the blocks that have no bias get one, starting at zero, as T-Few's authors
+            did for T5 (https://arxiv.org/abs/2205.05638); also in Llama, Gemma and others. With targets, those layers
+            among them. A merged model has biases that its class does not build, which ``from_pretrained`` would leave
+            out: keep its modules, or the adapter.
     """
 
     name: str = "bitfit"
@@ -41,9 +43,10 @@ class BitFit(Method):
         selected = select_parameters(model, self.targets) if self.targets else list(base_parameters(model))
         names = [name for name in selected if "bias" in name.rpartition(".")[2]]
         if not names and not self.add_missing:
+            where = f"What targets={self.targets!r} names" if self.targets else type(model).__name__
             raise ValueError(
-                f"No parameter {f'below {self.targets!r} ' if self.targets else ''}is a bias. "
-                f"BitFit(add_missing=True) gives the linear layers of the blocks one."
+                f"{where} has no biases to train; BitFit(add_missing=True) gives linear layers of its blocks zero "
+                f"biases, which train."
             )
         return names
 
