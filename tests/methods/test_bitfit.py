@@ -104,3 +104,19 @@ def test_targets_choose_which_layers_get_a_bias_and_those_that_have_one_keep_it(
     assert not added(bert)
     trained = {n for n, p in bert.named_parameters() if p.requires_grad}
     assert trained == {n for n, _ in bert.named_parameters() if n.endswith("bias")}
+
+
+def test_biases_on_which_no_output_depends_are_left_out_unless_they_are_named():
+    """BigBird's classifier reads the hidden states, and not what its backbone pools."""
+    torch.manual_seed(0)
+    config = t.BigBirdConfig(**SIZES, max_position_embeddings=48, attention_type="original_full", pad_token_id=0)
+    model = t.BigBirdForSequenceClassification(config)
+    with pytest.warns(UserWarning, match="BitFit leaves out 1 biases.*depends on them: bert.pooler.bias. Name them"):
+        lp.inject(model, lp.BitFit())
+    biases = {name for name, _ in model.named_parameters() if "bias" in name.rpartition(".")[2]}
+    model(tokens(), labels=torch.tensor([0, 1])).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == biases - {"bert.pooler.bias"}
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == trained
+    lp.inject(lp.detach(model), lp.BitFit(targets=["*"]))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == biases
