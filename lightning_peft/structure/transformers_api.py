@@ -18,6 +18,7 @@ from .base_model import base_modules
 
 CONV1D = "transformers.pytorch_utils.Conv1D"  # linear layer of GPT-2 whose weight is (in, out)
 POSITIONS = ("position_ids", "cache_position")  # arguments of a backbone that hold the positions of its tokens
+HAS_HOOKS = "_output_capturing_hooks_installed"  # attribute of a model whose hooks record hidden states
 _STATES = ("state", "mems")  # arguments of RWKV and XLNet that are lists of tensors, and no caches
 _PLAIN = (Tensor, bool, int, float, str, list, Mapping)  # arguments that carry no state of earlier calls
 _MODALITIES = {"text": "language", "image": "vision", "video": "vision", "audio": "audio"}
