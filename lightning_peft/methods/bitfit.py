@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call, parameter_like
 from ..core.method import Method
-from ..structure.base_model import base_parameters
+from ..structure.base_model import base_parameters, name_pattern
 from ..structure.layer_of import is_called_linear, layer_of
 from ..structure.selection import select_modules, select_parameters
+from ..structure.structure_of import structure_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +24,11 @@ class BitFit(Method):
 
     Args:
         name: Name of the method.
-        targets: Globs of modules or parameters whose biases train; all biases if empty.
-        add_missing: Whether linear layers of the blocks that have no bias get one, starting at zero, as in models
-            such as Llama or T5.
+        targets: Globs of modules or parameters whose biases train; if empty, all on which an output depends.
+        add_missing: Whether linear layers of the blocks that have no bias get one, starting at zero, as T-Few's authors
+            did for T5 (https://arxiv.org/abs/2205.05638); also in Llama, Gemma and others. With targets, those layers
+            among them. A merged model has biases that its class does not build, which ``from_pretrained`` would leave
+            out: keep its modules, or the adapter.
     """
 
     name: str = "bitfit"
@@ -40,12 +44,32 @@ class BitFit(Method):
     def parameters(self, model: nn.Module) -> Iterable[str]:
         selected = select_parameters(model, self.targets) if self.targets else list(base_parameters(model))
         names = [name for name in selected if "bias" in name.rpartition(".")[2]]
+        names = names if self.targets else _without_unused(model, names)
         if not names and not self.add_missing:
+            where = f"What targets={self.targets!r} names" if self.targets else type(model).__name__
             raise ValueError(
-                f"No parameter {f'below {self.targets!r} ' if self.targets else ''}is a bias. "
-                f"BitFit(add_missing=True) gives the linear layers of the blocks one."
+                f"{where} has no biases to train; BitFit(add_missing=True) gives linear layers of its blocks zero "
+                f"biases, which train."
             )
         return names
+
+
+def _without_unused(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return the biases without those on which no output depends, which a warning names.
+
+    Of biases that repeat, as those of experts in a list, one that matters keeps those of layers without a call.
+    """
+    structure = structure_of(model)
+    unused, called = set(structure.names.get("unused", ())), set(structure.names["called"])
+    repeated = {name_pattern(name) for name in names if name not in unused}
+    left_out = [n for n in names if n in unused and (n.rpartition(".")[0] in called or name_pattern(n) not in repeated)]
+    if left_out:
+        warnings.warn(
+            f"BitFit leaves out {len(left_out)} biases, since no output depends on them: {', '.join(left_out[:4])}"
+            f"{', ...' * (len(left_out) > 4)}. Name them as targets to train them all the same.",
+            stacklevel=2,
+        )
+    return [name for name in names if name not in left_out]
 
 
 class AddedBias(Adapter):

@@ -16,7 +16,8 @@ from ..core.fingerprint import fingerprint
 from ..core.method import Method, check_setting
 from ..structure.base_model import split_adapter_key
 from ..structure.selection import select_parameters
-from .prompting.prompt import Prompt, PromptSite, check_sites, place_prompts
+from .prompting.prompt import Prompt, PromptSite
+from .prompting.prompt_sites import check_sites, place_prompts
 from .prompting.text_init import PromptInit
 
 

@@ -13,8 +13,9 @@ from torch import nn
 from ..core.adapter import Adapter, parameter_like
 from ..core.method import Method, check_setting
 from .prompting.encoded_prompt import EncodedPrompt, fill_template
-from .prompting.prompt import PromptSite, check_sites, place_prompts
+from .prompting.prompt import PromptSite
 from .prompting.prompt_encoders import MLP, Encoder, LSTMThenMLP
+from .prompting.prompt_sites import check_sites, place_prompts
 from .prompting.template import PLACEHOLDER, Template
 
 
@@ -26,6 +27,8 @@ class PTuning(Method):
     ``Template`` and have the id ``placeholder`` at these positions, the k-th of a row gets h_k. With a length, they
     stand before the first token, as with ``PromptTuning``. Only training needs the encoder: files contain only h.
     In an encoder-decoder model, pseudo tokens enter the encoder.
+    Where a model reads more from the ids of its tokens than their embeddings (images, embeddings of each layer),
+    virtual tokens are text there that says nothing, as padding; at injection it is measured which models do.
 
     Args:
         name: Name of the adapters on their hosts, and in files.
@@ -100,5 +103,5 @@ class PTuning(Method):
         prompt = parameter_like(weight, self._count, features)
         if self.template is None:
             return EncodedPrompt(site, prompt, encoder)
-        fill = partial(fill_template, template=self.template, placeholder=self.placeholder)
+        fill = partial(fill_template, template=self.template, placeholder=self.placeholder, stand_in=site.stand_in)
         return EncodedPrompt(dataclasses.replace(site, insert=fill), prompt, encoder, self.placeholder)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, parameter_like
 from ..core.method import Method, check_setting
-from .prompting.prompt import Prompt, PromptSite, check_sites, place_prompts
+from .prompting.prompt import Prompt, PromptSite
+from .prompting.prompt_sites import check_sites, place_prompts
 from .prompting.text_init import PromptInit
 
 
@@ -22,6 +23,8 @@ class PromptTuning(Method):
     They stand before the first token of each row that is not padding, left or right; outputs, labels and generation
     have the positions of x only. In an encoder-decoder model they enter the encoder, and cross-attention sees them.
     With several tasks, each row of a batch gets the prompt of its task: ``with lp.row_tasks(model, ids)``.
+    Where a model reads more from the ids of its tokens than their embeddings (images, embeddings of each layer),
+    virtual tokens are text there that says nothing, as padding; at injection it is measured which models do.
 
     Args:
         name: Name of the adapters on their hosts, and in files.

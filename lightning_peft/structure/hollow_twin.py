@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base_model import ADAPTERS_ATTRIBUTE
-from .transformers_api import use_eager_attention
+from .transformers_api import HAS_HOOKS, use_eager_attention
 
 _COPIED = 2**18  # elements up to which a stand-in has numbers of its own
 _CONVOLUTIONS: dict[Any, Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
@@ -46,7 +46,9 @@ def _copy(model: nn.Module, memo: dict[int, Any], generator: torch.Generator) ->
         children = dict(module._modules)
         if cls is not type(module):
             children.pop(ADAPTERS_ATTRIBUTE)
-        own = {k: v for k, v in vars(module).items() if k not in ("forward", "_trainer")} | {"_modules": children}
+        own = {k: v for k, v in vars(module).items() if k not in ("forward", "_trainer", HAS_HOOKS)} | {
+            "_modules": children
+        }
         for name in getattr(children.pop("parametrizations", None), "keys", list)():  # computed, by a class made for it
             cls = type(module).__bases__[0]
             weight = _stand_in(nn.Parameter(getattr(module, name)), generator)

@@ -18,6 +18,8 @@ from .base_model import base_modules
 
 CONV1D = "transformers.pytorch_utils.Conv1D"  # linear layer of GPT-2 whose weight is (in, out)
 POSITIONS = ("position_ids", "cache_position")  # arguments of a backbone that hold the positions of its tokens
+HAS_HOOKS = "_output_capturing_hooks_installed"  # attribute of a model whose hooks record hidden states
+_STATES = ("state", "mems")  # arguments of RWKV and XLNet that are lists of tensors, and no caches
 _PLAIN = (Tensor, bool, int, float, str, list, Mapping)  # arguments that carry no state of earlier calls
 _MODALITIES = {"text": "language", "image": "vision", "video": "vision", "audio": "audio"}
 _MODALITY_OF_INPUT = {  # before transformers 5
@@ -41,10 +43,11 @@ def backbones(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield (name, module) of the outermost transformers backbones: no head, input embeddings known.
 
     Where a decoder-only backbone only wraps its decoder (OPT), heads call the decoder, so the decoder is yielded.
+    Some models that generate name no backbone (Llama4, BLIP-2); it is looked for inside of them.
     """
     outermost: list[str] = []
     for name, module in [("", model), *base_modules(model).items()]:
-        if has_input_embeddings(module) and getattr(module, "base_model", None) is module:
+        if _is_backbone(module):
             if any(name.startswith(f"{outer}." if outer else "") for outer in outermost):
                 continue
             outermost.append(name)
@@ -57,6 +60,23 @@ def is_pretrained(module: nn.Module) -> bool:
     # Of the class, since the wrapper of torch.compile has the attributes of the model inside.
     embeds = callable(getattr(type(module), "get_input_embeddings", None))
     return embeds and isinstance(getattr(module, "base_model", None), nn.Module)
+
+
+def _is_backbone(module: Any) -> bool:
+    is_own: bool = has_input_embeddings(module) and getattr(module, "base_model", None) is module
+    if not is_own or is_encoder_decoder(module):
+        return is_own
+    generates = callable(getattr(module, "can_generate", None)) and module.can_generate()
+    return not generates and input_embeddings(module) is not None
+
+
+def input_embeddings(module: Any) -> nn.Module | None:
+    """Return the input embeddings of a model; None where transformers knows none, as for pairs of towers."""
+    try:
+        embeddings: nn.Module | None = module.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+    return embeddings
 
 
 def outermost_pretrained(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -85,7 +105,8 @@ def cached_tokens(host: nn.Module, call: Mapping[str, Any]) -> Any:
     """Return how many tokens the key-value cache among the arguments of a call holds; 0 without a cache.
 
     The cache is found by its type, so that it does not matter what a release calls the argument. The number is an
-    int, or a tensor of one number for caches of a fixed size.
+    int, or a tensor of one number for caches of a fixed size; None for a state that has read tokens and does not count
+    them, as Mamba and RWKV have it.
 
     Args:
         host: Module that is called, for messages.
@@ -95,10 +116,12 @@ def cached_tokens(host: nn.Module, call: Mapping[str, Any]) -> Any:
         TypeError: An argument carries state of earlier calls and does not tell the number of their tokens.
     """
     for name, value in call.items():
+        if name in _STATES and isinstance(value, list):
+            return None
         if value is None or isinstance(value, _PLAIN):
             continue
         if _is_cache(value):
-            return value.get_seq_length()
+            return _length_of(value)
         if isinstance(value, tuple):
             if value and isinstance(value[0], tuple) and value[0]:
                 return value[0][0].shape[-2]  # keys (batch, heads, tokens, size), as before there were cache classes
@@ -108,6 +131,14 @@ def cached_tokens(host: nn.Module, call: Mapping[str, Any]) -> Any:
                 f"tokens it holds, so that virtual tokens could enter twice; generate with use_cache=False."
             )
     return 0
+
+
+def _length_of(cache: Any) -> Any:
+    """Return the number of tokens in a cache; None for states alone, which count none, once they have read some."""
+    try:
+        return cache.get_seq_length()
+    except ValueError:
+        return None if cache.has_previous_state() else 0
 
 
 def _is_cache(value: Any) -> bool:

@@ -131,7 +131,7 @@ REFUSED = {
     "eager attention": (eager, lp.LLaMAAdapter(), TypeError, "attn_implementation='eager'.*'sdpa'"),
     "too many layers": (MODELS["llama"], lp.LLaMAAdapter(layers=4), ValueError, "layers must be at most 3"),
     "no backbone": (chain, lp.PromptTuning(), ValueError, "give the method targets"),
-    "no tokens": (lambda: family("vit"), lp.PromptTuning(), TypeError, "ViTModel embeds no tokens"),
+    "no tokens": (lambda: family("vit"), lp.PromptTuning(), TypeError, "ViTModel reads pixel_values and has no"),
     "no bias": (MODELS["llama"], lp.BitFit(), ValueError, r"BitFit\(add_missing=True\)"),
     "no blocks": (chain, lp.LastLayers(), ValueError, "number of blocks found"),
     "unknown role": (chain, lp.LoRA(), ValueError, "'attention.query' matches nothing.*The model has: \\*"),

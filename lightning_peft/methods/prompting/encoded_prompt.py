@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ...core.adapter import Call
 from ...structure.transformers_api import cached_tokens
+from .embedded_calls import call_with_ids, embedded
 from .prompt import Prompt, PromptSite
 from .prompt_encoders import Encoder
-from .virtual_tokens import embedded
 
 
 class EncodedPrompt(Prompt):
@@ -58,7 +58,13 @@ class EncodedPrompt(Prompt):
 
 
 def fill_template(
-    host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, template: str, placeholder: int
+    host: Any,
+    inner: Call,
+    call: Mapping[str, Any],
+    prompt: Tensor,
+    template: str,
+    placeholder: int,
+    stand_in: int | None = None,
 ) -> Any:
     """Call a backbone with vectors in place of the placeholders of each row; other tokens keep their embeddings.
 
@@ -69,6 +75,7 @@ def fill_template(
         prompt: Vectors (n, features); the k-th placeholder of a row gets the k-th.
         template: Template of the rows, for messages.
         placeholder: Id of a pseudo token.
+        stand_in: Id in its place for a host that needs ``input_ids``; None where embeddings tell it all.
 
     Raises:
         ValueError: A row has another number of placeholders than n; a continued row, with a cache, can have none.
@@ -78,7 +85,8 @@ def fill_template(
     if ids is None:
         raise ValueError(f"The template {template!r} needs input_ids, got rows that are embedded already.")
     is_placeholder = ids == placeholder
-    continued = cached_tokens(host, call) > 0
+    cached = cached_tokens(host, call)
+    continued = cached is None or cached > 0
     counts = is_placeholder.sum(1)
     valid = (counts == len(prompt)) | (counts == 0 if continued else counts < 0)
     advice = f"template {template!r} has {len(prompt)} pseudo tokens; build rows with lightning_peft.Template."
@@ -86,7 +94,13 @@ def fill_template(
         torch._assert_async(valid.all(), f"A row has another number of placeholders, but the {advice}")
     elif wrong := counts[~valid].tolist():
         raise ValueError(f"A row has {wrong[0]} placeholders (id {placeholder}), but the {advice}")
-    tokens = embedded(host, call, is_placeholder)
     index = (is_placeholder.cumsum(1) - 1).clamp(0, len(prompt) - 1)
-    call["inputs_embeds"] = torch.where(is_placeholder[..., None], F.embedding(index, prompt).to(tokens.dtype), tokens)
+
+    def fill(tokens: Tensor) -> Tensor:
+        return torch.where(is_placeholder[..., None], F.embedding(index, prompt).to(tokens.dtype), tokens)
+
+    if stand_in is not None:
+        call["input_ids"] = ids.masked_fill(is_placeholder, stand_in)
+        return call_with_ids(host, inner, call, fill)
+    call["inputs_embeds"] = fill(embedded(host, call, is_placeholder))
     return inner(**call)

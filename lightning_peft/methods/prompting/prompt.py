@@ -1,25 +1,19 @@
-"""``Prompt``: adapters that insert virtual tokens; ``place_prompts`` finds the modules of a model that read them."""
+"""``Prompt``: adapters that insert virtual tokens into the call of a module, and remove them from its output."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...core.adapter import Adapter, Call
-from ...core.method import check_setting
 from ...core.per_row import BatchableAdapter, BatchableModuleAdapter
-from ...structure.layer_of import is_called_linear, layer_of
-from ...structure.read_weights import read_weight_attribute
-from ...structure.selection import select_modules
-from ...structure.transformers_api import backbones, is_encoder_decoder
 from .row_tasks import TaskAdapter
 from .strip_outputs import strip_virtual_tokens
-from .virtual_tokens import Insertion, names_of, prepend_to_backbone, prepend_to_blocks, prepend_to_embedded
+from .virtual_tokens import Insertion, names_of
 
 Insert = Callable[..., Any]
 
@@ -32,6 +26,7 @@ class PromptSite:
     weight: Tensor  # (any, features), for width, device and type
     table: nn.Module | None  # input embeddings of the model, if they are known
     insert: Insert  # (host, inner, arguments by name, virtual tokens) -> output, with the tokens inserted
+    stand_in: int | None = None  # id of virtual tokens for a host that needs ids, see ``probe_backbone``
 
 
 class Prompt(BatchableModuleAdapter, TaskAdapter):
@@ -121,80 +116,3 @@ class StripPrompt(BatchableAdapter, Adapter):
 
     def per_example_tensors(self) -> tuple[Any, ...]:
         return ((StripPrompt, self.length),)
-
-
-def place_prompts(
-    model: nn.Module, targets: Sequence[str], embeddings: str, length: int, make: Callable[[PromptSite], Prompt]
-) -> Iterator[tuple[str, Adapter]]:
-    """Yield (host's name, adapter) of the adapters that insert virtual tokens into a model.
-
-    They enter the modules that ``targets`` name or, without targets, each transformers backbone. In an encoder-decoder
-    model they enter the encoder, and the decoder sees them. A list of blocks is not called, so tokens are inserted at
-    its first block and removed after its last.
-
-    Args:
-        model: Model to search.
-        targets: Globs of modules that take and return (batch, tokens, features), or of lists of such blocks.
-        embeddings: Glob of the input embeddings that belong to them; can be empty.
-        length: Number of virtual tokens.
-        make: Function that creates a prompt for a site.
-
-    Raises:
-        ValueError: No backbone is found, or more than one module of embeddings.
-        TypeError: A host embeds no tokens, or takes (tokens, batch, features).
-    """
-    if targets:
-        table = _table(model, embeddings) if embeddings else None
-        for name, host in select_modules(model, targets).items():
-            _check_not_tokens_first(host, name)
-            weight: Any = _first_weight(host, name) if table is None else table.weight
-            if not isinstance(host, nn.ModuleList):
-                yield name, make(PromptSite(host, weight, table, partial(prepend_to_embedded, first=names_of(host)[0])))
-                continue
-            insert = partial(prepend_to_blocks, first=names_of(host[0])[0])
-            yield f"{name}.0", make(PromptSite(host[0], weight, table, insert))
-            yield f"{name}.{len(host) - 1}", StripPrompt(length)
-        return
-    hosts = list(backbones(model))
-    if not hosts:
-        raise ValueError("No transformers backbone is found in the model; give the method targets.")
-    for name, host in hosts:
-        table = host.get_input_embeddings()
-        if not isinstance(table, nn.Embedding):
-            raise TypeError(f"{name or type(host).__name__} embeds no tokens; give the method targets.")
-        if not is_encoder_decoder(host):
-            yield name, make(PromptSite(host, table.weight, table, prepend_to_backbone))
-            continue
-        name_of = {module: path for path, module in host.named_modules(prefix=name)}
-        encoder, decoder = host.get_encoder(), host.get_decoder()
-        yield name_of[encoder], make(PromptSite(encoder, table.weight, table, partial(prepend_to_backbone, keep=True)))
-        yield name_of[decoder], ExtendEncoderMask(decoder, length)
-
-
-def check_sites(targets: Sequence[str], embeddings: str) -> None:
-    """Raise a ``ValueError`` where embeddings are given without targets."""
-    check_setting(bool(targets) or not embeddings, "embeddings", embeddings, "given together with targets")
-
-
-def _table(model: nn.Module, embeddings: str) -> nn.Module:
-    """Return the only module that a glob of input embeddings matches."""
-    (name, table), *more = select_modules(model, [embeddings]).items()
-    if more:
-        raise ValueError(f"embeddings={embeddings!r} names {name} and {more[0][0]}; give the glob of one.")
-    if getattr(getattr(table, "weight", None), "dim", int)() != 2:
-        raise TypeError(f"{name} is a {type(table).__name__}, no table (vocabulary, features) of embeddings.")
-    return table
-
-
-def _first_weight(host: nn.Module, name: str) -> Tensor:
-    """Return the weight (out, features) of the first linear layer in a host."""
-    for module in host.modules():
-        if is_called_linear(module) or read_weight_attribute(type(module)):
-            return layer_of(module).read(module)
-    raise ValueError(f"{name} ({type(host).__name__}) holds no linear layer, which would tell its width.")
-
-
-def _check_not_tokens_first(host: nn.Module, name: str) -> None:
-    attention = [m for m in host.modules() if isinstance(m, nn.MultiheadAttention)]
-    if any(not module.batch_first for module in attention):
-        raise TypeError(f"{name} takes (tokens, batch, features); build it with batch_first=True.")

@@ -1,16 +1,15 @@
-"""``Insertion`` and ``prepend_to_...``: virtual tokens enter a module's call and are removed from its output."""
+"""``Insertion`` and ``prepend_to_...``: virtual tokens enter a call with embedded tokens, and leave its output."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...core.adapter import Call
-from ...structure.transformers_api import POSITIONS, cached_tokens, from_config
 from .strip_outputs import strip_virtual_tokens
 
 
@@ -47,7 +46,12 @@ class Insertion:
         return self.insert(mask.new_ones(len(mask), self.length), mask)
 
     def positions(self, positions: Tensor) -> Tensor:
-        """Return positions in which virtual tokens have the first p, and the positions of tokens are p larger."""
+        """Return positions in which virtual tokens have the first p, and the positions of tokens are p larger.
+
+        Positions of several axes, as those of images, are (axes, batch, n).
+        """
+        if positions.dim() == 3:
+            return torch.stack([self.positions(axis) for axis in positions])
         if self.index is not None:
             positions = positions.expand(len(self.index), -1)
             first = positions.gather(1, self.index.argmin(1, keepdim=True).clamp(max=positions.shape[1] - 1))
@@ -55,51 +59,6 @@ class Insertion:
             first = positions[:, :1]
         moved = torch.where(positions >= first, positions + self.length, positions)
         return self.insert(first + torch.arange(self.length, device=positions.device), moved)
-
-
-def prepend_to_backbone(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, keep: bool = False) -> Any:
-    """Call a backbone with virtual tokens inserted; its output has the positions of its input.
-
-    In calls with a cache, which holds the virtual tokens already, only masks and positions are changed.
-
-    Args:
-        host: Module that takes ``input_ids`` or ``inputs_embeds``, and ``attention_mask``.
-        inner: Call of the host without the adapter.
-        call: Arguments by name.
-        prompt: Virtual tokens (p, features), or (batch, p, features) with a separate prompt for each row.
-        keep: Whether the output keeps the virtual tokens, as that of an encoder does for cross-attention.
-    """
-    call = dict(call)
-    length, mask = prompt.shape[-2], call.get("attention_mask")
-    if mask is not None and mask.dim() != 2:
-        raise ValueError(
-            f"attention_mask must be (batch, tokens) where virtual tokens enter, got {tuple(mask.shape)}; generate "
-            f"makes such a mask for a cache of a fixed size: leave its cache_implementation alone."
-        )
-    where = Insertion(length, mask)
-    cached = cached_tokens(host, call)
-    if cached > 0:
-        _check_cache(host, call, cached, length)
-    if mask is not None:
-        call["attention_mask"] = where.mask(mask)
-    if cached > 0:
-        for name in POSITIONS:
-            if call.get(name) is not None:
-                call[name] = call[name] + length
-        return inner(**call)
-
-    tokens = embedded(host, call)
-    _check_length(host, length + tokens.shape[1])
-    call["inputs_embeds"] = where.insert(prompt.to(tokens.dtype).expand(len(tokens), -1, -1), tokens)
-    if call.get("position_ids") is not None:
-        call["position_ids"] = where.positions(call["position_ids"])
-    if call.get("token_type_ids") is not None:
-        types = call["token_type_ids"]
-        call["token_type_ids"] = where.insert(types.amin(1, keepdim=True).expand(-1, length), types)
-    if call.get("cache_position") is not None:
-        call["cache_position"] = torch.arange(length + tokens.shape[1], device=tokens.device)
-    output = inner(**call)
-    return output if keep else strip_virtual_tokens(output, where.remove, getattr(host, "pooler", None))
 
 
 def prepend_to_embedded(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, first: str) -> Any:
@@ -115,7 +74,7 @@ def prepend_to_embedded(host: Any, inner: Call, call: Mapping[str, Any], prompt:
         first: Name of the argument that is (batch, tokens, features).
     """
     call = dict(call)
-    x: Tensor = call.pop(first)
+    x = _tokens(host, call, first)
     mask, padding = call.get("attention_mask"), call.get("src_key_padding_mask")
     for name in ("mask", "src_mask", "attn_mask"):
         if call.get(name) is not None:
@@ -137,7 +96,7 @@ def prepend_to_blocks(host: Any, inner: Call, call: Mapping[str, Any], prompt: T
     Arguments are those of ``prepend_to_embedded``.
     """
     call = dict(call)
-    x: Tensor = call.pop(first)
+    x = _tokens(host, call, first)
     for name, value in call.items():
         if value is not None and "mask" in name:
             raise ValueError(f"Virtual tokens cannot extend {name!r} of a list of blocks; target a module around it.")
@@ -145,20 +104,15 @@ def prepend_to_blocks(host: Any, inner: Call, call: Mapping[str, Any], prompt: T
     return inner(where.insert(prompt.to(x.dtype).expand(len(x), -1, -1), x), **call)
 
 
-def embedded(host: Any, call: dict[str, Any], hidden: Tensor | None = None) -> Tensor:
-    """Return the embeddings of a call's tokens and remove ``input_ids`` from it; those of ``hidden`` are arbitrary.
-
-    For RoBERTa and similar models, which compute positions from ids, ``position_ids`` are added to the call.
-    """
-    embeddings: Tensor | None = call.get("inputs_embeds")
-    if embeddings is not None:
-        return embeddings
-    ids = call.pop("input_ids")
-    padding = getattr(getattr(getattr(host, "embeddings", None), "position_embeddings", None), "padding_idx", None)
-    if padding is not None and call.get("position_ids") is None:
-        is_token = ids.ne(padding)
-        call["position_ids"] = is_token.cumsum(1) * is_token + padding
-    return cast(Tensor, host.get_input_embeddings()(ids if hidden is None else ids.masked_fill(hidden, 0)))
+def _tokens(host: nn.Module, call: dict[str, Any], first: str) -> Tensor:
+    """Remove the first argument of a call and return it; raise where it is not (batch, tokens, features)."""
+    x: Tensor = call.pop(first)
+    if x.dim() != 3:
+        raise TypeError(
+            f"{type(host).__name__} was given {tuple(x.shape)}, where virtual tokens need (batch, tokens, features); "
+            f"target other modules, or use LoRA."
+        )
+    return x
 
 
 def names_of(host: nn.Module) -> list[str]:
@@ -178,23 +132,3 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     """Return x[row, index[row]]; unlike ``gather``, it saves only the index for backward."""
     flat = index + x.shape[1] * torch.arange(len(x), device=x.device)[:, None]
     return x.flatten(0, 1).index_select(0, flat.flatten()).view(*flat.shape, *x.shape[2:])
-
-
-def _check_cache(host: Any, call: Mapping[str, Any], cached: Any, length: int) -> None:
-    """Raise for a cache that does not hold the virtual tokens and all tokens before those of the call."""
-    mask = call.get("attention_mask")
-    tokens = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
-    if mask is not None and cached != (expected := length + mask.shape[1] - tokens.shape[1]):
-        raise ValueError(
-            f"The cache given to {type(host).__name__} holds {cached} tokens, expected {expected}: {length} virtual "
-            f"tokens and what attention_mask {tuple(mask.shape)} covers before the {tokens.shape[1]} tokens of this "
-            f"call. Let generate build the cache itself, without an assistant model, or use use_cache=False."
-        )
-
-
-def _check_length(host: Any, tokens: int) -> None:
-    limit = from_config(host, "max_position_embeddings")
-    if limit is not None and tokens > limit > 0:
-        raise ValueError(
-            f"{tokens} positions, virtual tokens included, are more than the model's {limit}; shorten the text."
-        )
