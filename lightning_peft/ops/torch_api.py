@@ -72,6 +72,12 @@ def without_function_modes() -> AbstractContextManager[None]:
     return context
 
 
+def function_mode_is_active() -> bool:
+    """Return whether a ``TorchFunctionMode`` of this thread is entered; ``torch.compile`` understands the question."""
+    active: bool = torch._C._is_torch_function_mode_enabled()
+    return active
+
+
 @contextmanager
 def without_onednn() -> Iterator[None]:
     """Context without the kernels of oneDNN, whose LSTM does not tell what it saves for backward."""

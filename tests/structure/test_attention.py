@@ -3,7 +3,6 @@
 import copy
 import importlib.util
 import itertools
-from importlib.metadata import version
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from models import MODELS, logits
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.structure.attention import AttentionCalls
+from lightning_peft.structure.attention_calls import AttentionCalls
 from lightning_peft.structure.roles import ROLES
 
 
@@ -306,22 +305,41 @@ def test_every_attention_of_a_family_is_found(name):
     assert len(ROLES["attention"](MODELS[name]())) == COUNTS[name]
 
 
-def implemented(kind):
-    model = MODELS["bart"]()
-    model.config._attn_implementation = kind
-    return model
-
-
 def deberta():
     from transformers import DebertaV2Config, DebertaV2Model
 
     return DebertaV2Model(DebertaV2Config(vocab_size=8, hidden_size=8, num_attention_heads=2, num_hidden_layers=1))
 
 
-def unfused():
-    model = MODELS["fused_vit"]()
-    model.blocks[2].attn.fused_attn = False
-    return model
+def longformer():
+    from transformers import LongformerConfig, LongformerModel
+
+    sizes = {"vocab_size": 8, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    return LongformerModel(LongformerConfig(**sizes, attention_window=[4]))
+
+
+def xlnet():
+    from transformers import XLNetConfig, XLNetModel
+
+    return XLNetModel(XLNetConfig(vocab_size=8, d_model=8, n_head=2, n_layer=1, d_inner=8))
+
+
+def mamba():
+    from transformers import MambaConfig, MambaModel
+
+    return MambaModel(MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, state_size=2))
+
+
+def delta_net():
+    from transformers import Qwen3NextConfig, Qwen3NextModel
+
+    sizes = {"vocab_size": 8, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    linear = {"linear_num_key_heads": 1, "linear_num_value_heads": 1, "linear_key_head_dim": 4}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 4}
+    config = Qwen3NextConfig(
+        **sizes, **linear, **experts, linear_value_head_dim=4, num_hidden_layers=1, layer_types=["linear_attention"]
+    )
+    return Qwen3NextModel(config)
 
 
 def unequal():
@@ -329,21 +347,22 @@ def unequal():
 
 
 REFUSED = {
-    "flash": (lambda: implemented("flash_attention_2"), "BartAttention.*'flash_attention_2'.*'sdpa'"),
-    "flex": (lambda: implemented("flex_attention"), "BartAttention.*'flex_attention'.*'sdpa'"),
-    "eager": (lambda: implemented("eager"), "BartAttention.*'eager'.*'sdpa'"),
-    "DeBERTa": (deberta, "DisentangledSelfAttention.*'eager'.*choose another method"),
-    "timm": (unfused, "fused_attn=False.*set_fused_attn"),
-    "widths": (unequal, "keys of 6 features and values of 10"),
+    "DeBERTa": (deberta, ["attention"], "DisentangledSelfAttention.*disentangled attention.*another method"),
+    "Longformer": (longformer, ["attention"], "LongformerSelfAttention.* in chunks of neighbouring keys.*another"),
+    "XLNet": (xlnet, ["rel_attn"], "XLNetRelativeAttention.*relative positions.*another method"),
+    "Mamba": (mamba, ["mixer"], "MambaMixer.* is a recurrence.*another method"),
+    "gated delta net": (delta_net, ["linear_attn"], "GatedDeltaNet.* is a recurrence.*another method"),
+    "widths": (unequal, ["attention"], "keys of 6 features and values of 10"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_attention_that_would_ignore_prompts_is_refused(case):
-    make, message = REFUSED[case]
+def test_attention_that_cannot_be_changed_is_refused_before_anything_is(case):
+    make, targets, message = REFUSED[case]
     model = make()
     before = list(model.state_dict())
-    for method in (lp.LLaMAAdapter(layers=1), *([] if case == "widths" else [lp.PTuningV2(length=2)])):
+    prefix = lp.PTuningV2(length=2, targets=targets)
+    for method in (lp.LLaMAAdapter(layers=1, targets=targets), *([] if case == "widths" else [prefix])):
         with pytest.raises(TypeError, match=message):
             lp.inject(model, method)
     assert list(model.state_dict()) == before
@@ -351,17 +370,25 @@ def test_attention_that_would_ignore_prompts_is_refused(case):
 
 @pytest.mark.parametrize("method", [lp.LLaMAAdapter(length=2), lp.PTuningV2(length=2)], ids=["llama", "prefix"])
 @pytest.mark.parametrize("name", ["llama", "bert", "t5", "bart", "distilbert", "vit"])
-def test_attention_that_was_switched_after_injection_is_noticed(name, method):
-    model, inputs = lp.inject(MODELS[name](), method).eval(), MODELS[name].inputs()
+def test_attention_may_be_switched_after_injection(name, method):
+    model, inputs = filled(MODELS[name](), method).double().eval(), MODELS[name].inputs()
+    if name == "vit":
+        inputs = {key: x.double() for key, x in inputs.items()}
+    base = logits(MODELS[name]().double()(**inputs))
     expected = logits(model(**inputs))
-    model.set_attn_implementation("eager")
-    try:
-        found = logits(model(**inputs))
-    except RuntimeError as error:
-        assert "did not call scaled_dot_product_attention" in str(error)  # noqa: PT017
-    else:  # before transformers 5 a model may keep the attention that it was built with
-        assert version("transformers") < "5"
-        assert torch.equal(found, expected)
+    assert (expected - base).abs().max() > 1e-2
+    model.set_attn_implementation("eager")  # its softmax is in float32 in some models
+    torch.testing.assert_close(logits(model(**inputs)), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", [lp.LLaMAAdapter(length=2), lp.PTuningV2(length=2)], ids=["llama", "prefix"])
+def test_timms_attention_is_the_same_with_and_without_its_fused_kernel(method):
+    model, inputs = filled(MODELS["fused_vit"](), method).eval(), MODELS["fused_vit"].inputs()
+    expected = logits(model(**inputs))
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    torch.testing.assert_close(logits(model(**inputs)), expected)
+    assert (logits(MODELS["fused_vit"]()(**inputs)) - expected).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["llama", "encoder", "t5"])
