@@ -26,30 +26,6 @@ def attend_joined(
     """Attend to keys and values whose first ``length`` were added to the call; every query sees these.
 
     Masks and a ``position_bias`` among the settings are those of the other keys; to the added ones they add nothing.
-    """
-    if is_causal:
-        return attend_aligned(attend, length, query, key, value, attn_mask, dropout_p, is_causal, **settings)
-    others = key.shape[-2] - length
-    if attn_mask is not None:
-        attn_mask = lengthened_mask(attn_mask, length, others)
-    if settings.get("position_bias") is not None:
-        settings["position_bias"] = lengthened_mask(settings["position_bias"], length, others)
-    return attend(query, key, value, attn_mask, dropout_p, is_causal, **settings)
-
-
-def attend_aligned(
-    attend: Attend,
-    length: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **settings: Any,
-) -> Tensor:
-    """Attend as ``attend_joined`` does where a causal call has no mask; other calls have theirs already.
-
     A causal call remains causal without a mask, so that it keeps its kernel: empty queries, as many as added keys, are
     put in front. Where the prefix is longer than the text, a mask is cheaper.
     """
@@ -59,6 +35,10 @@ def attend_aligned(
     elif is_causal:
         attn_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(length)
         is_causal = False
+    elif attn_mask is not None:
+        attn_mask = lengthened_mask(attn_mask, length, keys - length)
+    if settings.get("position_bias") is not None:
+        settings["position_bias"] = lengthened_mask(settings["position_bias"], length, keys - length)
     output: Tensor = attend(query, key, value, attn_mask, dropout_p, is_causal, **settings)
     return output[..., empty:, :]
 

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..ops.multi_head_attention import multi_head_attention
 from .attention_interface import change_interface_call, interface_attention, reach_interface
-from .attention_products import AttentionProducts
+from .attention_products import PRODUCTS, AttentionProducts
 
 
 class AttentionCalls(TorchFunctionMode):
@@ -31,8 +31,8 @@ class AttentionCalls(TorchFunctionMode):
 
     def __init__(self, change: Callable[..., Tensor], host: nn.Module | None = None) -> None:
         super().__init__()
-        self.change, self.seen = change, False
-        self.products = AttentionProducts(change, host)
+        self.change, self.host, self.seen = change, host, False
+        self.products: AttentionProducts | None = None  # most modules reach an attention function before any product
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -46,6 +46,10 @@ class AttentionCalls(TorchFunctionMode):
             self.seen = True
             attend = functools.partial(self.change, F.scaled_dot_product_attention)
             return multi_head_attention(attend, *args, **kwargs)
+        if self.products is None:
+            if self.seen or getattr(func, "__name__", "") not in PRODUCTS:
+                return func(*args, **kwargs)
+            self.products = AttentionProducts(self.change, self.host)
         output = self.products(func, args, kwargs)
         self.seen = self.seen or self.products.seen
         return output

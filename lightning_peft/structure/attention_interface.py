@@ -8,8 +8,8 @@ thread, so other threads and models see the functions themselves, and no configu
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, handle_torch_function
 
-from ..ops.joined_attention import attend_aligned
 from ..ops.torch_api import function_mode_is_active
 from .transformers_api import SDPA_FUNCTION, attention_interface
 
+_WITHOUT_TORCHS = ("eager", "flex", "flash")  # functions that do not call scaled_dot_product_attention
 _NO_PREFIX = ("flash", "paged")  # functions that find the end of the text, or the cache, from the number of keys
 
 
@@ -46,7 +46,7 @@ def reach_interface() -> None:
         function: Callable[..., Any] = original(self, attn_implementation, default)
         if not function_mode_is_active() or _name_of(function) == SDPA_FUNCTION:
             return function
-        return functools.partial(interface_attention, function)
+        return partial(interface_attention, function)
 
     interface.get_interface = get_interface
 
@@ -73,41 +73,49 @@ def change_interface_call(
         attention_mask: Mask of any kind that the function takes; None means what it means to the function.
         **settings: Further arguments of the function, such as ``scaling``, ``softcap`` and ``position_bias``.
     """
+    if attention_mask is None and not _name_of(function).startswith(_WITHOUT_TORCHS):
+        # Without a mask, what calls torch's function is causal there, and cuts keys off before.
+        calls = _TorchCalls(change)
+        arguments = (module, query, key, value, attention_mask)
+        result: tuple[Tensor, Any] = interface_attention(partial(_call_inside, calls, function), *arguments, **settings)
+        if calls.seen:
+            return result
     weights: list[Any] = []
     own = {name: settings.pop(name) for name in ("is_causal",) if name in settings}
 
-    def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Any = None, *_: Any, **rest: Any) -> Tensor:
-        added = keys.shape[-2] - key.shape[-2]
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *_: Any, **rest: Any) -> Tensor:
+        if key.shape[-2] != keys:
+            _check_takes_more_keys(function, module)
         if "scale" in rest:
             rest["scaling"] = rest.pop("scale")
-        call = functools.partial(interface_attention, function, module, query, keys, values, mask, **(rest | own))
-        if added:
-            _check_takes_more_keys(function, module)
-        if added and mask is None:
-            with _AlignedCalls(added):
-                output, found = call()
-        else:
-            output, found = call()
+        output, found = interface_attention(function, module, query, key, value, mask, **(rest | own))
         weights.append(found)
         return output.transpose(1, 2)  # type: ignore[no-any-return]
 
+    keys = key.shape[-2]
     if "scaling" in settings:
         settings["scale"] = settings.pop("scaling")
     output = change(attend, query, key, value, attention_mask, **settings)
     return output.transpose(1, 2), weights[-1]
 
 
-class _AlignedCalls(TorchFunctionMode):
-    """Context in which causal calls of ``scaled_dot_product_attention`` see all of the first keys."""
+class _TorchCalls(TorchFunctionMode):
+    """Context in which ``scaled_dot_product_attention`` is changed."""
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, change: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.length = length
+        self.change, self.seen = change, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            return attend_aligned(func, self.length, *args, **(kwargs or {}))
+            self.seen = True
+            return self.change(func, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _call_inside(calls: _TorchCalls, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with calls:
+        return function(*args, **kwargs)
 
 
 def takes_more_keys(implementation: str) -> bool:
@@ -124,6 +132,6 @@ def _check_takes_more_keys(function: Callable[..., Any], module: nn.Module) -> N
 
 
 def _name_of(function: Any) -> str:
-    while isinstance(function, functools.partial):
-        function = function.func
+    while isinstance(function, partial):
+        function = function.args[1] if function.func is _call_inside else function.func
     return str(getattr(function, "__name__", type(function).__name__))

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from .attention_interface import interface_attention
 from .transformers_api import attention_heads
 
-_PRODUCTS = ("matmul", "bmm", "__matmul__", "baddbmm")
+PRODUCTS = frozenset(("matmul", "bmm", "__matmul__", "baddbmm"))
 _KEEP = ("to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "view", "reshape")
 _MASK = ("add", "add_", "masked_fill", "masked_fill_", "where", "max", "maximum", "clamp")
 _FACTOR: dict[str, Callable[[float], float]] = {
     **dict.fromkeys(("mul", "mul_"), lambda factor: factor),
     **dict.fromkeys(("div", "div_"), lambda divisor: 1 / divisor),
 }
-_OPERATIONS = frozenset((*_PRODUCTS, *_KEEP, *_MASK, *_FACTOR, "softmax", "dropout"))
+_OPERATIONS = frozenset((*PRODUCTS, *_KEEP, *_MASK, *_FACTOR, "softmax", "dropout"))
 _ALIBI = ("Bloom", "Mpt")  # modules that add a bias which falls with the distance of a key, the same for all queries
 
 
@@ -68,7 +68,7 @@ class AttentionProducts:
         name = getattr(func, "__name__", "")
         if name not in _OPERATIONS:
             return func(*args, **kwargs)
-        if name in _PRODUCTS:
+        if name in PRODUCTS:
             return self._product(func, name, args, kwargs)
         output = func(*args, **kwargs)
         if name == "softmax":
@@ -136,12 +136,13 @@ class AttentionProducts:
         rows, scale = self._rows(weights.scores), weights.scores.scale
         operands = (weights.scores.query, weights.scores.key, value)
         query, key, values = (x.view(*rows, *x.shape[-2:]) if x.dim() == 3 else x for x in operands)
-        rest = partial(_attend_with_more, weights, rows, key.shape[-2])
+        rest = partial(eager_attention_to_more, weights, rows, key.shape[-2])
 
         def attend(query: Tensor, keys: Tensor, more: Tensor, *_: Any, **__: Any) -> Tensor:
             if keys.shape[-2] == key.shape[-2]:
                 return output.view(*rows, *output.shape[-2:])
-            joined: Tensor = interface_attention(rest, self.host, query, keys, more)[0]  # so that other adapters see it
+            # Other adapters of the host see this call as one of the interface.
+            joined: Tensor = interface_attention(rest, self.host, query, keys, more, scaling=scale)[0]
             return joined.transpose(1, 2)
 
         changed: Tensor = self.change(attend, query, key, values, scale=scale)
@@ -157,7 +158,7 @@ class AttentionProducts:
         return len(scores.query) // heads, heads
 
 
-def _attend_with_more(
+def eager_attention_to_more(
     weights: _Weights,
     rows: tuple[int, int],
     known: int,
@@ -166,6 +167,7 @@ def _attend_with_more(
     keys: Tensor,
     values: Tensor,
     *_: Any,
+    **__: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attend to keys of which the last, ``known`` many, have scores already; as a function of the interface."""
     scores, added = weights.scores, keys.shape[-2] - known

@@ -118,7 +118,8 @@ def _names_attention(model: nn.Module, name: str) -> bool:
 @functools.cache
 def _names_in_code(cls: Any) -> frozenset[str]:
     """Return those of the attention functions that the methods of a class name."""
-    classes = [base for base in cls.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
-    functions = [inspect.unwrap(f) for base in classes for f in vars(base).values() if callable(f)]
+    bases = [base for base in cls.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
+    methods = {name: f for base in reversed(bases) for name, f in vars(base).items() if callable(f)}
+    functions = [inspect.unwrap(f) for f in methods.values()]
     codes = [f.__code__ for f in functions if inspect.isfunction(f)]
     return frozenset(name for code in codes for name in code.co_names) & {*_CALLS, _INTERFACE}
