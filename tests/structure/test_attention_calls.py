@@ -61,9 +61,13 @@ BY_DISTANCE = {"bloom", "mpt"}  # without positions
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
 
 
-def build(name, implementation=None):
+def skip_out_of_reach(name):
     if BEFORE_5 and name in INTERFACE:
         pytest.skip("before transformers 5, eager attention with a softcap or sinks is out of reach")
+
+
+def build(name, implementation=None):
+    skip_out_of_reach(name)
     kind, settings, *_ = MODELS[name]
     torch.manual_seed(0)
     extra = {} if implementation is None else {"attn_implementation": implementation}
@@ -100,14 +104,14 @@ def test_a_prefix_equals_keys_and_values_in_a_cache(name, implementation):
     """In rows with and without padding; another prefix, or none, gives something else."""
     base = build(name, implementation)
     model, x = filled(copy.deepcopy(base), prefix(name)), tokens()
-    call = {} if name in BY_DISTANCE else {"position_ids": torch.arange(7).repeat(2, 1)}
+    call = lambda: {} if name in BY_DISTANCE else {"position_ids": torch.arange(7).repeat(2, 1)}  # noqa: E731
     long, results = F.pad(LEFT, (LENGTH, 0), value=1), []
     with torch.no_grad():
         for order in (slice(None), slice(None, None, -1)):
             cache = filled_cache(model, MODELS[name][3], order)
-            results.append(base(x, attention_mask=long, **{cache_argument(base): cache}, **call).logits)
-        found = model(x, attention_mask=LEFT, use_cache=False, **call).logits
-        bare = base(x, attention_mask=LEFT, use_cache=False, **call).logits
+            results.append(base(x, attention_mask=long, **{cache_argument(base): cache}, **call()).logits)
+        found = model(x, attention_mask=LEFT, use_cache=False, **call()).logits
+        bare = base(x, attention_mask=LEFT, use_cache=False, **call()).logits
     difference, control, moved = ((found - y)[LEFT.bool()].abs().max().item() for y in (*results, bare))
     print(f"{name}, {implementation}: max difference {difference:.1e}, to another prefix {control:.2f}, {moved:.2f}")
     assert difference < 1e-5
@@ -116,14 +120,14 @@ def test_a_prefix_equals_keys_and_values_in_a_cache(name, implementation):
 
 @pytest.mark.parametrize(("name", "implementation"), CASES)
 def test_greedy_tokens_do_not_depend_on_the_cache(name, implementation):
-    """No cache, one that grows, one of a fixed size; the base without a prefix says something else."""
+    """No cache, one that grows, one of a fixed size."""
     model = filled(build(name, implementation), prefix(name))
     settings = {"attention_mask": LEFT, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     expected = model.generate(tokens(), use_cache=False, **settings)
     assert torch.equal(model.generate(tokens(), **settings), expected)
     if not BEFORE_5:
         assert torch.equal(model.generate(tokens(), cache_implementation="static", **settings), expected)
-    assert not torch.equal(build(name, implementation).generate(tokens(), **settings), expected)
+    assert (model(tokens()).logits - build(name, implementation)(tokens()).logits).abs().max() > 0.02
 
 
 def gradients(model, call):
@@ -325,6 +329,7 @@ TRUE_WIDTHS = {"gpt_neox": 32, "persimmon": 32, "bloom": 32, "falcon, one head o
 
 @pytest.mark.parametrize("name", TRUE_WIDTHS)
 def test_widths_of_keys_and_values_are_measured_without_values_of_weights(name):
+    skip_out_of_reach(name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(MODELS[name][0], **MODELS[name][1]))
     path = next(n for n, _ in model.named_modules() if n.endswith(MODELS[name][2].rpartition(".")[2]))
