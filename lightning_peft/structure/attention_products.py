@@ -21,7 +21,7 @@ from .transformers_api import attention_heads
 PRODUCTS = frozenset(("matmul", "bmm", "__matmul__", "baddbmm"))
 _KEEP = ("to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "view", "reshape")
 _MASK = ("add", "add_", "masked_fill", "masked_fill_", "where", "max", "maximum", "clamp")
-_FACTOR: dict[str, Callable[[float], float]] = {
+_FACTOR: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("mul", "mul_"), lambda factor: factor),
     **dict.fromkeys(("div", "div_"), lambda divisor: 1 / divisor),
 }
@@ -36,7 +36,7 @@ class _Scores:
     query: Tensor
     key: Tensor
     tensor: Tensor
-    scale: float = 1.0
+    scale: Any = 1.0  # a number, or a tensor of one number
     bias: Tensor | None = None
 
 
@@ -113,7 +113,8 @@ class AttentionProducts:
             return
         other = next((x for x in args if x is not found.tensor), None)
         if name in _FACTOR:
-            if not isinstance(other, int | float) or args[0] is not found.tensor:
+            number = isinstance(other, int | float) or (isinstance(other, Tensor) and other.dim() == 0)
+            if not number or args[0] is not found.tensor:
                 self.scores.remove(found)
                 return
             factor = _FACTOR[name](other)

@@ -362,15 +362,16 @@ def test_attention_that_keys_cannot_be_added_to_is_left_out_and_said():
 
 
 class Written(Attention):
-    """Attention by products; ``weigh`` makes weights of scores."""
+    """Attention by products; ``weigh`` makes weights of scores, which are divided by a tensor of one number."""
 
     def __init__(self, weigh):
         super().__init__()
         self.weigh = weigh
+        self.divisor = torch.tensor(8.0).sqrt()
 
     def forward(self, x, attention_mask=None):
         q, k, v = (f(x).unflatten(-1, (4, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
-        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        scores = q @ k.transpose(-1, -2) / self.divisor
         if attention_mask is not None:
             scores = scores.masked_fill(~attention_mask[:, None, None].bool(), float("-inf"))
         return self.out_proj((self.weigh(scores) @ v).transpose(1, 2).flatten(2))
