@@ -31,7 +31,13 @@ class AttentionCalls(TorchFunctionMode):
 
     def __init__(self, change: Callable[..., Tensor], host: nn.Module | None = None) -> None:
         super().__init__()
-        self.change, self.host, self.seen = change, host, False
+        reach_interface()
+        self.change = change
+        self.start(host)
+
+    def start(self, host: nn.Module | None) -> None:
+        """Begin with the calls of another module."""
+        self.host, self.seen = host, False
         self.products: AttentionProducts | None = None  # most modules reach an attention function before any product
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -63,7 +69,6 @@ def call_changed(
     Raises:
         RuntimeError: The host did not call attention, so that the change had no effect.
     """
-    reach_interface()
     calls = AttentionCalls(change, host)
     with calls:
         output = inner(*args, **kwargs)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from .attention_calls import AttentionCalls
-from .attention_interface import reach_interface
 from .example_inputs import example_inputs
 from .hollow_twin import hollow_twin
 from .transformers_api import outermost_pretrained
@@ -23,7 +22,6 @@ def probe_attention(model: nn.Module, names: Iterable[str]) -> dict[str, Widths 
 
     Left out are modules that are not called in a forward with example inputs, or whose model does not run with them.
     """
-    reach_interface()
     found: dict[str, Widths | None] = {}
     wanted = set(names)
     for outer, part in _parts(model):

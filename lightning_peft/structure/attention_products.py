@@ -20,7 +20,7 @@ from .transformers_api import attention_heads
 
 PRODUCTS = frozenset(("matmul", "bmm", "__matmul__", "baddbmm"))
 _KEEP = ("to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "view", "reshape")
-_MASK = ("add", "add_", "masked_fill", "masked_fill_", "where", "max", "maximum", "clamp")
+_MASK = ("add", "add_", "masked_fill", "masked_fill_", "where", "max", "maximum")
 _FACTOR: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("mul", "mul_"), lambda factor: factor),
     **dict.fromkeys(("div", "div_"), lambda divisor: 1 / divisor),
@@ -108,22 +108,24 @@ class AttentionProducts:
 
     def _follow_scores(self, name: str, output: Tensor, args: Any) -> None:
         operands = [x for x in args if isinstance(x, Tensor)]
-        found = next((s for s in self.scores if any(x is s.tensor for x in operands)), None)
-        if found is None:
+        followed = [scores for scores in self.scores if any(x is scores.tensor for x in operands)]
+        if len(followed) > 1:  # scores of several products: it is not known which of them more keys would enter
+            self.scores = [scores for scores in self.scores if scores not in followed]
+        if len(followed) != 1:
             return
+        (found,) = followed
         other = next((x for x in args if x is not found.tensor), None)
+        number = isinstance(other, int | float) or (isinstance(other, Tensor) and other.dim() == 0)
+        kept = output.shape[-2:] == found.tensor.shape[-2:] and (number or name not in ("max", "maximum", *_FACTOR))
+        if not kept or (name in _FACTOR and args[0] is not found.tensor):
+            self.scores.remove(found)
+            return
         if name in _FACTOR:
-            number = isinstance(other, int | float) or (isinstance(other, Tensor) and other.dim() == 0)
-            if not number or args[0] is not found.tensor:
-                self.scores.remove(found)
-                return
             factor = _FACTOR[name](other)
             found.scale *= factor
             found.bias = None if found.bias is None else found.bias * factor
         elif name in ("add", "add_") and isinstance(other, Tensor) and found.bias is None:
             found.bias = self._alibi(other, output)
-        if output.shape[-2:] != found.tensor.shape[-2:]:
-            self.scores.remove(found)
         found.tensor = output
 
     def _alibi(self, bias: Tensor, scores: Tensor) -> Tensor | None:

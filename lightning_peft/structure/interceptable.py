@@ -15,8 +15,8 @@ from .attention_interface import takes_more_keys
 from .attention_probe import probe_attention
 from .transformers_api import attention_implementation, attention_interface
 
-_CALLS = {"scaled_dot_product_attention", "get_interface", "multi_head_attention_forward"}
-_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_INTERFACE = {"get_interface"}
+_CALLS = {*_INTERFACE, "ALL_ATTENTION_FUNCTIONS", "scaled_dot_product_attention", "multi_head_attention_forward"}
 _CHUNKS = "attends in chunks of neighbouring keys, without one softmax over all keys"
 _RECURRENT = "is a recurrence, without a softmax over keys"
 _REASONS = {  # by the beginning of a class's name, since these run and would be changed wrongly, or in part
@@ -33,7 +33,10 @@ _REASONS = {  # by the beginning of a class's name, since these run and would be
     "BigBirdBlockSparse": "attends to blocks of keys; build the model with attention_type='original_full'",
     "BigBirdPegasusBlockSparse": "attends to blocks of keys; build the model with attention_type='original_full'",
 }
-_RECURRENCES = ("Mamba", "Rwkv", "GatedDelta", "LinearAttention", "ShortConv", "Recurrent", "xLSTM")
+_RECURRENCES = (
+    *("Mamba", "Rwkv", "GatedDelta", "DeltaAttention", "LinearAttention", "LightningAttention", "ShortConv"),
+    *("RecurrentBlock", "Rglru", "LSTM"),
+)
 
 
 def interceptable(model: nn.Module, hosts: Mapping[str, nn.Module], joins: bool) -> dict[str, nn.Module]:
@@ -73,10 +76,11 @@ def _by_class(hosts: Mapping[str, nn.Module], reasons: Mapping[str, str]) -> lis
 
 def _known_reason(model: nn.Module, name: str, host: nn.Module, joins: bool) -> str | None:
     """Return why attention cannot be changed, as far as names and settings tell; None if they do not."""
-    for kind, start in itertools.product((cls.__name__ for cls in type(host).__mro__), _REASONS):
+    kinds = [cls.__name__ for cls in type(host).__mro__ if cls.__module__.startswith("transformers.")]
+    for kind, start in itertools.product(kinds, _REASONS):
         if kind.startswith(start):
             return _REASONS[start]
-    if any(word in type(host).__name__ for word in _RECURRENCES):
+    if any(word in kind for kind, word in itertools.product(kinds, _RECURRENCES)):
         return _RECURRENT
     implementation = _implementation(model, name)
     if implementation in (None, "sdpa", "eager"):
@@ -111,8 +115,9 @@ def _names_attention(model: nn.Module, name: str) -> bool:
             return True
         cls: Any = type(module)
         names |= _names_in_code(cls)
-    # Before release 5, transformers calls eager attention without asking the interface.
-    return not names.isdisjoint(_CALLS) or (_INTERFACE in names and _implementation(model, name) == "sdpa")
+    # Under other implementations, modules may write attention out, as all do before transformers 5.
+    reached = _CALLS if _implementation(model, name) in (None, "sdpa") else _INTERFACE
+    return not names.isdisjoint(reached)
 
 
 @functools.cache
@@ -122,4 +127,4 @@ def _names_in_code(cls: Any) -> frozenset[str]:
     methods = {name: f for base in reversed(bases) for name, f in vars(base).items() if callable(f)}
     functions = [inspect.unwrap(f) for f in methods.values()]
     codes = [f.__code__ for f in functions if inspect.isfunction(f)]
-    return frozenset(name for code in codes for name in code.co_names) & {*_CALLS, _INTERFACE}
+    return frozenset(name for code in codes for name in code.co_names) & _CALLS

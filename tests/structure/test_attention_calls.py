@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 import lightning_peft as lp
+from lightning_peft.methods.prompting.prefix_init import init_from_text
 from lightning_peft.structure.attention_probe import probe_attention
 
 needs_interface = pytest.mark.skipif(BEFORE_5, reason="eager attention asks no interface before transformers 5")
@@ -324,6 +325,21 @@ def test_a_prefix_and_prompts_add_up_in_either_order(name, methods):
     assert min((prefixed - none).abs().max(), (prompted - none).abs().max()) > 1e-2
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gpt_neox", "xglm", "bloom"])
+def test_a_prefix_that_starts_as_words_is_those_words(name):
+    """With positions, or ALiBi's distances, as if the words stood in front."""
+    base, x, words = build(name), tokens(), [11, 7, 5, 9]
+    prefixes = list(prefix(name).adapters(base))
+    init_from_text(base, prefixes, words)
+    model = lp.inject(copy.deepcopy(base), prefix(name, shift_positions=name not in BY_DISTANCE))
+    with torch.no_grad():
+        for path, adapter in prefixes:
+            model.get_submodule(path).peft["prefix_tuning"].load_state_dict(adapter.state_dict())
+        expected = base(torch.cat([torch.tensor([words] * 2), x], 1)).logits[:, LENGTH:]
+        torch.testing.assert_close(model(x).logits, expected, atol=1e-5, rtol=1e-5)
+        assert (base(x).logits - expected).abs().max() > 0.02
+
+
 TRUE_WIDTHS = {"gpt_neox": 32, "persimmon": 32, "bloom": 32, "falcon, one head of keys": 8, "gpt_oss": 16}
 
 
@@ -401,8 +417,11 @@ def test_attention_that_somebody_wrote_out_is_that_of_torch(method):
 @pytest.mark.parametrize("method", [lp.PTuningV2(length=3), lp.LLaMAAdapter(length=3)], ids=["prefix", "prompts"])
 @pytest.mark.parametrize(
     "weigh",
-    [torch.relu, torch.sigmoid, lambda s: (s - s.mean()).softmax(-1), lambda s: (s * torch.ones(4, 1, 1)).softmax(-1)],
-    ids=["relu", "sigmoid", "shifted by scores", "scaled by a tensor"],
+    [
+        *(torch.relu, torch.sigmoid, lambda s: (s - s.mean()).softmax(-1), lambda s: s.clamp(max=9.0).softmax(-1)),
+        *(lambda s: (s * torch.ones(4, 1, 1)).softmax(-1), lambda s: (s + s @ s).softmax(-1)),
+    ],
+    ids=["relu", "sigmoid", "shifted", "clamped", "scaled by a tensor", "of two products"],
 )
 def test_a_trace_finds_that_attention_cannot_be_changed_before_anything_is(method, weigh):
     model = Own(weigh)
