@@ -27,6 +27,10 @@ class PrefixTuning(Method):
     authors' code: [P_k, P_v] = tanh(E W_1^T + b_1) W_2^T + b_2, with E (length, features), W_1 (hidden_size,
     features), and separate rows of W_2 and b_2 for each module. ``finalize`` and adapter files keep only P_k and P_v.
 
+    Added keys are scored as all others, softcaps included, and share their softmax, sinks included. No mask hides them.
+    Biases by distance add nothing to them (T5, ALiBi of Falcon), but for the ALiBi of Bloom and MPT, where they stand
+    before the first token, as in a key-value cache.
+
     Args:
         name: Name of the adapters on their hosts, and in files.
         length: Number of keys and values of each module; 10 is the authors' default, 5 to 200 their range.
