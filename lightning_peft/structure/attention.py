@@ -121,5 +121,3 @@ def head_count(model: nn.Module, name: str) -> int:
             f"{name} ({type(host).__name__}) does not say how many heads it has; give the method heads=...."
         )
     return count
-
-

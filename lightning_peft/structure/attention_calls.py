@@ -8,14 +8,13 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..ops.multi_head_attention import multi_head_attention
-from .attention_interface import change_interface_call, interface_attention, reach_interface
+from .attention_interface import InterfaceMode, change_interface_call, interface_attention, reach_interface
 from .attention_products import PRODUCTS, AttentionProducts
 
 
-class AttentionCalls(TorchFunctionMode):
+class AttentionCalls(InterfaceMode):
     """Context that calls ``change(attend, query, key, value, ...)`` in place of each attention function.
 
     Attention functions are ``scaled_dot_product_attention``, also inside torch's ``nn.MultiheadAttention``, where masks

@@ -1,7 +1,7 @@
-"""``interface_attention``: calls of transformers' attention interface, made visible to function modes of torch.
+"""``interface_attention``: calls of transformers' attention interface, made visible to modes that change attention.
 
 Every attention module of transformers asks the interface for a function (eager with a softcap or sinks, flex, or what
-a user registered) and calls it. While a function mode is active, as during the call of an adapted attention module, the
+a user registered) and calls it. Inside of an ``InterfaceMode``, as during the call of an adapted attention module, the
 interface returns ``interface_attention`` of that function instead, which the mode can change. Modes belong to their
 thread, so other threads and models see the functions themselves, and no configuration is touched.
 """
@@ -17,23 +17,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, handle_torch_function
 
-from ..ops.torch_api import function_mode_is_active
+from ..ops.torch_api import function_modes
 from .transformers_api import SDPA_FUNCTION, attention_interface
 
 _WITHOUT_TORCHS = ("eager", "flex", "flash")  # functions that do not call scaled_dot_product_attention
 _NO_PREFIX = ("flash", "paged")  # functions that find the end of the text, or the cache, from the number of keys
 
 
+class InterfaceMode(TorchFunctionMode):
+    """Function mode that sees calls of ``interface_attention``, in place of what happens inside of them."""
+
+
 def interface_attention(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Return ``function(*args, **kwargs)``, an attention function of the interface; modes can change the call."""
-    if function_mode_is_active():
+    if _is_seen():
         return handle_torch_function(interface_attention, (), function, *args, **kwargs)
     return function(*args, **kwargs)
 
 
+def _is_seen() -> bool:
+    return any(isinstance(mode, InterfaceMode) for mode in function_modes())
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def reach_interface() -> None:
-    """Let the interface return ``interface_attention`` while a function mode is active; done once per process.
+    """Let the interface return ``interface_attention`` inside of modes that see it; done once per process.
 
     The function that calls ``scaled_dot_product_attention`` is left as it is, since modes see that call.
     """
@@ -44,7 +52,7 @@ def reach_interface() -> None:
 
     def get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
         function: Callable[..., Any] = original(self, attn_implementation, default)
-        if not function_mode_is_active() or _name_of(function) == SDPA_FUNCTION:
+        if not _is_seen() or _name_of(function) == SDPA_FUNCTION:
             return function
         return partial(interface_attention, function)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .attention_calls import AttentionCalls
 from .example_inputs import example_inputs
 from .hollow_twin import hollow_twin
+from .structure_of import as_inputs
 from .transformers_api import outermost_pretrained
 
 Widths = tuple[int, int]  # of keys and of values, all their heads together
@@ -43,16 +44,15 @@ def _probe(model: nn.Module, names: dict[str, str]) -> dict[str, Widths | None]:
     """Return what ``probe_attention`` does, for modules whose names in the model are the values."""
     found: dict[str, Widths | None] = {}
     try:
-        inputs = example_inputs(model)
-        if inputs is None:
-            return {}
         twin = hollow_twin(model)
+        example = getattr(model, "example_input_array", None)
+        inputs = example_inputs(twin) if example is None else as_inputs(example)
         for name, inside in names.items():
             module: Any = twin.get_submodule(inside)
             module.forward = partial(_watched, module, module.forward, found, name)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             twin(*inputs[0], **inputs[1])
-    except Exception:  # whatever the code of a model raises without its own inputs
+    except Exception:  # whatever the code of a model raises with these inputs
         return found
     return found
 

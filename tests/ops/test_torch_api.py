@@ -113,9 +113,9 @@ def test_functions_of_torch_can_be_called_inside_of_a_mode_that_intercepts_them(
             return func(*args, **(kwargs or {}))
 
     x = torch.ones(2)
-    assert not api.function_mode_is_active()
-    with Mode():
-        assert api.function_mode_is_active()
+    assert api.function_modes() == []
+    with Mode() as mode:
+        assert api.function_modes() == [mode]
         with api.without_function_modes():
             torch.add(x, 1)
         assert seen == []

@@ -1,6 +1,7 @@
 """Prefixes and LLaMA-Adapter in attention of transformers' interface, and in attention that modules write out."""
 
 import copy
+import dataclasses
 import threading
 import warnings
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from models import BEFORE_5, Attention, Plain, cache_argument, tokens
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -28,7 +30,7 @@ GEMMA = {"attn_logit_softcapping": 2.0, "tie_word_embeddings": False}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 FALCON = SIZES | {"bias": False, "alibi": False}
 SMALL = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}
-MODELS = {  # type, settings, attention modules, heads with keys of their own
+MODELS = {  # type, settings, attention modules, heads in a cache
     "llama": ("llama", GROUPED, "self_attn", 2),
     "gemma2": ("gemma2", GROUPED | WINDOWS | GEMMA, "self_attn", 2),
     "gpt_oss": ("gpt_oss", GROUPED | WINDOWS | EXPERTS, "self_attn", 2),
@@ -93,10 +95,11 @@ def prefix(base, **settings):
 
 
 def filled_cache(model, heads, order=slice(None)):
+    """Heads of 8 features, each repeated where the model caches more of them."""
     cache, adapters = DynamicCache(), [adapter for *_, adapter in lp.adapters(model)]
     for layer, adapter in enumerate(adapters[order]):
-        pair = (x.detach().unflatten(1, (heads, -1)).transpose(0, 1).repeat(2, 1, 1, 1) for x in adapter.key_value())
-        cache.update(*pair, layer)
+        pair = (x.detach().unflatten(1, (-1, 8)).transpose(0, 1).repeat(2, 1, 1, 1) for x in adapter.key_value())
+        cache.update(*(x.repeat_interleave(heads // x.shape[1], 1) for x in pair), layer)
     return cache
 
 
@@ -194,6 +197,30 @@ def test_llama_adapter_is_the_papers_attention_beside_that_of_the_model(name):
     expected = expected + F.linear(added.transpose(1, 2).flatten(2), output.weight)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
     assert (found - plain(x, **call)[0]).abs().max() > 1e-2
+
+
+class Watching(TorchFunctionMode):
+    """What else a program may use to see operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_neo"])
+def test_modes_of_others_see_the_operations_of_attention_as_before(name):
+    seen = []
+    for model in (build(name), filled(build(name), prefix(name))):
+        watching = Watching()
+        with watching, torch.no_grad():
+            model(tokens())
+        seen.append(watching.seen)
+    assert seen[0].count("softmax") == 2
+    assert seen[1].count("softmax") == (2 if name == "gemma2" else 4)  # of the tokens alone, and of all keys
 
 
 @needs_interface
@@ -427,6 +454,6 @@ def test_a_trace_finds_that_attention_cannot_be_changed_before_anything_is(metho
     model = Own(weigh)
     before = list(model.state_dict())
     with pytest.raises(TypeError, match=r"blocks.0.attention \(Written\) calls no attention function, and computes no"):
-        lp.inject(model, method)
+        lp.inject(model, dataclasses.replace(method, targets=["blocks.*.attention"]))
     assert list(model.state_dict()) == before
     assert all(type(module).__mro__[1] is not Written for module in model.modules())
