@@ -14,7 +14,7 @@ from ..core.adapter import Adapter, Call, parameter_like
 from ..core.method import Method, check_setting
 from ..structure.attention import KeyValue, head_count, key_value
 from ..structure.attention_calls import call_changed
-from ..structure.interceptable import interceptable
+from ..structure.attention_hosts import attention_hosts
 from ..structure.selection import select_modules, select_parameters
 from .families.bias_and_scale import BiasAndScale
 
@@ -64,7 +64,7 @@ class LLaMAAdapter(Method):
         check_setting(isinstance(steps, int) and steps >= 0, "gate_warmup_steps", steps, "a whole number of steps")
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
-        hosts = interceptable(model, select_modules(model, self.targets), joins=False)
+        hosts = attention_hosts(model, self.targets, (), joins=False)
         layers = self.layers or max(1, len(hosts) - 2)
         check_setting(
             layers <= len(hosts), "layers", layers, f"at most {len(hosts)}, the number of attention modules found"

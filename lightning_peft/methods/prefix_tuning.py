@@ -11,8 +11,9 @@ from torch import nn
 
 from ..core.adapter import Adapter
 from ..core.method import Method, check_setting
+from ..structure.attention_hosts import attention_hosts
 from ..structure.roles import head_layers
-from ..structure.selection import select_modules, select_parameters
+from ..structure.selection import select_parameters
 from .prompting.position_shift import shifted_positions
 from .prompting.prefix import prefixes
 from .prompting.prefix_init import init_from_text
@@ -66,7 +67,7 @@ class PrefixTuning(Method):
         check_setting(has_text == (self.init == "text"), "init_text", self.init_text, "given with init='text' alone")
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
-        hosts = select_modules(model, self.targets, self.exclude)
+        hosts = attention_hosts(model, self.targets, self.exclude, joins=True)
         hidden = self.hidden_size if self.reparameterize else None
         adapters = list(prefixes(model, hosts, self.length, self.dropout, hidden))
         if self.init == "text":
@@ -112,7 +113,7 @@ class PTuningV2(Method):
         _check(self.length, self.hidden_size, self.dropout)
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
-        hosts = select_modules(model, self.targets, self.exclude)
+        hosts = attention_hosts(model, self.targets, self.exclude, joins=True)
         return prefixes(model, hosts, self.length, self.dropout, self.hidden_size if self.projection else None)
 
     def parameters(self, model: nn.Module) -> Iterable[str]:

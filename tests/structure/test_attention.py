@@ -354,8 +354,8 @@ def unequal():
 REFUSED = {
     "DeBERTa": (deberta, ["attention"], "DisentangledSelfAttention.*disentangled attention.*another method"),
     "Longformer": (longformer, ["attention"], "LongformerSelfAttention.* in chunks of neighbouring keys.*another"),
-    "XLNet": (xlnet, ["rel_attn"], "XLNetRelativeAttention.*relative positions.*another method"),
-    "Mamba": (mamba, ["mixer"], "MambaMixer.* is a recurrence.*another method"),
+    "XLNet": (xlnet, ["attention"], "XLNetRelativeAttention.*relative positions.*another method"),
+    "Mamba": (mamba, ["attention"], "MambaMixer.* is a recurrence.*another method"),
     "gated delta net": (delta_net, ["linear_attn"], "GatedDeltaNet.* is a recurrence.*another method"),
     "widths": (unequal, ["attention"], "keys of 6 features and values of 10"),
 }

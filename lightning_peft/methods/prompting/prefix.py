@@ -15,7 +15,6 @@ from ...ops.joined_attention import attend_joined
 from ...structure.attention import key_value
 from ...structure.attention_calls import call_changed
 from ...structure.attention_probe import probe_attention
-from ...structure.interceptable import interceptable
 from ...structure.layer_of import is_called_linear, layer_of
 
 _UNMERGEABLE = "no weight gives keys and values that do not depend on the input"
@@ -151,7 +150,7 @@ def prefixes(
     model: nn.Module, hosts: Mapping[str, nn.Module], length: int, dropout: float, hidden: int | None
 ) -> Iterator[tuple[str, Adapter]]:
     """Yield (host's name, prefix) for each attention module and, with a hidden size, first of the shared encoder."""
-    encoder, hosts = None, interceptable(model, hosts, joins=True)
+    encoder = None
     for name, (like, features, widths) in _shapes(model, hosts).items():
         if hidden is not None and encoder is None:
             encoder = PrefixEncoder(like, length, features, hidden)

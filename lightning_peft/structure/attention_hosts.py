@@ -1,4 +1,4 @@
-"""``interceptable``: which attention modules call attention that adapters can change; the others, with the reason."""
+"""``attention_hosts``: attention modules that call attention which adapters can change; the others, with the reason."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import functools
 import inspect
 import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from .attention_interface import takes_more_keys
 from .attention_probe import probe_attention
+from .base_model import base_modules
+from .roles import ROLES
+from .selection import select_modules
 from .transformers_api import attention_implementation, attention_interface
 
 _INTERFACE = {"get_interface"}
@@ -39,50 +42,77 @@ _RECURRENCES = (
 )
 
 
-def interceptable(model: nn.Module, hosts: Mapping[str, nn.Module], joins: bool) -> dict[str, nn.Module]:
-    """Return the attention modules whose attention can be changed; a warning names those that are left out.
+def attention_hosts(
+    model: nn.Module, targets: Sequence[str], exclude: Sequence[str], joins: bool
+) -> dict[str, nn.Module]:
+    """Return the targeted attention modules whose attention can be changed; a warning names those that are left out.
 
     Args:
         model: Model that holds the modules.
-        hosts: Attention modules by name.
+        targets: Globs of attention modules, or roles.
+        exclude: Globs of modules to leave out.
         joins: Whether keys are added to the calls.
 
     Raises:
+        ValueError: A target matches nothing.
         TypeError: None of them can be changed; the message says why, and what to do.
     """
-    reasons = {name: reason for name, host in hosts.items() if (reason := _known_reason(model, name, host, joins))}
-    unknown = [name for name, host in hosts.items() if name not in reasons and not _names_attention(model, name)]
+    try:
+        hosts = select_modules(model, targets, exclude)
+    except ValueError:
+        kinds = base_modules(model) if "attention" in targets and not ROLES["attention"](model) else {}
+        reasons = {name: reason for name, module in kinds.items() if (reason := _reason_by_class(module))}
+        if reasons:
+            raise TypeError(_refusal(kinds, reasons)) from None
+        raise
+    reasons = _reasons(model, hosts, joins)
+    if reasons and len(reasons) == len(hosts):
+        raise TypeError(_refusal(hosts, reasons))
+    if reasons:
+        counts = f"{len(reasons)} of {len(hosts)} attention modules are left out"
+        warnings.warn(f"{counts}: {_described(hosts, reasons)}.", stacklevel=2)
+    return {name: host for name, host in hosts.items() if name not in reasons}
+
+
+def _reasons(model: nn.Module, hosts: Mapping[str, nn.Module], joins: bool) -> dict[str, str]:
+    """Return why attention cannot be changed, by the names of the modules where that is so."""
+    reasons = {
+        name: reason
+        for name, host in hosts.items()
+        if (reason := _reason_by_class(host) or _reason_by_implementation(_implementation(model, name), joins))
+    }
+    unknown = [name for name in hosts if name not in reasons and not _names_attention(model, name)]
     probed = probe_attention(model, unknown) if unknown else {}
     for name in unknown:
         if name in probed and probed[name] is None:
             reasons[name] = "calls no attention function, and computes no softmax of plain scores between two products"
-    described = "; ".join(
-        f"{name} ({type(hosts[name]).__name__}) {reason}" for name, reason in _by_class(hosts, reasons)
-    )
-    if reasons and len(reasons) == len(hosts):
-        raise TypeError(f"No attention module can be changed: {described}. Choose other targets or another method.")
-    if reasons:
-        warnings.warn(f"{len(reasons)} of {len(hosts)} attention modules are left out: {described}.", stacklevel=2)
-    return {name: host for name, host in hosts.items() if name not in reasons}
+    return reasons
 
 
-def _by_class(hosts: Mapping[str, nn.Module], reasons: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return the first name, with its reason, of each class."""
-    first: dict[type[nn.Module], tuple[str, str]] = {}
+def _refusal(hosts: Mapping[str, nn.Module], reasons: Mapping[str, str]) -> str:
+    described = _described(hosts, reasons)
+    return f"No attention module can be changed: {described}. Choose other targets or another method."
+
+
+def _described(hosts: Mapping[str, nn.Module], reasons: Mapping[str, str]) -> str:
+    """Return the first name of each class with its reason."""
+    first: dict[type[nn.Module], str] = {}
     for name, reason in reasons.items():
-        first.setdefault(type(hosts[name]), (name, reason))
-    return list(first.values())
+        first.setdefault(type(hosts[name]), f"{name} ({type(hosts[name]).__name__}) {reason}")
+    return "; ".join(first.values())
 
 
-def _known_reason(model: nn.Module, name: str, host: nn.Module, joins: bool) -> str | None:
-    """Return why attention cannot be changed, as far as names and settings tell; None if they do not."""
+def _reason_by_class(host: nn.Module) -> str | None:
+    """Return why attention cannot be changed, as far as a class of transformers tells by its name."""
     kinds = [cls.__name__ for cls in type(host).__mro__ if cls.__module__.startswith("transformers.")]
     for kind, start in itertools.product(kinds, _REASONS):
         if kind.startswith(start):
             return _REASONS[start]
-    if any(word in kind for kind, word in itertools.product(kinds, _RECURRENCES)):
-        return _RECURRENT
-    implementation = _implementation(model, name)
+    return _RECURRENT if any(word in kind for kind, word in itertools.product(kinds, _RECURRENCES)) else None
+
+
+def _reason_by_implementation(implementation: str | None, joins: bool) -> str | None:
+    """Return why attention cannot be changed, as far as the configuration tells."""
     if implementation in (None, "sdpa", "eager"):
         return None
     if attention_interface() is None:
