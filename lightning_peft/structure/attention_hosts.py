@@ -22,23 +22,19 @@ _INTERFACE = {"get_interface"}
 _CALLS = {*_INTERFACE, "ALL_ATTENTION_FUNCTIONS", "scaled_dot_product_attention", "multi_head_attention_forward"}
 _CHUNKS = "attends in chunks of neighbouring keys, without one softmax over all keys"
 _RECURRENT = "is a recurrence, without a softmax over keys"
-_REASONS = {  # by the beginning of a class's name, since these run and would be changed wrongly, or in part
-    "Deberta": "adds products with relative positions to its scores (disentangled attention)",
-    "DisentangledSelfAttention": "adds products with relative positions to its scores (disentangled attention)",
-    "XLNet": "adds products with relative positions to its scores, in two streams",
-    "Longformer": _CHUNKS,
-    "LEDEncoder": _CHUNKS,
-    "LongT5Local": _CHUNKS,
-    "LongT5TransientGlobal": _CHUNKS,
-    "Reformer": "attends within buckets of hashed keys",
-    "LocalSelfAttention": _CHUNKS,
+_DISENTANGLED = "adds products with relative positions to its scores (disentangled attention)"
+_SPARSE = "attends to blocks of keys; build the model with attention_type='original_full'"
+_REASONS = {  # by what the name of a class begins with, since these run and would be changed wrongly, or in part
+    **dict.fromkeys(("DisentangledSelfAttention", "DebertaAttention", "DebertaV2Attention"), _DISENTANGLED),
+    "XLNetRelativeAttention": "adds products with relative positions to its scores, in two streams",
+    **dict.fromkeys(("LongformerSelfAttention", "LongformerAttention", "LEDEncoder"), _CHUNKS),
+    **dict.fromkeys(("LongT5Local", "LongT5TransientGlobal", "LocalSelfAttention"), _CHUNKS),
     "LSHSelfAttention": "attends within buckets of hashed keys",
-    "BigBirdBlockSparse": "attends to blocks of keys; build the model with attention_type='original_full'",
-    "BigBirdPegasusBlockSparse": "attends to blocks of keys; build the model with attention_type='original_full'",
+    **dict.fromkeys(("BigBirdBlockSparse", "BigBirdPegasusBlockSparse"), _SPARSE),
 }
-_RECURRENCES = (
-    *("Mamba", "Rwkv", "GatedDelta", "DeltaAttention", "LinearAttention", "LightningAttention", "ShortConv"),
-    *("RecurrentBlock", "Rglru", "LSTM"),
+_RECURRENCES = (  # parts of names
+    *("MambaMixer", "Mamba2Mixer", "MambaLayer", "RwkvSelfAttention", "GatedDeltaNet", "DeltaAttention", "ShortConv"),
+    *("LinearAttention", "LightningAttention", "RecurrentBlock", "Rglru", "xLSTMLayer"),
 )
 
 
