@@ -90,8 +90,8 @@ def filled(model, methods):
     return model
 
 
-def prefix(base, **settings):
-    return lp.PrefixTuning(**{"length": LENGTH, "reparameterize": False, "targets": [MODELS[base][2]], **settings})
+def prefix(**settings):
+    return lp.PrefixTuning(**{"length": LENGTH, "reparameterize": False, **settings})
 
 
 def filled_cache(model, heads, order=slice(None)):
@@ -107,7 +107,7 @@ def filled_cache(model, heads, order=slice(None)):
 def test_a_prefix_equals_keys_and_values_in_a_cache(name, implementation):
     """In rows with and without padding; another prefix, or none, gives something else."""
     base = build(name, implementation)
-    model, x = filled(copy.deepcopy(base), prefix(name)), tokens()
+    model, x = filled(copy.deepcopy(base), prefix()), tokens()
     call = lambda: {} if name in BY_DISTANCE else {"position_ids": torch.arange(7).repeat(2, 1)}  # noqa: E731
     long, results = F.pad(LEFT, (LENGTH, 0), value=1), []
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_a_prefix_equals_keys_and_values_in_a_cache(name, implementation):
 @pytest.mark.parametrize(("name", "implementation"), CASES)
 def test_greedy_tokens_do_not_depend_on_the_cache(name, implementation):
     """No cache, one that grows, one of a fixed size."""
-    model = filled(build(name, implementation), prefix(name))
+    model = filled(build(name, implementation), prefix())
     settings = {"attention_mask": LEFT, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     expected = model.generate(tokens(), use_cache=False, **settings)
     assert torch.equal(model.generate(tokens(), **settings), expected)
@@ -142,7 +142,7 @@ def gradients(model, call):
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "gpt_neo", "bloom"])
 def test_recomputed_activations_give_the_same_gradients(name):
-    model, call = filled(build(name), prefix(name, reparameterize=True, hidden_size=8)), {"input_ids": tokens()}
+    model, call = filled(build(name), prefix(reparameterize=True, hidden_size=8)), {"input_ids": tokens()}
     expected = gradients(model, call)
     assert all(gradient.abs().sum() > 0 for gradient in expected)
     for module in model.modules():
@@ -158,7 +158,7 @@ def test_recomputed_activations_give_the_same_gradients(name):
 @pytest.mark.parametrize("method", ["prefix", "prompts"])
 def test_compiles_whole(name, method):
     torch._dynamo.reset()
-    made = prefix(name) if method == "prefix" else lp.LLaMAAdapter(length=3, layers=2, targets=[MODELS[name][2]])
+    made = prefix() if method == "prefix" else lp.LLaMAAdapter(length=3, layers=2)
     model, call = filled(build(name, "eager"), made), {"input_ids": tokens(), "use_cache": False}
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)  # before any call outside of it
     found = compiled(**call).logits
@@ -169,9 +169,8 @@ def test_compiles_whole(name, method):
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "llama", "gpt_neo"])
 def test_llama_adapter_is_the_papers_attention_beside_that_of_the_model(name):
     """softmax(cap(q K^T)) V, gated, with the scale and softcap of the model and without its sinks."""
-    targets = [MODELS[name][2]]
     base = build(name, "eager")
-    model = filled(copy.deepcopy(base), lp.LLaMAAdapter(length=3, layers=2, targets=targets))
+    model = filled(copy.deepcopy(base), lp.LLaMAAdapter(length=3, layers=2))
     (path, host, _, adapter) = next(iter(lp.adapters(model)))
     plain, x, mask = base.get_submodule(path), torch.randn(2, 5, 32), torch.full((5, 5), -1e4).triu(1)[None, None]
     call, cos, sin = {"attention_mask": mask}, torch.ones(1), torch.zeros(1)
@@ -214,7 +213,7 @@ class Watching(TorchFunctionMode):
 @pytest.mark.parametrize("name", ["gemma2", "gpt_neo"])
 def test_modes_of_others_see_the_operations_of_attention_as_before(name):
     seen = []
-    for model in (build(name), filled(build(name), prefix(name))):
+    for model in (build(name), filled(build(name), prefix())):
         watching = Watching()
         with watching, torch.no_grad():
             model(tokens())
@@ -223,11 +222,28 @@ def test_modes_of_others_see_the_operations_of_attention_as_before(name):
     assert seen[1].count("softmax") == (2 if name == "gemma2" else 4)  # of the tokens alone, and of all keys
 
 
+def test_llama_adapter_reads_and_changes_attention_that_bloom_writes_out():
+    """Rows of a fused layer for each head, batched products with a factor, and no distances to prompts."""
+    base = build("bloom")
+    model = filled(copy.deepcopy(base), lp.LLaMAAdapter(length=3, layers=2))
+    (path, host, _, adapter) = next(iter(lp.adapters(model)))
+    plain, x = base.get_submodule(path), torch.randn(2, 5, 32)
+    slopes = torch.tensor([0.25, 0.0625, 0.015625, 0.00390625]).view(4, 1, 1)
+    call = {"residual": torch.zeros(1), "alibi": (slopes * torch.arange(5)).repeat(2, 1, 1)}
+    call["attention_mask"] = torch.full((5, 5), -1e4).triu(1)[None, None]
+    q, _, _ = plain.query_key_value(x).view(2, 5, 4, 3, 8).transpose(1, 2).unbind(3)
+    _, k, v = plain.query_key_value(adapter.prompt).view(3, 4, 3, 8).transpose(0, 1).unbind(2)
+    added = adapter.gate.tanh()[:, None, None] * (q @ k.mT / 8**0.5).softmax(-1) @ v
+    expected = plain(x, **call)[0] + F.linear(added.transpose(1, 2).flatten(2), plain.dense.weight)
+    torch.testing.assert_close(host(x, **call)[0], expected, atol=1e-5, rtol=1e-5)
+    assert (expected - plain(x, **call)[0]).abs().max() > 1e-2
+
+
 @needs_interface
 def test_configurations_and_the_functions_of_other_models_stay_as_they_are():
     model, base = build("gemma2"), build("gemma2")
     before = model.config.to_dict()
-    filled(model, prefix("gemma2"))(tokens())
+    filled(model, prefix())(tokens())
     assert model.config.to_dict() == before
     assert ALL_ATTENTION_FUNCTIONS.get_interface("eager", gradients) is gradients
     assert ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None) is AttentionInterface._global_mapping["sdpa"]
@@ -237,7 +253,7 @@ def test_configurations_and_the_functions_of_other_models_stay_as_they_are():
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_neo"])
 def test_another_thread_does_not_see_the_prefix_of_a_call_that_is_under_way(name):
-    model, base, found = filled(build(name), prefix(name)), build(name), []
+    model, base, found = filled(build(name), prefix()), build(name), []
     expected, changed = base(tokens()).logits, model(tokens()).logits
 
     def call_in_other_thread(*_):
@@ -281,7 +297,7 @@ def registered():
 @pytest.mark.parametrize("implementation", ["mine", "softmax_of_mine"])
 @pytest.mark.parametrize("method", ["prefix", "prompts"])
 def test_functions_that_a_user_registers_are_reached(method, implementation, length, registered):
-    made = {"prefix": prefix("llama", length=length), "prompts": lp.LLaMAAdapter(length=length, layers=2)}[method]
+    made = {"prefix": prefix(length=length), "prompts": lp.LLaMAAdapter(length=length, layers=2)}[method]
     model = filled(build("llama", "sdpa"), made)
     expected = model(tokens()).logits
     model.set_attn_implementation(implementation)
@@ -294,7 +310,7 @@ def test_functions_that_a_user_registers_are_reached(method, implementation, len
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("method", ["prefix", "prompts"])
 def test_flex_attention_equals_eager_attention(name, method):
-    made = {"prefix": prefix(name), "prompts": lp.LLaMAAdapter(length=3, layers=2)}[method]
+    made = {"prefix": prefix(), "prompts": lp.LLaMAAdapter(length=3, layers=2)}[method]
     model, call = filled(build(name, "eager"), made), {"input_ids": tokens(), "attention_mask": LEFT}
     expected = model(**call).logits[LEFT.bool()]
     model.set_attn_implementation("flex_attention")
@@ -304,7 +320,7 @@ def test_flex_attention_equals_eager_attention(name, method):
 
 @needs_interface
 def test_a_prefix_under_flash_attention_is_noticed_at_run_time():
-    model = filled(build("llama"), prefix("llama"))
+    model = filled(build("llama"), prefix())
 
     def flash_attention_forward(module, query, *_, **__):
         return query.transpose(1, 2), None
@@ -319,8 +335,8 @@ def test_a_prefix_under_flash_attention_is_noticed_at_run_time():
 @pytest.mark.parametrize("name", ["gemma2", "gpt_neo", "bloom"])
 def test_two_prefixes_are_one_that_is_as_long_as_both(name):
     """The later method's stand in front; ALiBi of Bloom lets each of them end where the text begins."""
-    model = filled(build(name), [prefix(name), prefix(name, name="second", length=3)])
-    whole = filled(build(name), prefix(name, length=LENGTH + 3))
+    model = filled(build(name), [prefix(), prefix(name="second", length=3)])
+    whole = filled(build(name), prefix(length=LENGTH + 3))
     with torch.no_grad():
         for path, _, key, one in lp.adapters(model):
             if key == "second":
@@ -336,8 +352,7 @@ def test_two_prefixes_are_one_that_is_as_long_as_both(name):
 @pytest.mark.parametrize("name", ["gpt_neo", "gemma2"])
 def test_a_prefix_and_prompts_add_up_in_either_order(name, methods):
     """The prompts' part does not depend on the keys beside them."""
-    targets = [MODELS[name][2]]
-    made = {"prefix": prefix(name), "prompts": lp.LLaMAAdapter(length=3, layers=2, targets=targets)}
+    made = {"prefix": prefix(), "prompts": lp.LLaMAAdapter(length=3, layers=2)}
     model = filled(build(name), [made[method] for method in methods])
     host, x = next(iter(lp.adapters(model)))[1], torch.randn(2, 5, 32)
     call = {"attention_mask": torch.full((5, 5), -1e4).triu(1)[None, None]}
@@ -356,9 +371,9 @@ def test_a_prefix_and_prompts_add_up_in_either_order(name, methods):
 def test_a_prefix_that_starts_as_words_is_those_words(name):
     """With positions, or ALiBi's distances, as if the words stood in front."""
     base, x, words = build(name), tokens(), [11, 7, 5, 9]
-    prefixes = list(prefix(name).adapters(base))
+    prefixes = list(prefix().adapters(base))
     init_from_text(base, prefixes, words)
-    model = lp.inject(copy.deepcopy(base), prefix(name, shift_positions=name not in BY_DISTANCE))
+    model = lp.inject(copy.deepcopy(base), prefix(shift_positions=name not in BY_DISTANCE))
     with torch.no_grad():
         for path, adapter in prefixes:
             model.get_submodule(path).peft["prefix_tuning"].load_state_dict(adapter.state_dict())
@@ -380,7 +395,7 @@ def test_widths_of_keys_and_values_are_measured_without_values_of_weights(name):
 
 
 def test_one_token_does_not_tell_how_alibi_falls():
-    model = filled(build("bloom"), prefix("bloom"))
+    model = filled(build("bloom"), prefix())
     with pytest.raises(ValueError, match="start from two tokens"):
         model(tokens(length=1))
 
