@@ -400,6 +400,7 @@ def test_one_token_does_not_tell_how_alibi_falls():
         model(tokens(length=1))
 
 
+@pytest.mark.filterwarnings("ignore:Adapters reach 1 of 2 blocks")
 def test_attention_that_keys_cannot_be_added_to_is_left_out_and_said():
     sizes = {f"{part}_{kind}": n for part in ("encoder", "decoder") for kind, n in
              (("layers", 1), ("attention_heads", 4), ("ffn_dim", 48))}  # fmt: skip
