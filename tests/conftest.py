@@ -3,7 +3,6 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from importlib.metadata import version
 from pathlib import Path
 
 import evaluated
@@ -32,17 +31,6 @@ def pytest_pyfunc_call(pyfuncitem):
         advice = "leave it out where it does not apply (if all tests say so: `make clean`, for modules compiled before)"
         pytest.fail(f"{pyfuncitem.name} evaluated no assertion, so that it could not fail: {advice}", pytrace=False)
     return result
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call():
-    """Leave out what transformers before 5 cannot do: T5 has no attention there that prefixes could enter."""
-    try:
-        return (yield)
-    except (TypeError, AssertionError) as error:
-        if version("transformers") >= "5" or "(T5Attention) uses attn_implementation='eager'" not in str(error):
-            raise
-        pytest.skip("before transformers 5, T5 does not call scaled_dot_product_attention")
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call, parameter_like
 from ..core.method import Method, check_setting
-from ..structure.attention import KeyValue, call_changed, check_interceptable, head_count, key_value
+from ..structure.attention import KeyValue, head_count, key_value
+from ..structure.attention_calls import call_changed
+from ..structure.attention_hosts import attention_hosts
 from ..structure.selection import select_modules, select_parameters
 from .families.bias_and_scale import BiasAndScale
 
@@ -23,7 +25,8 @@ class LLaMAAdapter(Method):
 
     o = W_o (softmax(q K^T) V + tanh(gate) softmax(q (W_k P)^T) (W_v P)), with P (length, features) and one gate for
     each head. Prompt keys have no positions and every token sees them. At gate zero the model is the base, bit by bit.
-    The paper has the gate without tanh; tanh(gate) follows the authors' code.
+    The paper has the gate without tanh; tanh(gate) follows the authors' code. Scores of prompts are computed as those
+    of tokens are, scaled and with a softcap (Gemma 2); sinks (gpt-oss) belong to the softmax over tokens alone.
 
     Args:
         name: Name of the adapters on their hosts, and in files.
@@ -61,13 +64,12 @@ class LLaMAAdapter(Method):
         check_setting(isinstance(steps, int) and steps >= 0, "gate_warmup_steps", steps, "a whole number of steps")
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
-        hosts = select_modules(model, self.targets)
+        hosts = attention_hosts(model, self.targets, (), joins=False)
         layers = self.layers or max(1, len(hosts) - 2)
         check_setting(
             layers <= len(hosts), "layers", layers, f"at most {len(hosts)}, the number of attention modules found"
         )
         for name, host in list(hosts.items())[-layers:]:
-            check_interceptable(model, name)
             heads = self.heads or head_count(model, name)
             yield name, LLaMAAdapterPrompt(host, key_value(model, name), self.length, heads)
         if self.bias_and_scale:
@@ -124,25 +126,30 @@ class LLaMAAdapterPrompt(Adapter):
 
         def gated(attend: Call, query: Tensor, *rest: Any, **settings: Any) -> Tensor:
             output: Tensor = attend(query, *rest, **settings)
-            return output + self._prompted(query, key, value, settings.get("scale"))
+            return output + self._prompted(query, key, value, settings.get("scale"), settings.get("softcap"))
 
         return call_changed(gated, host, inner, *args, **kwargs)
 
-    def _prompted(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def _prompted(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, softcap: float | None
+    ) -> Tensor:
         """Return softmax(q K^T) tanh(gate) V for q (batch, heads, tokens, size), K and V (length, kv_heads * size)."""
         heads, size = len(self.gate), query.shape[-1]
-        key, value = (x.view(len(x), -1, size).transpose(0, 1) for x in (key, value))
+        key = key.view(len(key), -1, size).transpose(0, 1)
+        value = value.view(len(value), len(key), -1).transpose(0, 1)
         groups = heads // len(key)
         if query.shape[1:3] == (len(key), groups):  # one token; the caller passed a group's query heads as tokens
             grouped = query.reshape(len(query), heads, -1, size)
-            return self._prompted_heads(grouped, key, value, scale).reshape_as(query)
+            return self._prompted_heads(grouped, key, value, scale, softcap).reshape_as(query)
         if query.shape[1] != heads:
             raise ValueError(
                 f"The attention call has {query.shape[1]} heads, the adapter {heads} gates; give heads=...."
             )
-        return self._prompted_heads(query, key, value, scale)
+        return self._prompted_heads(query, key, value, scale, softcap)
 
-    def _prompted_heads(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def _prompted_heads(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, softcap: float | None
+    ) -> Tensor:
         """Return the same for q with all of its heads, K and V (kv_heads, length, size)."""
         key, value = (x.repeat_interleave(query.shape[1] // len(x), 0) for x in (key, value))
         # Prompts are few: scaling and gating them costs less than scaling scores and gating weights of all tokens.
@@ -151,6 +158,9 @@ class LLaMAAdapterPrompt(Adapter):
         # One product for each head over the tokens of all rows: projections have this layout in memory, so no copy is
         # saved. With tokens in the last dimension, a softmax over a few prompts is twenty times as fast on the CPU.
         tokens = query.transpose(0, 1).flatten(1, 2).mT
-        weights = (key.to(query.dtype) @ tokens).softmax(1, dtype=torch.promote_types(query.dtype, torch.float32))
+        scores = key.to(query.dtype) @ tokens
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        weights = scores.softmax(1, dtype=torch.promote_types(query.dtype, torch.float32))
         prompted: Tensor = weights.to(query.dtype).mT @ value.to(query.dtype)
         return prompted.view(len(prompted), *query.shape[0:3:2], -1).transpose(0, 1)

@@ -11,8 +11,9 @@ from torch import nn
 
 from ..core.adapter import Adapter
 from ..core.method import Method, check_setting
+from ..structure.attention_hosts import attention_hosts
 from ..structure.roles import head_layers
-from ..structure.selection import select_modules, select_parameters
+from ..structure.selection import select_parameters
 from .prompting.position_shift import shifted_positions
 from .prompting.prefix import prefixes
 from .prompting.prefix_init import init_from_text
@@ -26,6 +27,10 @@ class PrefixTuning(Method):
     Encoder, decoder and cross-attention have separate prefixes. In training, one perceptron computes them, as in the
     authors' code: [P_k, P_v] = tanh(E W_1^T + b_1) W_2^T + b_2, with E (length, features), W_1 (hidden_size,
     features), and separate rows of W_2 and b_2 for each module. ``finalize`` and adapter files keep only P_k and P_v.
+
+    Added keys are scored as all others, softcaps included, and share their softmax, sinks included. No mask hides them.
+    Biases by distance add nothing to them (T5, ALiBi of Falcon), but for the ALiBi of Bloom and MPT, where they stand
+    before the first token, as in a key-value cache.
 
     Args:
         name: Name of the adapters on their hosts, and in files.
@@ -62,7 +67,7 @@ class PrefixTuning(Method):
         check_setting(has_text == (self.init == "text"), "init_text", self.init_text, "given with init='text' alone")
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
-        hosts = select_modules(model, self.targets, self.exclude)
+        hosts = attention_hosts(model, self.targets, self.exclude, joins=True)
         hidden = self.hidden_size if self.reparameterize else None
         adapters = list(prefixes(model, hosts, self.length, self.dropout, hidden))
         if self.init == "text":
@@ -108,7 +113,7 @@ class PTuningV2(Method):
         _check(self.length, self.hidden_size, self.dropout)
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
-        hosts = select_modules(model, self.targets, self.exclude)
+        hosts = attention_hosts(model, self.targets, self.exclude, joins=True)
         return prefixes(model, hosts, self.length, self.dropout, self.hidden_size if self.projection else None)
 
     def parameters(self, model: nn.Module) -> Iterable[str]:

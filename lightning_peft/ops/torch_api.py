@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 HookKind = Literal["forward", "forward_pre", "state_dict", "load_state_dict_pre"]
 
@@ -70,6 +71,12 @@ def without_function_modes() -> AbstractContextManager[None]:
     """Context in which neither modes nor subclasses intercept functions of torch."""
     context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
     return context
+
+
+def function_modes() -> list[TorchFunctionMode]:
+    """Return the function modes of this thread, the innermost last; ``torch.compile`` understands the question."""
+    modes: list[TorchFunctionMode] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return modes
 
 
 @contextmanager

@@ -1,70 +1,19 @@
-"""``AttentionCalls`` and ``KeyValue``: calls of attention, and its key and value projections, for all methods."""
+"""``KeyValue``: key and value projections of an attention module, for all methods."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from ..ops.multi_head_attention import multi_head_attention
 from .fused_rows import fused_rows, is_fused
 from .layer_of import layer_of
 from .roles import ROLES
 from .rows import Rows
 from .structure_of import structure_of
-from .transformers_api import attention_heads, attention_implementation
-
-
-class AttentionCalls(TorchFunctionMode):
-    """Context that calls ``change(attend, query, key, value, ...)`` in place of ``scaled_dot_product_attention``.
-
-    This includes the attention inside torch's ``nn.MultiheadAttention``, where masks are additive. Enter it as
-    ``calls = AttentionCalls(change)`` and ``with calls:``; ``with AttentionCalls(change) as calls:`` loses the object
-    under ``torch.compile``.
-
-    Args:
-        change: Function of the attention function and of its arguments, which tell heads and sizes.
-    """
-
-    def __init__(self, change: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.change, self.seen = change, False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            self.seen = True
-            return self.change(func, *args, **(kwargs or {}))
-        if func is F.multi_head_attention_forward:  # calls inside it do not reach this mode
-            self.seen = True
-            attend = functools.partial(self.change, F.scaled_dot_product_attention)
-            return multi_head_attention(attend, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def call_changed(
-    change: Callable[..., Tensor], host: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    """Return ``inner(*args, **kwargs)``, the call of an attention module, inside ``AttentionCalls(change)``.
-
-    Raises:
-        RuntimeError: The host did not call ``scaled_dot_product_attention``, so that the change had no effect; the
-            message says how to load the model.
-    """
-    calls = AttentionCalls(change)
-    with calls:
-        output = inner(*args, **kwargs)
-    if not calls.seen:
-        raise RuntimeError(
-            f"{type(host).__name__} did not call scaled_dot_product_attention, so its adapter has no effect; "
-            f"load the model with attn_implementation='sdpa' (in timm: with fused_attn) and do not ask for attention "
-            f"weights."
-        )
-    return output
+from .transformers_api import attention_heads
 
 
 @dataclass(frozen=True)
@@ -172,32 +121,3 @@ def head_count(model: nn.Module, name: str) -> int:
             f"{name} ({type(host).__name__}) does not say how many heads it has; give the method heads=...."
         )
     return count
-
-
-def check_interceptable(model: nn.Module, name: str) -> None:
-    """Raise for attention that is known not to call ``scaled_dot_product_attention``.
-
-    Args:
-        model: Model that holds the attention module. If the configuration of the attention module does not tell, the
-            nearest configuration of a module around it does.
-        name: Dotted name of the attention module.
-
-    Raises:
-        TypeError: The attention does not call it; the message says how to load the model instead.
-    """
-    host = model.get_submodule(name)
-    implementation, parent = attention_implementation(host), name
-    while implementation is None and parent:
-        parent = parent.rpartition(".")[0]
-        implementation = attention_implementation(model.get_submodule(parent))
-    if implementation not in (None, "sdpa"):
-        raise TypeError(
-            f"{name} ({type(host).__name__}) uses attn_implementation={implementation!r}, where added keys would be "
-            f"silently ignored; load the model with attn_implementation='sdpa'. For architectures without it "
-            f"(DeBERTa, or T5 before transformers 5) choose another method."
-        )
-    if getattr(host, "fused_attn", True) is False:
-        raise TypeError(
-            f"{name} ({type(host).__name__}) has fused_attn=False, where added keys would be silently ignored; call "
-            f"timm.layers.set_fused_attn(True) before the model is built."
-        )

@@ -42,7 +42,7 @@ def measure(model: nn.Module, example_inputs: Any) -> None:
     Raises:
         ValueError: The forward fails with these inputs.
     """
-    _remembered(model, _traced(model, _as_inputs(example_inputs)), base_modules(model))
+    _remembered(model, _traced(model, as_inputs(example_inputs)), base_modules(model))
 
 
 def _remembered(model: nn.Module, structure: Structure, modules: dict[str, nn.Module]) -> Structure:
@@ -55,7 +55,7 @@ def _remembered(model: nn.Module, structure: Structure, modules: dict[str, nn.Mo
 def _found(model: nn.Module) -> Structure:
     if (example := getattr(model, "example_input_array", None)) is not None:
         try:
-            return _traced(model, _as_inputs(example))
+            return _traced(model, as_inputs(example))
         except ValueError as error:
             warnings.warn(f"{error} Its layers are found without it.", stacklevel=2)
     parts = {name: _part(part).below(name) for name, part in outermost_pretrained(model)}
@@ -91,7 +91,7 @@ def _traced(model: nn.Module, example: Inputs | None = None) -> Structure:
         ) from error
 
 
-def _as_inputs(example: Any) -> Inputs:
+def as_inputs(example: Any) -> Inputs:
     """Return positional and named arguments, on the CPU, where the twin is."""
     example = tree_map_only(Tensor, lambda x: x.detach().cpu(), example)
     if isinstance(example, Mapping):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .base_model import base_modules
 
+SDPA_FUNCTION = "sdpa_attention_forward"  # of the attention interface: calls scaled_dot_product_attention
 CONV1D = "transformers.pytorch_utils.Conv1D"  # linear layer of GPT-2 whose weight is (in, out)
 POSITIONS = ("position_ids", "cache_position")  # arguments of a backbone that hold the positions of its tokens
 HAS_HOOKS = "_output_capturing_hooks_installed"  # attribute of a model whose hooks record hidden states
@@ -159,6 +160,16 @@ def use_eager_attention(model: nn.Module) -> None:
     for module in model.modules():
         if attention_implementation(module) not in (None, "eager", "sdpa"):
             module.config._attn_implementation = "eager"  # type: ignore[union-attr]
+
+
+def attention_interface() -> Any:
+    """Return the class of transformers' attention interface; None without transformers, and before its release 5.
+
+    There, attention modules call eager attention without asking the interface.
+    """
+    package = sys.modules.get("transformers.modeling_utils")
+    interface = getattr(package, "AttentionInterface", None)
+    return interface if hasattr(interface, "get_interface") else None
 
 
 def attention_heads(module: nn.Module) -> int | None:

@@ -34,11 +34,13 @@ def sharded():
     return model
 
 
-def eager():
+def flash():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-    return LlamaForCausalLM._from_config(config, attn_implementation="eager")
+    model = LlamaForCausalLM(config)
+    model.config._attn_implementation = "flash_attention_2"
+    return model
 
 
 def torch_encoder():
@@ -128,7 +130,7 @@ REFUSED = {
     "no block left": (MODELS["bert"], lp.KronABlock(exclude=["layer.*"]), ValueError, "leaves nothing"),
     "excluded typo of a block": (MODELS["bert"], lp.KronABlock(exclude=["layers.*"]), ValueError, "matches nothing"),
     "down first": (Backwards, lp.KronABlock(), ValueError, "No up-projection comes before fc2"),
-    "eager attention": (eager, lp.LLaMAAdapter(), TypeError, "attn_implementation='eager'.*'sdpa'"),
+    "flash attention": (flash, lp.PTuningV2(), TypeError, "attn_implementation='flash_attention_2'.*'sdpa'"),
     "too many layers": (MODELS["llama"], lp.LLaMAAdapter(layers=4), ValueError, "layers must be at most 3"),
     "no backbone": (chain, lp.PromptTuning(), ValueError, "give the method targets"),
     "no tokens": (lambda: family("vit"), lp.PromptTuning(), TypeError, "ViTModel reads pixel_values and has no"),
@@ -230,10 +232,11 @@ def test_tied_output_layers_are_trained_only_by_name():
     assert {n for n, p in tied.named_parameters() if p.requires_grad} == {"transformer.wte.weight"}
 
 
-def test_eager_attention_at_run_time_is_noticed():
-    model = lp.inject(MODELS["llama"](), lp.LLaMAAdapter(length=2))
-    model.config._attn_implementation = "eager"
-    with pytest.raises(RuntimeError, match="did not call scaled_dot_product_attention"):
+@pytest.mark.parametrize("method", [lp.LLaMAAdapter(length=2), lp.PTuningV2(length=2)], ids=["llama", "prefix"])
+def test_attention_that_is_not_called_at_run_time_is_noticed(method, monkeypatch):
+    model = lp.inject(MODELS["plain"](), method)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, mask: v)
+    with pytest.raises(RuntimeError, match="did not call attention that can be changed.*'sdpa' or 'eager'"):
         model(tokens())
 
 

@@ -335,7 +335,7 @@ def test_a_causal_call_stays_one_without_a_mask_unless_the_prefix_is_longer_than
 
 @pytest.mark.parametrize("queries", [4, 9])
 def test_a_causal_call_is_the_formula_with_more_keys_than_queries_and_grouped_heads(queries):
-    from lightning_peft.methods.prompting.prefix import attend_joined
+    from lightning_peft.ops.joined_attention import attend_joined
 
     q, k, v = (torch.randn(2, h, n, 8, dtype=torch.float64) for h, n in ((4, queries), (2, 11), (2, 11)))
     pk, pv = (torch.randn(2, 2, 5, 8, dtype=torch.float64) for _ in range(2))
@@ -463,10 +463,10 @@ def test_words_need_a_model_that_reads_them(tokenizer):
 def test_what_cannot_work_is_refused_by_name():
     from transformers import BertConfig, BertModel
 
-    eager = BertModel(BertConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=8, num_attention_heads=2))
-    eager.config._attn_implementation = "eager"
-    with pytest.raises(TypeError, match="attn_implementation='sdpa'"):
-        lp.inject(eager, lp.PrefixTuning())
+    flash = BertModel(BertConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=8, num_attention_heads=2))
+    flash.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(TypeError, match="'flash_attention_2'.*attn_implementation='sdpa'"):
+        lp.inject(flash, lp.PrefixTuning())
     with pytest.raises(TypeError, match=r"T5ForConditionalGeneration\) takes no position_ids.*shift_positions=False"):
         lp.inject(t5(1), lp.PrefixTuning(shift_positions=True))
     with pytest.raises(TypeError, match="No transformers backbone"):

@@ -104,7 +104,7 @@ def test_subclasses_of_tensors_are_computed_as_plain_ones():
 
 
 def test_functions_of_torch_can_be_called_inside_of_a_mode_that_intercepts_them():
-    """Else tracing what feeds attention never ends."""
+    """Else tracing what feeds attention never ends, and prefixes do not reach eager attention."""
     seen = []
 
     class Mode(TorchFunctionMode):
@@ -113,7 +113,9 @@ def test_functions_of_torch_can_be_called_inside_of_a_mode_that_intercepts_them(
             return func(*args, **(kwargs or {}))
 
     x = torch.ones(2)
-    with Mode():
+    assert api.function_modes() == []
+    with Mode() as mode:
+        assert api.function_modes() == [mode]
         with api.without_function_modes():
             torch.add(x, 1)
         assert seen == []

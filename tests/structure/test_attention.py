@@ -3,16 +3,15 @@
 import copy
 import importlib.util
 import itertools
-from importlib.metadata import version
 
 import pytest
 import torch
 import torch.nn.functional as F
-from models import MODELS, logits
+from models import BEFORE_5, MODELS, logits
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.structure.attention import AttentionCalls
+from lightning_peft.structure.attention_calls import AttentionCalls
 from lightning_peft.structure.roles import ROLES
 
 
@@ -257,6 +256,11 @@ def test_an_encoder_that_packs_nothing_is_left_as_it_is():
     assert not encoder.use_nested_tensor
 
 
+def positions(name, count):
+    """Argument that T5's attention needs before transformers 5."""
+    return {"cache_position": torch.arange(count)} if name == "t5" and BEFORE_5 else {}
+
+
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_llama_adapter_on_cross_attention(name):
     model = filled(MODELS[name](), lp.LLaMAAdapter(length=3, layers=2)).double()
@@ -270,7 +274,7 @@ def test_llama_adapter_on_cross_attention(name):
     )  # noqa: E501
     prompts, scale = [k(adapter.prompt), v(adapter.prompt)], 1.0 if name == "t5" else None
     expected = o(attended(q(x), k(memory), v(memory), adapter, prompts, scale=scale))
-    torch.testing.assert_close(host(x, key_value_states=memory)[0], expected)
+    torch.testing.assert_close(host(x, key_value_states=memory, **positions(name, 4))[0], expected)
 
 
 def test_llama_adapter_on_t5s_biased_attention():
@@ -279,7 +283,7 @@ def test_llama_adapter_on_t5s_biased_attention():
     adapter, bias = host.peft["llama_adapter"], host.compute_bias(4, 4)
     prompts = [host.k(adapter.prompt), host.v(adapter.prompt)]
     expected = host.o(attended(host.q(x), host.k(x), host.v(x), adapter, prompts, bias, 1.0))
-    torch.testing.assert_close(host(x)[0], expected)
+    torch.testing.assert_close(host(x, **positions("t5", 4))[0], expected)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "encoder"])
@@ -306,22 +310,41 @@ def test_every_attention_of_a_family_is_found(name):
     assert len(ROLES["attention"](MODELS[name]())) == COUNTS[name]
 
 
-def implemented(kind):
-    model = MODELS["bart"]()
-    model.config._attn_implementation = kind
-    return model
-
-
 def deberta():
     from transformers import DebertaV2Config, DebertaV2Model
 
     return DebertaV2Model(DebertaV2Config(vocab_size=8, hidden_size=8, num_attention_heads=2, num_hidden_layers=1))
 
 
-def unfused():
-    model = MODELS["fused_vit"]()
-    model.blocks[2].attn.fused_attn = False
-    return model
+def longformer():
+    from transformers import LongformerConfig, LongformerModel
+
+    sizes = {"vocab_size": 8, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    return LongformerModel(LongformerConfig(**sizes, attention_window=[4]))
+
+
+def xlnet():
+    from transformers import XLNetConfig, XLNetModel
+
+    return XLNetModel(XLNetConfig(vocab_size=8, d_model=8, n_head=2, n_layer=1, d_inner=8))
+
+
+def mamba():
+    from transformers import MambaConfig, MambaModel
+
+    return MambaModel(MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, state_size=2))
+
+
+def delta_net():
+    from transformers import Qwen3NextConfig, Qwen3NextModel
+
+    sizes = {"vocab_size": 8, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    linear = {"linear_num_key_heads": 1, "linear_num_value_heads": 1, "linear_key_head_dim": 4}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 4}
+    config = Qwen3NextConfig(
+        **sizes, **linear, **experts, linear_value_head_dim=4, num_hidden_layers=1, layer_types=["linear_attention"]
+    )
+    return Qwen3NextModel(config)
 
 
 def unequal():
@@ -329,39 +352,49 @@ def unequal():
 
 
 REFUSED = {
-    "flash": (lambda: implemented("flash_attention_2"), "BartAttention.*'flash_attention_2'.*'sdpa'"),
-    "flex": (lambda: implemented("flex_attention"), "BartAttention.*'flex_attention'.*'sdpa'"),
-    "eager": (lambda: implemented("eager"), "BartAttention.*'eager'.*'sdpa'"),
-    "DeBERTa": (deberta, "DisentangledSelfAttention.*'eager'.*choose another method"),
-    "timm": (unfused, "fused_attn=False.*set_fused_attn"),
-    "widths": (unequal, "keys of 6 features and values of 10"),
+    "DeBERTa": (deberta, ["attention"], "DisentangledSelfAttention.*disentangled attention.*another method"),
+    "Longformer": (longformer, ["attention"], "LongformerSelfAttention.* in chunks of neighbouring keys.*another"),
+    "XLNet": (xlnet, ["attention"], "XLNetRelativeAttention.*relative positions.*another method"),
+    "Mamba": (mamba, ["attention"], "MambaMixer.* is a recurrence.*another method"),
+    "gated delta net": (delta_net, ["linear_attn"], "GatedDeltaNet.* is a recurrence.*another method"),
+    "widths": (unequal, ["attention"], "keys of 6 features and values of 10"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_attention_that_would_ignore_prompts_is_refused(case):
-    make, message = REFUSED[case]
+def test_attention_that_cannot_be_changed_is_refused_before_anything_is(case):
+    make, targets, message = REFUSED[case]
     model = make()
     before = list(model.state_dict())
-    for method in (lp.LLaMAAdapter(layers=1), *([] if case == "widths" else [lp.PTuningV2(length=2)])):
-        with pytest.raises(TypeError, match=message):
+    prefix = lp.PTuningV2(length=2, targets=targets)
+    for method in (lp.LLaMAAdapter(layers=1, targets=targets), *([] if case == "widths" else [prefix])):
+        with pytest.raises(TypeError, match=message) as raised:
             lp.inject(model, method)
+        assert case == "widths" or ";" not in str(raised.value)  # one class is named
     assert list(model.state_dict()) == before
 
 
 @pytest.mark.parametrize("method", [lp.LLaMAAdapter(length=2), lp.PTuningV2(length=2)], ids=["llama", "prefix"])
 @pytest.mark.parametrize("name", ["llama", "bert", "t5", "bart", "distilbert", "vit"])
-def test_attention_that_was_switched_after_injection_is_noticed(name, method):
-    model, inputs = lp.inject(MODELS[name](), method).eval(), MODELS[name].inputs()
+def test_attention_may_be_switched_after_injection(name, method):
+    model, inputs = filled(MODELS[name](), method).double().eval(), MODELS[name].inputs()
+    if name == "vit":
+        inputs = {key: x.double() for key, x in inputs.items()}
+    base = logits(MODELS[name]().double()(**inputs))
     expected = logits(model(**inputs))
-    model.set_attn_implementation("eager")
-    try:
-        found = logits(model(**inputs))
-    except RuntimeError as error:
-        assert "did not call scaled_dot_product_attention" in str(error)  # noqa: PT017
-    else:  # before transformers 5 a model may keep the attention that it was built with
-        assert version("transformers") < "5"
-        assert torch.equal(found, expected)
+    assert (expected - base).abs().max() > 1e-2
+    model.set_attn_implementation("eager")  # its softmax is in float32 in some models
+    torch.testing.assert_close(logits(model(**inputs)), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", [lp.LLaMAAdapter(length=2), lp.PTuningV2(length=2)], ids=["llama", "prefix"])
+def test_timms_attention_is_the_same_with_and_without_its_fused_kernel(method):
+    model, inputs = filled(MODELS["fused_vit"](), method).eval(), MODELS["fused_vit"].inputs()
+    expected = logits(model(**inputs))
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    torch.testing.assert_close(logits(model(**inputs)), expected)
+    assert (logits(MODELS["fused_vit"]()(**inputs)) - expected).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["llama", "encoder", "t5"])

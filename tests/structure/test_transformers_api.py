@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from models import MODELS, cache_argument, cache_of, tokens
+from models import BEFORE_5, MODELS, cache_argument, cache_of, tokens
 from torch import nn
 
 import lightning_peft as lp
@@ -149,7 +149,7 @@ def test_backbones_are_found_in_heads_shells_and_halves():
 
 
 def test_attention_says_what_it_calls_and_how_many_heads_it_has():
-    """Else prefixes in eager attention, which sees none of them, are not refused any more."""
+    """Else flash attention, which added keys would make wrong, is not refused any more."""
     for name in DECODERS:
         model = MODELS[name]()
         attention = model.get_submodule({"llama": "model.layers.0.self_attn", "gpt2": "transformer.h.0.attn"}[name])
@@ -159,6 +159,26 @@ def test_attention_says_what_it_calls_and_how_many_heads_it_has():
         assert api.attention_implementation(attention) == "eager"
     assert api.attention_implementation(nn.Linear(1, 1)) is None
     assert api.attention_heads(nn.Linear(1, 1)) is None
+
+
+@pytest.mark.skipif(BEFORE_5, reason="attention modules ask no interface before transformers 5")
+def test_every_attention_function_comes_from_the_interface_that_is_reached(monkeypatch):
+    """Else prefixes do not reach eager attention, or change calls of torch's function twice."""
+    interface, asked = api.attention_interface(), []
+    assert interface._global_mapping["sdpa"].__name__ == api.SDPA_FUNCTION
+    original = interface.get_interface
+
+    def get_interface(self, attn_implementation, default):
+        asked.append((attn_implementation, default.__name__))
+        return original(self, attn_implementation, default)
+
+    monkeypatch.setattr(interface, "get_interface", get_interface)
+    model = MODELS["llama"]()
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        model(tokens())
+        assert asked == [(implementation, "eager_attention_forward")] * 3
+        asked.clear()
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")

@@ -11,7 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.adapter import Adapter, Call, parameter_like
-from ...structure.attention import call_changed, check_interceptable, key_value
+from ...ops.joined_attention import attend_joined
+from ...structure.attention import key_value
+from ...structure.attention_calls import call_changed
+from ...structure.attention_probe import probe_attention
+from ...structure.layer_of import is_called_linear, layer_of
 
 _UNMERGEABLE = "no weight gives keys and values that do not depend on the input"
 
@@ -142,48 +146,39 @@ class Prefix(Adapter):
         return torch.cat([rows, x], -2)
 
 
-def attend_joined(
-    attend: Call,
-    length: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **settings: Any,
-) -> Tensor:
-    """Attend to keys and values whose first ``length`` were added to the call; every query sees these.
-
-    A causal call remains causal without a mask, so that it keeps its kernel: empty queries, as many as added keys, are
-    put in front. Where the prefix is longer than the text, a mask is cheaper.
-    """
-    queries, keys, empty = query.shape[-2], key.shape[-2], 0
-    if is_causal and length <= queries:
-        query, empty = F.pad(query, (0, 0, length, 0)), length
-    elif is_causal:
-        attn_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(length)
-        is_causal = False
-    elif attn_mask is not None:
-        attn_mask = attn_mask.expand(*attn_mask.shape[:-1], keys - length)
-        attn_mask = F.pad(attn_mask, (length, 0), value=attn_mask.dtype == torch.bool)
-    output: Tensor = attend(query, key, value, attn_mask, dropout_p, is_causal, **settings)
-    return output[..., empty:, :]
-
-
 def prefixes(
     model: nn.Module, hosts: Mapping[str, nn.Module], length: int, dropout: float, hidden: int | None
 ) -> Iterator[tuple[str, Adapter]]:
     """Yield (host's name, prefix) for each attention module and, with a hidden size, first of the shared encoder."""
     encoder = None
-    for name, host in hosts.items():
-        check_interceptable(model, name)
-        project = key_value(model, name)
-        like = project.weight(host)
+    for name, (like, features, widths) in _shapes(model, hosts).items():
         if hidden is not None and encoder is None:
-            encoder = PrefixEncoder(like, length, project.inputs(host)[0], hidden)
+            encoder = PrefixEncoder(like, length, features, hidden)
             yield _called_ancestor(model, list(hosts)), SharedEncoder(encoder)
-        yield name, Prefix(like, project.outputs(host), length, dropout, encoder)
+        yield name, Prefix(like, widths, length, dropout, encoder)
+
+
+def _shapes(model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, tuple[Tensor, int, tuple[int, int]]]:
+    """Return (a weight, width of the input, widths of keys and values) of each attention module.
+
+    They are those of its key and value projections; where these are not known, of its first layer and of the attention
+    call in a trace.
+    """
+    shapes = dict[str, tuple[Tensor, int, tuple[int, int]]]()
+    errors = dict[str, Exception]()
+    for name, host in hosts.items():
+        try:
+            project = key_value(model, name)
+            shapes[name] = project.weight(host), project.inputs(host)[0], project.outputs(host)
+        except (TypeError, ValueError) as exception:
+            errors[name] = exception
+    widths = probe_attention(model, errors) if errors else {}
+    for name, error in errors.items():
+        layer = next((m for m in hosts[name].modules() if is_called_linear(m)), None)
+        if (found := widths.get(name)) is None or layer is None:
+            raise error
+        shapes[name] = next(layer.parameters()), layer_of(layer).shape(layer)[1], found
+    return {name: shapes[name] for name in hosts}
 
 
 def _called_ancestor(model: nn.Module, names: list[str]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...core.adapter import Adapter, Call
 from ...core.eval_mode import evaluating
 from ...core.method import check_setting
-from ...structure.attention import AttentionCalls
+from ...structure.attention_calls import AttentionCalls
 from ...structure.transformers_api import backbones, is_encoder_decoder
 from .prefix import Prefix
 from .virtual_tokens import names_of
@@ -71,7 +71,7 @@ def _keys_and_values(model: nn.Module, names: Sequence[str], ids: Sequence[int])
         return attend(query, key, value, *rest, **settings)
 
     calls = AttentionCalls(record)
-    with torch.no_grad(), evaluating(model), _record_entered(model, names, entered), calls:
+    with torch.no_grad(), evaluating(model), _record_entered(model, names, entered, calls), calls:
         for name, host in backbones(model):
             check_setting(
                 "input_ids" in names_of(host), "init", "text", f"'random', as {name or 'the model'} reads no tokens"
@@ -93,11 +93,17 @@ def _as_prefix(pair: tuple[Tensor, Tensor], prefix: Prefix) -> tuple[Tensor, Ten
 
 
 @contextmanager
-def _record_entered(model: nn.Module, names: Sequence[str], entered: list[str]) -> Iterator[None]:
+def _record_entered(
+    model: nn.Module, names: Sequence[str], entered: list[str], calls: AttentionCalls
+) -> Iterator[None]:
     """Context in which the name of each of these modules is appended to ``entered`` when it is called."""
 
     def append(name: str) -> Any:
-        return lambda module, args: entered.append(name)
+        def hook(module: nn.Module, args: Any) -> None:
+            entered.append(name)
+            calls.start(module)
+
+        return hook
 
     handles = [model.get_submodule(name).register_forward_pre_hook(append(name)) for name in names]
     try:

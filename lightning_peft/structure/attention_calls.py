@@ -1,0 +1,81 @@
+"""``AttentionCalls`` and ``call_changed``: the attention calls of a module, and how an adapter changes them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.multi_head_attention import multi_head_attention
+from .attention_interface import InterfaceMode, change_interface_call, interface_attention, reach_interface
+from .attention_products import PRODUCTS, AttentionProducts
+
+
+class AttentionCalls(InterfaceMode):
+    """Context that calls ``change(attend, query, key, value, ...)`` in place of each attention function.
+
+    Attention functions are ``scaled_dot_product_attention``, also inside torch's ``nn.MultiheadAttention``, where masks
+    are additive; the functions of transformers' attention interface; and a softmax between two products. All of them
+    are called as the first one is: with keys and values (batch, heads, tokens, size), ``attn_mask`` and ``scale``.
+    Enter it as ``calls = AttentionCalls(change)`` and ``with calls:``; ``with AttentionCalls(change) as calls:`` loses
+    the object under ``torch.compile``.
+
+    Args:
+        change: Function of the attention function and of its arguments, which tell heads and sizes.
+        host: Attention module, whose number of heads says how to read products of (batch * heads, tokens, size).
+    """
+
+    def __init__(self, change: Callable[..., Tensor], host: nn.Module | None = None) -> None:
+        super().__init__()
+        reach_interface()
+        self.change = change
+        self.start(host)
+
+    def start(self, host: nn.Module | None) -> None:
+        """Begin with the calls of another module."""
+        self.host, self.seen = host, False
+        self.products: AttentionProducts | None = None  # most modules reach an attention function before any product
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self.seen = True
+            return self.change(func, *args, **kwargs)
+        if func is interface_attention:
+            self.seen = True
+            return change_interface_call(self.change, *args, **kwargs)
+        if func is F.multi_head_attention_forward:  # calls inside it do not reach this mode
+            self.seen = True
+            attend = functools.partial(self.change, F.scaled_dot_product_attention)
+            return multi_head_attention(attend, *args, **kwargs)
+        if self.products is None:
+            if self.seen or getattr(func, "__name__", "") not in PRODUCTS:
+                return func(*args, **kwargs)
+            self.products = AttentionProducts(self.change, self.host)
+        output = self.products(func, args, kwargs)
+        self.seen = self.seen or self.products.seen
+        return output
+
+
+def call_changed(
+    change: Callable[..., Tensor], host: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Return ``inner(*args, **kwargs)``, the call of an attention module, inside ``AttentionCalls(change)``.
+
+    Raises:
+        RuntimeError: The host did not call attention, so that the change had no effect.
+    """
+    calls = AttentionCalls(change, host)
+    with calls:
+        output = inner(*args, **kwargs)
+    if not calls.seen:
+        raise RuntimeError(
+            f"{type(host).__name__} did not call attention that can be changed, so its adapter has no effect: neither "
+            f"scaled_dot_product_attention, nor transformers' attention interface, nor a softmax of scaled and masked "
+            f"scores between two products. Load the model with attn_implementation='sdpa' or 'eager' (in timm: with "
+            f"fused_attn), do not ask for attention weights, or choose other targets."
+        )
+    return output
