@@ -68,7 +68,7 @@ class KeyValue:
 
 def _features(x: Tensor, rows: Rows | None) -> Tensor:
     """Return the features of x (tokens, features) that rows of a weight computed."""
-    return x if rows is None else rows.take(x.T).T
+    return x if rows is None else rows.features(x)
 
 
 def _projected_by_torch(host: Any, x: Tensor) -> tuple[Tensor, Tensor]:

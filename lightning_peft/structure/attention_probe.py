@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .attention_calls import AttentionCalls
-from .example_inputs import example_inputs
+from .example_inputs import example_inputs, known_example
 from .hollow_twin import hollow_twin
-from .structure_of import as_inputs
 from .transformers_api import outermost_pretrained
 
 Widths = tuple[int, int]  # of keys and of values, all their heads together
@@ -35,7 +34,7 @@ def probe_attention(model: nn.Module, names: Iterable[str]) -> dict[str, Widths 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield (name, module) of the models that example inputs can be made for."""
-    if getattr(model, "example_input_array", None) is not None:
+    if known_example(model) is not None:
         yield "", model
     yield from outermost_pretrained(model)
 
@@ -45,8 +44,7 @@ def _probe(model: nn.Module, names: dict[str, str]) -> dict[str, Widths | None]:
     found: dict[str, Widths | None] = {}
     try:
         twin = hollow_twin(model)
-        example = getattr(model, "example_input_array", None)
-        inputs = example_inputs(twin) if example is None else as_inputs(example)
+        inputs = known_example(model) or example_inputs(twin)
         for name, inside in names.items():
             module: Any = twin.get_submodule(inside)
             module.forward = partial(_watched, module, module.forward, found, name)

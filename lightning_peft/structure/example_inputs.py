@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .image_inputs import with_images
 
 _TOKENS = 8
 _ROWS = 1  # of several, a classifier without a padding token could not find the last tokens
 
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # by position and by name
 
-def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+_remembered = WeakKeyDictionary[nn.Module, Inputs]()
+
+
+def as_inputs(example: Any) -> Inputs:
+    """Return positional and named arguments, on the CPU, where the twin is."""
+    example = tree_map_only(Tensor, lambda x: x.detach().cpu(), example)
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (example if isinstance(example, tuple) else (example,)), {}
+
+
+def remember_example(model: nn.Module, example: Inputs) -> None:
+    """Keep inputs that a user gave for a model."""
+    _remembered[model] = example
+
+
+def known_example(model: nn.Module) -> Inputs | None:
+    """Return inputs of a model that a user gave, or its ``example_input_array``; None without."""
+    given = getattr(model, "example_input_array", None)
+    return _remembered.get(model) or (None if given is None else as_inputs(given))
+
+
+def example_inputs(model: nn.Module) -> Inputs:
     """Return (args, kwargs) for a model of transformers, or its twin.
 
     Of a configuration are read: the vocabulary, the size of images, of spectrograms. Text is random tokens.

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
 
 from torch import nn
 
 from .base_model import base_modules, base_parameters
+from .example_inputs import Inputs
 from .layer_of import is_called_linear, layer_of
 from .structure import FeedForward, Structure
 from .trace import Trace, trace
 from .traced_attention import TracedAttention
 from .traced_blocks import is_inside, traced_blocks, traced_output
-
-Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 def measured_structure(model: nn.Module, twin: nn.Module, inputs: Inputs) -> Structure:

@@ -55,6 +55,12 @@ class Rows(NamedTuple):
             return weight[self.start : self.stop]
         return torch.unflatten(weight, 0, (self.repeats, self.period))[:, self.start : self.stop].flatten(0, 1)
 
+    def features(self, x: Tensor) -> Tensor:
+        """Return what these rows computed of an output (..., out), a view where they do not repeat."""
+        if self.repeats == 1:
+            return x[..., self.start : self.stop]
+        return torch.unflatten(x, -1, (self.repeats, self.period))[..., self.start : self.stop].flatten(-2)
+
     def split(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield (first row, values) of each repetition, from values of shape (rows, ...)."""
         yield from zip((start for start, _ in self.ranges()), torch.split(rows, self.stop - self.start), strict=True)

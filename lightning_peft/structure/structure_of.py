@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
 from .base_model import base_modules
-from .example_inputs import example_inputs
+from .example_inputs import Inputs, as_inputs, example_inputs, known_example, remember_example
 from .fused_rows import set_measured_rows
 from .hollow_twin import hollow_twin
 from .known_families import KNOWN_FAMILIES
-from .measured_structure import Inputs, measured_structure
+from .measured_structure import measured_structure
 from .named_structure import named_structure
 from .structure import LAYER_ROLES, Structure
 from .transformers_api import from_config, outermost_pretrained
@@ -42,7 +40,9 @@ def measure(model: nn.Module, example_inputs: Any) -> None:
     Raises:
         ValueError: The forward fails with these inputs.
     """
-    _remembered(model, _traced(model, as_inputs(example_inputs)), base_modules(model))
+    example = as_inputs(example_inputs)
+    _remembered(model, _traced(model, example), base_modules(model))
+    remember_example(model, example)
 
 
 def _remembered(model: nn.Module, structure: Structure, modules: dict[str, nn.Module]) -> Structure:
@@ -53,9 +53,9 @@ def _remembered(model: nn.Module, structure: Structure, modules: dict[str, nn.Mo
 
 
 def _found(model: nn.Module) -> Structure:
-    if (example := getattr(model, "example_input_array", None)) is not None:
+    if (example := known_example(model)) is not None:
         try:
-            return _traced(model, as_inputs(example))
+            return _traced(model, example)
         except ValueError as error:
             warnings.warn(f"{error} Its layers are found without it.", stacklevel=2)
     parts = {name: _part(part).below(name) for name, part in outermost_pretrained(model)}
@@ -89,11 +89,3 @@ def _traced(model: nn.Module, example: Inputs | None = None) -> Structure:
             f"{type(model).__name__} could not be traced ({type(error).__name__}: {error}). Give example_inputs to "
             f"lightning_peft.inject, or the module an example_input_array, that its forward takes."
         ) from error
-
-
-def as_inputs(example: Any) -> Inputs:
-    """Return positional and named arguments, on the CPU, where the twin is."""
-    example = tree_map_only(Tensor, lambda x: x.detach().cpu(), example)
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return (example if isinstance(example, tuple) else (example,)), {}

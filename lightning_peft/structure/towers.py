@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
 from .base_model import base_modules, matches
 from .structure_of import structure_of
 from .traced_blocks import is_inside
-from .transformers_api import is_pretrained, modalities
+from .transformers_api import is_pretrained
 
 KINDS = ("vision", "language", "audio")
+_MODALITIES = {"text": "language", "image": "vision", "video": "vision", "audio": "audio"}
+_MODALITY_OF_INPUT = {  # before transformers 5
+    **{"input_ids": "text", "pixel_values": "image", "pixel_values_videos": "video"},
+    **{"input_features": "audio", "input_values": "audio"},
+}
 
 
 def towers(model: nn.Module) -> dict[str, str]:
@@ -25,7 +31,7 @@ def towers(model: nn.Module) -> dict[str, str]:
     for name, module in parts:
         if any(is_inside(name, tower) for tower in found) or not any(is_inside(block, name) for block in blocks):
             continue
-        kinds = modalities(module)
+        kinds = _kinds_read(module)
         inner = [part for part, _ in parts if part != name and is_inside(part, name)]
         if len(kinds) == 1 or not any(is_inside(block, part) for block in blocks for part in inner):
             found[name] = " and ".join(sorted(kinds)) or "unknown"
@@ -55,3 +61,10 @@ def in_scope(model: nn.Module, scope: str, names: Sequence[str]) -> list[str]:
             f"The scope {scope!r} means no module. Name one by a glob, or a kind: {', '.join(KINDS)}. Towers: {known}."
         )
     return [name for name in names if any(is_inside(name, module) for module in modules)]
+
+
+def _kinds_read(module: Any) -> set[str]:
+    """Return which of ``vision``, ``language`` and ``audio`` a model of transformers reads; empty for other modules."""
+    by_input = _MODALITY_OF_INPUT.get(getattr(module, "main_input_name", ""), "")
+    names: Any = getattr(module, "input_modalities", None) or by_input
+    return {_MODALITIES[name] for name in ([names] if isinstance(names, str) else names) if name in _MODALITIES}

@@ -22,11 +22,6 @@ POSITIONS = ("position_ids", "cache_position")  # arguments of a backbone that h
 HAS_HOOKS = "_output_capturing_hooks_installed"  # attribute of a model whose hooks record hidden states
 _STATES = ("state", "mems")  # arguments of RWKV and XLNet that are lists of tensors, and no caches
 _PLAIN = (Tensor, bool, int, float, str, list, Mapping)  # arguments that carry no state of earlier calls
-_MODALITIES = {"text": "language", "image": "vision", "video": "vision", "audio": "audio"}
-_MODALITY_OF_INPUT = {  # before transformers 5
-    **{"input_ids": "text", "pixel_values": "image", "pixel_values_videos": "video"},
-    **{"input_features": "audio", "input_values": "audio"},
-}
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead")
 
 
@@ -88,13 +83,6 @@ def outermost_pretrained(model: nn.Module) -> Iterator[tuple[str, Any]]:
         if not inside and is_pretrained(module):
             prefixes.append(f"{name}.".lstrip("."))
             yield name, module
-
-
-def modalities(module: Any) -> set[str]:
-    """Return which of ``vision``, ``language`` and ``audio`` a model of transformers reads; empty for other modules."""
-    by_input = _MODALITY_OF_INPUT.get(getattr(module, "main_input_name", ""), "")
-    names: Any = getattr(module, "input_modalities", None) or by_input
-    return {_MODALITIES[name] for name in ([names] if isinstance(names, str) else names) if name in _MODALITIES}
 
 
 def has_input_embeddings(module: Any) -> bool:
