@@ -7,6 +7,6 @@ KNOWN_FAMILIES = frozenset(
     {
         *("bert", "distilbert", "electra", "roberta", "vit", "t5", "mt5"),
         *("cohere", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "granite", "llama", "mistral", "olmo2"),
-        *("opt", "qwen2", "qwen3", "starcoder2"),
+        *("qwen2", "qwen3", "starcoder2"),
     }
 )

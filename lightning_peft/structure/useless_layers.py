@@ -34,14 +34,14 @@ def without_useless(model: nn.Module, structure: Structure, role: str, names: Co
     useless, called = [name for name in names if _is_useless(model, name, unused)], set(structure.names["called"])
     repeated = {name_pattern(name) for name in set(names).difference(useless)}
     reasons = {
-        "their weight is read outside of their calls": sorted(read),
-        "no output depends on them": [n for n in useless if n in called or name_pattern(n) not in repeated],
-        "their inputs are always zero": [name for name in names if name in zero],
+        "the weight is read outside of calls": sorted(read),
+        "no output depends on the parameters": [n for n in useless if n in called or name_pattern(n) not in repeated],
+        "the inputs are always zero": [name for name in names if name in zero],
     }
     for reason, left_out in reasons.items():
         if left_out:
             shown = ", ".join(left_out[:_SHOWN]) + (", ..." if len(left_out) > _SHOWN else "")
-            warnings.warn(f"{role} leaves out {len(left_out)} layers, since {reason}: {shown}.", stacklevel=2)
+            warnings.warn(f"{role} leaves out {shown}: {reason}.", stacklevel=2)
     all_left_out = set(itertools.chain.from_iterable(reasons.values()))
     return [name for name in names if name not in all_left_out]
 

@@ -22,7 +22,6 @@ SIZES = {
     "roberta": USUAL,
     "vit": USUAL | {"image_size": 16, "patch_size": 8},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
-    "opt": USUAL | {"ffn_dim": 48, "word_embed_proj_dim": 32},
     **dict.fromkeys(("t5", "mt5"), {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}),
 }
 HEADS = {
@@ -44,6 +43,13 @@ def models(family):
             yield head, auto.from_config(config)
 
 
+def after_the_last_block(structure, model):
+    """Return the modules with parameters of their own that follow the last block."""
+    called = list(structure.names["called"])
+    following = called[max(map(called.index, structure.names["blocks"])) :]
+    return {name for name in following if any(True for _ in model.get_submodule(name).parameters(recurse=False))}
+
+
 @needs("transformers")
 @pytest.mark.parametrize("family", sorted(KNOWN_FAMILIES))
 def test_names_tell_what_a_trace_finds(family):
@@ -59,5 +65,6 @@ def test_names_tell_what_a_trace_finds(family):
         for name, rows in measured.rows.items():
             layer: nn.Module = model.get_submodule(name)
             assert (fused_rows(layer, name) if is_fused(name, layer) else None) == rows, (head, name)
+        assert after_the_last_block(named, model) == after_the_last_block(measured, model), head
         heads += 1
     assert heads > 0

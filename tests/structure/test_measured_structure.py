@@ -1,6 +1,7 @@
 """Roles, blocks, output and head by what feeds what: names and the order of registration do not matter."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -206,8 +207,8 @@ def test_weights_that_are_read_and_inputs_of_zeros_are_left_out_and_said():
     with pytest.warns(UserWarning, match="leaves out") as warned:
         lp.inject(model, lp.LoRA(rank=2, targets=["all-linear"]))
     assert [str(w.message) for w in warned] == [
-        "all-linear leaves out 2 layers, since their weight is read outside of their calls: 0.b, 1.b.",
-        "all-linear leaves out 2 layers, since their inputs are always zero: 0.s, 1.s.",
+        "all-linear leaves out 0.b, 1.b: the weight is read outside of calls.",
+        "all-linear leaves out 0.s, 1.s: the inputs are always zero.",
     ]
     assert [name for name, *_ in lp.adapters(model)] == ["0.a", "0.c", "1.a", "1.c"]
 
@@ -221,28 +222,28 @@ def test_an_adapter_on_a_weight_that_is_read_is_refused_before_anything_changes(
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.fixture
+def aliases(monkeypatch):
+    """Modules find their children by old names, too."""
+    original = nn.Module.__getattr__
+
+    def by_old_name(module, name):
+        new = module.__dict__.get("_new_names", {}).get(name)
+        return original(module, name if new is None else new)
+
+    monkeypatch.setattr(nn.Module, "__getattr__", by_old_name)
+
+
 def scrambled(model):
-    """Return a copy whose modules have meaningless names, and the old names by the new ones."""
-    model, renamed = copy.deepcopy(model), {}
-
-    class Aliases:
-        def __getattr__(self, name):
-            children = self.__dict__.get("_modules", {})
-            new = self.__dict__.get("_new_names", {}).get(name)
-            return children[new] if new in children else super().__getattr__(name)
-
-    counter = iter(torch.randperm(10_000, generator=torch.Generator().manual_seed(0)).tolist())
-    for module in list(model.modules()):
-        if isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict) or not module._modules:
-            continue
-        names = {name: f"m{next(counter)}" for name in module._modules}
-        module._modules = {names[name]: child for name, child in module._modules.items()}
-        module._new_names = names
-        module.__class__ = type(type(module).__name__, (Aliases, type(module)), {})
-    old_names = {id(m): name for name, m in _old_names(model)}
-    for name, module in model.named_modules():
-        renamed[name] = old_names[id(module)]
-    return model, renamed
+    """Return a copy whose modules have meaningless names, and the old names by the new ones; needs ``aliases``."""
+    model = copy.deepcopy(model)
+    numbers = iter(torch.randperm(10_000, generator=torch.Generator().manual_seed(0)).tolist())
+    for module in model.modules():
+        if module._modules and not isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+            module._new_names = {name: f"m{next(numbers)}" for name in module._modules}
+            module._modules = {module._new_names[name]: child for name, child in module._modules.items()}
+    old_names = {id(module): name for name, module in _old_names(model)}
+    return model, {name: old_names[id(module)] for name, module in model.named_modules()}
 
 
 def _old_names(module, prefix=""):
@@ -269,12 +270,29 @@ ROLE_METHODS = [lp.LoRA(rank=1), lp.LoRA(rank=1, targets=["all-linear"]), lp.IA3
 ROLE_METHODS += [lp.Bottleneck(size=2), lp.ParallelAdapter(size=2), lp.OutputLayers(), lp.LastLayers(count=1)]
 
 
-@needs("transformers")
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5"])
-def test_scrambled_names_give_the_same_hosts(name):
-    model = MODELS[name].make()
+def assert_same_hosts_with_scrambled_names(model):
     for method in ROLE_METHODS:
         plain = hosts(copy.deepcopy(model), method)
         other, names = scrambled(model)
         assert hosts(other, method, names) == plain, method
+
+
+@needs("transformers")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5"])
+def test_scrambled_names_give_the_same_hosts(name, aliases):
+    assert_same_hosts_with_scrambled_names(MODELS[name].make())
+
+
+@pytest.mark.slow
+@needs("transformers")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_scrambled_names_give_the_same_hosts_on_every_architecture(shared, monkeypatch, aliases):
+    folder = shared / "census"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    monkeypatch.syspath_prepend(str(folder))
+    zoo = importlib.import_module("zoo")
+    for name in zoo.ALL:
+        model, *_ = zoo.build(name)
+        assert_same_hosts_with_scrambled_names(model)
