@@ -151,7 +151,8 @@ def owners_of_experts(model: nn.Module, target: str) -> set[str]:
 
 
 def _means(name: str, weight: ExpertWeight, target: str) -> bool:
-    return target == weight.role or matches(f"{name}.{weight.part}", target)
+    """Return whether a target is a weight's role, or a glob of its name with a dot; ``down_proj`` means layers."""
+    return target == weight.role or ("." in target and matches(f"{name}.{weight.part}", target))
 
 
 def _stacked(host: nn.Module) -> list[str]:

@@ -116,6 +116,15 @@ def test_roles_globs_and_exclusions_mean_weights():
     assert ROLES["experts.down"](model) == ["0.e", "1.e"]
 
 
+def test_a_glob_of_one_word_means_modules():
+    model = nn.ModuleList([Block(), Block()])
+    model[0].q7 = nn.Linear(3, 3)
+    selected = select_with_experts(model, ["q7"])
+    assert ([target.name for target in selected.layers], selected.experts) == (["0.q7"], [])
+    with pytest.raises(ValueError, match="'b1' matches nothing"):
+        select_with_experts(model, ["b1"])
+
+
 def test_methods_without_experts_leave_them_out_and_say_so():
     model = nn.ModuleList([Block(), Block()])
     with pytest.warns(UserWarning, match=r"leaves out the weights of experts in \*\.e: LoRA"):
