@@ -33,6 +33,14 @@ def test_a_benchmark_runs_and_writes_nothing_when_small(name):
     assert wanted - {tuple(row[:3]) for row in rows} == set()
 
 
+def test_experts_are_measured_on_each_side():
+    command = [sys.executable, str(FOLDER / "experts.py"), "--small", "--rounds", "2"]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [row.split()[:2] for row in done.stdout.splitlines()]
+    assert rows == [[way, side] for way in ("grouped_mm", "eager") for side in ("frozen", "lightning_peft", "peft")]
+
+
 def cases(name):
     return importlib.import_module(name).CASES
 

@@ -28,6 +28,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _LARGE = 2**22  # elements; larger integer tensors, like attention masks, are not computed, to save memory
 _BY_VALUE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _INDEX = torch.ops.aten.index.Tensor
+_GROUPED = torch.ops.aten._grouped_mm.default  # knows no shapes but those of bfloat16
 _UNFILLED = [getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "empty_strided", "new_empty")]
 
 
@@ -93,6 +94,8 @@ class _ComputeIntegers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
+            if func is _GROUPED:
+                return args[0].new_empty(*args[0].shape[:-1], args[1].shape[-1])
             return func(*_index_by_positions(args), **kwargs) if func is _INDEX else func(*args, **kwargs)
         if not _BY_VALUE & set(func.tags):
             shapes = func(*args, **kwargs)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from ..checkpoints.adapter_state import adapter_state
 from ..core.adapted_module import adapters
 from ..structure.base_model import base_parameters
-from ..structure.layer_of import layer_of
-from ..structure.quantized import is_quantized
+from ..structure.quantized import quantized_weights
 from ..structure.roles import blocks
 from .saved_activations import saved_bytes
 
@@ -147,7 +146,7 @@ def plan_memory(
     frozen = [p for p in model.parameters() if not p.requires_grad]
     adapted = any(True for _ in adapters(model))
     numbers = sum(p.numel() for p in trained)
-    quantized_sizes = {id(m.weight): layer_of(m).shape(m).numel() for m in model.modules() if is_quantized(m)}
+    quantized_sizes = {id(codes): numbers for codes, numbers in quantized_weights(model)}
     return MemoryPlan(
         trained=numbers,
         frozen=sum(quantized_sizes.get(id(p), p.numel()) for p in frozen),

@@ -30,9 +30,10 @@ def saved_bytes(model: nn.Module, step: Callable[[Any, Any], Tensor], batch: Any
         batch: Tensors on any device; of floating ones the shapes count.
         checkpointed: Whether blocks keep their inputs only, as they do where the model has that switched on.
     """
+    names = list(blocks(model))  # found by a trace, which computes
     with shapes_only(model) as fake:
         rows = tree_map_only(Tensor, fake_tensor_like, batch)
-        saved = _SavedTensorCounter(list(blocks(fake).values()))
+        saved = _SavedTensorCounter([fake.get_submodule(name) for name in names])
         with without_checkpointing(fake) as switched, saved:
             loss = step(fake, rows)
         for x in _tensors_on_nodes(loss):

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..structure.base_model import base_modules, name_pattern
+from ..structure.expert_layers import ExpertWeight, expert_modules, requested_weights
 from ..structure.fused_rows import fused_rows, is_fused
 from ..structure.layer_of import layer_of
 from ..structure.roles import ROLES
@@ -75,12 +76,20 @@ def targets(model: nn.Module, example_inputs: Any = None) -> TargetTable:
     modules, structure = base_modules(model), structure_of(model)
     counts: dict[tuple[str, str, str], int] = {}
     for role, find in ROLES.items():
-        for name in find(model):
-            key = role, name_pattern(name), _detail(role, name, modules[name])
-            counts[key] = counts.get(key, 0) + 1
+        for name in [*find(model), *(expert_modules(model) if role == "all-linear" else ())]:
+            weights = requested_weights(name, modules[name], [role])
+            keys = [_key_of_experts(role, name, modules[name], weight) for weight in weights]
+            for key in keys or [(role, name_pattern(name), _detail(role, name, modules[name]))]:
+                counts[key] = counts.get(key, 0) + 1
     rows = [TargetRow(role, count, name, detail) for (role, name, detail), count in counts.items()]
     found = [TargetRow("tower", 1, name or "the model", f"scope {kind}:...") for name, kind in towers(model).items()]
     return TargetTable((*rows, *found), structure.measured)
+
+
+def _key_of_experts(role: str, name: str, module: nn.Module, weight: ExpertWeight) -> tuple[str, str, str]:
+    """Return the role, the pattern of the name and the shape of a weight of experts."""
+    out, width = weight.shape(module)
+    return role, f"{name_pattern(name)}.{weight.part}", f"{weight.experts(module)} experts, {width} -> {out}"
 
 
 def _detail(role: str, name: str, module: nn.Module) -> str:

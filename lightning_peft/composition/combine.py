@@ -96,7 +96,8 @@ def _updates(model: nn.Module, methods: Sequence[Method], of: str) -> dict[str, 
         described = f"{type(adapter).__name__} of {methods[0].name!r} at {host}"
         if not isinstance(adapter, WeightUpdate) or adapter.exclusive:
             raise TypeError(
-                f"{described} is no update W + D of a weight; LoRA without decompose and its kin can be combined."
+                f"{described} is no update W + D of a weight; LoRA without decompose and its kin can be combined, but "
+                f"not on experts."
             )
         if of == "factors" and not isinstance(adapter, LowRankUpdate):
             raise TypeError(f"{described} has no factors B and A; combine weights.")

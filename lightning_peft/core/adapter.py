@@ -127,6 +127,10 @@ class InnerCall:
         *remaining, outermost = self.adapters
         return outermost(self.host, InnerCall(self.host, self.forward, remaining), *args, **kwargs)
 
+    def on(self, host: Any) -> InnerCall:
+        """Return the same call of another host, such as a view of the host that reads other weights."""
+        return InnerCall(host, self.forward, self.adapters)
+
     def without_outermost(self) -> InnerCall:
         """Return the call without the outermost of the remaining adapters."""
         return InnerCall(self.host, self.forward, self.adapters[:-1])

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from ..structure.base_model import computed_from, matches
 from ..structure.fused_rows import requested_rows
 from ..structure.layer_of import layer_of
+from ..structure.original_weight import original_of
 from ..structure.quantized import is_quantized
 from ..structure.read_weights import read_weight_attribute
 from ..structure.roles import ROLES, WEIGHT_ROLES
@@ -27,7 +28,8 @@ from .weight_update import WeightUpdate
 def check_trainable(model: nn.Module, name: str) -> None:
     """Raise if a base parameter cannot train."""
     owner, _, key = name.rpartition(".")
-    quantized = key == "weight" and is_quantized(model.get_submodule(owner))
+    module = model.get_submodule(owner)
+    quantized = original_of(module, key) is not None or (key == "weight" and is_quantized(module))
     if quantized or not model.get_parameter(name).is_floating_point():
         raise TypeError(f"{name} is stored in few bits and cannot train; leave it out, or dequantize it.")
 

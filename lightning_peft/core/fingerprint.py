@@ -11,7 +11,7 @@ from torch import nn
 
 from ..ops.sharded_tensors import global_shape, sample_values
 from ..structure.base_model import base_parameters
-from ..structure.quantized import original_of
+from ..structure.original_weight import original_of
 from .adapted_module import adapters, method_name, replaced_names
 from .method import Method
 
@@ -45,7 +45,7 @@ def fingerprint(model: nn.Module, trained: Collection[str] | None = None) -> str
     for name, parameter in base_parameters(model).items():
         if not (parameter.requires_grad if trained is None else name in trained):
             owner, _, key = name.rpartition(".")
-            original = original_of(model.get_submodule(owner)) if key == "weight" else None
+            original = original_of(model.get_submodule(owner), key)
             if parameter.is_meta:
                 return None
             values = sample(parameter) if original is None or original.values is None else original.values

@@ -63,7 +63,8 @@ def _advice(unknown: Collection[str], modules: Mapping[str, object]) -> str:
 def complete_states(base: Base, method: Method, imported: Mapping[str, StateDict], source: str) -> dict[str, StateDict]:
     """Return the states of a method's adapters by host, as ``import_state`` completes them; raise if unfit."""
     states = {}
-    for name, adapter in method.adapters(base.model):
+    for host, adapter in method.adapters(base.model):
+        name = f"{host}.{adapter.part}" if adapter.part else host
         if adapter.state_dict():
             states[name] = _complete_state(adapter, imported.get(name, {}), f"{source}: {name}")
     if surplus := imported.keys() - states.keys():

@@ -9,6 +9,7 @@ from torch import nn
 
 from . import modules_to_save as saved
 from .compatibility import check_hosts
+from .experts import NESTED
 from .load_imported import inject_and_load
 from .peft_folder import read_peft_folder
 from .peft_format import PeftFile, PeftFormat, StateDict
@@ -60,5 +61,8 @@ def split_by_host(peft_format: PeftFormat, tensors: StateDict) -> tuple[dict[str
         if suffix is None:
             others[name] = value
         else:
-            hosts[name.removesuffix(suffix).rstrip(".")][suffix] = value
+            host = name.removesuffix(suffix).rstrip(".")
+            while host.endswith(f".{NESTED}".rstrip(".")):  # one of several adapted parameters of a module
+                host, suffix = host.removesuffix(f".{NESTED}".rstrip(".")), NESTED + suffix
+            hosts[host][suffix] = value
     return dict(hosts), others

@@ -15,7 +15,7 @@ from ..methods.lora import LoRAAdapter
 from ..ops.sharded_tensors import full_tensor
 from ..structure.layer_of import layer_of
 from ..structure.layer_types import TransposedLinearType
-from . import targets
+from . import experts, targets
 from .factors import alpha_for_scale, limit_rank, most_common_value
 from .misread_names import check_names
 from .module_names import exact_globs, join_names, longest_first
@@ -40,8 +40,8 @@ class LoRAFormat(PeftFormat):
     kind, method = "LORA", LoRA
     tensors = (_A, _B, _TABLE_A, _TABLE_B, _MAGNITUDE)
     settings = (
-        *targets.SETTINGS, "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
-        "bias", "modules_to_save", "init_lora_weights",
+        *targets.SETTINGS, experts.SETTING, "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern",
+        "use_rslora", "use_dora", "bias", "modules_to_save", "init_lora_weights",
     )  # fmt: skip
     ignored_settings = (
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
@@ -53,16 +53,21 @@ class LoRAFormat(PeftFormat):
     ) -> tuple[dict[str, Any], StateDict]:
         ranks, alphas, state = dict[str, int](), dict[str, float](), StateDict()
         use_rslora = method.scaling == "rank_stabilized"
-        check_names(base, hosts, experts=True)
-        for name, updates in hosts.items():
+        layers, of_experts = experts.split(base, hosts)
+        check_names(base, layers, experts=True)
+        for name, (rank, scale, tensors) in of_experts.items():
+            state |= {self.prefix + key: value for key, value in tensors.items()}
+            ranks[name], alphas[name] = rank, alpha_for_scale(scale, rank, use_rslora)
+        for name, updates in layers.items():
             tensors = _tensors(base.network.get_submodule(name), name, updates)
             state |= {f"{self.prefix}{name}.{key}": value for key, value in tensors.items()}
             ranks[name] = len(tensors.get(_A, tensors.get(_TABLE_A, torch.empty(0))))
             alphas[name] = alpha_for_scale(updates[0].scale, ranks[name], use_rslora)
         rank, alpha = most_common_value(ranks), most_common_value(alphas)
-        transposed = [isinstance(layer_of(base.network.get_submodule(name)), TransposedLinearType) for name in hosts]
+        transposed = [isinstance(layer_of(base.network.get_submodule(name)), TransposedLinearType) for name in layers]
         settings = {
-            **targets.target_settings(base, hosts),
+            **targets.target_settings(base, layers),
+            **experts.target_settings(base, of_experts, method.dropout),
             "r": rank,
             "lora_alpha": alpha,
             "lora_dropout": method.dropout,
@@ -75,7 +80,9 @@ class LoRAFormat(PeftFormat):
         }
         return settings, state
 
-    def pair_of(self, config: Mapping[str, Any], host: str, tensors: StateDict) -> tuple[Tensor, Tensor]:
+    def pair_of(self, config: Mapping[str, Any], host: str, tensors: StateDict) -> tuple[Tensor, Tensor] | None:
+        if config.get(experts.SETTING) and not targets.is_targeted(host, config):
+            return None
         state, alpha = (
             _factors(tensors),
             targets.by_pattern(config.get("alpha_pattern") or {}, host, config["lora_alpha"]),
@@ -84,7 +91,8 @@ class LoRAFormat(PeftFormat):
         return state["a"].flatten(1), state["b"] * (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
     def expected(self, base: Base, file: PeftFile) -> Iterator[str]:
-        return targets.target_hosts(base, file.config)
+        yield from targets.target_hosts(base, file.config)
+        yield from experts.expected(base, file.config)
 
     def from_peft(self, base: Base, file: PeftFile, name: str) -> Iterator[tuple[LoRA, Mapping[str, StateDict]]]:
         patterns, use_rslora = file.get("alpha_pattern", {}), bool(file.get("use_rslora", False))
@@ -94,6 +102,10 @@ class LoRAFormat(PeftFormat):
         )
         alphas, states = dict[str, float](), dict[str, StateDict]()
         for host, tensors in file.state.items():
+            if of_experts := experts.from_peft(base, file, host):
+                states |= of_experts
+                alphas |= {key: targets.by_pattern(patterns, key, file.get("lora_alpha", 8)) for key in of_experts}
+                continue
             module = base.network.get_submodule(host)
             check_convolution(module, host, groups=False, dilation=False)
             alpha = targets.by_pattern(patterns, host, file.get("lora_alpha", 8))
@@ -115,7 +127,7 @@ def lora_from_factors(
 ) -> tuple[LoRA, dict[str, StateDict]]:
     """Return the method for factors and alphas by host, and the factors by whole name."""
     by_name = {join_names(base.name, host): state for host, state in states.items()}
-    ranks = {host: len(state.get("a", ())) for host, state in by_name.items()}
+    ranks = {host: state["b"].shape[-1] if "b" in state else len(state.get("a", ())) for host, state in by_name.items()}
     alpha_by_name = {join_names(base.name, host): alpha for host, alpha in alphas.items()}
     rank, alpha = most_common_value(ranks), most_common_value(alpha_by_name)
     patterns, exclude = exact_globs(by_name, base.model)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..checkpoints.adapter_state import strip_wrapper_names
 from ..structure.base_model import base_modules, matches
+from ..structure.expert_layers import expert_weight_names
 from ..structure.selection import literal
 from ..structure.transformers_api import has_input_embeddings
 
@@ -51,7 +52,7 @@ def join_names(*names: str) -> str:
     return ".".join(name for name in names if name)
 
 
-def unique_suffixes(wanted: Collection[str], known: Iterable[str]) -> list[str]:
+def unique_suffixes(wanted: Collection[str], known: Iterable[str], words_at_least: int = 1) -> list[str]:
     """Return the shortest ends of names by which the wanted ones, and no other known ones, are found.
 
     Where even a whole name is the end of another one's, it is returned as it is.
@@ -62,7 +63,7 @@ def unique_suffixes(wanted: Collection[str], known: Iterable[str]) -> list[str]:
     suffixes = dict[str, None]()
     for name in wanted:
         words = name.split(".")
-        candidates = [".".join(words[-count:]) for count in range(1, len(words) + 1)]
+        candidates = [".".join(words[-count:]) for count in range(words_at_least, len(words) + 1)]
         unique = (suffix for suffix in candidates if not suffix[0].isdigit() and is_unique(suffix))
         suffixes[next(unique, name)] = None
     return list(suffixes)
@@ -70,9 +71,16 @@ def unique_suffixes(wanted: Collection[str], known: Iterable[str]) -> list[str]:
 
 def exact_globs(wanted: Collection[str], model: nn.Module) -> tuple[list[str], list[str]]:
     """Return the ``targets`` and ``exclude`` of a method that adapts exactly these modules."""
-    names = list(base_modules(model))
-    targets = [literal(suffix) for suffix in unique_suffixes(wanted, names)]
-    surplus = [name for name in names if name not in wanted and any(matches(name, target) for target in targets)]
+    modules, of_experts = list(base_modules(model)), expert_weight_names(model)
+    wanted_of_experts = [name for name in of_experts if name in wanted]
+    suffixes = [
+        *unique_suffixes([name for name in wanted if name not in wanted_of_experts], modules),
+        *unique_suffixes(wanted_of_experts, [*modules, *of_experts], words_at_least=2),
+    ]
+    targets = [literal(suffix) for suffix in suffixes]
+    surplus = [name for name in modules if name not in wanted and any(matches(name, target) for target in targets)]
+    dotted = [target for target in targets if "." in target]
+    surplus += [name for name in of_experts if name not in wanted and any(matches(name, t) for t in dotted)]
     return targets, [literal(name) for name in surplus]
 
 

@@ -43,6 +43,11 @@ def target_hosts(base: Base, config: Mapping[str, Any]) -> Iterator[str]:
             yield name
 
 
+def is_targeted(name: str, config: Mapping[str, Any]) -> bool:
+    """Return whether a list or a regular expression names a module."""
+    return _fits(name, config.get("target_modules") or [])
+
+
 def _fits(name: str, pattern: str | Collection[str]) -> bool:
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None

@@ -47,6 +47,11 @@ def describe_problems(config: Mapping[str, Any], tensors: StateDict) -> list[str
     sentences = [
         f"Start its server with {key} {value}: {why}." for key, (value, why) in server_options(config, tensors).items()
     ]
+    if config.get("target_parameters"):
+        sentences.append(
+            f"Adapters of experts (target_parameters) were not tried with vLLM {VERSION}; compare its answers before "
+            f"it serves them."
+        )
     if patterns := [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]:
         settings = " and ".join(patterns)
         sentences.append(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.method import Method, check_setting
-from .families.low_rank import check_low_rank, without_narrow
+from .families.low_rank_targets import check_low_rank, select_low_rank
 from .families.svd_triplets import SVDTriplets, allocate, observe
 
 
@@ -77,7 +77,8 @@ class AdaLoRA(Method):
         check_setting(math.isfinite(weight) and weight >= 0, "orthogonal_weight", weight, "a number, not negative")
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, SVDTriplets]]:
-        for name, host, rows in without_narrow(model, self.targets, self.exclude, lambda name: self.initial_rank):
+        selected = select_low_rank(model, self.targets, self.exclude, lambda name: self.initial_rank)
+        for name, host, rows in selected.layers:
             check_low_rank(name, host, self.initial_rank, self.dropout, "initial_rank")
             yield name, SVDTriplets(host, self.initial_rank, self._scale, self.dropout, rows)
 

@@ -11,14 +11,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import parameter_like
+from ..core.adapter import Adapter, parameter_like
 from ..core.method import Method, check_setting
 from ..ops.fused_linear import WeightUpdateSpec
 from ..ops.parametrizations import DoRAParametrization, LowRankParametrization, magnitude_over_norm
 from ..ops.sharded_tensors import full_tensor
 from ..structure.base_model import matches
 from ..structure.rows import Rows
-from .families.low_rank import FROM_WEIGHT, RANDOM, LowRankUpdate, check_low_rank, without_narrow
+from .families.expert_low_rank import expert_adapters
+from .families.low_rank import FROM_WEIGHT, RANDOM, LowRankUpdate
+from .families.low_rank_targets import check_low_rank, check_patterns, select_low_rank
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 
@@ -27,15 +29,16 @@ Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 class LoRA(Method):
     """Trains W + (alpha / rank) B A instead of W, with A (rank, in) and B (out, rank); B starts at zero.
 
-    LoRA adapts linear layers, GPT-2's Conv1D, convolutions, embeddings and torch's attention. A layer that computes
-    query, key and value at once has a pair for each part that a role selects; selected by a glob, it has one pair for
-    all its rows. The factors are called ``<name>.a`` and ``<name>.b``: with ``PEFTStrategy(lr_factors={"lora.b": 16})``
-    B learns faster (LoRA+, https://arxiv.org/abs/2402.12354), with ``{"lora.a": 0}`` A stays as it starts and needs
-    neither gradient nor saved inputs (LoRA-FA, https://arxiv.org/abs/2308.03303).
+    LoRA adapts linear layers, GPT-2's Conv1D, convolutions, embeddings, torch's attention and, without ``decompose``,
+    experts in 3-D parameters, each with a pair of its own. A layer that computes query, key and value at once has a
+    pair for each part that a role selects; selected by a glob, it has one for all its rows. The factors are called
+    ``<name>.a`` and ``<name>.b``: with ``PEFTStrategy(lr_factors={"lora.b": 16})`` B learns faster (LoRA+,
+    https://arxiv.org/abs/2402.12354), with ``{"lora.a": 0}`` A stays as it starts and needs neither gradient nor saved
+    inputs (LoRA-FA, https://arxiv.org/abs/2308.03303).
 
     Args:
         name: Name of the adapters on their hosts, and in files.
-        targets: Globs on the end of module names, or roles. The paper adapts the query and value projections.
+        targets: Globs on the end of module names, or roles; the paper adapts query and value projections.
         exclude: Globs of modules to leave out.
         rank: Rank r of the update, at most the smaller side of the weight.
         alpha: The update is scaled by alpha / rank; 16 as in the authors' scripts for GLUE.
@@ -43,10 +46,8 @@ class LoRA(Method):
         init: How A and B start. ``kaiming``: A uniform as in the authors' code, B zero. ``gaussian``: A normal with
             deviation 1 / rank. ``orthogonal``: both random, in orthogonal spaces. ``pissa``: the weight's largest
             singular values (https://arxiv.org/abs/2404.02948), ``olora``: its QR factors
-            (https://arxiv.org/abs/2406.01775); their product at the start is subtracted from the update, not from the
-            base.
-        decompose: Whether to train the length of the updated weight's rows apart from their direction (DoRA,
-            https://arxiv.org/abs/2402.09353).
+            (https://arxiv.org/abs/2406.01775); the update, not the base, is without their product at the start.
+        decompose: Whether the length of the updated rows trains apart (DoRA, https://arxiv.org/abs/2402.09353).
         dropout: Probability with which inputs of A are dropped in training.
         rank_pattern: Ranks that differ from ``rank``, by glob of hosts.
         alpha_pattern: Alphas that differ from ``alpha``, by glob of hosts.
@@ -70,30 +71,30 @@ class LoRA(Method):
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             check_setting(math.isfinite(alpha) and alpha > 0, "alpha", alpha, "a positive number")
         check_setting(0 <= self.dropout < 1, "dropout", self.dropout, "a probability in [0, 1)")
-        scalings = ("standard", "rank_stabilized")
-        check_setting(self.scaling in scalings, "scaling", self.scaling, f"one of {', '.join(scalings)}")
+        known = self.scaling in ("standard", "rank_stabilized")
+        check_setting(known, "scaling", self.scaling, "one of standard, rank_stabilized")
         check_setting(self.init in get_args(Init), "init", self.init, f"one of {', '.join(get_args(Init))}")
 
-    def adapters(self, model: nn.Module) -> Iterable[tuple[str, LoRAAdapter]]:
-        selected = without_narrow(model, self.targets, self.exclude, self._rank)
-        for field in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self, field):
-                matched = any(matches(target.name, pattern) for target in selected)
-                check_setting(matched, field, pattern, f"a glob of a target, like {selected[0].name}")
-        for name, host, rows in selected:
-            rank = self._rank(name)
-            check_low_rank(name, host, rank, self.dropout)
+    def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
+        # DoRA would need the length of each row of W + B A, which is never added up for experts.
+        selected = select_low_rank(model, self.targets, self.exclude, self._rank, experts=not self.decompose)
+        check_patterns(selected, {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern})
+        for name, host, rows in selected.layers:
+            check_low_rank(name, host, rank := self._rank(name), self.dropout)
             scale = self._scale(name, rank)
             yield name, LoRAAdapter(host, rank, scale, self.dropout, rows, self.init, self.decompose)
+        yield from expert_adapters(selected.experts, self._rank, self._scale, self.dropout, self.init)
 
-    def pair_of(self, host: str, packed: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def pair_of(self, host: str, packed: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        if packed["b"].dim() > 2:
+            return None  # a pair for each expert
         a, b, scale = packed["a"].flatten(1), packed["b"], self._scale(host, len(packed["a"]))
         if self.init in FROM_WEIGHT:
             a, b = torch.cat([a, packed["a0"].flatten(1)]), torch.cat([b, -packed["b0"]], 1)
         return a, b * scale
 
     def _rank(self, host: str) -> int:
-        return next((rank for pattern, rank in self.rank_pattern.items() if matches(host, pattern)), self.rank)
+        return next((r for p, r in self.rank_pattern.items() if matches(host, p)), self.rank)
 
     def _scale(self, host: str, rank: int) -> float:
         alpha = next((a for p, a in self.alpha_pattern.items() if matches(host, p)), self.alpha)

@@ -7,16 +7,19 @@ later, and the shapes of codes and scales are what counts.
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..structure.expert_layers import ExpertWeight
 from ..structure.layer_of import layer_of
 from ..structure.quantized_linear import Int8Linear, NF4Linear
 from ..structure.torchao_api import StoredNF4
 from .nf4 import BLOCK
-from .quantizable import quantizable_layers
+from .quantizable import quantizable_weights
+from .quantize_experts import become_quantized, int8, register_codes
 
 _BLOCKS = 256  # blocks whose scales share one second-level scale
 
@@ -36,9 +39,26 @@ def quantize_shapes(model: nn.Module, kind: str) -> nn.Module:
         ValueError: A layer is of a shape that nf4 does not store, or shares its weight.
         RuntimeError: Adapters were injected already.
     """
-    for name, host in quantizable_layers(model).items():
+    hosts, experts = quantizable_weights(model, kind)
+    for name, host in hosts.items():
         _store(name, host, kind)
+    for host, of_host in itertools.groupby(experts, key=lambda target: target.host):
+        _store_experts(host, [target.weight for target in of_host], kind)
     return model
+
+
+def _store_experts(host: Any, weights: list[ExpertWeight], kind: str) -> None:
+    become_quantized(host, weights, kind)
+    for weight in weights:
+        stored = weight.parameter(host).detach()
+        if kind == "int8":
+            register_codes(host, weight.part, int8(stored, weight.transposed))
+            continue
+        blocks = stored[0].numel() // BLOCK
+        codes, *statistics, codebook = _empty_nf4(stored[0], blocks // math.gcd(blocks, _BLOCKS))
+        of_all = [x.new_empty(len(stored), *x.shape) for x in statistics]
+        codes = codes.new_empty(*stored.shape[:2], stored.shape[2] // 2)
+        register_codes(host, weight.part, [codes, *of_all, codebook])
 
 
 def _store(name: str, host: Any, kind: str) -> None:
@@ -51,17 +71,18 @@ def _store(name: str, host: Any, kind: str) -> None:
     if weight.numel() % BLOCK:
         raise ValueError(f"{name} of shape {tuple(weight.shape)} has no nf4, which takes blocks of {BLOCK} values.")
     host.__class__ = NF4Linear
-    host.encode(weight, _empty_nf4(weight))
+    blocks = weight.numel() // BLOCK
+    groups = next(n for n in itertools.count(-(-blocks // _BLOCKS)) if blocks % n == 0)
+    host.encode(weight, _empty_nf4(weight, groups))
 
 
-def _empty_nf4(weight: Tensor) -> StoredNF4:
-    """Return empty tensors of the shapes of what ``to_nf4`` returns."""
+def _empty_nf4(weight: Tensor, groups: int) -> StoredNF4:
+    """Return empty tensors of the shapes of what ``to_nf4`` returns, for a number of groups of scales."""
     numbers, blocks = weight.numel(), weight.numel() // BLOCK
-    scales = next(n for n in itertools.count(-(-blocks // _BLOCKS)) if blocks % n == 0)
     return StoredNF4(
         codes=weight.new_empty(numbers // 2, dtype=torch.uint8),
-        codes8=weight.new_empty(scales, blocks // scales, dtype=torch.int8),
-        factor=weight.new_empty(scales, dtype=torch.float32),
+        codes8=weight.new_empty(groups, blocks // groups, dtype=torch.int8),
+        factor=weight.new_empty(groups, dtype=torch.float32),
         mean=weight.new_empty((), dtype=torch.float32),
         codebook=weight.new_empty(16, dtype=torch.float32),
     )

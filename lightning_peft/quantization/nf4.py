@@ -10,7 +10,7 @@ import functools
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -62,6 +62,12 @@ def library_for(hosts: Mapping[str, nn.Module], wanted: str | None = None) -> st
         f"{unfit[0]} of shape {tuple(weights[unfit[0]].shape)} cannot be stored by {library}, which takes blocks of "
         f"{BLOCK} values (bitsandbytes on CPU: within a row). Use another backend, int8 or other targets."
     )
+
+
+def check_stores_experts(devices: Iterable[str]) -> None:
+    """Raise an ``ImportError`` unless torchao, whose codes experts are stored in, runs on these devices."""
+    if not all(_runs("torchao", device) for device in devices):
+        raise ImportError("nf4 of experts needs torchao, which is not installed or does not run here.")
 
 
 def _fits(library: str, weight: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""``quantizable_layers`` returns the layers that ``quantize`` changes, or says why one cannot be quantized."""
+"""``quantizable_weights`` returns what ``quantize`` changes, or says why a layer or experts cannot be quantized."""
 
 from __future__ import annotations
 
@@ -10,24 +10,33 @@ from torch.distributed.tensor import DTensor
 
 from ..core.adapted_module import adapters
 from ..core.injection_record import get_record
-from ..structure.base_model import count_owners
+from ..structure.base_model import base_modules, count_owners
+from ..structure.expert_layers import expert_weights
+from ..structure.expert_selection import ExpertTarget, expert_targets
 from ..structure.layer_of import is_called_linear, layer_of
 from ..structure.layer_types import TransposedLinearType
 from ..structure.quantized import QuantizedType
-from ..structure.selection import select_modules
+from ..structure.selection import selected_targets
+from .quantize_experts import check_experts_quantizable
 
 
-def quantizable_layers(model: nn.Module, targets: Sequence[str] = ("all-linear",)) -> dict[str, nn.Module]:
-    """Return the layers that ``quantize`` would change, by name; errors are those of ``quantize``."""
+def quantizable_weights(
+    model: nn.Module, kind: str, targets: Sequence[str] = ("all-linear",)
+) -> tuple[dict[str, nn.Module], list[ExpertTarget]]:
+    """Return the layers by name, and weights of experts, that ``quantize`` would change; errors are those of it."""
     if get_record(model) is not None or any(adapters(model)):
         raise RuntimeError("This model is adapted already; quantize before inject.")
-    hosts = select_modules(model, list(targets))
+    modules, meant_by = base_modules(model), selected_targets(model, list(targets), experts=True)
+    experts = expert_targets(model, meant_by)
+    hosts = {name: modules[name] for name in meant_by if not expert_weights(modules[name])}
     owners = count_owners(model)
+    for target in experts:
+        check_experts_quantizable(target, kind, owners[id(target.weight.parameter(target.host))] > 1)
     encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
     read = {id(module) for encoder in encoders for module in encoder.modules()}
     for name, host in hosts.items():
         _check_quantizable(name, host, read=id(host) in read, shared=owners[id(getattr(host, "weight", None))] > 1)
-    return hosts
+    return hosts, experts
 
 
 def _check_quantizable(name: str, host: Any, read: bool, shared: bool) -> None:

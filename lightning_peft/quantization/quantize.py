@@ -1,4 +1,4 @@
-"""``quantize`` stores the linear layers of a frozen base in 4 or 8 bits (QLoRA, https://arxiv.org/abs/2305.14314).
+"""``quantize`` stores the linear layers and the experts of a frozen base in 4 or 8 bits (QLoRA, https://arxiv.org/abs/2305.14314).
 
 A layer stays the same object: it changes its class and its weight, and keeps name, bias, hooks and references.
 ``dequantize`` goes back.
@@ -7,6 +7,7 @@ A layer stays the same object: it changes its class and its weight, and keeps na
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,17 +19,16 @@ from ..core.adapted_module import AdaptedModule, adapted_class
 from ..core.fingerprint import sample
 from ..core.weight_update import WeightUpdate
 from ..structure.bitsandbytes_api import forget_state
+from ..structure.expert_selection import ExpertTarget
 from ..structure.layer_of import layer_of
 from ..structure.layer_types import TransposedLinearType
-from ..structure.quantized import (
-    Original,
-    is_quantized,
-    original_of,
-    remember,
-)
+from ..structure.original_weight import Original, original_of, remember
+from ..structure.quantized import is_quantized
+from ..structure.quantized_experts import QuantizedExperts
 from ..structure.quantized_linear import Int8Linear, NF4Linear, QuantizedLinear
 from . import nf4
-from .quantizable import quantizable_layers
+from .quantizable import quantizable_weights
+from .quantize_experts import dequantize_experts, known_original, quantize_experts, store_experts
 
 KINDS = ("nf4", "int8")
 
@@ -37,15 +37,15 @@ KINDS = ("nf4", "int8")
 def quantize(
     model: nn.Module, kind: str, targets: Sequence[str] = ("all-linear",), backend: str | None = None
 ) -> nn.Module:
-    """Store linear layers in few bits, in place and one after the other; nothing is changed if anything is wrong.
+    """Store linear layers and experts in few bits, in place, one after the other; nothing is changed if one cannot be.
 
     Args:
         model: Any module, on the device that it shall train on, before ``inject``. Layers without values (meta device)
             are quantized when ``FSDP2Strategy`` reads them.
         kind: "nf4", 4.127 bits for each value, doubly quantized; or "int8", with one scale for each row.
         targets: Globs on the end of module names, or roles. The paper takes all linear layers of the blocks.
-        backend: Library for "nf4", "bitsandbytes" or "torchao"; None takes the first that runs on the model's
-            device and stores all shapes.
+        backend: Library for "nf4" of layers, "bitsandbytes" or "torchao"; None takes the first that runs on the
+            model's device and stores all shapes. Experts are stored as torchao does.
 
     Returns:
         The model. The weights that were quantized are frozen.
@@ -61,12 +61,16 @@ def quantize(
         raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}.")
     if backend is not None and (kind == "int8" or backend not in nf4.LIBRARIES):
         raise ValueError(f"backend={backend!r} does not fit: nf4 has {', '.join(nf4.LIBRARIES)}; int8 needs none.")
-    hosts = quantizable_layers(model, targets)
+    hosts, experts = quantizable_weights(model, kind, targets)
     if any(host.get_parameter("weight").is_meta for host in hosts.values()):
         backend = "torchao" if kind == "nf4" else None
-    library = nf4.library_for(hosts, backend) if kind == "nf4" else None
+    if experts and kind == "nf4":
+        nf4.check_stores_experts({"cpu" if p.is_meta else p.device.type for p in map(_parameter, experts)})
+    library = nf4.library_for(hosts, backend) if kind == "nf4" and hosts else None
     for host in hosts.values():
         _quantize(host, library)
+    for host, of_host in itertools.groupby(experts, key=lambda target: target.host):
+        quantize_experts(host, [target.weight for target in of_host], kind)
     return model
 
 
@@ -103,12 +107,23 @@ def dequantize(model: nn.Module) -> float:
     hosts = quantized_layers(model)
     if not hosts:
         raise ValueError("There is nothing to dequantize: no layer of this model is quantized.")
-    originals = [original for original in map(original_of, hosts) if original is not None]
+    originals = [original for host in hosts for original in _originals(host)]
     for host in hosts:
-        _dequantize(host)
-    if len(originals) < len(hosts):
+        dequantize_experts(host) if isinstance(host, QuantizedExperts) else _dequantize(host)
+    if None in originals:
         return math.nan
-    return math.sqrt(sum(o.squared_error for o in originals) / max(sum(o.squared_norm for o in originals), 1e-300))
+    known = [original for original in originals if original is not None]
+    return math.sqrt(sum(o.squared_error for o in known) / max(sum(o.squared_norm for o in known), 1e-300))
+
+
+def _originals(host: nn.Module) -> list[Original | None]:
+    """Return what is remembered of each quantized weight of a module; None for weights of other libraries."""
+    parts = host.quantized_parts() if isinstance(host, QuantizedExperts) else ["weight"]
+    return [original_of(host, part) for part in parts]
+
+
+def _parameter(target: ExpertTarget) -> Tensor:
+    return target.weight.parameter(target.host)
 
 
 def _quantize(host: Any, library: str | None) -> None:
@@ -127,6 +142,9 @@ def _quantize(host: Any, library: str | None) -> None:
 
 def quantize_late(host: nn.Module) -> None:
     """Quantize the weight of a layer that had no values when the model was quantized, and has them now."""
+    for part in host.quantized_parts() if isinstance(host, QuantizedExperts) else ():
+        if known_original(host, part).values is None:
+            store_experts(host, part)
     original = original_of(host)
     if original is not None and original.values is None:
         stored = host.get_parameter("weight").detach()

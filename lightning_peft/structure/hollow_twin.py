@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base_model import ADAPTERS_ATTRIBUTE
+from .expert_layers import expert_weights
 from .transformers_api import HAS_HOOKS, use_eager_attention
 
 _COPIED = 2**18  # elements up to which a stand-in has numbers of its own
@@ -91,10 +92,8 @@ def _forward_of(module: Any) -> Callable[..., Any] | None:
         settings = (module.stride, module.padding, module.dilation, module.groups)
         weight, product = torch.empty(module.weight.shape, device="meta"), _CONVOLUTIONS[kind]
         return lambda x: torch.randn(product(x.detach().to("meta"), weight, None, *settings).shape)
-    if any(p.dim() == 3 and p.shape[0] > 1 for p in module.parameters(recurse=False)) and hasattr(
-        module, "num_experts"
-    ):
-        return lambda x, *_, **__: torch.randn(x.shape)  # experts: what they compute does not matter here
+    if expert_weights(module):
+        return lambda x, *_, **__: torch.randn(x.shape)  # what experts compute does not matter here
     return None
 
 

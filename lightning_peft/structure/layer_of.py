@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from .expert_layers import expert_weights
 from .layer_probe import output_scale
 from .layer_types import (
     ConvType,
@@ -28,6 +29,11 @@ def layer_of(host: nn.Module) -> LayerType:
     """Return the ``LayerType`` of a layer; raise a ``TypeError`` if the layer is of no known type."""
     if (layer_type := _foreign(host)) is not None:
         return layer_type
+    if expert_weights(host):
+        raise TypeError(
+            f"{type(host).__name__} holds the weights of experts, 3-D parameters that LoRA without decompose adapts "
+            f"and this method does not. Choose other targets, or use LoRA."
+        )
     raise TypeError(
         f"{type(host).__name__} is no known linear layer (nn.Linear, nn.Conv1d/2d/3d, nn.Embedding, transformers' "
         f"Conv1D). Choose other targets, or teach it with lightning_peft.core.layer_of.register."

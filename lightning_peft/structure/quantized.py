@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -12,42 +11,8 @@ from torch import Tensor, nn
 from . import bitsandbytes_api, torchao_api
 from .layer_of import FOREIGN, is_called_linear, layer_of
 from .layer_types import LinearType
+from .quantized_experts import QuantizedExperts
 from .quantized_linear import QuantizedLinear
-
-_ORIGINAL = "_peft_original"  # attribute of a layer that ``quantize`` changed
-
-
-@dataclass(frozen=True)
-class Original:
-    """Facts about a layer's original weight that ``quantize`` keeps on the layer.
-
-    Args:
-        cls: Class of the layer before.
-        dtype: Type of the original weight.
-        shape: Shape of the original weight, as the layer stored it.
-        values: Up to 64 of its values, for fingerprints; None while the weight has no values (meta device).
-        transposed: Whether the layer stored its weight as (in, out).
-        squared_error: Sum of the squared differences between quantized and original weight.
-        squared_norm: Sum of the squares of the original weight.
-    """
-
-    cls: type[nn.Module]
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    values: Tensor | None
-    transposed: bool
-    squared_error: float = 0.0
-    squared_norm: float = 0.0
-
-
-def original_of(host: nn.Module) -> Original | None:
-    """Return the ``Original`` of a layer that ``quantize`` changed, or None; copies of the layer have it too."""
-    return vars(host).get(_ORIGINAL)
-
-
-def remember(host: nn.Module, original: Original | None) -> None:
-    """Set the ``Original`` of a layer; None removes it."""
-    vars(host)[_ORIGINAL] = original
 
 
 class QuantizedType(LinearType):
@@ -73,8 +38,20 @@ class QuantizedType(LinearType):
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Return whether a module is a linear layer whose weight is stored in few bits."""
+    """Return whether a module is a linear layer, or holds experts, whose weights are stored in few bits."""
+    if isinstance(module, QuantizedExperts):
+        return True
     return is_called_linear(module) and isinstance(layer_of(module), QuantizedType)
+
+
+def quantized_weights(model: nn.Module) -> Iterator[tuple[Tensor, int]]:
+    """Yield the parameter that holds the codes of each quantized weight, and the number of values it stands for."""
+    for module in model.modules():
+        if isinstance(module, QuantizedExperts):
+            for part in module.quantized_parts():
+                yield module._parameters[part], module.shape_of(part).numel()  # type: ignore[misc]
+        elif is_quantized(module):
+            yield module.get_parameter("weight"), layer_of(module).shape(module).numel()
 
 
 def _quantized_linear(host: Any) -> Tensor:

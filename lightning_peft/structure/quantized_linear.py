@@ -12,7 +12,20 @@ from torch import Tensor, nn
 from .torchao_api import StoredNF4
 
 
-class QuantizedLinear(nn.Linear):
+class KeepsStatistics(nn.Module):
+    """Base class of modules whose buffers are statistics of codes, which keep their type when the module is cast."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, new in self._buffers.items():
+            old = before[name]
+            if old is not None and new is not None and new.dtype != old.dtype:  # rounding statistics changes weights
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+class QuantizedLinear(KeepsStatistics, nn.Linear):
     """Linear layer over frozen codes and statistics. Both passes decode them, so no decoded weight is saved."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -27,15 +40,6 @@ class QuantizedLinear(nn.Linear):
     def decode(*stored: Tensor) -> Tensor:
         """Return the weight as (out, in), in float32."""
         raise NotImplementedError
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, new in self._buffers.items():
-            old = before[name]
-            if old is not None and new is not None and new.dtype != old.dtype:  # rounding statistics changes weights
-                self._buffers[name] = old.to(new.device)
-        return self
 
 
 class Int8Linear(QuantizedLinear):
@@ -71,9 +75,10 @@ class NF4Linear(QuantizedLinear):
     @staticmethod
     def decode(*stored: Tensor) -> Tensor:
         codes, codes8, factor, mean, codebook = stored
-        absmax = (codes8 / factor[:, None]).flatten() + mean
+        absmax = (codes8 / factor[..., None]).flatten(-2) + mean[..., None]
         values = codebook[torch.stack([codes >> 4, codes & 15], -1).int()]  # the first value is in the high half
-        return (values.view(len(absmax), -1) * absmax[:, None]).view(len(codes), -1)
+        blocks = values.view(*codes.shape[:-2], absmax.shape[-1], -1) * absmax[..., None]
+        return blocks.view(*codes.shape[:-1], -1)
 
 
 class _Product(torch.autograd.Function):

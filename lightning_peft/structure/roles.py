@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from .base_model import base_modules
+from .expert_layers import DOWN, UP, expert_modules
 from .layer_of import is_called_linear
 from .read_weights import read_weight_attribute
 from .structure import LAYER_ROLES
@@ -90,9 +91,11 @@ def _all_linear(model: nn.Module) -> list[str]:
     return [n for n in linear if f"{n}.".startswith(inside)] if inside else linear[:-1]
 
 
-WEIGHT_ROLES = (*LAYER_ROLES, "all-linear")  # roles that mean weights, also those that a module reads from its children
+EXPERT_ROLES = (UP, DOWN)
+WEIGHT_ROLES = (*LAYER_ROLES, *EXPERT_ROLES, "all-linear")  # roles of weights, of those that a module only reads, too
 ROLES: dict[str, Callable[[nn.Module], Iterable[str]]] = {
     **{role: partial(_of_structure, role) for role in (*LAYER_ROLES, "attention")},
+    **{role: partial(expert_modules, role=role) for role in EXPERT_ROLES},
     "all-linear": _all_linear,
     "blocks": blocks,
     "output": output_layers,

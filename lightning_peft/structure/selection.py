@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .base_model import base_modules, base_parameters, matches, name_pattern
+from .expert_layers import expert_modules, expert_weights, owners_of_experts, warn_of_experts
 from .fused_rows import has_parts, requested_rows
 from .roles import ROLES
 from .rows import Rows
@@ -85,11 +86,19 @@ def select(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()
         >>> [name for name, host, rows in select(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), ["0"])]
         ['0']
     """
+    meant_by = selected_targets(model, targets, exclude)
+    if any(split_scope(target)[1] == "all-linear" for target in targets):
+        warn_of_experts(model)
+    return layer_targets(model, meant_by)
+
+
+def layer_targets(model: nn.Module, meant_by: Mapping[str, Sequence[str]]) -> list[Target]:
+    """Return the targets in modules, given with what means each: each once, or once for each part that a role means."""
     modules = base_modules(model)
     return [
         Target(name, modules[name], rows)
-        for name, meant_by in _chosen(model, modules, targets, exclude).items()
-        for rows in requested_rows(name, modules[name], meant_by, ROLES)
+        for name, meant in meant_by.items()
+        for rows in requested_rows(name, modules[name], meant, ROLES)
     ]
 
 
@@ -99,34 +108,44 @@ def select_modules(model: nn.Module, targets: Sequence[str], exclude: Sequence[s
     Arguments and errors are those of ``select``.
     """
     modules = base_modules(model)
-    return {name: modules[name] for name in _chosen(model, modules, targets, exclude)}
+    return {name: modules[name] for name in selected_targets(model, targets, exclude)}
 
 
-def _chosen(
-    model: nn.Module, modules: dict[str, nn.Module], targets: Sequence[str], exclude: Sequence[str]
+def selected_targets(
+    model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = (), experts: bool = False
 ) -> dict[str, list[str]]:
-    """Return the names of selected modules, in the model's order, with the targets, without scopes, that mean each."""
+    """Return the names of selected modules, in the model's order, with the targets, without scopes, that mean each.
+
+    With ``experts``, ``all-linear`` means modules that hold experts, too, and an exclusion may mean weights of them.
+    """
+    modules = base_modules(model)
     measured = structure_of(model).measured  # which also measures the rows of fused layers
     meant_by: dict[str, list[str]] = {}
     for target in _listed(targets, "targets"):
-        for name in _named(model, target, modules) or _nothing(target, modules, measured):
+        for name in _named(model, target, modules, experts) or _nothing(target, modules, measured):
             meant_by.setdefault(name, []).append(split_scope(target)[1])
     for pattern in _listed(exclude, "exclude", empty=True):
-        for name in _named(model, pattern, modules) or _nothing(pattern, modules):
-            meant_by.pop(name, None)
+        of_experts = owners_of_experts(model, split_scope(pattern)[1])
+        for name in _named(model, pattern, modules) or of_experts or _nothing(pattern, modules):
+            if not (experts and name in of_experts):
+                meant_by.pop(name, None)
     if not meant_by:
         raise ValueError(f"exclude={list(exclude)!r} leaves nothing of targets={list(targets)!r}.")
     chosen = {name: meant_by[name] for name in modules if name in meant_by}
     if (selections := _selections.get()) is not None:
-        parts = [name for name in chosen if has_parts(name, modules[name])]
+        parts = [n for n in chosen if has_parts(n, modules[n]) or (expert_weights(modules[n]) and not experts)]
         selections += [Selection(name, modules[name], chosen[name]) for name in parts]
     return chosen
 
 
-def _named(model: nn.Module, target: str, modules: Iterable[str]) -> list[str]:
+def _named(model: nn.Module, target: str, modules: Iterable[str], experts: bool = False) -> list[str]:
     """Return the names of the modules that a glob or a role means, inside of its scope."""
     scope, target = split_scope(target)
     names = modules_of_role(model, target) if target in ROLES else [name for name in modules if matches(name, target)]
+    if target not in ROLES:
+        names += [name for name in owners_of_experts(model, target) if name not in names]
+    elif experts and target == "all-linear":
+        names += expert_modules(model)
     return in_scope(model, scope, names)
 
 

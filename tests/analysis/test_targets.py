@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from expert_models import expert_model
 from installed import needs
-from models import MODELS
+from models import BEFORE_5, MODELS
 from torch import nn
 
 import lightning_peft as lp
@@ -99,3 +100,12 @@ def test_a_scope_that_means_nothing_lists_the_towers():
     towers = r"Towers: text_model \(language\), vision_model \(vision\)"
     with pytest.raises(ValueError, match=rf"The scope 'audio' means no module.*{towers}"):
         lp.inject(clip(), lp.LoRA(rank=2, targets=["audio:attention.key"]))
+
+
+@pytest.mark.skipif(BEFORE_5, reason="experts are modules before transformers 5")
+def test_experts_are_listed_by_their_weights():
+    rows = {(row.target, row.name): (row.count, row.detail) for row in lp.targets(expert_model("gpt_oss")).rows}
+    up, down = (f"model.layers.*.mlp.experts.{part}" for part in ("gate_up_proj", "down_proj"))
+    for role, name, detail in (("experts.up", up, "32 -> 48"), ("experts.down", down, "24 -> 32")):
+        assert rows[role, name] == rows["all-linear", name] == (2, f"4 experts, {detail}")
+    assert [name for role, name in rows if role == "experts.up"] == [up]

@@ -3,61 +3,18 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.method import check_setting
 from ...core.weight_update import WeightUpdate
 from ...ops.fused_linear import WeightUpdateSpec, dropped_low_rank
 from ...ops.parametrizations import LowRankParametrization
-from ...structure.base_model import name_pattern
-from ...structure.layer_of import layer_of
 from ...structure.layer_types import LinearType
 from ...structure.rows import Rows
-from ...structure.selection import Target, select, select_modules
-from ...structure.towers import split_scope
-
-
-def check_low_rank(name: str, host: nn.Module, rank: int, dropout: float, field: str = "rank") -> None:
-    """Raise a ``ValueError`` for a rank above the sides of the weight, or dropout on a layer that is never called."""
-    layer, largest = layer_of(host), _largest_rank(host)
-    check_setting(rank <= largest, f"{field} at {name}", rank, f"at most {largest}")
-    droppable = not (dropout and layer.weight_read_by_parent)
-    check_setting(droppable, f"dropout at {name}", dropout, "0: its inputs are unseen")
-
-
-def without_narrow(
-    model: nn.Module, targets: Sequence[str], exclude: Sequence[str], rank_of: Callable[[str], int]
-) -> list[Target]:
-    """Return what targets select, without the layers that ``all-linear`` alone means and that a rank exceeds.
-
-    Such layers are the gates of experts, for example. A warning names them.
-    """
-    selected = select(model, targets, exclude)
-    others = [target for target in targets if split_scope(target)[1] != "all-linear"]
-    if len(others) == len(targets):
-        return selected
-    named = select_modules(model, others) if others else {}
-    narrow = {t.name for t in selected if t.name not in named and _largest_rank(t.host) < rank_of(t.name)}
-    if narrow and len(narrow) < len({t.name for t in selected}):
-        described = ", ".join(dict.fromkeys(map(name_pattern, sorted(narrow))))
-        warnings.warn(
-            f"all-linear leaves out {len(narrow)} layers with fewer inputs or outputs than the rank: {described}.",
-            stacklevel=2,
-        )
-        return [target for target in selected if target.name not in narrow]
-    return selected
-
-
-def _largest_rank(host: nn.Module) -> int:
-    out, *rest = layer_of(host).shape(host)
-    return min(out, math.prod(rest))
 
 
 class LowRankUpdate(WeightUpdate):

@@ -16,7 +16,7 @@ from ...checkpoints.safetensors_files import TensorFiles
 from ...core.adapted_module import adapters
 from ...quantization.quantize import quantize_late
 from ...structure.base_model import adapter_host, base_modules
-from ...structure.quantized import original_of
+from ...structure.original_weight import original_of
 
 
 @contextmanager
@@ -77,14 +77,14 @@ def read_into(unit: nn.Module, name: str, weights: BaseWeightFiles, device: torc
     trim_malloc()  # of the unit before, which is sharded by now
     prefix = f"{name}." if name else ""
     for module_name, module in [(name, unit), *((prefix + key, part) for key, part in base_modules(unit).items())]:
-        complete, original = True, original_of(module)
-        stored_dtype = None if original is None else original.dtype  # quantized from this, whatever the plugin made
+        complete = True
         for key, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
                 stored = weights.has(f"{module_name}.{key}")
                 complete &= stored
                 values = weights.read(f"{module_name}.{key}") if stored else torch.empty(parameter.shape)
-                _fill(parameter, values, device, stored_dtype if key == "weight" else None)
+                original = original_of(module, key)  # quantized from its type, whatever the plugin made
+                _fill(parameter, values, device, None if original is None else original.dtype)
         if not complete:
             _reset(module_name, module)
         quantize_late(module)

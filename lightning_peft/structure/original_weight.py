@@ -1,0 +1,47 @@
+"""``Original``: what ``quantize`` keeps of the weight that a layer had before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_ORIGINAL = "_peft_original"  # attribute of a layer that ``quantize`` changed
+
+
+@dataclass(frozen=True)
+class Original:
+    """Facts about a layer's original weight that ``quantize`` keeps on the layer.
+
+    Args:
+        cls: Class of the layer before.
+        dtype: Type of the original weight.
+        shape: Shape of the original weight, as the layer stored it.
+        values: Up to 64 of its values, for fingerprints; None while the weight has no values (meta device).
+        transposed: Whether the layer stored its weight as (in, out).
+        squared_error: Sum of the squared differences between quantized and original weight.
+        squared_norm: Sum of the squares of the original weight.
+    """
+
+    cls: type[nn.Module]
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    values: Tensor | None
+    transposed: bool
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+
+
+def original_of(host: nn.Module, parameter: str = "weight") -> Original | None:
+    """Return the ``Original`` of a weight that ``quantize`` changed, or None; copies of the layer have it too."""
+    return vars(host).get(_attribute(parameter))
+
+
+def remember(host: nn.Module, original: Original | None, parameter: str = "weight") -> None:
+    """Set the ``Original`` of a weight; None removes it."""
+    vars(host)[_attribute(parameter)] = original
+
+
+def _attribute(parameter: str) -> str:
+    return _ORIGINAL if parameter == "weight" else f"{_ORIGINAL}_{parameter}"
