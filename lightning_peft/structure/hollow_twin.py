@@ -6,9 +6,7 @@ random numbers of the right shape. What lies between them, attention and its pro
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base_model import ADAPTERS_ATTRIBUTE
+from .bare_copy import bare_copy
 from .expert_layers import expert_weights
-from .transformers_api import HAS_HOOKS, use_eager_attention
+from .transformers_api import CONV1D, use_eager_attention
 
 _COPIED = 2**18  # elements up to which a stand-in has numbers of its own
 _CONVOLUTIONS: dict[Any, Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
@@ -41,22 +39,11 @@ def hollow_twin(model: nn.Module) -> nn.Module:
 
 
 def _copy(model: nn.Module, memo: dict[int, Any], generator: torch.Generator) -> Any:
-    """Return a deep copy of the modules alone: of hooks, and of adapters inside of them, there are none."""
+    """Return a copy of a model, in which parameters stand for weights that parametrizations compute."""
     for module in reversed(list(model.modules())):  # children before their parents
-        cls: Any = getattr(type(module), "_host_class", type(module))
-        children = dict(module._modules)
-        if cls is not type(module):
-            children.pop(ADAPTERS_ATTRIBUTE)
-        own = {k: v for k, v in vars(module).items() if k not in ("forward", "_trainer", HAS_HOOKS)} | {
-            "_modules": children
-        }
-        for name in getattr(children.pop("parametrizations", None), "keys", list)():  # computed, by a class made for it
-            cls = type(module).__bases__[0]
-            weight = _stand_in(nn.Parameter(getattr(module, name)), generator)
-            own["_parameters"] = {**own["_parameters"], name: weight}
-        bare = cls.__new__(cls)
-        bare.__dict__ = own | {name: OrderedDict() for name in own if name.endswith("_hooks")}
-        memo[id(module)] = copy.deepcopy(bare, memo)
+        names: Any = getattr(module._modules.get("parametrizations"), "keys", list)()
+        computed: Any = {name: _stand_in(nn.Parameter(getattr(module, name)), generator) for name in names}
+        memo[id(module)] = bare_copy(module, memo, computed)
     return memo[id(model)]
 
 
@@ -83,7 +70,7 @@ def _forward_of(module: Any) -> Callable[..., Any] | None:
     forward = inspect.unwrap(type(module).forward)
     if isinstance(module, nn.Linear) and (forward is nn.Linear.forward or not _computable(module)):
         return lambda x, *_: torch.randn(*x.shape[:-1], module.out_features)
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+    if f"{type(module).__module__}.{type(module).__qualname__}" == CONV1D:
         return lambda x: torch.randn(*x.shape[:-1], module.nf)
     if isinstance(module, nn.Embedding) and forward is nn.Embedding.forward:
         return lambda indices: torch.randn(*indices.shape, module.embedding_dim)

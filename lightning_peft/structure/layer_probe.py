@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base_model import holds_adapters
+from .bare_copy import bare_copy
 
 _SIDE = 24  # rows and columns of the small weights that are measured
 _SIZES = {"in_features", "out_features", "num_embeddings", "embedding_dim", "in_channels", "out_channels", "training"}
@@ -110,13 +108,7 @@ def _small_copy(host: Any) -> Any:
     for x in [*host._buffers.values(), *vars(host).values()]:
         if isinstance(x, Tensor) and id(x) not in memo:
             memo[id(x)] = torch.ones(x.shape, dtype=x.dtype) if x.is_meta else x.detach().to("cpu", copy=True)
-    bare = copy.copy(host)
-    bare.__dict__ = dict(vars(host)) | {
-        "_modules": {k: m for k, m in host._modules.items() if not holds_adapters(host, k)}
-    }
-    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-        bare.__dict__[hooks] = OrderedDict()
-    small = copy.deepcopy(bare, memo).eval()
+    small = bare_copy(host, memo).eval()
     names = ("num_embeddings", "embedding_dim") if isinstance(host, nn.Embedding) else ("out_features", "in_features")
     if flat:
         vars(small).update(zip(names, sizes, strict=False))

@@ -77,7 +77,7 @@ def select(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()
         model: Where to look.
         targets: Globs on the end of dotted names, or roles; see ``ROLES``. After a scope and a colon they mean what is
             inside of modules that a glob matches, or of a tower: ``decoder:*.fc1``, ``vision:all-linear``.
-        exclude: Globs or roles of modules to leave out.
+        exclude: Globs of modules to leave out.
 
     Raises:
         ValueError: A target or an exclusion matches nothing; names what the model has.
@@ -125,8 +125,10 @@ def selected_targets(
         for name in _named(model, target, modules, experts) or _nothing(target, modules, measured):
             meant_by.setdefault(name, []).append(split_scope(target)[1])
     for pattern in _listed(exclude, "exclude", empty=True):
-        of_experts = owners_of_experts(model, split_scope(pattern)[1])
-        for name in _named(model, pattern, modules) or of_experts or _nothing(pattern, modules):
+        scope, end = split_scope(pattern)
+        of_experts = owners_of_experts(model, end)
+        matching = in_scope(model, scope, [name for name in modules if matches(name, end)])  # never a role
+        for name in matching or of_experts or _nothing(pattern, modules):
             if not (experts and name in of_experts):
                 meant_by.pop(name, None)
     if not meant_by:
