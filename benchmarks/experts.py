@@ -2,17 +2,15 @@
 
     python benchmarks/experts.py --small
 
-Each side runs in a process of its own, which says the median time of a step (forward and backward) and how far its peak
-of memory rose during steps. Ratios are those of medians of rounds that take turns.
+Times are of steps (forward and backward) that take turns in one process, and ratios are medians. How far the peak of
+memory rises during steps is measured in a process for each side.
 """
 
 import argparse
-import json
 import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import harness
@@ -72,36 +70,26 @@ def step_of(side: str, implementation: str, small: bool) -> Callable[[], None]:
     return step
 
 
-def answer_rounds(side: str, implementation: str, small: bool) -> None:
-    """For each line of input, print the seconds of a step and the bytes by which memory has risen above the start."""
+def print_risen_memory(side: str, implementation: str, small: bool) -> None:
+    """Print the bytes by which memory rises above the start during three steps."""
     step = step_of(side, implementation, small)
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step()
-    for _ in sys.stdin:
-        begin = time.perf_counter()
+    for _ in range(3):
         step()
-        seconds = time.perf_counter() - begin
-        risen = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) * 1024
-        print(json.dumps([seconds, risen]), flush=True)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) * 1024)
 
 
-def measure(implementation: str, small: bool, rounds: int) -> dict[str, dict[str, float]]:
-    """Return what each side says, asked in turns."""
-    flags = ["--implementation", implementation, *(["--small"] if small else [])]
-    sides = {
-        side: subprocess.Popen(  # noqa: S603
-            [sys.executable, __file__, "--side", side, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for side in SIDES
-    }
-    times, risen = {side: [] for side in SIDES}, dict.fromkeys(SIDES, 0)
-    for _ in range(rounds):
-        for side, process in sides.items():
-            print(file=process.stdin, flush=True)
-            seconds, risen[side] = json.loads(process.stdout.readline())
-            times[side].append(seconds)
-    for process in sides.values():
-        process.communicate()
+def risen_memory(side: str, implementation: str, small: bool) -> int:
+    """Return what a process for one side prints; this one has to be small, since a peak begins with its parent's."""
+    flags = ["--side", side, "--implementation", implementation, *(["--small"] if small else [])]
+    command = [sys.executable, __file__, *flags]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
+    return int(result.stdout)
+
+
+def measure(implementation: str, risen: dict[str, int], small: bool, rounds: int, budget: float) -> dict[str, dict]:
+    """Return the times of all sides, which take turns in this process, beside their memory."""
+    times = harness.paired({side: step_of(side, implementation, small) for side in SIDES}, rounds, budget)
     return {
         side: {
             "milliseconds": round(1e3 * statistics.median(times[side]), 1),
@@ -116,12 +104,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a tiny block; results are not written")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--budget", type=float, default=60, help="seconds for each implementation")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        return answer_rounds(options.side, options.implementation, options.small)
-    results = {name: measure(name, options.small, options.rounds) for name in IMPLEMENTATIONS}
+        return print_risen_memory(options.side, options.implementation, options.small)
+    risen = {name: {side: risen_memory(side, name, options.small) for side in SIDES} for name in IMPLEMENTATIONS}
+    settings = options.small, options.rounds, options.budget
+    results = {name: measure(name, risen[name], *settings) for name in IMPLEMENTATIONS}
     for name, found in results.items():
         for side, row in found.items():
             print(f"{name:11} {side:15} {row}")
