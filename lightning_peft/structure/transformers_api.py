@@ -1,4 +1,4 @@
-"""``backbones``, ``cached_tokens``...: all access to names in transformers that one of its releases may change.
+"""``backbones``, ``attention_heads``...: all access to names in transformers that one of its releases may change.
 
 Other modules of the package take such names from here, and ``test_transformers_api.py`` reports which of them the
 installed release no longer has. transformers is never imported here: a program that holds one of its models has it.
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .base_model import base_modules
 
@@ -20,8 +20,6 @@ SDPA_FUNCTION = "sdpa_attention_forward"  # of the attention interface: calls sc
 CONV1D = "transformers.pytorch_utils.Conv1D"  # linear layer of GPT-2 whose weight is (in, out)
 POSITIONS = ("position_ids", "cache_position")  # arguments of a backbone that hold the positions of its tokens
 HAS_HOOKS = "_output_capturing_hooks_installed"  # attribute of a model whose hooks record hidden states
-_STATES = ("state", "mems")  # arguments of RWKV and XLNet that are lists of tensors, and no caches
-_PLAIN = (Tensor, bool, int, float, str, list, Mapping)  # arguments that carry no state of earlier calls
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead")
 
 
@@ -88,53 +86,6 @@ def outermost_pretrained(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def has_input_embeddings(module: Any) -> bool:
     """Return whether a module has ``get_input_embeddings``, as every transformers model does."""
     return callable(getattr(module, "get_input_embeddings", None))
-
-
-def cached_tokens(host: nn.Module, call: Mapping[str, Any]) -> Any:
-    """Return how many tokens the key-value cache among the arguments of a call holds; 0 without a cache.
-
-    The cache is found by its type, so that it does not matter what a release calls the argument. The number is an
-    int, or a tensor of one number for caches of a fixed size; None for a state that has read tokens and does not count
-    them, as Mamba and RWKV have it.
-
-    Args:
-        host: Module that is called, for messages.
-        call: Arguments by name.
-
-    Raises:
-        TypeError: An argument carries state of earlier calls and does not tell the number of their tokens.
-    """
-    for name, value in call.items():
-        if name in _STATES and isinstance(value, list):
-            return None
-        if value is None or isinstance(value, _PLAIN):
-            continue
-        if _is_cache(value):
-            return _length_of(value)
-        if isinstance(value, tuple):
-            if value and isinstance(value[0], tuple) and value[0]:
-                return value[0][0].shape[-2]  # keys (batch, heads, tokens, size), as before there were cache classes
-        elif type(value).__module__.partition(".")[0] == "transformers":
-            raise TypeError(
-                f"{type(host).__name__} was given a {type(value).__name__} as {name!r}, which does not say how many "
-                f"tokens it holds, so that virtual tokens could enter twice; generate with use_cache=False."
-            )
-    return 0
-
-
-def _length_of(cache: Any) -> Any:
-    """Return the number of tokens in a cache; None for states alone, which count none, once they have read some."""
-    try:
-        return cache.get_seq_length()
-    except ValueError:
-        return None if cache.has_previous_state() else 0
-
-
-def _is_cache(value: Any) -> bool:
-    """Return whether a value is a key-value cache; before transformers 5, some models define separate classes."""
-    package = sys.modules.get("transformers")
-    is_cache = package is not None and isinstance(value, package.Cache)
-    return is_cache or callable(getattr(value, "get_seq_length", None))
 
 
 def attention_implementation(module: Any) -> str | None:

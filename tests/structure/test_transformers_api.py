@@ -10,6 +10,7 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.structure import transformers_api as api
+from lightning_peft.structure.cached_tokens import cached_tokens
 from lightning_peft.structure.transformers_loading import names_by_loading
 
 transformers = pytest.importorskip("transformers")
@@ -88,8 +89,25 @@ def test_state_of_earlier_calls_that_is_no_cache_is_refused():
 
 def test_a_cache_of_pairs_of_tensors_counts_as_one():
     keys = torch.zeros(2, 4, 6, 8)
-    assert api.cached_tokens(nn.Identity(), {"any": ((keys, keys), (keys, keys)), "other": ("a", 1)}) == 6
-    assert api.cached_tokens(nn.Identity(), {"any": None, "other": (), "mask": keys}) == 0
+    assert cached_tokens(nn.Identity(), {"any": ((keys, keys), (keys, keys)), "other": ("a", 1)}) == 6
+    assert cached_tokens(nn.Identity(), {"any": None, "other": (), "mask": keys}) == 0
+
+
+class MixedCache:
+    """A cache whose first layer has linear attention, which counts no tokens."""
+
+    layers = (None, None, None)
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def get_seq_length(self, layer=0):
+        return self.tokens if layer else 0
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_a_cache_counts_the_tokens_of_the_first_layer_that_counts(tokens):
+    assert cached_tokens(nn.Identity(), {"past": MixedCache(tokens)}) == tokens
 
 
 @pytest.mark.parametrize("name", DECODERS)

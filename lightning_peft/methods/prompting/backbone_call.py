@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ...core.adapter import Call
+from ...structure.cached_tokens import cached_tokens
 from ...structure.token_arguments import token_types
-from ...structure.transformers_api import POSITIONS, cached_tokens, from_config
+from ...structure.transformers_api import POSITIONS, from_config
 from .embedded_calls import call_with_ids, embedded
 from .strip_outputs import pooler_of, strip_virtual_tokens
 from .virtual_tokens import Insertion

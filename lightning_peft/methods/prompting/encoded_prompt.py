@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.adapter import Call
-from ...structure.transformers_api import cached_tokens
+from ...structure.cached_tokens import cached_tokens
 from .embedded_calls import call_with_ids, embedded
 from .prompt import Prompt, PromptSite
 from .prompt_encoders import Encoder

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ...core.adapter import Adapter, Call
-from ...structure.transformers_api import backbones, cached_tokens, from_config, is_encoder_decoder
+from ...structure.cached_tokens import cached_tokens
+from ...structure.transformers_api import backbones, from_config, is_encoder_decoder
 from .virtual_tokens import names_of
 
 
