@@ -9,11 +9,10 @@ from typing import NamedTuple
 from torch import nn
 
 from ..ops.sharded_tensors import global_shape
-from ..structure.base_model import base_modules
+from ..structure.base_model import base_modules, is_inside
 from ..structure.roles import ROLES
 from ..structure.structure_of import structure_of
 from ..structure.towers import towers
-from ..structure.traced_blocks import is_inside
 from .method import Method
 
 _SHOWN = 3

@@ -11,7 +11,7 @@ from ..checkpoints.adapter_state import strip_wrapper_names
 from ..methods import LLaMAAdapter
 from ..methods.llama_adapter import LLaMAAdapterPrompt
 from ..ops.sharded_tensors import full_tensor
-from ..structure.attention import head_count
+from ..structure.attention.key_value import head_count
 from ..structure.transformers_api import from_config
 from .module_names import exact_globs, join_names
 from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_supported

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call, parameter_like
 from ..core.method import Method, check_setting
-from ..structure.attention import KeyValue, head_count, key_value
-from ..structure.attention_calls import call_changed
-from ..structure.attention_hosts import attention_hosts
+from ..structure.attention.calls import call_changed
+from ..structure.attention.hosts import attention_hosts
+from ..structure.attention.key_value import KeyValue, head_count, key_value
 from ..structure.selection import select_modules, select_parameters
 from .families.bias_and_scale import BiasAndScale
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..core.adapter import Adapter
 from ..core.method import Method, check_setting
-from ..structure.attention_hosts import attention_hosts
+from ..structure.attention.hosts import attention_hosts
 from ..structure.roles import head_layers
 from ..structure.selection import select_parameters
 from .prompting.position_shift import shifted_positions

@@ -18,6 +18,11 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase("." + name, "*." + pattern)
 
 
+def is_inside(name: str, module: str) -> bool:
+    """Return whether a name is that of a module, or of something inside of it."""
+    return name == module or not module or name.startswith(f"{module}.")
+
+
 def name_pattern(name: str) -> str:
     """Return a name with ``*`` in place of numbers, which is the same for one layer in all blocks."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bare_copy import bare_copy
+from .tracing.bare_copy import bare_copy
 
 _SIDE = 24  # rows and columns of the small weights that are measured
 _SIZES = {"in_features", "out_features", "num_embeddings", "embedding_dim", "in_channels", "out_channels", "training"}

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from .base_model import base_modules
-from .example_inputs import Inputs, as_inputs, example_inputs, known_example, remember_example
 from .fused_rows import set_measured_rows
-from .hollow_twin import hollow_twin
 from .known_families import KNOWN_FAMILIES
-from .measured_structure import measured_structure
 from .named_structure import named_structure
 from .structure import LAYER_ROLES, Structure
+from .tracing.example_inputs import Inputs, as_inputs, example_inputs, known_example, remember_example
+from .tracing.hollow_twin import hollow_twin
+from .tracing.measured_structure import measured_structure
 from .transformers_api import from_config, outermost_pretrained
 
 _cache = WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], Structure]]()

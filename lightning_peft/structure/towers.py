@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from .base_model import base_modules, matches
+from .base_model import base_modules, is_inside, matches
 from .structure_of import structure_of
-from .traced_blocks import is_inside
 from .transformers_api import is_pretrained
 
 KINDS = ("vision", "language", "audio")

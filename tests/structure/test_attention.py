@@ -11,7 +11,7 @@ from models import BEFORE_5, MODELS, logits
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.structure.attention_calls import AttentionCalls
+from lightning_peft.structure.attention.calls import AttentionCalls
 from lightning_peft.structure.roles import ROLES
 
 

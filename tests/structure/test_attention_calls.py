@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 import lightning_peft as lp
 from lightning_peft.methods.prompting.prefix_init import init_from_text
-from lightning_peft.structure.attention_probe import probe_attention
+from lightning_peft.structure.attention.probe import probe_attention
 
 needs_interface = pytest.mark.skipif(BEFORE_5, reason="eager attention asks no interface before transformers 5")
 LENGTH = 4

@@ -3,8 +3,8 @@
 import torch
 import transformers as t
 
-from lightning_peft.structure.example_inputs import example_inputs
-from lightning_peft.structure.hollow_twin import hollow_twin
+from lightning_peft.structure.tracing.example_inputs import example_inputs
+from lightning_peft.structure.tracing.hollow_twin import hollow_twin
 
 TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 IMAGES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

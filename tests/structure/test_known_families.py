@@ -4,12 +4,12 @@ import pytest
 from installed import needs
 from torch import nn
 
-from lightning_peft.structure.example_inputs import example_inputs
 from lightning_peft.structure.fused_rows import fused_rows, is_fused
-from lightning_peft.structure.hollow_twin import hollow_twin
 from lightning_peft.structure.known_families import KNOWN_FAMILIES
-from lightning_peft.structure.measured_structure import measured_structure
 from lightning_peft.structure.named_structure import named_structure
+from lightning_peft.structure.tracing.example_inputs import example_inputs
+from lightning_peft.structure.tracing.hollow_twin import hollow_twin
+from lightning_peft.structure.tracing.measured_structure import measured_structure
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,12 +11,12 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.core import select
-from lightning_peft.structure.example_inputs import example_inputs
-from lightning_peft.structure.hollow_twin import hollow_twin
 from lightning_peft.structure.rows import Rows
 from lightning_peft.structure.structure_of import structure_of
-from lightning_peft.structure.trace import trace
-from lightning_peft.structure.traced_attention import ranges_of
+from lightning_peft.structure.tracing.example_inputs import example_inputs
+from lightning_peft.structure.tracing.hollow_twin import hollow_twin
+from lightning_peft.structure.tracing.trace import trace
+from lightning_peft.structure.tracing.traced_attention import ranges_of
 
 WIDTH, HEADS, SIZE = 32, 4, 8
 PARTS = ("query", "key", "value")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...structure.hollow_twin import hollow_twin
 from ...structure.quantized import is_quantized
+from ...structure.tracing.hollow_twin import hollow_twin
 
 
 def mixing_twin(host: nn.Module) -> nn.Module:

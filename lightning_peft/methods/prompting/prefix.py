@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ...core.adapter import Adapter, Call, parameter_like
 from ...ops.joined_attention import attend_joined
-from ...structure.attention import key_value
-from ...structure.attention_calls import call_changed
-from ...structure.attention_probe import probe_attention
+from ...structure.attention.calls import call_changed
+from ...structure.attention.key_value import key_value
+from ...structure.attention.probe import probe_attention
 from ...structure.layer_of import is_called_linear, layer_of
 
 _UNMERGEABLE = "no weight gives keys and values that do not depend on the input"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...core.adapter import Adapter, Call
 from ...core.eval_mode import evaluating
 from ...core.method import check_setting
-from ...structure.attention_calls import AttentionCalls
+from ...structure.attention.calls import AttentionCalls
 from ...structure.transformers_api import backbones, is_encoder_decoder
 from .prefix import Prefix
 from .virtual_tokens import names_of

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...structure.example_inputs import example_inputs
-from ...structure.hollow_twin import hollow_twin
 from ...structure.roles import blocks
+from ...structure.tracing.example_inputs import example_inputs
+from ...structure.tracing.hollow_twin import hollow_twin
 
 
 def lists_of_token_blocks(model: nn.Module) -> list[str]:

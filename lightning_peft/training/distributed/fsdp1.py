@@ -19,8 +19,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, Sha
 from torch.optim import Optimizer
 
 from ...ops.sharded_tensors import shard_of
+from ..distributed import fsdp1_state as flat_states
 from ..lightning_api import saves_shards, torch_optimizer
-from . import fsdp1_state as flat_states
 from .base_consistency import check_one_base
 from .fsdp1_parameters import annotate_shards
 from .fsdp1_precision import OwnTypes

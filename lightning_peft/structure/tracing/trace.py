@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..structure import FeedForward
 from .attention_finder import AttentionCall, AttentionFinder
 from .cut_graph import CutGraph
 from .hollow_twin import is_depthwise
-from .structure import FeedForward
 
 LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 _WITH_GRADIENT = 2**18  # elements up to which it is measured whether an output depends on a parameter

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.torch_api import without_function_modes
+from ...ops.torch_api import without_function_modes
 
 Sources = dict[str, Tensor]  # by name of a layer, for each of its features whether it matters
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fused_rows import fused_rows, is_fused
-from .layer_of import layer_of
-from .roles import ROLES
-from .rows import Rows
-from .structure_of import structure_of
-from .transformers_api import attention_heads
+from ..fused_rows import fused_rows, is_fused
+from ..layer_of import layer_of
+from ..roles import ROLES
+from ..rows import Rows
+from ..structure_of import structure_of
+from ..transformers_api import attention_heads
 
 
 @dataclass(frozen=True)

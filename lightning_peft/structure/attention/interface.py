@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, handle_torch_function
 
-from ..ops.torch_api import function_modes
-from .transformers_api import SDPA_FUNCTION, attention_interface
+from ...ops.torch_api import function_modes
+from ..transformers_api import SDPA_FUNCTION, attention_interface
 
 _WITHOUT_TORCHS = ("eager", "flex", "flash")  # functions that do not call scaled_dot_product_attention
 _NO_PREFIX = ("flash", "paged")  # functions that find the end of the text, or the cache, from the number of keys

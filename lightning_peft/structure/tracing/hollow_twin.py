@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..expert_layers import expert_weights
+from ..transformers_api import CONV1D, use_eager_attention
 from .bare_copy import bare_copy
-from .expert_layers import expert_weights
-from .transformers_api import CONV1D, use_eager_attention
 
 _COPIED = 2**18  # elements up to which a stand-in has numbers of its own
 _CONVOLUTIONS: dict[Any, Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}

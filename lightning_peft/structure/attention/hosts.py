@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from .attention_interface import takes_more_keys
-from .attention_probe import probe_attention
-from .base_model import base_modules
-from .roles import ROLES
-from .selection import select_modules
-from .transformers_api import attention_implementation, attention_interface
+from ..base_model import base_modules
+from ..roles import ROLES
+from ..selection import select_modules
+from ..transformers_api import attention_implementation, attention_interface
+from .interface import takes_more_keys
+from .probe import probe_attention
 
 _INTERFACE = {"get_interface"}
 _CALLS = {*_INTERFACE, "ALL_ATTENTION_FUNCTIONS", "scaled_dot_product_attention", "multi_head_attention_forward"}

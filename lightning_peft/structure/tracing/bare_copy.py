@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from .base_model import holds_adapters
-from .transformers_api import HAS_HOOKS
+from ..base_model import holds_adapters
+from ..transformers_api import HAS_HOOKS
 
 _LEFT_OUT = ("forward", "_trainer", HAS_HOOKS)  # of instances: what replaces a call, or leads to other objects
 

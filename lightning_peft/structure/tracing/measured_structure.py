@@ -6,13 +6,13 @@ from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
 
-from .base_model import base_modules, base_parameters
+from ..base_model import base_modules, base_parameters, is_inside
+from ..layer_of import is_called_linear, layer_of
+from ..structure import FeedForward, Structure
 from .example_inputs import Inputs
-from .layer_of import is_called_linear, layer_of
-from .structure import FeedForward, Structure
 from .trace import Trace, trace
 from .traced_attention import TracedAttention
-from .traced_blocks import is_inside, traced_blocks, traced_output
+from .traced_blocks import traced_blocks, traced_output
 
 
 def measured_structure(model: nn.Module, twin: nn.Module, inputs: Inputs) -> Structure:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention_calls import AttentionCalls
-from .example_inputs import example_inputs, known_example
-from .hollow_twin import hollow_twin
-from .transformers_api import outermost_pretrained
+from ..tracing.example_inputs import example_inputs, known_example
+from ..tracing.hollow_twin import hollow_twin
+from ..transformers_api import outermost_pretrained
+from .calls import AttentionCalls
 
 Widths = tuple[int, int]  # of keys and of values, all their heads together
 

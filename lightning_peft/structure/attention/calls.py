@@ -9,9 +9,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.multi_head_attention import multi_head_attention
-from .attention_interface import InterfaceMode, change_interface_call, interface_attention, reach_interface
-from .attention_products import PRODUCTS, AttentionProducts
+from ...ops.multi_head_attention import multi_head_attention
+from .interface import InterfaceMode, change_interface_call, interface_attention, reach_interface
+from .products import PRODUCTS, AttentionProducts
 
 
 class AttentionCalls(InterfaceMode):

@@ -8,12 +8,8 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
+from ..base_model import is_inside
 from .trace import LISTS, Trace
-
-
-def is_inside(name: str, module: str) -> bool:
-    """Return whether a name is that of a module, or of something inside of it."""
-    return name == module or not module or name.startswith(f"{module}.")
 
 
 def traced_blocks(model: nn.Module, traced: Trace) -> list[str]:

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention_interface import interface_attention
-from .transformers_api import attention_heads
+from ..transformers_api import attention_heads
+from .interface import interface_attention
 
 PRODUCTS = frozenset(("matmul", "bmm", "__matmul__", "baddbmm"))
 _KEEP = ("to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "view", "reshape")

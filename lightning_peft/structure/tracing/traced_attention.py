@@ -7,11 +7,11 @@ from collections.abc import Collection, Container
 import torch
 from torch import Tensor
 
+from ..base_model import is_inside
+from ..rows import Rows, periodic_rows
+from ..structure import PART_OF_ROLE
 from .attention_finder import AttentionCall
-from .rows import Rows, periodic_rows
-from .structure import PART_OF_ROLE
 from .trace import Trace
-from .traced_blocks import is_inside
 
 
 class TracedAttention:
