@@ -17,9 +17,9 @@ def token_types(name: str, value: Tensor) -> Tensor | None:
     return torch.full_like(value[:, :1], _OF_TEXT[name]) if name in _OF_TEXT else None
 
 
-def special_ids(module: Any) -> set[int]:
-    """Return the ids of a model that stand for padding, ends, images and the like, by its configuration."""
-    configs = [module.config, getattr(module.config, "text_config", None)]
+def special_ids(config: Any) -> set[int]:
+    """Return the ids of a model that stand for padding, ends, images and the like, from its configuration."""
+    configs = [config, getattr(config, "text_config", None)]
     named = [vars(config).items() for config in configs if config is not None]
     ends = ("_token_id", "_token_index")
     return {value for items in named for name, value in items if name.endswith(ends) and isinstance(value, int)}

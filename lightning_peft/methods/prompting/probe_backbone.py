@@ -115,7 +115,7 @@ class _Probe:
 def _plain_ids(host: Any) -> Tensor:
     """Return ids of which none marks padding, an image or an end."""
     table: Any = input_embeddings(host)
-    count, special = min(table.weight.shape[0], 1000), special_ids(host)
+    count, special = min(table.weight.shape[0], 1000), special_ids(host.config)
     return torch.tensor([i for i in range(count) if i not in special] or [0])
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ..token_arguments import special_ids
 from .image_inputs import with_images
 
 _TOKENS = 8
@@ -87,9 +88,8 @@ def _from(config: Any, *names: str) -> Any:
 
 
 def _tokens(config: Any, generator: torch.Generator) -> Tensor:
-    """Return tokens of the lower half of the vocabulary, where none marks padding or an image."""
-    special = {getattr(config, name) for name in dir(config) if name.endswith("_token_id")}
-    special |= {getattr(config, name) for name in ("image_token_index", "video_token_index") if hasattr(config, name)}
+    """Return tokens of which none marks padding, an end or an image."""
+    special = special_ids(config)
     count = min(int(_from(config, "vocab_size") or 32), 1000)
     plain = torch.tensor([i for i in range(count) if i not in special])
     return plain[torch.randint(len(plain), (_ROWS, _TOKENS), generator=generator)]
