@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops.multi_head_attention import multi_head_attention
+from .batched_products import is_product_of_batches
 from .interface import InterfaceMode, change_interface_call, interface_attention, reach_interface
-from .products import PRODUCTS, AttentionProducts
+from .products import AttentionProducts
 
 
 class AttentionCalls(InterfaceMode):
@@ -52,8 +53,8 @@ class AttentionCalls(InterfaceMode):
             attend = functools.partial(self.change, F.scaled_dot_product_attention)
             return multi_head_attention(attend, *args, **kwargs)
         if self.products is None:
-            if self.seen or getattr(func, "__name__", "") not in PRODUCTS:
-                return func(*args, **kwargs)
+            if self.seen or not is_product_of_batches(func, args, kwargs):
+                return func(*args, **kwargs)  # as in linear layers, which under compilation allow no side effects
             self.products = AttentionProducts(self.change, self.host)
         output = self.products(func, args, kwargs)
         self.seen = self.seen or self.products.seen

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..transformers_api import attention_heads
+from .batched_products import PRODUCTS, are_batches, factors
 from .interface import interface_attention
 
-PRODUCTS = frozenset(("matmul", "bmm", "__matmul__", "baddbmm"))
 _KEEP = ("to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "view", "reshape")
 _MASK = ("add", "add_", "masked_fill", "masked_fill_", "where", "max", "maximum")
 _FACTOR: dict[str, Callable[[Any], Any]] = {
@@ -86,8 +86,8 @@ class AttentionProducts:
             self.scores.clear()
             return self._changed(weights, args[1], func(*args, **kwargs))
         output = func(*args, **kwargs)
-        a, b = _factors(name, args, kwargs)
-        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dim() == b.dim() and a.dim() in (3, 4):
+        a, b = factors(name, args, kwargs)
+        if are_batches(a, b):
             scores = _Scores(a, b.mT, output)
             if name == "baddbmm":
                 scores.scale, scores.bias = kwargs.get("alpha", 1.0), self._alibi(args[0], output)
@@ -180,12 +180,6 @@ def eager_attention_to_more(
     both = torch.cat([near.to(far.dtype), far], -1).softmax(-1, dtype=weights.dtype).to(values.dtype)
     output: Tensor = F.dropout(both, weights.dropout) @ values
     return output.transpose(1, 2), both
-
-
-def _factors(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    if name == "baddbmm":
-        args = [*args[1:], *(kwargs[key] for key in ("batch1", "batch2") if key in kwargs)]
-    return (args[0], args[1]) if len(args) > 1 else (None, None)
 
 
 def _extended(bias: Tensor | None, added: int, rows: tuple[int, int]) -> Tensor | float:
