@@ -9,7 +9,7 @@ from torch import nn
 
 from .base_model import base_modules, is_inside, matches
 from .structure_of import structure_of
-from .transformers_api import is_pretrained
+from .transformers_api import from_config, is_pretrained
 
 KINDS = ("vision", "language", "audio")
 _MODALITIES = {"text": "language", "image": "vision", "video": "vision", "audio": "audio"}
@@ -64,6 +64,9 @@ def in_scope(model: nn.Module, scope: str, names: Sequence[str]) -> list[str]:
 
 def _kinds_read(module: Any) -> set[str]:
     """Return which of ``vision``, ``language`` and ``audio`` a model of transformers reads; empty for other modules."""
-    by_input = _MODALITY_OF_INPUT.get(getattr(module, "main_input_name", ""), "")
-    names: Any = getattr(module, "input_modalities", None) or by_input
+    names: Any = getattr(module, "input_modalities", None)
+    if names is None:  # before transformers 5
+        names = _MODALITY_OF_INPUT.get(getattr(module, "main_input_name", ""), "")
+        if all(from_config(module, f"{kind}_config") is not None for kind in ("text", "vision")):
+            names = ("text", "image")
     return {_MODALITIES[name] for name in ([names] if isinstance(names, str) else names) if name in _MODALITIES}

@@ -64,6 +64,7 @@ def linear_layers(*sizes):
     return torch.nn.Sequential(*(torch.nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:], strict=False)))
 
 
+@pytest.mark.slow
 def test_adalora_on_deberta_v3_base():
     from transformers import DebertaV2Config, DebertaV2Model
 
@@ -88,6 +89,7 @@ class Wide(torch.nn.Module):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "targets", "count"),
     [
@@ -171,6 +173,7 @@ def test_one_bottleneck_of_24():
     assert trained(lambda _: linear_layers(1024, 1024), None, method) == 49_152 + 1024 + 24
 
 
+@pytest.mark.slow
 def test_parallel_adapters_on_bart_large():
     from transformers import BartConfig, BartForConditionalGeneration
 
@@ -207,6 +210,7 @@ def test_a_prefix_of_20_in_the_decoder_of_t5_large():
     assert trained(T5ForConditionalGeneration, config, method) == 983_040
 
 
+@pytest.mark.slow
 def test_a_prefix_of_30_on_bart_large():
     from transformers import BartConfig, BartForConditionalGeneration
 
@@ -223,6 +227,7 @@ def test_a_prefix_is_as_wide_as_grouped_heads():
     assert trained(LlamaForCausalLM, config, lp.PrefixTuning(length=20, reparameterize=False)) == 2 * 2 * 20 * 1024
 
 
+@pytest.mark.slow
 def test_p_tuning_v2():
     from transformers import BertConfig, BertForTokenClassification, RobertaConfig, RobertaForSequenceClassification
 
@@ -236,6 +241,7 @@ def test_p_tuning_v2():
     assert trained(RobertaForSequenceClassification, config, lp.PTuningV2(length=8)) == 393_216 + head
 
 
+@pytest.mark.slow
 def test_p_tuning_on_lama_and_fewglue():
     from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, GPT2Config, GPT2Model
 

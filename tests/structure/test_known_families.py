@@ -50,8 +50,12 @@ def after_the_last_block(structure, model):
     return {name for name in following if any(True for _ in model.get_submodule(name).parameters(recurse=False))}
 
 
+QUICK = {"bert", "distilbert", "gemma3_text", "gpt2", "llama", "qwen2", "t5", "vit"}
+FAMILIES = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in sorted(KNOWN_FAMILIES)]
+
+
 @needs("transformers")
-@pytest.mark.parametrize("family", sorted(KNOWN_FAMILIES))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_names_tell_what_a_trace_finds(family):
     heads = 0
     for head, model in models(family):
