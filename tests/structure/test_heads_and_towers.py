@@ -184,7 +184,11 @@ def test_blocks_of_mixed_types_are_blocks_and_those_without_attention_are_said()
 def llava():
     vision = transformers.CLIPVisionConfig(**USUAL, image_size=16, patch_size=8)
     config = transformers.LlavaConfig(
-        text_config=transformers.LlamaConfig(**DECODER), vision_config=vision, image_token_index=60, image_token_id=60
+        text_config=transformers.LlamaConfig(**DECODER),
+        vision_config=vision,
+        vision_feature_layer=-1,
+        image_token_index=60,
+        image_token_id=60,
     )
     torch.manual_seed(0)
     return transformers.LlavaForConditionalGeneration(config).eval()
