@@ -11,6 +11,7 @@ import lightning_peft as lp
 pytestmark = needs("transformers")
 
 
+@pytest.mark.slow
 def test_adapters_of_a_really_trained_llama_change_little_by_little(shared):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

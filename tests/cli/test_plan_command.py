@@ -189,6 +189,7 @@ def test_a_trainer_needs_a_method():
         PEFTTrainer(logger=False).plan(Net(), Numbers())
 
 
+@pytest.mark.slow
 def test_optimizers_and_learning_rate_factors_count(report):
     net = ["--model=cli_models.Net", "--data=cli_models.Numbers", "--peft.method=LoRA", "--peft.method.rank=2",
            "--peft.method.targets=['0', '2']", "--optimizer=AdamW"]  # fmt: skip
@@ -198,6 +199,7 @@ def test_optimizers_and_learning_rate_factors_count(report):
     assert report(*net, "--peft.lr_factors={'*.a': 0}")["trained"] == 2 * 12 + 2 * 8
 
 
+@pytest.mark.slow
 def test_the_plan_is_of_what_runs_in_evaluation_mode(report):
     frozen = report("--config", "configs/lora.yaml", "--tokens=[16]")["activations"]["16"]
     noisy = report("--config", "configs/lora.yaml", "--tokens=[16]", "--peft.frozen_mode=train")["activations"]["16"]

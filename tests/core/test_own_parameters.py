@@ -133,6 +133,7 @@ def test_a_layer_of_its_own_values_is_updated_in_any_order(outer):
     torch.testing.assert_close(lp.merge(net)(x), expected)
 
 
+@pytest.mark.slow
 def test_the_call_is_that_of_the_module_with_other_values():
     torch._dynamo.reset()
     base, inputs = MODELS["bert"](), MODELS["bert"].inputs()

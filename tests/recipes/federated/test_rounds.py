@@ -268,6 +268,7 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [FedAvg, lambda: FedAvgM(server_momentum=0.9), FedAdam])
 def test_a_repeated_round_gives_the_same_bits(tmp_path, strategy):
     def kill(client, reply):
