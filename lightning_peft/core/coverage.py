@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..ops.sharded_tensors import global_shape
-from ..structure.base_model import base_modules, is_inside
+from ..structure.base_model import base_modules, is_inside, outwards
 from ..structure.roles import ROLES
 from ..structure.structure_of import structure_of
 from ..structure.towers import towers
@@ -65,9 +65,7 @@ def coverage(model: nn.Module, hosts: Iterable[str]) -> list[Coverage]:
 
 def _block_of(name: str, blocks: Collection[str]) -> str | None:
     """Return the block that a module is, or is inside of."""
-    while name and name not in blocks:
-        name = name.rpartition(".")[0]
-    return name or None
+    return next((outer for outer in outwards(name) if outer in blocks), None)
 
 
 def warn_of_untouched_blocks(model: nn.Module, methods: Sequence[Method], hosts: Iterable[str]) -> None:

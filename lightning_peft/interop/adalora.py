@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..interop import targets
 from ..methods import AdaLoRA
 from ..methods.families.svd_triplets import SVDTriplets
 from ..ops.sharded_tensors import full_tensor
 from ..structure.layer_of import layer_of
 from ..structure.layer_types import LinearType, TransposedLinearType
+from . import targets
 from .misread_names import check_names
 from .module_names import exact_globs, join_names
 from .peft_format import (

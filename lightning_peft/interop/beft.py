@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from ..interop import targets
 from ..methods import BitFit
 from ..methods.bitfit import AddedBias
 from ..ops.sharded_tensors import full_tensor
+from . import targets
 from .module_names import exact_globs, join_names
 from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_supported
 

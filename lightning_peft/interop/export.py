@@ -18,10 +18,10 @@ from ..checkpoints.save_load import check_known_shards
 from ..core.adapter_folder import WEIGHTS, replace_file
 from ..core.injection_record import adapters_of, require_record
 from ..core.method import Method, to_dict
-from ..interop import modules_to_save as saved
 from ..ops.sharded_tensors import writes_files
 from ..structure.transformers_api import from_config, is_encoder_decoder
 from ..summary import BASE, row, summary
+from . import modules_to_save as saved
 from .export_selection import format_of, methods_to_export, select_method
 from .model_card import CARD, CardFacts, check_card_replaceable, render_card
 from .module_names import find_network

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..interop import targets
 from ..methods import IA3
 from ..methods.ia3 import Scaling
 from ..ops.sharded_tensors import full_tensor
 from ..structure.layer_of import layer_of
 from ..structure.layer_types import LinearType, TransposedLinearType
+from . import targets
 from .module_names import exact_globs, join_names
 from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_not_torch_attention, check_supported
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 
 from torch import nn
 
-from ..interop import modules_to_save as saved
+from . import modules_to_save as saved
 from .compatibility import check_hosts
 from .experts import NESTED
 from .load_imported import inject_and_load

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..interop import targets
 from ..methods import FedPara
 from ..methods.families.hadamard import HadamardUpdate
 from ..ops.sharded_tensors import full_tensor
 from ..structure.layer_of import layer_of
+from . import targets
 from .factors import most_common_value
 from .module_names import exact_globs, join_names, longest_first
 from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_convolution, check_supported

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..interop import targets
 from ..methods import KronA
 from ..methods.krona import KronAUpdate
 from ..ops.sharded_tensors import full_tensor
 from ..structure.layer_of import layer_of
+from . import targets
 from .factors import alpha_for_scale
 from .loha import check_host_type
 from .module_names import exact_globs, join_names

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..interop import experts, targets
 from ..methods import LoRA
 from ..methods.families.low_rank import FROM_WEIGHT
 from ..methods.lora import LoRAAdapter
 from ..ops.sharded_tensors import full_tensor
 from ..structure.layer_of import layer_of
 from ..structure.layer_types import TransposedLinearType
+from . import experts, targets
 from .factors import alpha_for_scale, limit_rank, most_common_value
 from .misread_names import check_names
 from .module_names import exact_globs, join_names, longest_first

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..interop import vllm
+from . import vllm
 from .peft_format import StateDict
 
 CARD = "README.md"

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from ..interop import targets
 from ..structure.transformers_loading import names_by_loading
+from . import targets
 from .module_names import find_network, pretrained_networks
 from .peft_format import Base, PeftFile, StateDict
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..core.method import Method, check_setting
-from ..structure.base_model import base_parameters
+from ..structure.base_model import base_parameters, outwards
 from ..structure.roles import output_layers
 from ..structure.selection import select_parameters
 from ..structure.structure_of import structure_of
@@ -81,7 +81,5 @@ class LastLayers(Method):
 
 def _follows(parameter: str, following: Container[str], before: Container[str]) -> bool:
     """Return whether the innermost module that is called and holds a parameter follows."""
-    module = parameter.rpartition(".")[0]
-    while module and module not in following and module not in before:
-        module = module.rpartition(".")[0]
-    return module in following
+    holders = outwards(parameter.rpartition(".")[0])
+    return next((module in following for module in holders if module in following or module in before), False)

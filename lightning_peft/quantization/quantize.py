@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ..core.adapted_module import AdaptedModule, adapted_class
 from ..core.fingerprint import sample
 from ..core.weight_update import WeightUpdate
-from ..quantization import nf4
 from ..structure.bitsandbytes_api import forget_state
 from ..structure.expert_selection import ExpertTarget
 from ..structure.layer_of import layer_of
@@ -27,6 +26,7 @@ from ..structure.original_weight import Original, original_of, remember
 from ..structure.quantized import is_quantized
 from ..structure.quantized_experts import QuantizedExperts
 from ..structure.quantized_linear import Int8Linear, NF4Linear, QuantizedLinear
+from . import nf4
 from .quantizable import quantizable_weights
 from .quantize_experts import dequantize_experts, known_original, quantize_experts, store_experts
 

@@ -23,6 +23,13 @@ def is_inside(name: str, module: str) -> bool:
     return name == module or not module or name.startswith(f"{module}.")
 
 
+def outwards(name: str) -> Iterator[str]:
+    """Yield a dotted name and the names of the modules around it, innermost first, without the root."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
 def name_pattern(name: str) -> str:
     """Return a name with ``*`` in place of numbers, which is the same for one layer in all blocks."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..structure import bitsandbytes_api, torchao_api
+from . import bitsandbytes_api, torchao_api
 from .layer_of import FOREIGN, is_called_linear, layer_of
 from .layer_types import LinearType
 from .quantized_experts import QuantizedExperts

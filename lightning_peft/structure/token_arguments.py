@@ -1,4 +1,4 @@
-"""``token_types``, ``special_ids``: what arguments of transformers' models say about each token."""
+"""``token_types``, ``plain_ids``: what arguments of transformers' models say about each token."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ def token_types(name: str, value: Tensor) -> Tensor | None:
     if value.dim() > 1 and name.endswith("token_type_ids"):
         return value.amin(1, keepdim=True)
     return torch.full_like(value[:, :1], _OF_TEXT[name]) if name in _OF_TEXT else None
+
+
+def plain_ids(config: Any, count: int) -> Tensor:
+    """Return the ids below a number, and below 1,000, that stand for text."""
+    special = special_ids(config)
+    return torch.tensor([i for i in range(min(count, 1000)) if i not in special] or [0])
 
 
 def special_ids(config: Any) -> set[int]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...structure.token_arguments import special_ids
+from ...structure.token_arguments import plain_ids
 from ...structure.transformers_api import from_config, has_input_embeddings, input_embeddings
 from .backbone_call import prepend_to_backbone
 from .mixing_twin import mixing_twin
@@ -115,8 +115,7 @@ class _Probe:
 def _plain_ids(host: Any) -> Tensor:
     """Return ids of which none marks padding, an image or an end."""
     table: Any = input_embeddings(host)
-    count, special = min(table.weight.shape[0], 1000), special_ids(host.config)
-    return torch.tensor([i for i in range(count) if i not in special] or [0])
+    return plain_ids(host.config, table.weight.shape[0])
 
 
 def _example(host: Any, names: list[str], plain: Tensor) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..base_model import base_modules
+from ..base_model import base_modules, outwards
 from ..roles import ROLES
 from ..selection import select_modules
 from ..transformers_api import attention_implementation, attention_interface
@@ -126,11 +126,8 @@ def _reason_by_implementation(implementation: str | None, joins: bool) -> str | 
 
 def _implementation(model: nn.Module, name: str) -> str | None:
     """Return the attention implementation of a module, by its configuration or the nearest one around it."""
-    implementation, parent = attention_implementation(model.get_submodule(name)), name
-    while implementation is None and parent:
-        parent = parent.rpartition(".")[0]
-        implementation = attention_implementation(model.get_submodule(parent))
-    return implementation
+    found = (attention_implementation(model.get_submodule(module)) for module in (*outwards(name), ""))
+    return next((implementation for implementation in found if implementation is not None), None)
 
 
 def _names_attention(model: nn.Module, name: str) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..token_arguments import special_ids
+from ..token_arguments import plain_ids
 from .image_inputs import with_images
 
 _TOKENS = 8
@@ -89,9 +89,7 @@ def _from(config: Any, *names: str) -> Any:
 
 def _tokens(config: Any, generator: torch.Generator) -> Tensor:
     """Return tokens of which none marks padding, an end or an image."""
-    special = special_ids(config)
-    count = min(int(_from(config, "vocab_size") or 32), 1000)
-    plain = torch.tensor([i for i in range(count) if i not in special])
+    plain = plain_ids(config, int(_from(config, "vocab_size") or 32))
     return plain[torch.randint(len(plain), (_ROWS, _TOKENS), generator=generator)]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
 
-from ..base_model import base_modules, base_parameters, is_inside
+from ..base_model import base_modules, base_parameters, is_inside, outwards
 from ..layer_of import is_called_linear, layer_of
 from ..structure import FeedForward, Structure
 from .example_inputs import Inputs
@@ -68,7 +68,4 @@ def _feedforward(
 
 def _is_reached(name: str, reached: Collection[str]) -> bool:
     """Return whether a parameter is reached, or a layer that it belongs to."""
-    owner = name
-    while owner and owner not in reached:
-        owner = owner.rpartition(".")[0]
-    return bool(owner)
+    return any(owner in reached for owner in outwards(name))

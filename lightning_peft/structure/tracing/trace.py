@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..base_model import outwards
 from ..structure import FeedForward
 from .attention_finder import AttentionCall, AttentionFinder
 from .cut_graph import CutGraph
@@ -127,7 +128,8 @@ class _Recorder:
             self.trace.reads[name] |= sources
             if any(x.any() for x in inputs) or not inputs:
                 self.not_zero.add(name)
-            if inputs and name in self.linear and all(source in self.linear for source in sources):
+            projected = 0 < len(sources) < 4 and all(source in self.linear for source in sources)
+            if inputs and name in self.linear and projected:
                 self._note_network(name, inputs[0], sorted(sources, key=list(self.seen).index))
         elif first and inputs and any(True for _ in module.children()):
             self.trace.entries[name] = set(self.graph.sources(inputs[0]))
@@ -148,8 +150,6 @@ class _Recorder:
 
     def _note_network(self, name: str, x: Tensor, sources: Sequence[str]) -> None:
         """Note whether linear layers and the one that reads them make a feed-forward network, or linear attention."""
-        if len(sources) not in (1, 2, 3):
-            return
         by_memory = [source for source in sources if self.graph.has_memory(x, source)]
         linear = [source for source in sources if self.graph.is_linear(x, source)]
         if len(sources) < 3 and not by_memory and len(linear) < len(sources):  # else there is no activation
@@ -171,16 +171,9 @@ class _Recorder:
         for name, parameter in parameters.items():
             by_gradient = parameter.grad is not None and bool(parameter.grad.any())
             large = not parameter.requires_grad and name.rpartition(".")[0] in self.trace.read
-            if by_gradient or large or any(owner in layers for owner in _owners(name)):
+            if by_gradient or large or any(owner in layers for owner in (*outwards(name), "")):
                 reached.add(id(parameter))
         self.trace.reached.update(layers, (name for name, p in parameters.items() if id(p) in reached))
-
-
-def _owners(name: str) -> Iterator[str]:
-    """Yield the names of the modules that hold a parameter, innermost first."""
-    while name:
-        name = name.rpartition(".")[0]
-        yield name
 
 
 def _is_listed(model: nn.Module, name: str) -> bool:
