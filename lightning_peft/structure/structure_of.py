@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 
 from .base_model import base_modules
@@ -15,7 +14,7 @@ from .known_families import KNOWN_FAMILIES
 from .named_structure import named_structure
 from .structure import LAYER_ROLES, Structure
 from .tracing.example_inputs import Inputs, as_inputs, example_inputs, known_example, remember_example
-from .tracing.hollow_twin import hollow_twin
+from .tracing.hollow_twin import hollow_twin, twin_runs
 from .tracing.measured_structure import measured_structure
 from .transformers_api import from_config, outermost_pretrained
 
@@ -80,8 +79,7 @@ def _part(model: nn.Module) -> Structure:
 
 def _traced(model: nn.Module, example: Inputs | None = None) -> Structure:
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.manual_seed(0)  # the same structure in each process
+        with twin_runs():
             twin = hollow_twin(model)
             return measured_structure(model, twin, example or example_inputs(twin))
     except Exception as error:  # whatever the code of a model raises with these inputs

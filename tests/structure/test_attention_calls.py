@@ -390,8 +390,9 @@ def test_widths_of_keys_and_values_are_measured_without_values_of_weights(name):
     skip_out_of_reach(name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(MODELS[name][0], **MODELS[name][1]))
-    path = next(n for n, _ in model.named_modules() if n.endswith(MODELS[name][2].rpartition(".")[2]))
-    assert probe_attention(model, [path]) == {path: (TRUE_WIDTHS[name], TRUE_WIDTHS[name])}
+        path = next(n for n, _ in model.named_modules() if n.endswith(MODELS[name][2].rpartition(".")[2]))
+        found_there = probe_attention(model, [path])
+    assert found_there == probe_attention(model, [path]) == {path: (TRUE_WIDTHS[name], TRUE_WIDTHS[name])}
 
 
 def test_one_token_does_not_tell_how_alibi_falls():

@@ -8,7 +8,7 @@ tokens get an id as well.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...structure.token_arguments import plain_ids
+from ...structure.tracing.hollow_twin import twin_runs
 from ...structure.transformers_api import from_config, has_input_embeddings, input_embeddings
 from .backbone_call import prepend_to_backbone
 from .mixing_twin import mixing_twin
@@ -36,8 +37,7 @@ def probe_backbone(name: str, host: Any, keep: bool) -> int | None:
         TypeError: Virtual tokens do not what tokens do.
     """
     names = names_of(host)
-    here = torch.get_default_device().type == "cpu"  # not so while a model is created on the meta device
-    with nullcontext() if here else torch.device("cpu"), torch.random.fork_rng(devices=[]):
+    with twin_runs():
         try:
             probe = _Probe.of(host, names, keep)
         except Exception:  # it needs more than text, or cannot be copied; ids tell it all

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...structure.roles import blocks
 from ...structure.tracing.example_inputs import example_inputs
-from ...structure.tracing.hollow_twin import hollow_twin
+from ...structure.tracing.hollow_twin import hollow_twin, twin_runs
 
 
 def lists_of_token_blocks(model: nn.Module) -> list[str]:
@@ -34,13 +34,13 @@ def _takes_more_tokens(model: nn.Module, name: str) -> bool:
         return output[:, 1:] if isinstance(output, Tensor) else (output[0][:, 1:], *output[1:])
 
     try:
-        if (inputs := example_inputs(model)) is None:
-            return False
-        twin = hollow_twin(model)
-        layers: Any = twin.get_submodule(name)
-        layers[0].register_forward_pre_hook(add)
-        layers[-1].register_forward_hook(strip)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with twin_runs(), torch.no_grad():
+            if (inputs := example_inputs(model)) is None:
+                return False
+            twin = hollow_twin(model)
+            layers: Any = twin.get_submodule(name)
+            layers[0].register_forward_pre_hook(add)
+            layers[-1].register_forward_hook(strip)
             twin(*inputs[0], **inputs[1])
     except Exception:
         return False

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tracing.example_inputs import example_inputs, known_example
-from ..tracing.hollow_twin import hollow_twin
+from ..tracing.hollow_twin import hollow_twin, twin_runs
 from ..transformers_api import outermost_pretrained
 from .calls import AttentionCalls
 
@@ -43,12 +43,12 @@ def _probe(model: nn.Module, names: dict[str, str]) -> dict[str, Widths | None]:
     """Return what ``probe_attention`` does, for modules whose names in the model are the values."""
     found: dict[str, Widths | None] = {}
     try:
-        twin = hollow_twin(model)
-        inputs = known_example(model) or example_inputs(twin)
-        for name, inside in names.items():
-            module: Any = twin.get_submodule(inside)
-            module.forward = partial(_watched, module, module.forward, found, name)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with twin_runs(), torch.no_grad():
+            twin = hollow_twin(model)
+            inputs = known_example(model) or example_inputs(twin)
+            for name, inside in names.items():
+                module: Any = twin.get_submodule(inside)
+                module.forward = partial(_watched, module, module.forward, found, name)
             twin(*inputs[0], **inputs[1])
     except Exception:  # whatever the code of a model raises with these inputs
         return found

@@ -7,7 +7,8 @@ random numbers of the right shape. What lies between them, attention and its pro
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +37,15 @@ def hollow_twin(model: nn.Module) -> nn.Module:
             module.forward = forward
     use_eager_attention(twin)
     return twin.eval()
+
+
+@contextmanager
+def twin_runs() -> Iterator[None]:
+    """Context in which a twin is made and runs: on the CPU, with random numbers that are the same in each process."""
+    on_cpu = torch.get_default_device().type == "cpu"  # not so while a model is created on the meta device
+    with nullcontext() if on_cpu else torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def _copy(model: nn.Module, memo: dict[int, Any], generator: torch.Generator) -> Any:
