@@ -13,6 +13,7 @@ from torch import nn
 from .base_model import base_modules
 from .expert_layers import DOWN, UP, expert_modules
 from .layer_of import is_called_linear
+from .norm_probe import is_norm
 from .read_weights import read_weight_attribute
 from .structure import LAYER_ROLES
 from .structure_of import structure_of
@@ -63,10 +64,8 @@ def _pretrained(name: str, module: Any) -> Iterator[str]:
 
 
 def norms(model: nn.Module) -> list[str]:
-    """Return the names of the normalization layers that have parameters, recognized by the name of their class."""
-    modules = {name: m for name, m in base_modules(model).items() if type(m).__name__.endswith("Norm")}
-    parameters = {name: list(module.parameters(recurse=False)) for name, module in modules.items()}
-    return [name for name, vectors in parameters.items() if vectors and all(p.dim() == 1 for p in vectors)]
+    """Return the names of the normalization layers that have parameters."""
+    return [name for name, module in base_modules(model).items() if is_norm(module)]
 
 
 def _of_structure(role: str, model: nn.Module) -> list[str]:

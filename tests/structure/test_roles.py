@@ -1,6 +1,7 @@
 """What roles mean in the models of several libraries: blocks, heads, norms."""
 
 import pytest
+import torch
 from small_models import small
 from torch import nn
 
@@ -48,7 +49,7 @@ def test_the_head_is_what_only_the_task_uses(name):
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_norms_are_known_by_their_types(name):
+def test_norms_are_found(name):
     assert len(ROLES["norms"](small(name))) == NORMS[name]
 
 
@@ -56,3 +57,51 @@ def test_a_norm_without_parameters_or_with_statistics_is_none():
     net = nn.Sequential(nn.LayerNorm(3, elementwise_affine=False), nn.BatchNorm1d(3), nn.RMSNorm(3), nn.GroupNorm(1, 3))
     assert ROLES["norms"](net) == ["2", "3"]
     assert ROLES["norms"](lp.inject(net, lp.FullFineTuning())) == ["2", "3"]
+
+
+class Vectors(nn.Module):
+    def __init__(self, size=6):
+        super().__init__()
+        self.vector = nn.Parameter(torch.ones(size))
+
+
+class Equalizer(Vectors):
+    def forward(self, x):
+        return x / x.square().mean(-1, keepdim=True).sqrt() * self.vector
+
+
+class Gated(Vectors):
+    def forward(self, x, gate):
+        return x / x.norm(dim=-1, keepdim=True) * self.vector * gate
+
+
+class OneNumber(Vectors):
+    def __init__(self):
+        super().__init__(1)
+
+    def forward(self, x):
+        return self.vector * nn.functional.normalize(x, dim=-1)
+
+
+class ChannelsFirst(Vectors):
+    def forward(self, x):
+        return (x - x.mean(1, keepdim=True)) / x.var(1, keepdim=True).sqrt() * self.vector[:, None, None]
+
+
+class ScaleNorm(Vectors):
+    def forward(self, x):
+        return x * self.vector
+
+
+class ConstantNorm(Vectors):
+    def forward(self, x):
+        return self.vector.expand_as(x)
+
+
+def test_norms_are_found_by_what_they_do_whatever_they_are_called():
+    norms = [Equalizer(), Gated(), OneNumber(), ChannelsFirst(), nn.InstanceNorm1d(6, affine=True)]
+    others = [ScaleNorm(), ConstantNorm(), nn.PReLU(6), nn.Linear(6, 1)]
+    net = nn.Sequential(*norms, *others)
+    assert ROLES["norms"](net) == ["0", "1", "2", "3", "4"]
+    with torch.device("meta"):
+        assert ROLES["norms"](nn.Sequential(Equalizer(7), ScaleNorm(7), nn.LayerNorm(7))) == ["0", "2"]
