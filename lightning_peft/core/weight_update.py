@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.autograd_function import records_gradients
 from ..ops.fused_linear import WeightUpdateSpec, rebuilding_is_cheaper, updated_linear, updated_weight
 from ..structure.layer_of import layer_of
 from ..structure.rows import Rows
@@ -126,14 +127,19 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
         adapters = [*inner.adapters, self]
         if not all(isinstance(adapter, WeightUpdate) for adapter in adapters):
             return None
-        if torch.is_grad_enabled() and host.weight.requires_grad:
+        if records_gradients() and host.weight.requires_grad:
             return None
-        if not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling()) and host.weight.is_cpu:
+        if self._may_cache() and host.weight.is_cpu:
             return self._cached_forward(host, adapters, x)
         updates = self._parametrizations(host, adapters)
         if updates and rebuilding_is_cheaper(updates, x, self.layer.read(host)):
             return updated_linear(x, self.layer.read(host), host.bias, updates)
         return None
+
+    def _may_cache(self) -> bool:
+        """Return whether an updated weight can be kept for later calls; compiled or traced code would bake it in."""
+        written_down = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        return not (torch.is_grad_enabled() or self.training or written_down)
 
     def _parametrizations(self, host: Any, adapters: Sequence[Any]) -> list[WeightUpdateSpec]:
         """Return the parametrizations of all these adapters, inner before outer; an empty list if one has none."""

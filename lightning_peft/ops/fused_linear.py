@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autograd_function import apply_function
 from .parametrizations import Parametrization
 
 Rows = tuple[int, int]  # the first row of a weight that an update changes, and the row after the last one
@@ -45,8 +46,7 @@ def updated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequ
     """
     forms, factors = _flatten(updates)
     with autocast_disabled(x) as dtype:
-        y: Tensor = _UpdatedLinear.apply(x, weight, bias, dtype, forms, *factors)  # type: ignore[no-untyped-call]
-        return y
+        return apply_function(_UpdatedLinear, x, weight, bias, dtype, forms, *factors)
 
 
 def updated_weight(weight: Tensor, updates: Sequence[WeightUpdateSpec]) -> Tensor:
@@ -57,14 +57,19 @@ def updated_weight(weight: Tensor, updates: Sequence[WeightUpdateSpec]) -> Tenso
 def dropped_low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
     """Return scale dropout(x) A^T B^T, saving ``x`` and one bit per input; ``p`` counts in steps of 1 / 65536."""
     step = round(p * 65536)
-    words = torch.empty(-(-x.numel() // 8) * 2, dtype=torch.int64, device=x.device)
-    draws = words.random_(torch.iinfo(torch.int64).min, None).view(torch.int16)  # a fourth of the time of floats
-    flags = draws >= step - 32768
+    flags = _draws(-(-x.numel() // 8) * 8, x.device) >= step - 32768
     kept, bits = flags[: x.numel()].view(x.shape), _pack(flags)
     with autocast_disabled(x) as dtype:
         args = (x, kept, bits, a, b, scale / (1 - step / 65536), dtype or x.dtype)
-        y: Tensor = _DroppedLowRank.apply(*args)  # type: ignore[no-untyped-call]
-        return y
+        return apply_function(_DroppedLowRank, *args)
+
+
+def _draws(count: int, device: torch.device) -> Tensor:
+    """Return random numbers, each of the 65536 of int16 with equal probability; ``count`` is a multiple of eight."""
+    if torch.compiler.is_compiling():  # which cannot trace random_
+        return torch.randint(-32768, 32768, (count,), device=device)
+    words = torch.empty(count // 4, dtype=torch.int64, device=device)
+    return words.random_(torch.iinfo(torch.int64).min, None).view(torch.int16)  # a fourth of the time of floats
 
 
 def _pack(flags: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.adapter import Call, InnerCall
+from ...ops.autograd_function import apply_function, records_gradients
 from ...ops.fused_linear import autocast_disabled
 from ...ops.parametrizations import sum_over_tokens
 from ...structure.layer_types import LayerType
@@ -30,7 +31,7 @@ def scaled_output(
     shape = (-1, *[1] * (len(layer.shape(host)) - 2))  # features and the dimensions of a kernel after them
     y: Tensor = call(x)
     y, scales = y if shift is None else y + shift.view(shape).to(y.dtype), scales.view(shape)
-    if y.dtype == torch.float16 or not torch.is_grad_enabled():  # float16 is too narrow to divide a small output
+    if y.dtype == torch.float16 or not records_gradients():  # float16 is too narrow to divide a small output
         return (y * scales).to(y.dtype)
     return _apply(_Scaled, y, scales)
 
@@ -48,16 +49,15 @@ def _scales_weight(layer: LayerType, host: Any, call: Call, x: Tensor) -> bool:
     """Return whether scales can be multiplied into the host's frozen weight, and are cheaper there than on tokens."""
     if not isinstance(call, InnerCall) or call.adapters or not layer.is_plain_matmul(host, call.forward):
         return False
-    training, wide = torch.is_grad_enabled(), host.weight.dtype in (torch.float32, torch.float64)
+    training, wide = records_gradients(), host.weight.dtype in (torch.float32, torch.float64)
     with autocast_disabled(x) as dtype:
         exact = wide and not (training and (host.weight.requires_grad or dtype == torch.float16))
     return exact and x.numel() >= host.weight.numel()
 
 
-def _apply(function: Any, x: Tensor, *args: Any) -> Tensor:
+def _apply(function: type[torch.autograd.Function], x: Tensor, *args: Any) -> Tensor:
     with autocast_disabled(x) as dtype:
-        result: Tensor = function.apply(x, *args, dtype or x.dtype)
-    return result
+        return apply_function(function, x, *args, dtype or x.dtype)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.weight_update import WeightUpdate
+from ...ops.autograd_function import records_gradients
 from ...ops.fused_linear import WeightUpdateSpec, dropped_low_rank
 from ...ops.parametrizations import LowRankParametrization
 from ...structure.layer_types import LinearType
@@ -51,7 +52,7 @@ class LowRankUpdate(WeightUpdate):
 
     def as_parametrization(self) -> WeightUpdateSpec | None:
         a, b = self.pair()
-        if self._drops() or (torch.is_grad_enabled() and not a.requires_grad):  # B alone saves A x, and not x
+        if self._drops() or (records_gradients() and not a.requires_grad):  # B alone saves A x, and not x
             return None
         return WeightUpdateSpec(LowRankParametrization(self.scale), self.rows.ends, (a, b))
 
