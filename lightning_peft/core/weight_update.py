@@ -111,7 +111,7 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
         return change.view(-1, *[1] * (len(self.shape) - 2))  # features, and the dimensions of a kernel behind them
 
     def post_forward(self, host: Any, x: Tensor, y: Tensor, *values: Any) -> Tensor:
-        return y + self.pad_to_host_output(host, self.update(host, x)).to(y.dtype)
+        return (y + self.pad_to_host_output(host, self.update(host, x))).to(y.dtype)
 
     def pad_to_host_output(self, host: Any, update: Tensor) -> Tensor:
         """Pad the output of the rows with zeros to the width of the host's output."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autograd_function import apply_function
+from .factor_type import factor_type
 from .parametrizations import Parametrization
 
 Rows = tuple[int, int]  # the first row of a weight that an update changes, and the row after the last one
@@ -60,7 +61,7 @@ def dropped_low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) ->
     flags = _draws(-(-x.numel() // 8) * 8, x.device) >= step - 32768
     kept, bits = flags[: x.numel()].view(x.shape), _pack(flags)
     with autocast_disabled(x) as dtype:
-        args = (x, kept, bits, a, b, scale / (1 - step / 65536), dtype or x.dtype)
+        args = (x, kept, bits, a, b, scale / (1 - step / 65536), dtype or factor_type(x))
         return apply_function(_DroppedLowRank, *args)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...core.adapter import parameter_like
 from ...core.weight_update import WeightUpdate
+from ...ops.factor_type import factor_type
 from ...ops.fused_linear import WeightUpdateSpec
 from ...ops.parametrizations import HadamardParametrization, LowRankParametrization
 from ...structure.layer_types import LinearType
@@ -98,6 +99,9 @@ class HadamardUpdate(WeightUpdate):
     def update(self, host: Any, x: Tensor) -> Tensor:
         dtype = x.dtype if x.is_floating_point() else self.x1.dtype
         if self.skinny and not self._observes():
+            if x.is_floating_point():
+                dtype = factor_type(x)
+                x = x.to(dtype)
             a, b = (factor.to(dtype) for factor in self.pair())
             return self.layer.apply_pointwise(host, self.layer.apply(host, x, a), b)
         delta = self.delta()

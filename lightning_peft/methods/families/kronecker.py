@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ...core.method import check_setting
+from ...ops.factor_type import factor_type
 
 
 def check_kronecker(shape_a: Sequence[int] | None, factor: int | None, scale: float) -> None:
@@ -61,7 +62,8 @@ def start_factors(a: Tensor, b: Tensor) -> None:
 
 def times_kronecker(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return x (A kron B) for x (..., a1 b1), as A^T X B with X (a1, b1): two small products, the cheaper one first."""
-    a, b = a.to(x.dtype), b.to(x.dtype)
+    dtype = factor_type(x)
+    x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
     (a1, a2), (b1, b2) = a.shape, b.shape
     grid = x.reshape(*x.shape[:-1], a1, b1)
     b_first = a1 * b2 * (b1 + a2) <= a2 * b1 * (a1 + b2)

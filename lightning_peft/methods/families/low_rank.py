@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...core.weight_update import WeightUpdate
 from ...ops.autograd_function import records_gradients
+from ...ops.factor_type import factor_type
 from ...ops.fused_linear import WeightUpdateSpec, dropped_low_rank
 from ...ops.parametrizations import LowRankParametrization
 from ...structure.layer_types import LinearType
@@ -47,7 +48,8 @@ class LowRankUpdate(WeightUpdate):
         if self._drops() and isinstance(self.layer, LinearType):
             return dropped_low_rank(x, a, b, self.scale, self.dropout)
         if x.is_floating_point():
-            a, b = a.to(x.dtype), b.to(x.dtype)
+            dtype = factor_type(x)
+            x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
         return self.layer.apply_pointwise(host, self.layer.apply(host, self.dropped(x), a) * self.scale, b)
 
     def as_parametrization(self) -> WeightUpdateSpec | None:
@@ -66,11 +68,12 @@ class LowRankUpdate(WeightUpdate):
             return super().post_forward(host, x, y)
         a, b, scale = values
         b = self.rows.pad(b.mT, self.host_rows).mT if self.part else b
-        hidden, b = torch.bmm(x, a.to(x.dtype).mT), b.to(x.dtype)
+        dtype = factor_type(x)
+        hidden, b = torch.bmm(x.to(dtype), a.to(dtype).mT), b.to(dtype)
         hidden = hidden if isinstance(scale, float) and scale == 1.0 else (hidden * scale).to(hidden.dtype)
         if y.dtype == hidden.dtype == b.dtype:
             return torch.baddbmm(y, hidden, b.mT)
-        return y + torch.bmm(hidden, b.mT).to(y.dtype)
+        return (y + torch.bmm(hidden, b.mT)).to(y.dtype)
 
     def dropped(self, x: Tensor) -> Tensor:
         """Return inputs after dropout."""
