@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .factor_type import factor_type
 from .lazy_weights import LazyWeight, Product
 
 
@@ -54,11 +55,12 @@ class LowRankTerm:
 
     def product(self, product: Product) -> Tensor:
         """Return the product with this term."""
-        left, right = self.left.to(product.x.dtype), self.right.to(product.x.dtype)
+        dtype = factor_type(product.x)
+        left, right = self.left.to(dtype), self.right.to(dtype)
         if surplus := -left.shape[-1] % product.rank_multiple():
             left, right = F.pad(left, (0, surplus)), F.pad(right, (0, 0, 0, surplus))
         first, second = (left, right) if product.from_right else (right, left)
-        x = F.dropout(product.x, self.dropout) if self.dropout else product.x
+        x = F.dropout(product.x.to(dtype), self.dropout) if self.dropout else product.x.to(dtype)
         return product.times(product.times(x, first) * self.scale, second)
 
 

@@ -85,3 +85,24 @@ def test_live_is_finite_where_merged_is(name, layer):
     y, merged = net(x).float(), lp.merge(copy.deepcopy(net))(x).float()
     assert merged.isfinite().all()
     assert (y - merged).norm() < 0.01 * merged.norm()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_experts_do_not_overflow(implementation):
+    transformers = pytest.importorskip("transformers", "5")
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).half().eval()
+    model.set_experts_implementation(implementation)
+    lp.inject(model, lp.LoRA(targets=["experts"], rank=2))
+    with torch.no_grad():
+        for *_, adapter in lp.adapters(model):
+            adapter.a.normal_(std=30000)
+            adapter.b.normal_(std=1e-6)
+        x = torch.arange(12)[None]
+        y = model(x).logits
+        merged = lp.merge(model)(x).logits
+    assert y.isfinite().all()
+    torch.testing.assert_close(y, merged, atol=2e-3, rtol=1e-2)
