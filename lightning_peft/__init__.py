@@ -41,9 +41,11 @@ from .methods import (
     PromptTuning,
     PTuning,
     PTuningV2,
+    TrainableTokens,
 )
 from .methods.prompting.row_tasks import row_tasks
 from .methods.prompting.template import Template
+from .methods.vocabulary import add_tokens
 from .quantization.quantize import dequantize, quantize
 from .summary import summary
 from .training.callback import PEFTStrategy
@@ -78,11 +80,13 @@ __all__ = [
     "PrefixTuning",
     "PromptTuning",
     "Template",
+    "TrainableTokens",
     "WeightUpdate",
     "activate",
     "active",
     "adapters",
     "add_adapter",
+    "add_tokens",
     "combine",
     "compare_adapters",
     "dequantize",

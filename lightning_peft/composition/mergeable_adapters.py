@@ -48,7 +48,8 @@ def mergeable_adapters(model: nn.Module, allow_inactive: bool = False) -> list[H
                 f"returns, and its merge would write a weight that is read inside. Override effective_weight and "
                 f"effective_bias in it, or keep the adapter."
             )
-        if any(owners[id(p)] > 1 for p in host._parameters.values() if p is not None):
+        is_tied = any(owners[id(p)] > 1 for p in host._parameters.values() if p is not None)
+        if is_tied and (allow_inactive or not adapter.merges_ties):  # what is kept would be shown of one module alone
             raise ValueError(f"{name} shares a parameter with another module; untie it before merging.")
     # Adapters that replace parameters come first: what others add goes on top of the replaced values, as in forward.
     return sorted(adapted, key=lambda entry: (not entry[3].replaces, entry[1].peft_order.index(entry[2])))

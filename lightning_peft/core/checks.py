@@ -145,7 +145,7 @@ def check_shared_host(placed: Sequence[tuple[str, Adapter]]) -> None:
             if f"{name}.{key}" in replaced:
                 raise ValueError(f"Two adapters replace {name}.{key}; only one of them can be active at a time.")
             replaced.add(f"{name}.{key}")
-        if isinstance(adapter, WeightUpdate) or "weight" in adapter.replaces:
+        if isinstance(adapter, WeightUpdate) or adapter.exclusive or "weight" in adapter.replaces:
             updates[name].append(adapter)
     for name, adapter in placed:
         if not adapter.exclusive:

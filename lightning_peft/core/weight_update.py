@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.autograd_function import records_gradients
+from ..ops.autograd_function import is_traced, records_gradients
 from ..ops.fused_linear import WeightUpdateSpec, rebuilding_is_cheaper, updated_linear, updated_weight
 from ..structure.layer_of import layer_of
 from ..structure.rows import Rows
@@ -138,7 +138,7 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
 
     def _may_cache(self) -> bool:
         """Return whether an updated weight can be kept for later calls; compiled or traced code would bake it in."""
-        written_down = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        written_down = torch.compiler.is_compiling() or is_traced()
         return not (torch.is_grad_enabled() or self.training or written_down)
 
     def _parametrizations(self, host: Any, adapters: Sequence[Any]) -> list[WeightUpdateSpec]:

@@ -16,6 +16,7 @@ from .parallel_adapter import ParallelAdapter
 from .prefix_tuning import PrefixTuning, PTuningV2
 from .prompt_tuning import PromptTuning
 from .subsets import FullFineTuning, LastLayers, OutputLayers
+from .trainable_tokens import TrainableTokens
 
 __all__ = [
     "AdaLoRA",
@@ -37,4 +38,5 @@ __all__ = [
     "ParallelAdapter",
     "PrefixTuning",
     "PromptTuning",
+    "TrainableTokens",
 ]

@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 
+def is_traced() -> bool:
+    """Return whether ``torch.jit.trace`` runs."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def records_gradients() -> bool:
-    """Return whether autograd functions are recorded: gradients are, and ``torch.jit.trace`` does not run.
+    """Return whether autograd functions are recorded: gradients are, and nothing is traced.
 
     A trace holds operators alone. It is checked by a second one without gradients, which must be the same.
     """
-    return torch.is_grad_enabled() and not torch.jit.is_tracing()
+    return torch.is_grad_enabled() and not is_traced()
 
 
 def apply_function(function: type[torch.autograd.Function], *args: Any) -> Tensor:
