@@ -66,6 +66,7 @@ def weight_methods(model: str) -> list[Case]:
         Case(model, (lp.OutputLayers(),)),
         Case(model, (lp.LoRA(rank=2), lp.OwnParameters(targets=["norms"]))),
         Case(model, (lp.LastLayers(count=2),)),
+        Case(model, (lp.TrainableTokens(tokens=list(range(3, 50, 2))),)),
     ]
 
 
