@@ -40,7 +40,7 @@ class Adapter(nn.Module, ABC):
     exclusive = False
     """Whether no other adapter may update the same rows of its host's weight."""
     merges_ties = False
-    """Whether its merge is right where other modules share the host's weight, since each has an adapter that says so."""
+    """Whether its merge is right where modules share the host's weight: each of them has an adapter that says so."""
     replaces: Sequence[str] = ()
     """Names of parameters of the host in whose place the adapter's tensors are used during calls."""
     unmergeable = "its class defines no merge"

@@ -22,7 +22,8 @@ from ..ops.sharded_tensors import writes_files
 from ..structure.transformers_api import from_config, is_encoder_decoder
 from ..summary import BASE, row, summary
 from . import modules_to_save as saved
-from .export_selection import format_of, methods_to_export, select_method
+from . import trainable_tokens
+from .export_selection import format_of, methods_to_export, select_method, token_methods
 from .model_card import CARD, CardFacts, check_card_replaceable, render_card
 from .module_names import find_network
 from .peft_folder import write_peft_folder
@@ -139,6 +140,11 @@ def _config_and_tensors(
         "it is put in for known tasks alone",
     )
     settings, state = peft_format.to_peft(base, method, hosts)
+    with_rows = {
+        k: v for tokens in token_methods(base.model, method) for k, v in _adapters_by_host(base, tokens).items()
+    }
+    token_settings, rows = trainable_tokens.beside(base, with_rows, peft_format.prefix)
+    settings, state = settings | token_settings, state | rows
     trained_settings, modules = saved.trained_settings(base, trained, hosts, "bias" in peft_format.settings)
     alone = "modules_to_save" not in peft_format.settings
     check_supported(

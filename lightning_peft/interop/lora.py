@@ -9,13 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..methods import LoRA
+from ..core.method import Method
+from ..methods import LoRA, TrainableTokens
 from ..methods.families.low_rank import FROM_WEIGHT
 from ..methods.lora import LoRAAdapter
 from ..ops.sharded_tensors import full_tensor
 from ..structure.layer_of import layer_of
 from ..structure.layer_types import TransposedLinearType
-from . import experts, targets
+from . import experts, targets, trainable_tokens
 from .factors import alpha_for_scale, limit_rank, most_common_value
 from .misread_names import check_names
 from .module_names import exact_globs, join_names, longest_first
@@ -38,10 +39,11 @@ class LoRAFormat(PeftFormat):
     """A host's projections become one pair: A below each other, B on the diagonal; so do factors the init subtracts."""
 
     kind, method = "LORA", LoRA
-    tensors = (_A, _B, _TABLE_A, _TABLE_B, _MAGNITUDE)
+    tensors = (_A, _B, _TABLE_A, _TABLE_B, _MAGNITUDE, trainable_tokens.BESIDE)
+    holds_tokens = True
     settings = (
         *targets.SETTINGS, experts.SETTING, "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern",
-        "use_rslora", "use_dora", "bias", "modules_to_save", "init_lora_weights",
+        "use_rslora", "use_dora", "bias", "modules_to_save", "init_lora_weights", trainable_tokens.SETTING,
     )  # fmt: skip
     ignored_settings = (
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
@@ -81,12 +83,10 @@ class LoRAFormat(PeftFormat):
         return settings, state
 
     def pair_of(self, config: Mapping[str, Any], host: str, tensors: StateDict) -> tuple[Tensor, Tensor] | None:
-        if config.get(experts.SETTING) and not targets.is_targeted(host, config):
+        if trainable_tokens.BESIDE in tensors or config.get(experts.SETTING) and not targets.is_targeted(host, config):
             return None
-        state, alpha = (
-            _factors(tensors),
-            targets.by_pattern(config.get("alpha_pattern") or {}, host, config["lora_alpha"]),
-        )
+        state = _factors(tensors)
+        alpha = targets.by_pattern(config.get("alpha_pattern") or {}, host, config["lora_alpha"])
         rank = len(state["a"])
         return state["a"].flatten(1), state["b"] * (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
@@ -94,7 +94,9 @@ class LoRAFormat(PeftFormat):
         yield from targets.target_hosts(base, file.config)
         yield from experts.expected(base, file.config)
 
-    def from_peft(self, base: Base, file: PeftFile, name: str) -> Iterator[tuple[LoRA, Mapping[str, StateDict]]]:
+    def from_peft(self, base: Base, file: PeftFile, name: str) -> Iterator[tuple[Method, Mapping[str, StateDict]]]:
+        tokens_name = TrainableTokens.name if name == self.name else f"{name}_tokens"
+        file, tokens = trainable_tokens.read_beside(base, file, tokens_name)
         patterns, use_rslora = file.get("alpha_pattern", {}), bool(file.get("use_rslora", False))
         init = file.get("init_lora_weights", True)
         check_supported(
@@ -115,6 +117,7 @@ class LoRAFormat(PeftFormat):
         settings = {"dropout": file.get("lora_dropout", 0.0), "decompose": file.get("use_dora", False)}
         settings |= {"init": init} if init in FROM_WEIGHT else {}
         yield lora_from_factors(base, name, states, alphas, "rank_stabilized" if use_rslora else "standard", **settings)
+        yield from tokens
 
 
 def lora_from_factors(

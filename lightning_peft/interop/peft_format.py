@@ -66,6 +66,7 @@ class PeftFormat(ABC):
     settings: tuple[str, ...] = ()  # settings that are read
     ignored_settings: tuple[str, ...] = ()  # settings that do not change what a trained adapter computes
     prefix = "base_model.model."  # of all keys
+    holds_tokens = False  # whether its files can hold rows of tokens beside the adapters
     by_task = False  # whether adapters need the model class that HF PEFT has for a task
 
     @property

@@ -10,6 +10,7 @@ from .lora import LoRAFormat
 from .peft_format import PeftFormat
 from .prefixes import PrefixFormat
 from .prompts import MultitaskPromptFormat, PromptTuningFormat, PTuningFormat
+from .trainable_tokens import TrainableTokensFormat
 
 FORMATS: tuple[PeftFormat, ...] = (
     LoRAFormat(),
@@ -23,4 +24,5 @@ FORMATS: tuple[PeftFormat, ...] = (
     MultitaskPromptFormat(),
     LLaMAAdapterFormat(),
     BEFTFormat(),
+    TrainableTokensFormat(),
 )

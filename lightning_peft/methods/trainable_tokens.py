@@ -1,10 +1,10 @@
-"""``TrainableTokens``: rows of the input embeddings, such as those of new tokens, train while all others stay frozen."""
+"""``TrainableTokens``: rows of the input embeddings, as those of new tokens, train while others stay frozen."""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,15 +66,13 @@ class TrainableTokens(Method):
 
     def _layers(self, model: nn.Module) -> Iterator[tuple[str, Any]]:
         """Yield (name, layer) of those whose rows train: embeddings first, and all layers that share their weight."""
-        modules = {"": model, **base_modules(model)}
-        chosen = [modules[name] for name in select_modules(model, self.targets)] if self.targets else _tables(model)
+        chosen = list(select_modules(model, self.targets).values()) if self.targets else _tables(model)
         chosen += _heads(model) if self.output_head else []
         for module in chosen:
             if not isinstance(getattr(module, "weight", None), nn.Parameter):
                 raise TypeError(f"{type(module).__name__} has no weight with a row for each token; name embeddings.")
         weights = {id(module.weight) for module in chosen}
-        sharing = [(n, m) for n, m in modules.items() if any(id(p) in weights for p in m._parameters.values())]
-        for name, module in sorted(sharing, key=lambda pair: not isinstance(pair[1], nn.Embedding)):
+        for name, module in sharing_layers(model, weights):
             if id(module._parameters.get("weight")) not in weights:
                 raise TypeError(
                     f"{name} shares the rows of tokens as another parameter than its weight, where trained ones would "
@@ -83,11 +81,20 @@ class TrainableTokens(Method):
             yield name, module
 
 
+def sharing_layers(model: nn.Module, weights: Collection[int]) -> list[tuple[str, nn.Module]]:
+    """Return (name, module) of those that hold parameters of these ids, embeddings first; the first has the rows."""
+    modules = {"": model, **base_modules(model)}
+    sharing = [(n, m) for n, m in modules.items() if any(id(p) in weights for p in m._parameters.values())]
+    return sorted(sharing, key=lambda pair: not isinstance(pair[1], nn.Embedding))
+
+
 def _tables(model: nn.Module) -> list[Any]:
     """Return the input embeddings of a model."""
     tables = [table for _, network in outermost_pretrained(model) if (table := input_embeddings(network)) is not None]
     tables = tables or [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    check_setting(len(tables) == 1, "targets", [], f"globs of embeddings, since the model has {len(tables)} that may be")
+    check_setting(
+        len(tables) == 1, "targets", [], f"globs of embeddings, since the model has {len(tables)} that may be"
+    )
     return tables
 
 

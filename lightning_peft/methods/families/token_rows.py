@@ -59,11 +59,12 @@ class TokenLayer(BatchableLayerAdapter, Adapter):
         """Return what the host would return for these rows; its padding gets no gradient, as everywhere in torch."""
         padding = self.ids.index(host.padding_idx) if host.padding_idx in self.ids else None
         rows = self.trained_rows().to(host.weight.dtype)
-        if type(host)._host_class.forward is nn.Embedding.forward:
+        cls: Any = type(host)
+        if cls._host_class.forward is nn.Embedding.forward:
             return F.embedding(index, rows, padding)
-        view = type(host).__new__(type(host))  # another forward may scale rows; it rounds here as it does there
+        view = cls.__new__(cls)  # another forward may scale rows; it rounds here as it does there
         view.__dict__ = {**vars(host), "_parameters": {**host._parameters, "weight": rows}, "padding_idx": padding}
-        result: Tensor = type(host)._host_class.forward(view, index)
+        result: Tensor = cls._host_class.forward(view, index)
         return result
 
     def _in_head(self, host: Any, x: Tensor, y: Tensor) -> Tensor:
