@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -43,6 +43,18 @@ def cached_tokens(host: nn.Module, call: Mapping[str, Any]) -> Any:
                 f"tokens it holds, so that virtual tokens could enter twice; generate with use_cache=False."
             )
     return 0
+
+
+def caches(values: Iterable[Any]) -> list[Any]:
+    """Return the key-value caches of transformers among some values, each once."""
+    package = sys.modules.get("transformers")
+    found = [value for value in values if package is not None and isinstance(value, package.Cache)]
+    return list({id(cache): cache for cache in found}.values())
+
+
+def has_fixed_size(cache: Any) -> bool:
+    """Return whether a cache was made for a number of tokens, as ``StaticCache`` is."""
+    return bool(getattr(cache, "is_compileable", False))
 
 
 def _length_of(cache: Any) -> Any:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ...core.adapter import Call
-from ...structure.cached_tokens import cached_tokens
 from ...structure.token_arguments import token_types
-from ...structure.transformers_api import POSITIONS, from_config
+from ...structure.transformers_api import POSITIONS
+from .call_checks import check_extendable, check_length, is_continued
 from .embedded_calls import call_with_ids, embedded
+from .hidden_tokens import hide_virtual_tokens, show_virtual_tokens
 from .strip_outputs import pooler_of, strip_virtual_tokens
 from .virtual_tokens import Insertion
 
@@ -50,15 +51,31 @@ def prepend_to_backbone(
         stand_in: Id of virtual tokens for a host that needs ``input_ids``; None where embeddings tell it all.
     """
     call = dict(call)
+    show_virtual_tokens(call.values())
+    try:
+        output = _call_with_prompt(host, inner, call, prompt, keep, stand_in)
+    finally:
+        hide_virtual_tokens(call.values(), prompt.shape[-2])
+    made = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+    given = {id(value) for value in call.values()}
+    hide_virtual_tokens([value for value in made if id(value) not in given], prompt.shape[-2])
+    return output
+
+
+def _call_with_prompt(
+    host: Any, inner: Call, given: Mapping[str, Any], prompt: Tensor, keep: bool, stand_in: int | None
+) -> Any:
+    """Return what ``prepend_to_backbone`` returns, with caches that count virtual tokens."""
+    call = dict(given)
     length, mask = prompt.shape[-2], call.get("attention_mask")
-    _check_mask(mask)
-    where, continued = Insertion(length, mask), _is_continued(host, call, length)
+    check_extendable(host, call, length)
+    where, continued = Insertion(length, mask), is_continued(host, call, length)
     if mask is not None:
         call["attention_mask"] = where.mask(mask)
     if continued:
         return inner(**call | {name: call[name] + length for name in POSITIONS if call.get(name) is not None})
     tokens = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
-    _check_length(host, length + tokens.shape[1])
+    check_length(host, length + tokens.shape[1])
 
     def insert(embeddings: Tensor) -> Tensor:
         return where.insert(prompt.to(embeddings.dtype).expand(len(embeddings), -1, -1), embeddings)
@@ -109,38 +126,4 @@ def _check_output(host: Any, output: Any, shape: tuple[int, int]) -> None:
         raise TypeError(
             f"{type(host).__name__} returned {name} of {tuple(x.shape)} for {shape} tokens, virtual ones included, and "
             f"it is not known where they are in it; use PrefixTuning or LoRA, or give targets."
-        )
-
-
-def _check_mask(mask: Any) -> None:
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"attention_mask must be (batch, tokens) where virtual tokens enter, got {given}; generate "
-            f"makes such a mask for a cache of a fixed size: leave its cache_implementation alone."
-        )
-
-
-def _is_continued(host: Any, call: Mapping[str, Any], length: int) -> bool:
-    """Return whether a cache holds the tokens before those of a call; raise where it lacks the virtual ones."""
-    cached = cached_tokens(host, call)
-    if cached is None:  # a state that counts no tokens
-        return True
-    mask = call.get("attention_mask")
-    tokens = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
-    continued = bool(cached > 0)
-    if continued and mask is not None and cached != (expected := length + mask.shape[1] - tokens.shape[1]):
-        raise ValueError(
-            f"The cache given to {type(host).__name__} holds {cached} tokens, expected {expected}: {length} virtual "
-            f"tokens and what attention_mask {tuple(mask.shape)} covers before the {tokens.shape[1]} tokens of this "
-            f"call. Let generate build the cache itself, without an assistant model, or use use_cache=False."
-        )
-    return continued
-
-
-def _check_length(host: Any, tokens: int) -> None:
-    limit = from_config(host, "max_position_embeddings")
-    if limit is not None and tokens > limit > 0:
-        raise ValueError(
-            f"{tokens} positions, virtual tokens included, are more than the model's {limit}; shorten the text."
         )
