@@ -53,8 +53,8 @@ def caches(values: Iterable[Any]) -> list[Any]:
 
 
 def has_fixed_size(cache: Any) -> bool:
-    """Return whether a cache was made for a number of tokens, as ``StaticCache`` is."""
-    return bool(getattr(cache, "is_compileable", False))
+    """Return whether a cache was made for a number of tokens."""
+    return isinstance(cache, sys.modules["transformers"].StaticCache)
 
 
 def _length_of(cache: Any) -> Any:

@@ -46,5 +46,5 @@ def _text_length(cache: Any, hidden: int, *args: Any, **kwargs: Any) -> Any:
 
 
 def _crop_text(cache: Any, hidden: int, length: int) -> None:
-    """Shorten a cache to some tokens of the text; a negative number removes as many at the end."""
-    type(cache).crop(cache, length + hidden if length >= 0 else length)
+    """Shorten a cache to some tokens of the text; a number that is not positive removes as many at the end."""
+    type(cache).crop(cache, length + hidden if length > 0 else length)
