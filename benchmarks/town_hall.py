@@ -19,7 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 METHODS = [
     *["output_layers", "ia3", "bottleneck", "parallel_adapter", "prefix_tuning", "mam", "p_tuning_v2", "prompt_tuning"],
     *["multitask_prompt_tuning", "p_tuning", "bitfit", "krona", "krona_block", "lora", "dora", "fedpara", "adalora"],
-    *["qlora", "last_layers", "full_fine_tuning"],
+    *["qlora", "trainable_tokens", "last_layers", "full_fine_tuning"],
 ]
 
 
