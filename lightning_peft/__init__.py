@@ -43,9 +43,9 @@ from .methods import (
     PTuningV2,
     TrainableTokens,
 )
+from .methods.families.vocabulary import add_tokens
 from .methods.prompting.row_tasks import row_tasks
 from .methods.prompting.template import Template
-from .methods.vocabulary import add_tokens
 from .quantization.quantize import dequantize, quantize
 from .summary import summary
 from .training.callback import PEFTStrategy

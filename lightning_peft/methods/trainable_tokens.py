@@ -19,7 +19,7 @@ from ..structure.quantized import QuantizedType
 from ..structure.selection import select_modules
 from ..structure.transformers_api import input_embeddings, outermost_pretrained
 from .families.token_rows import TiedTokenRows, TokenRows
-from .vocabulary import resolve_tokens
+from .families.vocabulary import resolve_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

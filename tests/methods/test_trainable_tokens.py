@@ -12,6 +12,8 @@ from torch import nn
 
 import lightning_peft as lp
 
+EACH = [pytest.param(name, marks=[] if name in ("tied", "gemma") else pytest.mark.slow) for name in MAKE]
+
 
 def adapted(name, dtype=torch.float32, **settings):
     return lp.inject(build(name, dtype), lp.TrainableTokens(tokens=IDS, **settings))
@@ -31,7 +33,7 @@ def gradient(model, name):
     model(**inputs(name)).logits.square().sum().backward()
 
 
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", EACH)
 def test_outputs_and_gradients_are_those_of_the_base_with_these_rows(name):
     model = moved(adapted(name))
     (rows,) = (p for p in model.parameters() if p.requires_grad)
@@ -45,7 +47,7 @@ def test_outputs_and_gradients_are_those_of_the_base_with_these_rows(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", EACH)
 def test_it_starts_as_the_base_and_merging_keeps_ties(name, dtype):
     base, model = build(name, dtype), adapted(name, dtype)
     with torch.no_grad():
@@ -61,7 +63,13 @@ def test_it_starts_as_the_base_and_merging_keeps_ties(name, dtype):
 
 
 @pytest.mark.parametrize("name", ["llama", "tied"])
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        torch.optim.AdamW,
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in (torch.optim.SGD, torch.optim.Adagrad)),
+    ],
+)
 def test_no_other_row_moves_a_bit_even_with_weight_decay(name, optimizer):
     base = build(name)
     model = lp.inject(build(name), [lp.LoRA(targets=["q_proj"]), lp.TrainableTokens(tokens=IDS)]).train()

@@ -10,7 +10,7 @@ import lightning_peft as lp
 NEW = ["<call>", "<result>"]
 
 
-@pytest.mark.parametrize("name", ["llama", "tied", "bert", "t5"])
+@pytest.mark.parametrize("name", ["llama", "tied", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bert", "t5"))])
 def test_new_rows_are_the_mean_and_ties_stay(name):
     base, model, words = build(name), build(name), tokenizer()
     before = torch.get_rng_state()

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.method import check_setting
-from ..structure.base_model import is_adapted
-from ..structure.transformers_api import input_embeddings, outermost_pretrained
+from ...core.method import check_setting
+from ...structure.base_model import is_adapted
+from ...structure.transformers_api import input_embeddings, outermost_pretrained
 
 
 def resolve_tokens(tokens: Sequence[int | str], tokenizer: Any = "") -> list[int]:
