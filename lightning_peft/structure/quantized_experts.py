@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.autograd_function import records_gradients
 from ..ops.lazy_weights import LazyWeight, Product
 from ..ops.sharded_tensors import global_shape
 from .expert_probe import with_parameters
@@ -125,7 +126,11 @@ class _Decoded(LazyWeight):
         self.device = stored[0].device
 
     def product(self, product: Product) -> Tensor:
-        y: Tensor = _DecodedProduct.apply(product.x, product.times, self)  # type: ignore[no-untyped-call]
+        y: Tensor
+        if records_gradients():
+            y = _DecodedProduct.apply(product.x, product.times, self)  # type: ignore[no-untyped-call]
+        else:
+            y = product.times(product.x, self.decoded(product.x.dtype))
         return y if product.bias is None else y + product.bias
 
     def full(self) -> Tensor:

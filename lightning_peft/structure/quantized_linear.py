@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.autograd_function import records_gradients
 from .torchao_api import StoredNF4
 
 
@@ -29,7 +30,11 @@ class QuantizedLinear(KeepsStatistics, nn.Linear):
     """Linear layer over frozen codes and statistics. Both passes decode them, so no decoded weight is saved."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Product.apply(x, self.decode, self.stored())  # type: ignore[no-untyped-call]
+        y: Tensor
+        if records_gradients():
+            y = _Product.apply(x, self.decode, self.stored())  # type: ignore[no-untyped-call]
+        else:
+            y = F.linear(x, self.decode(*self.stored()).to(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def stored(self) -> list[Tensor]:

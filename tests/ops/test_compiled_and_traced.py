@@ -191,3 +191,10 @@ def test_a_logger_draws_the_graph(tmp_path):
     trainer.fit(Task(), torch.utils.data.DataLoader(torch.randn(40, WIDTH), 40))
     (events,) = tmp_path.rglob("events*")
     assert b"aten::addmm" in events.read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_layers_are_traced():
+    net, x = lp.quantize(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), "int8", ["0", "1"]), torch.randn(80, 64)
+    lp.inject(net, lp.LoRA(targets=["0", "1"]))
+    torch.testing.assert_close(torch.jit.trace(net, (x,))(x), net(x), atol=1e-5, rtol=1e-5)
