@@ -13,6 +13,7 @@ from ..methods import TrainableTokens
 from ..methods.families.token_rows import TokenLayer, TokenRows
 from ..methods.trainable_tokens import sharing_layers
 from ..ops.sharded_tensors import full_tensor
+from ..structure.base_model import base_modules
 from ..structure.transformers_api import from_config, input_embeddings
 from . import targets
 from .module_names import exact_globs, join_names
@@ -71,10 +72,22 @@ def read_beside(
     """
     indices = file.get(SETTING, {})
     rows = {host: tensors[BESIDE] for host, tensors in file.state.items() if BESIDE in tensors}
+    _check_complete(base, indices, rows)
     ids_and_rows = {host: (_ids_of(host, indices), values) for host, values in rows.items()}
     state = {host: {k: v for k, v in tensors.items() if k != BESIDE} for host, tensors in file.state.items()}
     rest = {host: tensors for host, tensors in state.items() if tensors}
     return PeftFile(file.config, rest), list(_methods(base, ids_and_rows, name))
+
+
+def _check_complete(base: Base, indices: Any, rows: Mapping[str, torch.Tensor]) -> None:
+    """Raise where the settings train rows of a layer for which the file has none, and no layer that shares them."""
+    weights = {id(getattr(base.network.get_submodule(host), "weight", None)) for host in rows}
+    keys = indices if isinstance(indices, Mapping) else [""] * bool(indices)
+    modules = base_modules(base.network)
+    for key in keys:
+        named = [m for n, m in modules.items() if n == key or n.endswith(f".{key}")] if key else []
+        if not rows or (key and not any(id(getattr(module, "weight", None)) in weights for module in named)):
+            raise ValueError(f"The file sets {SETTING}={indices}, but it has no rows of {key or 'these tokens'}.")
 
 
 def _ids_of(host: str, indices: Any) -> list[int]:

@@ -532,7 +532,7 @@ def test_a_model_without_values_is_refused(tmp_path):
 BROKEN = [
     (lambda f: _written(f, peft_type="VERA"), "VERA adapter, which is not read"),
     (lambda f: _written(f, init_lora_weights="corda"), "init_lora_weights='corda' .* changes the base's weights"),
-    (lambda f: _written(f, trainable_token_indices=[1]), r"sets {'trainable_token_indices': \[1\]}"),
+    (lambda f: _written(f, trainable_token_indices=[1]), r"sets trainable_token_indices=\[1\], but it has no rows"),
     (
         lambda f: _written(f, target_parameters=["experts.down_proj"]),
         "sets target_parameters 'experts.down_proj', which is no parameter",
