@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lightning_peft as lp
+from lightning_peft.core.checksums import settings_digest
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -19,8 +20,10 @@ def stir(net, seed):
 
 
 def edit_json(folder, **changes):
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**config, **changes}))
+    """Change settings, and their checksum with them."""
+    config = {**json.loads((folder / CONFIG).read_text()), **changes}
+    covered = {key: value for key, value in config.items() if key not in ("sha256", "settings_sha256")}
+    (folder / CONFIG).write_text(json.dumps({**config, "settings_sha256": settings_digest(covered)}))
 
 
 def edit_tensors(folder, change):

@@ -16,6 +16,7 @@ from ..core.method import Method, from_dict, to_dict
 from ..core.weight_backup import check_not_merged
 
 FORMAT = 1
+_MOST = 10_000  # methods, patterns or names in a description
 
 
 def adapter_metadata(model: nn.Module, packed: bool = False, only: Sequence[Method] | None = None) -> dict[str, Any]:
@@ -76,9 +77,32 @@ def _inject(model: nn.Module, description: Mapping[str, Any]) -> None:
 
 
 def check_format(description: Mapping[str, Any], source: str) -> None:
-    """Raise a ``ValueError`` if another version wrote the description."""
+    """Raise a ``ValueError`` if another version wrote the description, or it is none."""
     if description.get("format") != FORMAT:
-        raise ValueError(f"{source} has format {description.get('format')!r}; this version reads {FORMAT}.")
+        raise ValueError(f"{source} has format {str(description.get('format'))[:50]}; this version reads {FORMAT}.")
+    methods: Any = description.get("methods")
+    also_train = description.get("also_train")
+    groups, active = description.get("groups", {}), description.get("active", [])
+    problems = {
+        "methods with their names": not _are(dict, methods)
+        or not _are(str, [data.get("name", "") for data in methods]),
+        "patterns in also_train": not _are(str, also_train),
+        "a fingerprint of its base": not isinstance(description.get("base"), str | None),
+        "names in active": not _are(str, active),
+        "names by group": not isinstance(groups, dict) or not all(_are(str, v) for v in [[*groups], *groups.values()]),
+    }
+    if damaged := [expected for expected, wrong in problems.items() if wrong]:
+        raise ValueError(f"{source} is damaged: its settings lack {' and '.join(damaged)}. Copy or save it again.")
+    names = {*groups, *(data.get("name") for data in methods)}
+    if unknown := [
+        name for name in [*active, *(n for members in groups.values() for n in members)] if name not in names
+    ]:
+        raise ValueError(f"{source} is damaged: {unknown[0]!r} is active or in a group, and no method has this name.")
+
+
+def _are(kind: type, values: Any) -> bool:
+    """Whether a value is a list of values of one type, of a length that some model can have."""
+    return isinstance(values, list) and len(values) <= _MOST and all(type(value) is kind for value in values)
 
 
 def check_base(model: nn.Module, description: Mapping[str, Any], source: str, methods: Sequence[Method]) -> None:

@@ -1,11 +1,10 @@
 """``TensorFiles`` reads safetensors files one tensor at a time, and replaces tensors in place.
 
-The header is parsed here, since the library of this format neither writes into a file nor tells where a tensor lies.
+The library of this format neither writes into a file nor tells where a tensor lies.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -14,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TYPES = {
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I8": torch.int8,
-    "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+from ..core.read_json import MAX_JSON, parse_json
+from ..core.safetensors_header import TensorPlace, read_header
+from ..core.storage import Location, check_local
+
 _CHUNK = 2**20
 _INDEX = "*.safetensors.index.json"
 # Files that may hold the same weights in other formats: they would be stale beside a changed copy, so none is copied.
@@ -34,11 +31,12 @@ class TensorFiles:
 
     Raises:
         FileNotFoundError: There is none, or one is missing that the index names.
-        ValueError: A file is no safetensors file, or two hold the same tensor.
+        ValueError: A file is damaged, or no safetensors file, two hold the same tensor, the index names files of other
+            folders, or the path is an address.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Location) -> None:
+        self.path = check_local(path, "weights are read from files in place")
         self.files = self._listed() if self.path.is_dir() else [self.path]
         if not self.files or not self.files[0].is_file():
             other_file = next((file.name for end in _OTHER_FORMATS for file in self.path.glob(end)), None)
@@ -46,7 +44,7 @@ class TensorFiles:
             if other_file:
                 hint = f", but {other_file}: load it in transformers and write it with save_pretrained"
             raise FileNotFoundError(f"{path} holds no .safetensors file{hint}.")
-        self._places: dict[str, tuple[Path, int, torch.dtype, list[int]]] = {}
+        self._places: dict[str, tuple[Path, TensorPlace]] = {}
         for file in self.files:
             self._read_header(file)
 
@@ -56,67 +54,74 @@ class TensorFiles:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
-        return tuple(self._places[key][3])
+        return tuple(self._places[key][1].shape)
 
     def read(self, key: str) -> Tensor:
         """Return a tensor."""
-        file, start, dtype, shape = self._places[key]
-        values = torch.empty(shape, dtype=dtype)
+        file, place = self._places[key]
+        values = torch.empty(place.shape, dtype=place.dtype)
         with file.open("rb") as opened:
-            opened.seek(start)
+            opened.seek(place.start)
             opened.readinto(_bytes_of(values))
         return values
 
     def write(self, key: str, values: Tensor) -> None:
         """Replace a tensor by another of its shape, rounded to its type."""
-        file, start, dtype, shape = self._places[key]
-        if list(values.shape) != shape:
-            raise ValueError(f"{key} has shape {shape} in {file}, and shall become {list(values.shape)}.")
+        file, place = self._places[key]
+        if list(values.shape) != place.shape:
+            raise ValueError(f"{key} has shape {place.shape} in {file}, and shall become {list(values.shape)}.")
         with file.open("r+b") as opened:
-            opened.seek(start)
-            opened.write(_bytes_of(values.detach().to("cpu", dtype).contiguous()))
+            opened.seek(place.start)
+            opened.write(_bytes_of(values.detach().to("cpu", place.dtype).contiguous()))
 
     def copied(self, folder: Path) -> TensorFiles:
         """Copy the files, and those beside them in a folder but other weights, into another; holes stay holes."""
         for file in self.files:
             _copy(file, folder / file.name)
-        for file in self.path.iterdir() if self.path.is_dir() else ():
-            if file.is_file() and not any(file.match(end) for end in (*_OTHER_FORMATS, "*.safetensors")):
-                shutil.copy2(file, folder / file.name)
+        if self.path.is_dir():
+            copy_other_files(self.path, folder, index=True)
         return TensorFiles(folder if self.path.is_dir() else folder / self.path.name)
 
     def _listed(self) -> list[Path]:
         indexes = sorted(self.path.glob(_INDEX))
         if not indexes:
             return sorted(self.path.glob("*.safetensors"))
-        try:
-            names = {
-                name
-                for index in indexes
-                for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            }
-            files = [self.path / name for name in sorted(names)]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{indexes[0]} is damaged, or no index ({error!r}).") from error
+        files = [self.path / name for name in sorted({name for index in indexes for name in _names_in(index)})]
         if missing := next((file for file in files if not file.is_file()), None):
             raise FileNotFoundError(f"{missing} is missing, which {indexes[0].name} names; copy it there, too.")
         return files
 
     def _read_header(self, file: Path) -> None:
-        try:
-            with file.open("rb") as opened:
-                length = int.from_bytes(opened.read(8), "little")
-                header = json.loads(opened.read(length) if length < file.stat().st_size else b"")
-            for key, entry in header.items():
-                if key in self._places:
-                    raise ValueError(f"{key} is in {self._places[key][0].name}, too; give the file that is meant")
-                if key != "__metadata__":
-                    start, stop = entry["data_offsets"]
-                    if 8 + length + stop > file.stat().st_size:
-                        raise ValueError("cut short")
-                    self._places[key] = (file, 8 + length + start, _TYPES[entry["dtype"]], entry["shape"])
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{file} is damaged, or holds types that cannot be read here ({error}).") from error
+        with file.open("rb") as opened:
+            places = read_header(opened, file.stat().st_size, str(file)).places
+        for key, place in places.items():
+            if key in self._places:
+                raise ValueError(f"{file}: {key} is in {self._places[key][0].name}, too; give the file that is meant.")
+            self._places[key] = (file, place)
+
+
+def copy_other_files(source: Path, folder: Path, index: bool) -> None:
+    """Copy what lies beside weights (configuration, tokenizer, templates) to where it is not yet, an index if asked."""
+    left_out = (*_OTHER_FORMATS, "*.safetensors", *(() if index else (_INDEX,)))
+    for file in source.iterdir():
+        if file.is_file() and not any(map(file.match, left_out)) and not (folder / file.name).exists():
+            shutil.copy2(file, folder / file.name)
+
+
+def _names_in(index: Path) -> set[str]:
+    """Return the files that an index names; they must lie beside it, since they are copied to where it is copied."""
+    if index.stat().st_size > MAX_JSON:
+        raise ValueError(f"{index} has {index.stat().st_size:,} bytes; at most {MAX_JSON:,} are read.")
+    try:
+        weight_map = parse_json(index.read_bytes(), "its content").get("weight_map")
+    except ValueError as error:
+        raise ValueError(f"{index} is damaged, or no index: {error}") from error
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} is damaged, or no index: its weight_map has no names of files by tensor.")
+    names = set(weight_map.values())
+    if outside := [name for name in sorted(names) if name in ("", ".", "..") or set(name) & set("/\\\0:")]:
+        raise ValueError(f"{index} names {outside[0]!r}, which is no file beside it; nothing is read or written there.")
+    return names
 
 
 def _bytes_of(values: Tensor) -> memoryview:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..core.adapter_folder import read_adapter, write_adapter
+from ..core.adapter_folder import located, read_adapter, write_adapter
+from ..core.allocation_limit import limit_allocation
 from ..core.inject import detach
 from ..core.injection_record import get_record, methods_named, require_record
 from ..core.method import Method
+from ..core.nonfinite import warn_of_nonfinite
+from ..core.storage import Location
 from ..ops.sharded_tensors import assign, full_tensor, shard_of, writes_files
 from .adapter_state import adapter_state, check_state, strip_wrapper_names, unpacked
 from .key_prefix import align_keys
@@ -37,17 +39,18 @@ def check_known_shards(model: nn.Module) -> None:
         )
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
+def save_adapter(model: nn.Module, folder: Location, name: str | None = None) -> Path | str:
     """Write the adapters and trained base parameters of a model, and what is needed to inject them again.
 
     Args:
         model: The same module that was given to ``inject`` (with a Trainer: the LightningModule).
-        folder: Where to write; an adapter that is there is replaced only once the new one is complete. Of several
+        folder: Where to write, a path or an address that fsspec opens (``s3://...``). An adapter that is there is
+            replaced at once: whoever reads meanwhile, or after a kill, finds the old one or the new one. Of several
             processes the first writes; where the model is sharded, all have to call.
         name: Name of the adapters to write where the model has several; all if not given.
 
     Returns:
-        The folder.
+        The folder: a path, or the address that was given.
 
     Raises:
         ValueError: The name is unknown, or parameters of the base train, which belong to no name.
@@ -60,17 +63,17 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str | N
         raise ValueError(f"{trained[0]} trains in the base itself and belongs to no name; save all, without a name.")
     tensors = adapter_state(model, packed=True, only=only)
     state = {strip_wrapper_names(k): full_tensor(v).detach().contiguous().cpu() for k, v in tensors.items()}
-    return write_adapter(folder, description, state) if writes_files() else Path(folder)
+    return write_adapter(folder, description, state) if writes_files() else located(folder)
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str], strict: bool = True) -> nn.Module:
+def load_adapter(model: nn.Module, folder: Location, strict: bool = True) -> nn.Module:
     """Inject the methods of an adapter folder and load its values; the model is unchanged if anything is wrong.
 
     The adapter may come from a LightningModule and go to the bare network inside it, or the other way round.
 
     Args:
         model: The base model, fresh or adapted by the same methods; in the latter case it may be sharded.
-        folder: What ``save_adapter`` wrote.
+        folder: What ``save_adapter`` wrote, by path or address.
         strict: Whether the base must be the one that the adapter was trained on.
 
     Returns:
@@ -83,7 +86,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], strict: bool 
     config, state = read_adapter(folder)
     fresh = get_record(model) is None
     try:
-        inject_from_metadata(model, config, str(folder), strict)
+        with limit_allocation(sum(tensor.numel() for tensor in state.values())):
+            inject_from_metadata(model, config, str(folder), strict)
         load_values(model, state, str(folder))
     except Exception:
         if fresh:
@@ -100,6 +104,7 @@ def load_values(
     target = {strip_wrapper_names(k): v for k, v in adapter_state(model, only=only).items()}
     for key, value in state.items():
         assign(target[key], value)
+    warn_of_nonfinite(state, source)
     require_record(model).mark_trained()
 
 

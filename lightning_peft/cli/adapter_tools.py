@@ -8,22 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import lightning.pytorch as pl
-import torch
 from torch import nn
 
+from ..checkpoints.reader import read_checkpoint
 from ..checkpoints.save_load import load_adapter, save_adapter
 from ..composition.merge import merge
 from ..composition.merge_files import merge_files
-from ..core.adapter_folder import is_taken
 from ..core.console import echo
+from ..core.storage import check_local, is_file, is_folder, is_remote, is_taken
 from ..interop import export_peft, import_loralib, import_peft, import_t_few, push_adapter, vllm_problems
 from ..interop.hub import check_hub
 from ..interop.vllm import VERSION
 from ..training.distributed import without_values
 from ..training.lightning_checkpoint import inject_from_checkpoint
+from .merged_model import write_model
 from .run_report import metrics_of, read_metrics_file
 
 
@@ -37,25 +38,30 @@ class AdapterTools:
         output: str,
         base: str | None = None,
         datamodule: pl.LightningDataModule | None = None,
+        allow_nonfinite: bool = False,
     ) -> None:
         """Fold an adapter into the base weights and write a plain model.
+
+        Of a transformers model, the folder has the base's tokenizer, templates and type of weights, and is read as it
+        is by transformers, its pipelines and vLLM.
 
         Args:
             model: The module with the base weights, or without them if base is given.
             adapter: Folder that save_adapter wrote, or a checkpoint of a run with PEFTStrategy.
             output: Folder to write: a transformers model if the module holds one, else model.safetensors.
             base: Safetensors file, or folder of the base: merged file by file, one layer in memory at a time.
-            datamodule: Not used.
+            datamodule: Whose tokenizer is written where the base has none.
+            allow_nonfinite: Whether to merge an adapter that holds NaN or infinity.
         """
         if base is not None:
             with without_values():
                 model.configure_model()
-            echo(f"merged model: {merge_files(model, base, adapter, output)}")
+            echo(f"merged model: {merge_files(model, base, adapter, output, allow_nonfinite=allow_nonfinite)}")
             return
-        target = _new(output)
-        _adapt(model, Path(adapter))
-        merge(model)
-        _write_model(model, target)
+        target = check_local(_new(output), "a merged model is written into files in place")
+        _adapt(model, adapter)
+        merge(model, allow_nonfinite=allow_nonfinite)
+        write_model(model, target, datamodule)
         echo(f"merged model: {target}")
 
     def export(
@@ -69,6 +75,7 @@ class AdapterTools:
         metrics: str | None = None,
         push_to: str | None = None,
         private: bool | None = None,
+        allow_nonfinite: bool = False,
     ) -> None:
         """Write an adapter as HF PEFT does, with a model card, and say what vLLM takes of it.
 
@@ -82,18 +89,20 @@ class AdapterTools:
             metrics: JSON file of numbers for the card; by default the report.json of the run that wrote the adapter.
             push_to: Where on the hub to push it, as user/name.
             private: Whether a new repository there is private.
+            allow_nonfinite: Whether to write an adapter that holds NaN or infinity.
 
         Raises:
             ValueError: A setting of push_to is given without it, or a name is not known.
         """
-        target, source = _new(output), Path(adapter)
+        target = _new(output)
         if push_to is not None:
             check_hub(push_to)
         elif private is not None:
             raise ValueError(f"private={private} is a setting of push_to, which is not given.")
-        results = metrics_of(source) if metrics is None else read_metrics_file(Path(metrics))
-        _adapt(model, source)
-        folder = export_peft(model, target, name, results)
+        found = {} if metrics is not None or is_remote(adapter) else metrics_of(Path(adapter))
+        results = found if metrics is None else read_metrics_file(Path(metrics))
+        _adapt(model, adapter)
+        folder = export_peft(model, target, name, results, allow_nonfinite=allow_nonfinite)
         said = vllm_problems(folder) or [f"vLLM {VERSION} takes it as it is, if it takes adapters of the base's class."]
         echo("\n".join([f"{format} adapter: {folder}", f"model card: {len(results)} metrics", *said]))
         if push_to is not None:
@@ -140,22 +149,21 @@ class AdapterTools:
 setattr(AdapterTools, "import", AdapterTools.import_adapter)
 
 
-def _new(output: str) -> Path:
-    target = Path(output)
-    if is_taken(target):
+def _new(output: str) -> str:
+    if is_taken(output):
         raise FileExistsError(f"{output} is not empty; choose a new folder.")
-    return target
+    return output
 
 
-def _adapt(model: pl.LightningModule, adapter: Path) -> None:
+def _adapt(model: pl.LightningModule, adapter: str) -> None:
     """Build the network of a module, inject an adapter and load it."""
     model.configure_model()
-    if adapter.is_dir():
+    if is_folder(adapter):
         load_adapter(model, adapter)
         return
-    if not adapter.is_file():
+    if not is_file(adapter):
         raise FileNotFoundError(f"{adapter} is neither a folder that save_adapter wrote nor a checkpoint.")
-    checkpoint = torch.load(adapter, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(adapter)
     inject_from_checkpoint(model, checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
 
@@ -164,15 +172,3 @@ def _import_loralib(model: nn.Module, path: str, alpha: float | None, parts: Seq
     if alpha is None:
         raise ValueError("A checkpoint of loralib does not hold its scale; give alpha, the lora_alpha of training.")
     import_loralib(model, path, alpha, **({} if parts is None else {"parts": parts}))
-
-
-def _write_model(model: pl.LightningModule, target: Path) -> None:
-    from safetensors.torch import save_model
-
-    savers = [part for part in model.children() if callable(getattr(part, "save_pretrained", None))]
-    target.mkdir(parents=True, exist_ok=True)
-    if len(savers) == 1:
-        saver: Any = savers[0]
-        saver.save_pretrained(target)
-        return
-    save_model(model, str(target / "model.safetensors"))

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..core.adapter_folder import CONFIG, WEIGHTS, read_files
 from ..core.console import echo
 from ..summary import size, summary
 
@@ -15,7 +16,9 @@ REPORT = "report.json"
 _SIZES = ("trainable_parameters", "total_parameters", "checkpoint_bytes", "adapter_bytes")
 
 
-def write_report(model: nn.Module, logs: Path, best: str, results: dict[str, float], adapter: Path | None) -> None:
+def write_report(
+    model: nn.Module, logs: Path, best: str, results: dict[str, float], adapter: Path | str | None
+) -> None:
     """Write and print the results of a fit.
 
     Args:
@@ -23,7 +26,7 @@ def write_report(model: nn.Module, logs: Path, best: str, results: dict[str, flo
         logs: Folder of the run.
         best: Path of the best checkpoint, or nothing.
         results: Of the test, if there was one.
-        adapter: Folder of the adapter, if it has one.
+        adapter: Path or address of the adapter's folder, if it has one.
     """
     counts = summary(model)
     report: dict[str, Any] = dict(results)
@@ -35,7 +38,10 @@ def write_report(model: nn.Module, logs: Path, best: str, results: dict[str, flo
         said = f"{best} ({size(report['checkpoint_bytes'])}, the full model has {size(counts.base_bytes)})"
         lines += [("checkpoint", said)]
     if adapter is not None:
-        report |= {"adapter": str(adapter), "adapter_bytes": _bytes_of(adapter)}
+        report |= {
+            "adapter": str(adapter),
+            "adapter_bytes": sum(map(len, read_files(adapter, (WEIGHTS, CONFIG)).values())),
+        }
         lines += [("adapter", f"{adapter} ({size(report['adapter_bytes'])})")]
     logs.mkdir(parents=True, exist_ok=True)
     (logs / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from ..methods import PromptTuning
 from ..methods.prompting.row_tasks import TaskAdapter, row_tasks
 
 
-def join_prompts(folders: Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str]) -> Path:
+def join_prompts(folders: Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str]) -> Path | str:
     """Write one adapter of several tasks from the adapters of ``PromptTuning`` that separate runs trained.
 
     Task k is the prompt of the k-th folder. ``load_adapter`` reads the result; ``ensemble`` runs all tasks at once.

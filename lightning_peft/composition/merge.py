@@ -15,6 +15,7 @@ from ..core.adapted_module import set_active
 from ..core.fingerprint import Merged, fingerprint, trained_or_replaced_names
 from ..core.inject import detach
 from ..core.injection_record import InjectionRecord, check_not_paused, get_record, require_record
+from ..core.nonfinite import check_finite
 from ..core.weight_backup import (
     allow_loading,
     changed_hosts,
@@ -25,10 +26,10 @@ from ..core.weight_backup import (
 )
 from ..quantization.quantize import dequantize as dequantize_layers
 from ..structure.quantized import is_quantized
-from .mergeable_adapters import HostedAdapter, mergeable_adapters, rehearse_merge
+from .mergeable_adapters import HostedAdapter, mergeable_adapters, rehearse_merge, tensors_of
 
 
-def merge(model: nn.Module, dequantize: bool = False, keep: bool = False) -> nn.Module:
+def merge(model: nn.Module, dequantize: bool = False, keep: bool = False, allow_nonfinite: bool = False) -> nn.Module:
     """Fold every adapter into its host and restore the original classes: all of them, or none if one cannot.
 
     With ``keep``, ``unmerge`` can undo it. Adapters then stay in the model, inactive, while the weights hold what they
@@ -42,21 +43,24 @@ def merge(model: nn.Module, dequantize: bool = False, keep: bool = False) -> nn.
             trained on; how far that is from the weights before quantization is printed. To merge into those instead,
             load the adapter into the base that was not quantized.
         keep: Whether to keep what ``unmerge`` needs. There may be inactive adapters then.
+        allow_nonfinite: Whether to merge adapters that hold NaN or infinity.
 
     Returns:
         The model.
 
     Raises:
         TypeError: A method's adapters cannot be expressed by a weight, or an adapted weight is quantized.
-        ValueError: A host shares a parameter with another module, an adapter is inactive, nothing was injected, or,
-            with ``keep``, a parameter that trains would be overwritten.
+        ValueError: A host shares a parameter with another module, an adapter is inactive or holds NaN or infinity,
+            nothing was injected, or, with ``keep``, a parameter that trains would be overwritten.
         RuntimeError: Adapters are disabled, merged, or each row has its own.
     """
     check_not_paused(get_record(model) or InjectionRecord())
     check_not_merged(model)  # nor a part of it
+    adapted = mergeable_adapters(model, allow_inactive=keep)
+    if not allow_nonfinite:
+        check_finite(tensors_of(adapted), "merged")
     if keep:
         return _merge_and_keep(model, dequantize)
-    adapted = mergeable_adapters(model)
     rehearse_merge(adapted)
     if name := _first_quantized(adapted):
         if not dequantize:
@@ -109,21 +113,22 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def merged(model: nn.Module) -> Iterator[None]:
+def merged(model: nn.Module, allow_nonfinite: bool = False) -> Iterator[None]:
     """Context in which the active adapters are folded into their hosts; afterwards the base has the same bits again.
 
     For evaluation and generation at the speed of the base: ``merge(model, keep=True)``, then ``unmerge(model)``.
 
     Args:
         model: The same module that was given to ``inject``, not quantized.
+        allow_nonfinite: Whether to merge adapters that hold NaN or infinity.
 
     Raises:
         TypeError: A method's adapters cannot be expressed by a weight, or an adapted weight is quantized.
-        ValueError: A host shares a parameter with another module, nothing was injected, or a parameter that trains
-            would be overwritten.
+        ValueError: A host shares a parameter with another module, nothing was injected, an adapter holds NaN or
+            infinity, or a parameter that trains would be overwritten.
         RuntimeError: Adapters are disabled, merged, or each row has its own; or weights were changed within.
     """
-    merge(model, keep=True)
+    merge(model, keep=True, allow_nonfinite=allow_nonfinite)
     try:
         yield
     finally:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +14,12 @@ from ..checkpoints.base_weight_files import BaseWeightFiles, trim_malloc
 from ..checkpoints.metadata import inject_from_metadata
 from ..checkpoints.reader import read_adapter_file
 from ..checkpoints.safetensors_files import TensorFiles
-from ..core.adapter_folder import is_taken
+from ..core.allocation_limit import limit_allocation
+from ..core.atomic_files import new_folder
 from ..core.inject import detach
 from ..core.injection_record import get_record
+from ..core.nonfinite import check_finite
+from ..core.storage import Location, check_local, is_taken
 from ..structure.base_model import ADAPTERS_ATTRIBUTE
 from .mergeable_adapters import mergeable_adapters
 
@@ -26,10 +27,11 @@ from .mergeable_adapters import mergeable_adapters
 @torch.no_grad()
 def merge_files(
     model: nn.Module,
-    base: str | os.PathLike[str],
-    adapter: str | os.PathLike[str],
-    folder: str | os.PathLike[str],
+    base: Location,
+    adapter: Location,
+    folder: Location,
     strict: bool = True,
+    allow_nonfinite: bool = False,
 ) -> Path:
     """Write the files of a base with an adapter merged in: W' = W + update, layer by layer.
 
@@ -41,10 +43,11 @@ def merge_files(
     Args:
         model: The base's network without values (built in ``without_values()``), to know its layers; left as it was.
             The keys in the files are the names of its parameters, but for one difference at the beginning of all.
-        base: A safetensors file, or a folder of shards.
-        adapter: What ``save_adapter`` wrote, or a checkpoint of a run with PEFTStrategy.
-        folder: Where to write; must not exist yet, or be empty.
+        base: A safetensors file, or a folder of shards, on this machine.
+        adapter: What ``save_adapter`` wrote, by path or address, or a checkpoint of a run with PEFTStrategy.
+        folder: Where to write, on this machine; must not exist yet, or be empty. It is there once it is complete.
         strict: Whether the base must be the one that the adapter was trained on.
+        allow_nonfinite: Whether to merge an adapter that holds NaN or infinity.
 
     Returns:
         The folder.
@@ -52,30 +55,27 @@ def merge_files(
     Raises:
         FileNotFoundError: There is no base or no adapter.
         FileExistsError: The folder is there and not empty.
-        ValueError: The adapter does not fit the model or belongs to another base, the model has values, or a weight is
-            not in the files.
+        ValueError: A file is damaged, the adapter holds NaN or infinity, does not fit the model or belongs to another
+            base, the model has values, a weight is not in the files, or base or folder is an address.
         TypeError: The adapter cannot be merged into a weight.
     """
-    target = Path(folder)
+    target = check_local(folder, "merge_files writes into files in place")
     _check_fresh(model, target)
     stored, weights = read_adapter_file(adapter), _base_files(model, base)
     try:
-        inject_from_metadata(model, stored.description, stored.path, strict=False)
+        with limit_allocation(sum(tensor.numel() for tensor in stored.state.values())):
+            inject_from_metadata(model, stored.description, stored.path, strict=False)
         state, adapted = stored.state_for(model), mergeable_adapters(model)
         expected = stored.description["base"]
         if strict and expected is not None and (fingerprint := weights.fingerprint(model)) != expected:
             raise ValueError(f"{adapter} belongs to another base: fingerprint {expected}, {base} has {fingerprint}.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
-            copied = Path(temporary, target.name)
-            copied.mkdir()
+        if not allow_nonfinite:
+            check_finite(state, "merged")
+        with new_folder(target) as copied:
             written = weights.copied(copied)
             written.write(state)  # of the base itself, trained
             for name in dict.fromkeys(name for name, *_ in adapted):
                 _merge_host(name, adapted, state, written)
-            if target.exists():
-                target.rmdir()
-            copied.replace(target)
     finally:
         if get_record(model) is not None:
             detach(model)
@@ -91,7 +91,7 @@ def _check_fresh(model: nn.Module, target: Path) -> None:
         )
 
 
-def _base_files(model: nn.Module, base: str | os.PathLike[str]) -> BaseWeightFiles:
+def _base_files(model: nn.Module, base: Location) -> BaseWeightFiles:
     weights = BaseWeightFiles(model, TensorFiles(base))
     if weights.missing:
         raise ValueError(

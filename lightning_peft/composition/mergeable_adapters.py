@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..core.adapted_module import adapters
 from ..core.adapter import Adapter
 from ..core.checks import shows_weight
 from ..core.injection_record import get_record
-from ..structure.base_model import count_owners
+from ..structure.base_model import ADAPTERS_ATTRIBUTE, count_owners
 from ..structure.quantized import is_quantized
 from ..structure.read_weights import read_weight_attribute
 
@@ -53,6 +53,15 @@ def mergeable_adapters(model: nn.Module, allow_inactive: bool = False) -> list[H
             raise ValueError(f"{name} shares a parameter with another module; untie it before merging.")
     # Adapters that replace parameters come first: what others add goes on top of the replaced values, as in forward.
     return sorted(adapted, key=lambda entry: (not entry[3].replaces, entry[1].peft_order.index(entry[2])))
+
+
+def tensors_of(adapted: Sequence[HostedAdapter]) -> dict[str, Tensor]:
+    """Return the parameters of adapters by the names that they have in the model."""
+    return {
+        f"{name}.{ADAPTERS_ATTRIBUTE}.{key}.{entry}".lstrip("."): parameter
+        for name, _, key, adapter in adapted
+        for entry, parameter in adapter.named_parameters()
+    }
 
 
 @torch.no_grad()

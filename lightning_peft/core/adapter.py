@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..structure.rows import Rows
+from .allocation_limit import check_allocation
 
 Call = Callable[..., Any]
 Axes = tuple[str | None, ...]
@@ -145,6 +146,7 @@ def parameter_like(weight: Tensor, *shape: int) -> nn.Parameter:
         >>> parameter_like(torch.zeros(2, 2, dtype=torch.bfloat16), 3).dtype
         torch.float32
     """
+    check_allocation(shape)
     dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
     return nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype))
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .adapter import Adapter
+from .setting_types import check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +67,14 @@ def from_dict(data: Mapping[str, Any]) -> Method:
     Only classes that the program has imported are found; a file never causes an import.
 
     Raises:
-        ValueError: No such method is known, or it does not take these fields.
+        ValueError: No such method is known, or it does not take these fields, or not these values.
     """
     fields = dict(data)
     name = fields.pop("method", None)
     classes = methods_by_name()
-    if name not in classes:
+    if not isinstance(name, str) or name not in classes:
         raise ValueError(f"Method {name!r} is not known here; import its module first. Known: {', '.join(classes)}.")
+    check_types(classes[name], fields)
     try:
         return classes[name](**fields)
     except TypeError as error:

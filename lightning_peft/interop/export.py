@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +14,12 @@ from torch.distributed.fsdp import FSDPModule
 from ..checkpoints.adapter_state import strip_wrapper_names
 from ..checkpoints.metadata import adapter_metadata
 from ..checkpoints.save_load import check_known_shards
-from ..core.adapter_folder import WEIGHTS, replace_file
+from ..core.adapter_folder import WEIGHTS, located
+from ..core.atomic_files import replace_files
 from ..core.injection_record import adapters_of, require_record
 from ..core.method import Method, to_dict
+from ..core.nonfinite import check_finite
+from ..core.storage import Location
 from ..ops.sharded_tensors import writes_files
 from ..structure.transformers_api import from_config, is_encoder_decoder
 from ..summary import BASE, row, summary
@@ -26,7 +28,7 @@ from . import trainable_tokens
 from .export_selection import format_of, methods_to_export, select_method, token_methods
 from .model_card import CARD, CardFacts, check_card_replaceable, render_card
 from .module_names import find_network
-from .peft_folder import write_peft_folder
+from .peft_folder import peft_files
 from .peft_format import Base, PeftFormat, StateDict, check_supported
 
 _TASKS = {
@@ -41,30 +43,35 @@ _TASKS = {
 
 def export_peft(
     model: nn.Module,
-    folder: str | os.PathLike[str],
+    folder: Location,
     name: str | None = None,
     metrics: Mapping[str, float] | None = None,
     model_card: bool = True,
-) -> Path:
+    allow_nonfinite: bool = False,
+) -> Path | str:
     """Write an adapter and what trained beside it as HF PEFT does; nothing is written if it cannot be expressed.
+
+    Files of an earlier export are replaced at once; by a checksum ``import_peft`` tells files of two exports apart.
 
     Args:
         model: The same module that was given to ``inject`` (with a Trainer: the LightningModule).
-        folder: Where to write; names in it are those of the transformers model inside, if there is one; of several, of
-            that which has all adapters.
+        folder: Where to write, a path or an address; names in it are those of the transformers model inside, if there
+            is one; of several, of that which has all adapters.
         name: Name of the method, where the model has several with adapters.
         metrics: Results by name, for the model card.
         model_card: Whether to write a README.md that says what the adapter is.
+        allow_nonfinite: Whether to write an adapter that holds NaN or infinity.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: Nothing was injected, or HF PEFT has nothing that computes the same; says what and why.
+        ValueError: Nothing was injected, the adapter holds NaN or infinity, or HF PEFT has nothing that computes the
+            same; says what and why.
         FileExistsError: The folder has a README.md of somebody else.
         TypeError: A wrapper shards the model and does not say how; strategies of this package do.
     """
-    folder, record = Path(folder), require_record(model)
+    record = require_record(model)
     check_known_shards(model)
     if model_card:
         check_card_replaceable(folder)
@@ -77,13 +84,15 @@ def export_peft(
     config, state = _config_and_tensors(base, peft_format, method, trained)
     if empty := [key for key, value in state.items() if value.is_meta]:
         raise ValueError(f"{empty[0]} has no values yet (meta device); load the model before its adapter is exported.")
+    if not allow_nonfinite:
+        check_finite(state, "exported")
     facts = _card_facts(base, method, metrics or {}) if model_card else None
     if writes_files():
-        write_peft_folder(folder, config, state)
+        files = peft_files(config, state)
         if facts is not None:
-            text = render_card(facts, config, state, (folder / WEIGHTS).stat().st_size)
-            replace_file(folder / CARD, text.encode())
-    return folder
+            files = {CARD: render_card(facts, config, state, len(files[WEIGHTS])).encode(), **files}
+        replace_files(folder, files)
+    return located(folder)
 
 
 def _adapted_names(model: nn.Module, method: Method) -> list[str]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 from ..core.adapter_folder import CONFIG, WEIGHTS
 from ..core.optional_imports import check_extra
+from ..core.storage import Location, check_local
 from .model_card import CARD
 
 
-def push_adapter(
-    folder: str | os.PathLike[str], repo_id: str, private: bool | None = None, api: Any | None = None
-) -> str:
+def push_adapter(folder: Location, repo_id: str, private: bool | None = None, api: Any | None = None) -> str:
     """Upload an adapter's tensors, settings and card, and nothing else of its folder, to the hub.
 
     Who may write there is huggingface_hub's matter: log in with its own command, ``hf auth login``.
@@ -33,7 +30,7 @@ def push_adapter(
         ValueError: No repository can have this name.
         RuntimeError: The hub is out of reach, or refuses.
     """
-    folder = Path(folder)
+    folder = check_local(folder, "huggingface_hub uploads files of this machine")
     if missing := [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} is no adapter folder: {missing[0]} is missing.")
     check_hub(repo_id)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 
 from torch import nn
 
+from ..core.storage import Location
 from . import modules_to_save as saved
 from .compatibility import check_hosts
 from .experts import NESTED
@@ -17,7 +17,7 @@ from .peft_formats import FORMATS
 from .renamed_modules import base_of_file, rename_hosts
 
 
-def import_peft(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> nn.Module:
+def import_peft(model: nn.Module, folder: Location, name: str | None = None) -> nn.Module:
     """Inject the adapter of a HF PEFT folder and load its values; the model is unchanged if anything is wrong.
 
     Modules that another release of transformers, or a model with another head, calls otherwise are found by the rules
@@ -25,7 +25,8 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], name: str | No
 
     Args:
         model: The base model, or a module that holds it.
-        folder: What ``save_pretrained`` of HF PEFT wrote; safetensors, or an old ``.bin`` of tensors alone.
+        folder: What ``save_pretrained`` of HF PEFT wrote, by path or address: safetensors, or an old ``.bin`` of
+            tensors alone.
         name: Name for the method; by default the name that our method has.
 
     Returns:

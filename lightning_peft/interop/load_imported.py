@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from ..core.inject import inject
 from ..core.injection_record import adapters_of, get_record
 from ..core.method import Method
+from ..core.nonfinite import warn_of_nonfinite
 from ..ops.sharded_tensors import assign
 from ..structure.selection import literal
 from .compatibility import complete_states
@@ -35,6 +36,10 @@ def inject_and_load(base: Base, plan: ImportPlan, values: StateDict, source: str
             adapter_tensors = adapters[name].state_dict(keep_vars=True)
             for key, value in state.items():
                 assign(adapter_tensors[key], value)
+    imported = {
+        f"{name}.{key}": value for by_host in states for name, state in by_host.items() for key, value in state.items()
+    }
+    warn_of_nonfinite({**imported, **values}, source)
     target = base.network.state_dict(keep_vars=True)
     for key, value in values.items():
         assign(target[key], value)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..core.adapter_folder import read_files
+from ..core.storage import Location, joined
 from . import vllm
 from .peft_format import StateDict
 
@@ -48,17 +50,17 @@ class CardFacts:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-def check_card_replaceable(folder: Path) -> None:
+def check_card_replaceable(folder: Location) -> None:
     """Raise where a card would replace one that somebody else wrote or edited.
 
     Raises:
         FileExistsError: There is one.
     """
-    path = folder / CARD
-    if path.exists() and not _is_generated(path.read_text(encoding="utf-8", errors="replace")):
+    card = read_files(folder, (CARD,)).get(CARD)
+    if card is not None and not _is_generated(card.decode(errors="replace")):
         raise FileExistsError(
-            f"{path} was written or edited by somebody else and would be lost. Move it, export into another folder, or "
-            f"pass model_card=False to keep it."
+            f"{joined(folder, CARD)} was written or edited by somebody else and would be lost. Move it, export into "
+            f"another folder, or pass model_card=False to keep it."
         )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..core.storage import Location
 from ..methods import IA3
 from ..structure.fused_rows import fused_rows, is_fused
 from ..structure.layer_of import layer_of
@@ -25,7 +25,7 @@ from .renamed_modules import base_of_file, rename_hosts
 
 
 def import_loralib(
-    model: nn.Module, path: str | os.PathLike[str], alpha: float, parts: Sequence[str] = ("query", "value")
+    model: nn.Module, path: Location, alpha: float, parts: Sequence[str] = ("query", "value")
 ) -> nn.Module:
     """Inject and load LoRA from a checkpoint of the authors' loralib (https://github.com/microsoft/LoRA).
 
@@ -52,8 +52,7 @@ def import_loralib(
     check_module_names(base, hosts)
     states, alphas = dict[str, StateDict](), dict[str, float]()
     for host, factors in hosts.items():
-        if factors.keys() != {"a", "b"}:
-            raise ValueError(f"{path} has only {sorted(factors)} of the two factors of {host}.")
+        _check_factors(host, factors, str(path))
         module = base.network.get_submodule(host)
         rank = factors["b"].shape[1] // (module.kernel_size[0] if isinstance(module, nn.Conv2d) else 1)
         states[host] = _whole_layer_factors(module, host, factors, parts)
@@ -64,7 +63,7 @@ def import_loralib(
     return model
 
 
-def import_t_few(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+def import_t_few(model: nn.Module, path: Location) -> nn.Module:
     """Inject and load (IA)3 from a checkpoint of T-Few (https://github.com/r-three/t-few).
 
     Its vectors scale outputs of keys, values and ``wi_1``. The model is unchanged if anything is wrong.
@@ -83,6 +82,12 @@ def import_t_few(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     base = base_of_file(model, hosts)
     hosts = dict(rename_hosts(base, PeftFile({}, hosts)).state)
     check_module_names(base, hosts)
+    for host, tensors in hosts.items():
+        if (
+            tensors["scales"].numel()
+            != layer_of(base.network.get_submodule(host)).shape(base.network.get_submodule(host))[0]
+        ):
+            raise ValueError(f"{path} has {tensors['scales'].numel()} scales for {host}, which has other outputs.")
     states = {join_names(base.name, host): {"scales": tensors["scales"].flatten()} for host, tensors in hosts.items()}
     targets, exclude = exact_globs(states, model)
     method = IA3(targets=targets, feedforward_targets=[], exclude=exclude)
@@ -101,6 +106,19 @@ def _by_host(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> tuple[d
     if not hosts:
         raise ValueError(f"No key ends in {' or '.join(names)}, as the tensors of such an adapter do.")
     return dict(hosts), other_tensors
+
+
+def _check_factors(host: str, factors: StateDict, path: str) -> None:
+    """Raise where a host has not two matrices of one rank."""
+    if factors.keys() != {"a", "b"}:
+        raise ValueError(f"{path} has only {sorted(factors)} of the two factors of {host}.")
+    a, b = factors["a"], factors["b"]
+    whole = a.dim() == b.dim() == 2 and a.is_floating_point() and b.is_floating_point()
+    if not whole or 0 in (*a.shape, *b.shape) or len(a) % b.shape[1]:
+        raise ValueError(
+            f"{path} is damaged: the factors of {host} have shapes {tuple(a.shape)} and {tuple(b.shape)}, expected "
+            f"matrices A (rank, inputs) and B (outputs, rank) of numbers, of rank 1 or more."
+        )
 
 
 def _whole_layer_factors(host: nn.Module, name: str, factors: StateDict, wanted: Sequence[str]) -> StateDict:

@@ -2,85 +2,100 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import pickle
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
-from ..core.adapter_folder import CONFIG, WEIGHTS, replace_file, write_json
+from ..checkpoints.torch_files import read_torch_file
+from ..core.adapter_folder import CONFIG, WEIGHTS, json_bytes, parse_weights, read_files
+from ..core.atomic_files import replace_files
+from ..core.checksums import content_digest
+from ..core.read_json import parse_json
+from ..core.safetensors_header import read_header, with_metadata
+from ..core.storage import Location, joined
+from .check_peft_config import check_types
+from .peft_format import COMMON_SETTINGS
 
 _OLD_WEIGHTS = "adapter_model.bin"
+_CHECKSUM = "lightning_peft_sha256"  # in the header of the tensors, of these and of the settings that change them
 
 
-def write_peft_folder(folder: str | os.PathLike[str], config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Path:
-    """Write a config and tensors; files that are there are replaced only once the new ones are complete."""
+def peft_files(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """Return the files of a folder by name, the settings last."""
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    weights = save(tensors, metadata={"format": "pt"})
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / WEIGHTS, weights)
-    write_json(folder / CONFIG, config)
-    return folder
+    metadata = {"format": "pt", _CHECKSUM: _digest(json.loads(json.dumps(config)), tensors)}
+    return {WEIGHTS: with_metadata(save(tensors), metadata), CONFIG: json_bytes(config)}
 
 
-def is_peft(folder: str | os.PathLike[str]) -> bool:
+def write_peft_folder(folder: Location, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Write a config and tensors at once, in place of those that the folder holds."""
+    replace_files(folder, peft_files(config, state))
+
+
+def _digest(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    """Return a checksum; settings that anybody may edit, such as the name of the base, are left out."""
+    return str(content_digest({key: value for key, value in config.items() if key not in COMMON_SETTINGS}, state))
+
+
+def is_peft(folder: Location) -> bool:
     """Whether HF PEFT wrote a folder, or something like it."""
     try:
-        config = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return "peft_type" in parse_json(read_files(folder, (CONFIG,))[CONFIG], str(folder))
+    except (KeyError, OSError, ValueError):
         return False
-    return isinstance(config, dict) and "peft_type" in config
 
 
-def read_peft_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_peft_folder(folder: Location) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the config and the tensors of a folder that HF PEFT wrote.
 
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged, or holds more than tensors.
     """
-    folder = Path(folder)
-    if not (folder / CONFIG).is_file():
+    files = read_files(folder, (CONFIG, WEIGHTS))
+    if CONFIG not in files:
         raise FileNotFoundError(f"{folder} is no adapter folder of HF PEFT: {CONFIG} is missing.")
+    config = parse_json(files[CONFIG], joined(folder, CONFIG))
+    if "peft_type" not in config:
+        raise ValueError(
+            f"{joined(folder, CONFIG)} names no peft_type; what save_adapter wrote comes back by load_adapter."
+        )
+    check_types(config, joined(folder, CONFIG))
+    if WEIGHTS not in files:
+        return config, _old_tensors(folder)
+    state = parse_weights(files[WEIGHTS], source := joined(folder, WEIGHTS))
+    digest = read_header(io.BytesIO(files[WEIGHTS]), len(files[WEIGHTS]), source).metadata.get(_CHECKSUM)
+    if digest not in (None, _digest(config, state)):  # HF PEFT itself writes none
+        raise ValueError(
+            f"{source} and {CONFIG} do not belong together, or one was changed since they were exported (checksum); "
+            f"copy both together."
+        )
+    return config, state
+
+
+def _old_tensors(folder: Location) -> dict[str, Tensor]:
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG} is damaged ({error}).") from error
-    if not isinstance(config, dict) or "peft_type" not in config:
-        raise ValueError(f"{folder / CONFIG} names no peft_type; what save_adapter wrote comes back by load_adapter.")
-    return config, _tensors(folder)
+        return read_tensor_file(joined(folder, _OLD_WEIGHTS))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {_OLD_WEIGHTS}.") from None
 
 
-def read_tensor_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_tensor_file(path: Location) -> dict[str, Tensor]:
     """Return the tensors of a file that ``torch.save`` wrote; it may hold nothing else, so that no code can run.
 
     Raises:
+        FileNotFoundError: There is no such file.
         ValueError: The file is damaged, or holds more than tensors.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged, or holds more than tensors ({error}).") from error
+    state = read_torch_file(path)
     if isinstance(state, Mapping) and isinstance(state.get("model"), Mapping):
         state = state["model"]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict, but {type(state).__name__}; expected tensors by key.")
-    return {str(key): value for key, value in state.items()}
-
-
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    if (path := folder / WEIGHTS).is_file():
-        try:
-            return load(path.read_bytes())
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or cut short ({error}); copy it again.") from error
-    if (path := folder / _OLD_WEIGHTS).is_file():
-        return read_tensor_file(path)
-    raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {_OLD_WEIGHTS}.")
+    if wrong := [key for key in state if not isinstance(key, str)]:
+        raise ValueError(f"{path} holds a tensor under {type(wrong[0]).__name__}; expected names.")
+    return dict(state)

@@ -15,7 +15,7 @@ from ..core.method import Method
 
 StateDict = dict[str, Tensor]
 # Settings that do not change what a trained adapter computes.
-_COMMON = frozenset(
+COMMON_SETTINGS = frozenset(
     ("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version")
 )
 
@@ -92,7 +92,7 @@ class PeftFormat(ABC):
 
     def unknown(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return settings that are set and that this package does not know."""
-        known_settings = {*_COMMON, *self.settings, *self.ignored_settings}
+        known_settings = {*COMMON_SETTINGS, *self.settings, *self.ignored_settings}
         return {key: value for key, value in config.items() if key not in known_settings and not _is_empty(value)}
 
 

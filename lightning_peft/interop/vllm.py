@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..core.storage import Location
 from .peft_folder import read_peft_folder
 from .peft_format import StateDict
 
@@ -26,7 +26,7 @@ _SETTINGS = {  # settings that vLLM knows and refuses
 }
 
 
-def vllm_problems(folder: str | os.PathLike[str]) -> list[str]:
+def vllm_problems(folder: Location) -> list[str]:
     """Return, in sentences, why vLLM refuses an adapter, or which options its server needs; none if it takes it as is.
 
     Args:

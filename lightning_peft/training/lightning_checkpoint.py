@@ -13,9 +13,13 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from ..checkpoints.adapter_state import check_state, drop_base, drop_missing_base_keys
+from ..checkpoints.base_values import check_base_values
 from ..checkpoints.metadata import adapter_metadata, inject_from_metadata
-from ..checkpoints.reader import CHECKPOINT_KEY
+from ..checkpoints.reader import CHECKPOINT_KEY, CHECKSUM, check_checksums, check_entries, checksums
+from ..checkpoints.torch_files import read_torch_file
+from ..core.inject import detach
 from ..core.injection_record import get_record
+from ..core.nonfinite import warn_of_nonfinite
 from ..ops.torch_api import hooks
 from .module_hooks import wrap_hook
 from .saved_arguments import check_saved_arguments
@@ -35,7 +39,8 @@ def install_checkpoint_hooks(module: pl.LightningModule, check_base: bool) -> No
 
     def save(module: pl.LightningModule, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         original(checkpoint)
-        checkpoint[CHECKPOINT_KEY] = adapter_metadata(module)
+        description = adapter_metadata(module)
+        checkpoint[CHECKPOINT_KEY] = {**description, CHECKSUM: checksums(description, checkpoint)}
 
     def load(module: pl.LightningModule, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         check_checkpoint(module, checkpoint, check_base)
@@ -52,9 +57,13 @@ def check_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any], che
             "The checkpoint was written without PEFTStrategy and holds no adapters. Load it into the base model before "
             "training, not as ckpt_path."
         )
+    check_entries(checkpoint, "The checkpoint")
     inject_from_metadata(module, checkpoint[CHECKPOINT_KEY], "The checkpoint", strict=check_base)
     if "state_dict" in checkpoint:  # strategies that load in shards have taken it out
         check_state(module, checkpoint["state_dict"], "The checkpoint")
+        check_base_values(module, checkpoint["state_dict"], "The checkpoint")
+        check_checksums(checkpoint, "The checkpoint")
+        warn_of_nonfinite(checkpoint["state_dict"], "The checkpoint")
 
 
 def warn_of_untrained(module: pl.LightningModule) -> None:
@@ -79,7 +88,9 @@ def load_from_checkpoint(
         ValueError: The checkpoint was written without PEFTStrategy, or for another base, or names code that the program
             has not imported itself.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_torch_file(path)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{os.fspath(path)} is no checkpoint of Lightning: it has no state_dict.")
     check_saved_arguments(checkpoint)
     without_values = {key: value for key, value in checkpoint.items() if key != CHECKPOINT_KEY} | {"state_dict": {}}
     file = io.BytesIO()
@@ -101,9 +112,16 @@ def inject_from_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any
     Raises:
         ValueError: The checkpoint does not fit; says how.
     """
-    if CHECKPOINT_KEY in checkpoint and get_record(module) is None:
+    fresh = CHECKPOINT_KEY in checkpoint and get_record(module) is None
+    if fresh:
+        check_entries(checkpoint, "The checkpoint")
         if is_overridden("configure_model", module):
             module.configure_model()
-        inject_from_metadata(module, checkpoint[CHECKPOINT_KEY], "The checkpoint", strict=check_base)
+        inject_from_metadata(module, checkpoint[CHECKPOINT_KEY], "The checkpoint", strict=False)
         install_checkpoint_hooks(module, check_base)
-    check_checkpoint(module, checkpoint, check_base)
+    try:
+        check_checkpoint(module, checkpoint, check_base)
+    except Exception:
+        if fresh:
+            detach(module)
+        raise

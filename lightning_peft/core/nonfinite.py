@@ -1,0 +1,47 @@
+"""NaN and infinity among the values of adapters: a warning where they are loaded, an error where they would spread."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .adapter import has_values
+
+
+def warn_of_nonfinite(state: Mapping[str, Tensor], source: str) -> None:
+    """Warn if tensors of an adapter that is loaded hold NaN or infinity."""
+    if keys := _nonfinite(state):
+        warnings.warn(
+            f"{source} holds NaN or infinity in {_listed(keys)}: its training diverged, or the file is damaged. What "
+            f"it computes is no result; load an earlier checkpoint.",
+            stacklevel=3,
+        )
+
+
+def check_finite(state: Mapping[str, Tensor], action: str) -> None:
+    """Raise a ``ValueError`` if tensors that are merged or exported hold NaN or infinity."""
+    if keys := _nonfinite(state):
+        raise ValueError(
+            f"NaN or infinity would be {action} from {_listed(keys)}: training diverged, or a file is damaged. Load an "
+            f"earlier checkpoint, or pass allow_nonfinite=True to do it anyway."
+        )
+
+
+def _listed(keys: list[str]) -> str:
+    return f"{', '.join(keys[:3])} ({len(keys)} in all)"
+
+
+def _nonfinite(state: Mapping[str, Tensor]) -> list[str]:
+    return [key for key, value in state.items() if isinstance(value, Tensor) and not _is_finite(value)]
+
+
+def _is_finite(value: Tensor) -> bool:
+    local = value.to_local() if isinstance(value, DTensor) else value
+    if not has_values(local) or not (local.is_floating_point() or local.is_complex()):
+        return True
+    wide = local.float() if local.itemsize == 1 else local  # 8-bit floats have no isfinite
+    return bool(torch.isfinite(wide).all())
