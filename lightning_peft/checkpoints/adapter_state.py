@@ -111,10 +111,11 @@ def check_state(
         "has no place for": sorted(
             k for k in state.keys() - expected.keys() if f".{ADAPTERS_ATTRIBUTE}." in f".{k}" and not _is_under(k, base)
         ),
+        "has no tensor under": [k for k in expected if k in state and not isinstance(state[k], Tensor)],
         "has another shape of": [
             f"{k} {tuple(state[k].shape)} instead of {tuple(global_shape(v))}"
             for k, v in expected.items()
-            if k in state and state[k].shape != global_shape(v)
+            if isinstance(state.get(k), Tensor) and state[k].shape != global_shape(v)
         ],
     }
     sentences = [f"{problem} {', '.join(keys[:5])} ({len(keys)} in all)" for problem, keys in problems.items() if keys]

@@ -45,7 +45,10 @@ def inject_from_metadata(model: nn.Module, description: Mapping[str, Any], sourc
     check_format(description, source)
     record = get_record(model)
     if record is None:
-        _inject(model, description)
+        try:
+            _inject(model, description)
+        except TypeError as error:
+            raise ValueError(f"{source} does not fit this model: {error}") from error
     elif list(map(to_dict, record.methods)) != (stored := [to_dict(from_dict(d)) for d in description["methods"]]):
         names = ", ".join(str(data.get("method")) for data in description["methods"])
         is_finalized = [to_dict(method.finalized()) for method in record.methods] == stored
@@ -76,9 +79,13 @@ def _inject(model: nn.Module, description: Mapping[str, Any]) -> None:
         activate(model, *active)
 
 
-def check_format(description: Mapping[str, Any], source: str) -> None:
+def check_format(description: Any, source: str) -> None:
     """Raise a ``ValueError`` if another version wrote the description, or it is none."""
-    if description.get("format") != FORMAT:
+    if not isinstance(description, Mapping):
+        raise ValueError(
+            f"{source} is damaged: its settings are a {type(description).__name__}. Copy or save it again."
+        )
+    if type(description.get("format")) is not int or description["format"] != FORMAT:
         raise ValueError(f"{source} has format {str(description.get('format'))[:50]}; this version reads {FORMAT}.")
     methods: Any = description.get("methods")
     also_train = description.get("also_train")

@@ -19,6 +19,7 @@ from .torch_files import read_torch_file
 
 CHECKPOINT_KEY = "lightning_peft"  # of a Lightning checkpoint's entry
 CHECKSUM = "sha256"  # in it, by key: of the entry itself with the tensors in each of these
+_EXTRA = "_extra_state"  # of modules that keep more than tensors
 _COVERED = ("state_dict", "optimizer_states")
 
 
@@ -79,7 +80,11 @@ def read_checkpoint(path: Location) -> dict[str, Any]:
         ValueError: It is damaged, of another format, or holds no adapter of this package.
     """
     checkpoint = read_torch_file(path, mmap=True)
-    if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get(CHECKPOINT_KEY), Mapping):
+    if (
+        not isinstance(checkpoint, Mapping)
+        or "state_dict" not in checkpoint
+        or not isinstance(checkpoint.get(CHECKPOINT_KEY), Mapping)
+    ):
         raise ValueError(
             f"{path} holds no adapter of lightning_peft: it was written without PEFTStrategy, or with full_checkpoint."
         )
@@ -115,8 +120,9 @@ def check_checksums(checkpoint: Mapping[str, Any], source: str) -> None:
 
 def _read_checkpoint(path: Location) -> AdapterFile:
     checkpoint = read_checkpoint(path)
-    if wrong := [key for key, value in checkpoint["state_dict"].items() if not isinstance(value, Tensor)]:
+    tensors = {key: value for key, value in checkpoint["state_dict"].items() if not key.endswith(_EXTRA)}
+    if wrong := [key for key, value in tensors.items() if not isinstance(value, Tensor)]:
         raise ValueError(f"{path} is damaged: {wrong[0]} is no tensor.")
     check_checksums(checkpoint, str(path))
-    state = {strip_wrapper_names(key): value for key, value in checkpoint["state_dict"].items()}
+    state = {strip_wrapper_names(key): value for key, value in tensors.items()}
     return AdapterFile(str(path), dict(checkpoint[CHECKPOINT_KEY]), state, packed=False)

@@ -13,6 +13,7 @@ from ..checkpoints.save_load import load_values
 from ..core.active_adapters import remove_adapter
 from ..core.adapted_module import adapter_key
 from ..core.adapter_folder import read_adapter
+from ..core.allocation_limit import limit_allocation
 from ..core.inject import add_inactive
 from ..core.injection_record import adapters_of, methods_named, require_record
 from ..core.method import Method, from_dict
@@ -57,7 +58,11 @@ def add_adapter(
         raise ValueError(f"also_train={list(also_train)!r} goes with a method; what {source} trained is in its files.")
     stored = [from_dict(data) for data in config["methods"]]
     methods = _rename_methods(name, stored)
-    add_inactive(model, methods, config["also_train"])
+    try:
+        with limit_allocation(sum(tensor.numel() for tensor in state.values())):
+            add_inactive(model, methods, config["also_train"])
+    except TypeError as error:
+        raise ValueError(f"{source} does not fit this model: {error}") from error
     try:
         added = methods_named(require_record(model), methods[0].name)
         if strict:

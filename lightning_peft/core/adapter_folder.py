@@ -132,6 +132,8 @@ def _read_local(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         found = set(os.listdir(handle)) & {*names}
+        if found != {*names} and not os.path.samestat(os.fstat(handle), os.stat(folder)):
+            raise FileNotFoundError(f"{folder} was replaced, and its former files are removed")
         return {
             name: _content(open(name, "rb", opener=lambda n, f: os.open(n, f, dir_fd=handle)), folder / name)
             for name in found

@@ -63,9 +63,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     with temporary_folder(target) as temporary:
         yield temporary
         for path in temporary.iterdir():
-            if path.is_file():
-                _sync(path)
-        _sync(temporary)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         try:
             if sys.platform == "win32" and target.exists():  # where no rename replaces an empty folder
                 target.rmdir()
@@ -74,7 +73,6 @@ def new_folder(target: Path) -> Iterator[Path]:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             raise FileExistsError(f"{target} was written meanwhile by somebody else; give another folder.") from error
-        _sync(target.parent)
 
 
 def _remove_leftovers_of(target: Path, files: Mapping[str, bytes]) -> None:
@@ -96,10 +94,8 @@ def _replace_folder(target: Path, files: Mapping[str, bytes]) -> bool:
             if not _link_others(target, temporary, files):
                 return False
             shutil.copymode(target, temporary)
-            _sync(temporary)
             exchanged = _exchange(temporary, target)
             if exchanged:
-                _sync(target.parent)
                 _move_late_files(temporary, target)
             return exchanged
     except PermissionError:  # nothing can be created beside the folder
@@ -114,7 +110,6 @@ def _renamed(temporary: Path, target: Path) -> bool:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         return False
-    _sync(target.parent)
     return True
 
 
@@ -136,9 +131,9 @@ def _link_others(target: Path, temporary: Path, files: Mapping[str, bytes]) -> b
 
 def _move_late_files(old: Path, new: Path) -> None:
     """Move what somebody else has written into the old folder since its files were linked."""
-    for entry in os.scandir(old):
-        if not is_partial(entry.name) and not os.path.lexists(new / entry.name):
-            with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # another writer has removed the old folder as a leftover
+        for entry in os.scandir(old):
+            if not is_partial(entry.name) and not os.path.lexists(new / entry.name):
                 os.rename(entry.path, new / entry.name)
 
 
@@ -165,13 +160,3 @@ def _exchange(first: Path, second: Path) -> bool:
     if failed and (code := ctypes.get_errno()) not in _UNABLE:
         raise OSError(code, os.strerror(code), str(second))
     return not failed
-
-
-def _sync(path: Path) -> None:
-    """Have the system store a file or a folder now, so that a power cut does not keep the name without the content."""
-    with contextlib.suppress(OSError):  # Windows opens no folder, and some file systems sync none
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

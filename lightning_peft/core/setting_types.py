@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -39,7 +40,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if issubclass(container, Sequence) and container is not str:
         return isinstance(value, (list, tuple)) and all(_fits(item, arguments[0]) for item in value if arguments)
     if container is float:
-        return type(value) in (int, float)
+        return type(value) in (int, float) and math.isfinite(value)
     if container in (int, bool, str, types.NoneType):
         return type(value) is container
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,8 +35,16 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(type(name) is str for name in value)
 
 
-def _is_name_or_names(value: Any) -> bool:
-    return type(value) is str or _is_names(value)
+def _is_pattern_or_names(value: Any) -> bool:
+    return _is_pattern(value) if type(value) is str else _is_names(value)
+
+
+def _is_pattern(value: str) -> bool:
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 def _is_layers(value: Any) -> bool:
@@ -65,8 +74,12 @@ _EXPECTED: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (_NUMBERS, "a number", _is_number),
     (_FLAGS, "true or false", lambda value: type(value) is bool),
     (_TEXTS, "a text", lambda value: type(value) is str),
-    (("target_modules", "exclude_modules", "layers_pattern"), "a text or a list of names", _is_name_or_names),
-    (("feedforward_modules",), "a text or a list of names", _is_name_or_names),
+    (
+        ("target_modules", "exclude_modules", "layers_pattern"),
+        "a regular expression or a list of names",
+        _is_pattern_or_names,
+    ),
+    (("feedforward_modules",), "a regular expression or a list of names", _is_pattern_or_names),
     (("modules_to_save", "target_parameters"), "a list of names", _is_names),
     (("layers_to_transform",), "a number of a layer, or a list of them", _is_layers),
     (("rank_pattern",), "ranks by name", _is_by_name(_is_rank)),

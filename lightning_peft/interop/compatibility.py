@@ -13,6 +13,8 @@ from ..core.adapter import Adapter
 from ..core.method import Method
 from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_supported
 
+_MATRICES = ("lora_A", "lora_B", "lora_embedding", "hada_w", "lokr_w")  # beginnings of names of tensors
+
 
 def check_hosts(base: Base, peft_format: PeftFormat, file: PeftFile) -> None:
     """Raise where a file and a model do not have the same hosts."""
@@ -26,6 +28,18 @@ def check_hosts(base: Base, peft_format: PeftFormat, file: PeftFile) -> None:
         raise ValueError(
             f"The file has no tensor of a {peft_format.kind} adapter: none ends in {', '.join(peft_format.tensors)}."
         )
+
+
+def check_tensors(states: Mapping[str, StateDict], source: str) -> None:
+    """Raise where a tensor of an adapter cannot be one, whatever the model is."""
+    for host, tensors in states.items():
+        for name, value in tensors.items():
+            dimensions = 2 if name.startswith(_MATRICES) else 1
+            if not value.is_floating_point() or not value.numel() or value.dim() < dimensions:
+                raise ValueError(
+                    f"{source} is damaged: {name} of {host} has shape {tuple(value.shape)} and type {value.dtype}; "
+                    f"expected numbers with fractions, of rank 1 or more."
+                )
 
 
 def _check_not_in_attention(modules: Mapping[str, nn.Module], host: str) -> None:

@@ -8,10 +8,10 @@ from torch import nn
 
 from ..core.storage import Location
 from . import modules_to_save as saved
-from .compatibility import check_hosts
+from .compatibility import check_hosts, check_tensors
 from .experts import NESTED
 from .load_imported import inject_and_load
-from .peft_folder import read_peft_folder
+from .peft_folder import changed, read_with_checksum
 from .peft_format import PeftFile, PeftFormat, StateDict
 from .peft_formats import FORMATS
 from .renamed_modules import base_of_file, rename_hosts
@@ -36,7 +36,7 @@ def import_peft(model: nn.Module, folder: Location, name: str | None = None) -> 
         FileNotFoundError: The folder is no adapter.
         ValueError: A file is damaged, does not fit this model, or asks for what no method here computes.
     """
-    config, tensors = read_peft_folder(folder)
+    config, tensors, unchanged = read_with_checksum(folder)
     peft_format = next((f for f in FORMATS if f.kind == config["peft_type"]), None)
     if peft_format is None:
         readable = ", ".join(f.kind for f in FORMATS)
@@ -44,11 +44,14 @@ def import_peft(model: nn.Module, folder: Location, name: str | None = None) -> 
     if unknown := peft_format.unknown(config):
         raise ValueError(f"{folder} sets {unknown}, which may change what it computes and is not known here.")
     states, other_tensors = split_by_host(peft_format, tensors)
+    check_tensors(states, str(folder))
     base = base_of_file(model, states)
     file = rename_hosts(base, PeftFile(config, states))
     check_hosts(base, peft_format, file)
     trained = saved.read_trained(base, file.config, other_tensors)
     plan = list(peft_format.from_peft(base, file, name or peft_format.name))
+    if not unchanged:
+        raise changed(folder)
     inject_and_load(base, plan, trained, str(folder))
     return model
 

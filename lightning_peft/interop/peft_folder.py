@@ -56,6 +56,15 @@ def read_peft_folder(folder: Location) -> tuple[dict[str, Any], dict[str, Tensor
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged, or holds more than tensors.
     """
+    return read_with_checksum(folder)[:2]
+
+
+def read_with_checksum(folder: Location) -> tuple[dict[str, Any], dict[str, Tensor], bool]:
+    """Return the config and the tensors of a folder, and whether they are as ``export_peft`` wrote them.
+
+    What HF PEFT wrote has no checksum, and counts as unchanged. Who imports raises ``changed`` last, since other
+    refusals say more.
+    """
     files = read_files(folder, (CONFIG, WEIGHTS))
     if CONFIG not in files:
         raise FileNotFoundError(f"{folder} is no adapter folder of HF PEFT: {CONFIG} is missing.")
@@ -66,15 +75,18 @@ def read_peft_folder(folder: Location) -> tuple[dict[str, Any], dict[str, Tensor
         )
     check_types(config, joined(folder, CONFIG))
     if WEIGHTS not in files:
-        return config, _old_tensors(folder)
-    state = parse_weights(files[WEIGHTS], source := joined(folder, WEIGHTS))
-    digest = read_header(io.BytesIO(files[WEIGHTS]), len(files[WEIGHTS]), source).metadata.get(_CHECKSUM)
-    if digest not in (None, _digest(config, state)):  # HF PEFT itself writes none
-        raise ValueError(
-            f"{source} and {CONFIG} do not belong together, or one was changed since they were exported (checksum); "
-            f"copy both together."
-        )
-    return config, state
+        return config, _old_tensors(folder), True
+    state = parse_weights(files[WEIGHTS], joined(folder, WEIGHTS))
+    metadata = read_header(io.BytesIO(files[WEIGHTS]), len(files[WEIGHTS]), joined(folder, WEIGHTS)).metadata
+    return config, state, metadata.get(_CHECKSUM) in (None, _digest(config, state))
+
+
+def changed(folder: Location) -> ValueError:
+    """Return the error for files that are not as they were exported."""
+    return ValueError(
+        f"{joined(folder, WEIGHTS)} and {CONFIG} do not belong together, or one was changed since they were exported "
+        f"(checksum); copy both again. After changes on purpose, load the adapter in HF PEFT and save it from there."
+    )
 
 
 def _old_tensors(folder: Location) -> dict[str, Tensor]:

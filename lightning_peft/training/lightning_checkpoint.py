@@ -24,6 +24,7 @@ from ..ops.torch_api import hooks
 from .module_hooks import wrap_hook
 from .saved_arguments import check_saved_arguments
 
+_VERSION = "pytorch-lightning_version"  # a key that each checkpoint of Lightning has
 _Module = TypeVar("_Module", bound=pl.LightningModule)
 
 
@@ -89,8 +90,9 @@ def load_from_checkpoint(
             has not imported itself.
     """
     checkpoint = read_torch_file(path)
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{os.fspath(path)} is no checkpoint of Lightning: it has no state_dict.")
+    is_lightning = isinstance(checkpoint, dict) and isinstance(checkpoint.get(_VERSION), str)
+    if not is_lightning or not isinstance(checkpoint.get("state_dict"), dict):
+        raise ValueError(f"{os.fspath(path)} is no checkpoint of Lightning: it lacks {_VERSION} or a state_dict.")
     check_saved_arguments(checkpoint)
     without_values = {key: value for key, value in checkpoint.items() if key != CHECKPOINT_KEY} | {"state_dict": {}}
     file = io.BytesIO()
