@@ -59,7 +59,7 @@ def merge_files(
             base, the model has values, a weight is not in the files, or base or folder is an address.
         TypeError: The adapter cannot be merged into a weight.
     """
-    target = check_local(folder, "merge_files writes into files in place")
+    target, _ = (check_local(path, "merge_files reads and writes files in place") for path in (folder, base))
     _check_fresh(model, target)
     stored, weights = read_adapter_file(adapter), _base_files(model, base)
     try:

@@ -115,13 +115,13 @@ def _renamed(temporary: Path, target: Path) -> bool:
 
 def _link_others(target: Path, temporary: Path, files: Mapping[str, bytes]) -> bool:
     """Link the other files of a folder into the one that replaces it; return False where there are folders, too."""
-    for entry in os.scandir(target):
+    for entry in target.iterdir():
         if entry.name in files or is_partial(entry.name):
             continue
-        if entry.is_dir(follow_symlinks=False):
+        if entry.is_dir() and not entry.is_symlink():
             return False
         try:
-            os.link(entry.path, temporary / entry.name, follow_symlinks=False)
+            os.link(entry, temporary / entry.name, follow_symlinks=False)
         except FileNotFoundError:  # removed meanwhile
             continue
         except OSError:  # a file system without links
@@ -132,9 +132,9 @@ def _link_others(target: Path, temporary: Path, files: Mapping[str, bytes]) -> b
 def _move_late_files(old: Path, new: Path) -> None:
     """Move what somebody else has written into the old folder since its files were linked."""
     with contextlib.suppress(OSError):  # another writer has removed the old folder as a leftover
-        for entry in os.scandir(old):
-            if not is_partial(entry.name) and not os.path.lexists(new / entry.name):
-                os.rename(entry.path, new / entry.name)
+        for name in os.listdir(old):
+            if not is_partial(name) and not os.path.lexists(new / name):
+                os.rename(old / name, new / name)
 
 
 def _replace_one_by_one(target: Path, files: Mapping[str, bytes]) -> None:

@@ -20,7 +20,12 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
     Left out is what is compared when it is read: the format, the library, and the fingerprint of the base.
     """
     covered = {key: value for key, value in settings.items() if key not in _COMPARED}
-    text = json.dumps(covered, sort_keys=True, separators=(",", ":"))
+    try:
+        text = json.dumps(covered, sort_keys=True, separators=(",", ":"))
+    except (TypeError, RecursionError) as error:
+        raise ValueError(
+            f"The settings are no plain data ({error}); the file that they are from is damaged."
+        ) from error
     return hashlib.sha256(text.encode()).hexdigest()
 
 

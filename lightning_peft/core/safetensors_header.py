@@ -82,7 +82,7 @@ def _place(key: str, entry: Any, offset: int, source: str) -> TensorPlace:
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]}:
             if dtype not in TYPES:
-                raise ValueError(f"{source} holds {key} of type {dtype}, which cannot be read here.")
+                raise ValueError(f"{source} holds {key[:100]!r} of type {dtype[:20]!r}, which cannot be read here.")
             sizes = all(type(size) is int and 0 <= size < 2**48 for size in shape) and len(shape) <= 64
             if sizes and math.prod(shape) * TYPES[dtype].itemsize == stop - start:
                 return TensorPlace(offset + start, offset + stop, TYPES[dtype], shape)

@@ -10,6 +10,7 @@ from typing import Any
 import fsspec
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(://|::)")
+_LOST_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
 _LOCAL = ("file", "local")
 
 Location = str | os.PathLike[str]
@@ -24,6 +25,9 @@ def is_remote(path: Location) -> bool:
 def local_path(path: Location) -> Path:
     """Return the path on this machine that a path or a ``file://`` address means."""
     text = os.fspath(path)
+    lost = _LOST_SLASH.match(text)
+    if lost is not None and lost[1] in fsspec.available_protocols():
+        raise ValueError(f"{text} lost a slash of its address; give it as a text, not as a Path.")
     return Path(fsspec.core.url_to_fs(text)[1]) if _ADDRESS.match(text) else Path(text)
 
 

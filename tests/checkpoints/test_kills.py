@@ -3,11 +3,9 @@
 import os
 import random
 import signal
-import tempfile
 import time
 from collections import Counter
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from processes import START
@@ -57,31 +55,23 @@ def nursery():
         each.close()
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A folder in memory where there is one: on a disk, most of the time is spent waiting for it."""
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path  # noqa: S108
-    with tempfile.TemporaryDirectory(dir=memory) as name:
-        yield Path(name)
-
-
 def leftovers(folder):
     return [path.name for path in folder.rglob("*") if path.name.endswith(".partial")]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KILLS)
-def test_a_kill_loses_neither_the_old_nor_the_new_and_leaves_nothing(kind, nursery, folder):
-    place, found, left = KINDS[kind](folder), Counter(), 0
+def test_a_kill_loses_neither_the_old_nor_the_new_and_leaves_nothing(kind, nursery, memory):
+    place, found, left = KINDS[kind](memory), Counter(), 0
     place.write(1)
-    writers, draw = nursery(kind, folder), random.Random(0)
+    writers, draw = nursery(kind, memory), random.Random(0)
     for _ in range(KILLS[kind]):
         with writers.writer():
             time.sleep(draw.uniform(0.002, SECONDS[kind]))
         found[place.read()] += 1
-        left += len(leftovers(folder))
+        left += len(leftovers(memory))
         place.write(1)
-        assert leftovers(folder) == []
+        assert leftovers(memory) == []
         assert place.read() == 1
     print(f"\n{kind}: {KILLS[kind]} kills; found {dict(found)}; {left} leftovers, 0 after the next call")
     assert set(found) <= {*VERSIONS, *([0] if kind == "merge_files" else [])}
@@ -91,10 +81,10 @@ def test_a_kill_loses_neither_the_old_nor_the_new_and_leaves_nothing(kind, nurse
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", READS)
-def test_a_reader_beside_two_writers_never_fails_and_finds_one_of_both_in_the_end(kind, nursery, folder):
-    place = KINDS[kind](folder)
+def test_a_reader_beside_two_writers_never_fails_and_finds_one_of_both_in_the_end(kind, nursery, memory):
+    place = KINDS[kind](memory)
     place.write(1)
-    one, other = nursery(kind, folder), nursery(kind, folder)
+    one, other = nursery(kind, memory), nursery(kind, memory)
     with one.writer(), other.writer():
         found = Counter(place.read() for _ in range(READS[kind]))
     print(f"\n{kind}: {READS[kind]} reads beside two writers; found {dict(found)}; 0 failed")

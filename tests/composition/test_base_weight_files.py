@@ -1,5 +1,7 @@
 """What folders of base models look like: shards with an index, other names, tied weights, other formats beside them."""
 
+import json
+import shutil
 import sys
 
 import cli_models
@@ -157,6 +159,46 @@ def test_folders_that_are_not_whole_or_not_clear_are_refused(base, tmp_path):
         path.unlink()
     with pytest.raises(FileNotFoundError, match="no .safetensors file, but pytorch_model.bin: load it in transformers"):
         TensorFiles(base)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "{folder}/outside.safetensors", "..", "a\\b", "inner/a"])
+def test_an_index_names_no_files_of_other_folders(name, base, tmp_path):
+    name = name.format(folder=tmp_path)
+    lp.save_adapter(trained(MODELS["llama"]()), tmp_path / "adapter")
+    first = next(base.glob("model-*.safetensors"))
+    shutil.copy(first, tmp_path / "outside.safetensors")
+    index = base / "model.safetensors.index.json"
+    named = json.loads(index.read_text())
+    named["weight_map"] = {k: name if v == first.name else v for k, v in named["weight_map"].items()}
+    index.write_text(json.dumps(named))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"index.json names '.*', which is no file beside it"):
+        lp.merge_files(empty(MODELS["llama"]), base, tmp_path / "adapter", tmp_path / "out")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda header, data: (header, data + b"x"), "followed by bytes of no tensor"),
+        (lambda header, data: (header, data[:-4]), "cut short"),
+        (lambda header, data: ({**header, "a": header["b"]}, data), "begins at byte"),
+        (
+            lambda header, data: ({**header, "b": {**header["b"], "shape": [3]}}, data),
+            "no type, shape and place that fit",
+        ),
+        (lambda header, data: ({**header, "b": {**header["b"], "dtype": "F13"}}, data), "which cannot be read here"),
+    ],
+)
+def test_files_whose_header_does_not_fit_them_are_refused(edit, said, tmp_path):
+    save_file({"a": torch.ones(2), "b": torch.ones(4)}, path := tmp_path / "x.safetensors")
+    content = path.read_bytes()
+    stop = 8 + int.from_bytes(content[:8], "little")
+    header, data = edit(json.loads(content[8:stop]), content[stop:])
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    with pytest.raises(ValueError, match=said):
+        TensorFiles(path)
 
 
 def test_checkpoints_that_hold_no_adapter_are_refused(base, tmp_path):

@@ -213,3 +213,44 @@ def test_another_base_may_be_allowed(saved):
     tuner, steps = trainer(strategy("LoRA", check_base=False), epochs=2), torch.load(saved)["global_step"]
     tuner.fit(module(), data(), ckpt_path=saved)
     assert tuner.global_step == 2 * steps > 0
+
+
+def flipped(value):
+    """Return a tensor with its last bit flipped, whatever its type is."""
+    other = value.clone()
+    other.view(torch.uint8).flatten()[-1] ^= 1
+    return other
+
+
+FLIPS = {
+    "adapter": lambda c: c["state_dict"].update({KEY: flipped(c["state_dict"][KEY])}),
+    "optimizer": lambda c: c["optimizer_states"][0]["state"][0].update(
+        exp_avg=flipped(c["optimizer_states"][0]["state"][0]["exp_avg"])
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FLIPS)
+def test_one_flipped_bit_of_tensors_is_refused_unless_there_is_no_checksum(case, saved):
+    change(saved, FLIPS[case])
+    said = "The checkpoint was changed since it was saved: .* has another checksum"
+    with pytest.raises(ValueError, match=said):
+        trainer(strategy("LoRA"), epochs=2).fit(module(), data(), ckpt_path=saved)
+    with pytest.raises(ValueError, match=said):
+        lp.load_from_checkpoint(Module, saved)
+    change(saved, lambda c: c["lightning_peft"].pop("sha256"))  # as earlier versions wrote it
+    assert lp.load_from_checkpoint(Module, saved).state_dict().keys() == torch.load(saved)["state_dict"].keys()
+
+
+def test_another_value_of_the_frozen_base_in_a_checkpoint_is_refused(saved):
+    key = "net.model.layers.0.self_attn.q_proj.weight"
+    base = MODELS["llama"]().state_dict()[key.removeprefix("net.")]
+    change(saved, lambda c: (c["state_dict"].update({key: base + 1}), c["lightning_peft"].pop("sha256")))
+    net = module()
+    with pytest.raises(ValueError, match=f"holds other values of {key}, which belongs to the frozen base"):
+        trainer(strategy("LoRA"), epochs=2).fit(net, data(), ckpt_path=saved)
+    assert torch.equal(net.get_parameter(key), base)
+    with pytest.raises(ValueError, match=f"holds other values of {key}"):
+        lp.load_from_checkpoint(Module, saved)
+    change(saved, lambda c: c["state_dict"].update({key: base}))
+    assert torch.equal(lp.load_from_checkpoint(Module, saved).get_parameter(key), base)
