@@ -1,5 +1,8 @@
 """Adapter folders: whole or refused, and the model unchanged when they are."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from adapter_edits import edit_json, edit_tensors
@@ -124,6 +127,41 @@ def test_a_crash_while_writing_leaves_the_file_that_was_there(broken, folder, mo
     with pytest.raises(OSError, match="disk gone"):
         lp.save_adapter(net, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_changed_settings_are_refused_and_folders_without_their_checksum_load(folder):
+    config = json.loads((folder / CONFIG).read_text())
+    config["methods"][0]["alpha"] *= 2
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{CONFIG} was changed since it was saved"):
+        lp.load_adapter(model(), folder)
+    del config["settings_sha256"]  # as earlier versions wrote it
+    (folder / CONFIG).write_text(json.dumps(config))
+    ((*_, adapter), *_) = lp.adapters(lp.load_adapter(model(), folder))
+    assert adapter.scale == 2 * lp.LoRA().alpha / 2
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+@pytest.mark.parametrize("format", ["own", "peft"])
+def test_files_of_two_adapters_do_not_make_one(name, format, tmp_path):
+    write, read = (lp.save_adapter, lp.load_adapter) if format == "own" else (lp.export_peft, lp.import_peft)
+    for number in (1, 2):
+        net = model(lp.LoRA(rank=2, alpha=float(number)))
+        for *_, adapter in lp.adapters(net):
+            nn.init.constant_(adapter.b, number)
+        write(net, tmp_path / str(number))
+    shutil.copy(tmp_path / "1" / name, tmp_path / "2" / name)
+    with pytest.raises(ValueError, match="checksum"):
+        read(model(), tmp_path / "2")
+
+
+@pytest.mark.parametrize("rank", [10**6, 10**9, 2**63])
+def test_settings_cannot_ask_for_more_memory_than_is_stored(rank, folder):
+    edit_json(folder, methods=[{**METHOD, "rank": rank, "targets": ["*_proj"]}])
+    net = model()
+    with pytest.raises(ValueError, match="."):
+        lp.load_adapter(net, folder)
+    assert not list(lp.adapters(net))
 
 
 def test_the_fingerprint_knows_values_and_not_names_or_types():

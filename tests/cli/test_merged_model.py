@@ -58,7 +58,7 @@ def merge(base, adapter, output, *more):
     main(["merge", *model, "--adapter", str(adapter), "--output", str(output), "--seed_everything", "1", *more])
 
 
-@pytest.mark.parametrize("by_file", [False, True])
+@pytest.mark.parametrize("by_file", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_merged_folder_is_read_as_it_is(by_file, base, adapter, tmp_path):
     output = tmp_path / "merged"
     merge(base, adapter, output, *(["--base", str(base)] if by_file else []))
@@ -85,6 +85,7 @@ def plain_state(base):
     return transformers.AutoModelForCausalLM.from_pretrained(base).state_dict()
 
 
+@pytest.mark.slow
 def test_the_type_of_the_base_is_kept_and_a_stale_tie_is_not(base, adapter, tmp_path, monkeypatch):
     from lightning_peft.cli import adapter_tools
 
@@ -100,6 +101,7 @@ def test_the_type_of_the_base_is_kept_and_a_stale_tie_is_not(base, adapter, tmp_
     assert torch.equal(merged.lm_head.weight, 2 * merged.model.embed_tokens.weight)
 
 
+@pytest.mark.slow
 def test_adapters_of_nan_are_merged_only_if_it_is_asked(base, adapter, tmp_path):
     net = transformers.AutoModelForCausalLM.from_pretrained(base)
     lp.load_adapter(net, adapter)
