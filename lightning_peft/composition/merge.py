@@ -56,11 +56,11 @@ def merge(model: nn.Module, dequantize: bool = False, keep: bool = False, allow_
     """
     check_not_paused(get_record(model) or InjectionRecord())
     check_not_merged(model)  # nor a part of it
-    adapted = mergeable_adapters(model, allow_inactive=keep)
+    if keep:
+        return _merge_and_keep(model, dequantize, allow_nonfinite)
+    adapted = mergeable_adapters(model)
     if not allow_nonfinite:
         check_finite(tensors_of(adapted), "merged")
-    if keep:
-        return _merge_and_keep(model, dequantize)
     rehearse_merge(adapted)
     if name := _first_quantized(adapted):
         if not dequantize:
@@ -135,7 +135,7 @@ def merged(model: nn.Module, allow_nonfinite: bool = False) -> Iterator[None]:
         unmerge(model)
 
 
-def _merge_and_keep(model: nn.Module, dequantize: bool) -> nn.Module:
+def _merge_and_keep(model: nn.Module, dequantize: bool, allow_nonfinite: bool) -> nn.Module:
     record, adapted = require_record(model), mergeable_adapters(model, allow_inactive=True)
     if dequantize or (name := _first_quantized(adapted)):
         subject = "A weight that is dequantized" if dequantize else f"{name} is quantized and"
@@ -143,6 +143,8 @@ def _merge_and_keep(model: nn.Module, dequantize: bool) -> nn.Module:
             f"{subject} would be rounded again, so that unmerge had nothing to go back to; "
             f"merge(model, dequantize=True) merges for good."
         )
+    if not allow_nonfinite:
+        check_finite(tensors_of(adapted), "merged")
     left_out = trained_or_replaced_names(model, record.methods)
     base = fingerprint(model, left_out)
     if base is None:

@@ -78,19 +78,24 @@ def _checked(folder: Location, files: Mapping[str, bytes]) -> tuple[dict[str, An
     if config.get("library") != "lightning_peft":
         raise ValueError(f"{folder}/{CONFIG} was not written by lightning_peft; another library's adapter is imported.")
     state = parse_weights(files[WEIGHTS], f"{folder}/{WEIGHTS}")
-    digest, *settings = (config.pop(key, None) for key in _CHECKSUMS)
-    if hashlib.sha256(files[WEIGHTS]).hexdigest() != digest:
+    of_weights, of_settings = (config.pop(key, None) for key in _CHECKSUMS)
+    if hashlib.sha256(files[WEIGHTS]).hexdigest() != of_weights:
         raise ValueError(
             f"{folder}/{WEIGHTS} is not what {CONFIG} describes (checksum); copy both files together, or save again."
         )
-    if settings[0] not in (None, settings_digest(config)):  # files of earlier versions have none
-        for data in config.get("methods", ()):
-            from_dict(data)  # says more, where it refuses them
+    if of_settings not in (None, settings_digest(config)):  # files of earlier versions have none
+        _check_methods(config.get("methods"))  # says more, where it refuses them
         raise ValueError(
             f"{folder}/{CONFIG} was changed since it was saved (checksum); copy it again. To change settings, load the "
             f"adapter, and save it with others."
         )
     return config, state
+
+
+def _check_methods(methods: Any) -> None:
+    for data in methods if isinstance(methods, list) else ():
+        if isinstance(data, dict):
+            from_dict(data)
 
 
 def parse_weights(content: bytes, source: str) -> dict[str, Tensor]:

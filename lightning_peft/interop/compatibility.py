@@ -13,6 +13,7 @@ from ..core.adapter import Adapter
 from ..core.method import Method
 from .peft_format import Base, PeftFile, PeftFormat, StateDict, check_supported
 
+_PRUNED = ("lora_A", "lora_B", "lora_E")  # of AdaLoRA, which may have kept no rank of a layer
 _MATRICES = ("lora_A", "lora_B", "lora_embedding", "hada_w", "lokr_w")  # beginnings of names of tensors
 
 
@@ -35,7 +36,8 @@ def check_tensors(states: Mapping[str, StateDict], source: str) -> None:
     for host, tensors in states.items():
         for name, value in tensors.items():
             dimensions = 2 if name.startswith(_MATRICES) else 1
-            if not value.is_floating_point() or not value.numel() or value.dim() < dimensions:
+            empty = not value.numel() and name not in _PRUNED
+            if not value.is_floating_point() or empty or value.dim() < dimensions:
                 raise ValueError(
                     f"{source} is damaged: {name} of {host} has shape {tuple(value.shape)} and type {value.dtype}; "
                     f"expected numbers with fractions, of rank 1 or more."

@@ -50,9 +50,7 @@ def import_peft(model: nn.Module, folder: Location, name: str | None = None) -> 
     check_hosts(base, peft_format, file)
     trained = saved.read_trained(base, file.config, other_tensors)
     plan = list(peft_format.from_peft(base, file, name or peft_format.name))
-    if not unchanged:
-        raise changed(folder)
-    inject_and_load(base, plan, trained, str(folder))
+    inject_and_load(base, plan, trained, str(folder), None if unchanged else changed(folder))
     return model
 
 

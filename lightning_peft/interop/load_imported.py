@@ -17,7 +17,9 @@ from .peft_format import Base, StateDict
 ImportPlan = Sequence[tuple[Method, Mapping[str, StateDict]]]
 
 
-def inject_and_load(base: Base, plan: ImportPlan, values: StateDict, source: str) -> None:
+def inject_and_load(
+    base: Base, plan: ImportPlan, values: StateDict, source: str, refusal: ValueError | None = None
+) -> None:
     """Inject methods, then load the states of their adapters and the values of base parameters; check all of it first.
 
     Args:
@@ -25,8 +27,11 @@ def inject_and_load(base: Base, plan: ImportPlan, values: StateDict, source: str
         plan: Methods with the packed state of each host, by whole name.
         values: Values of the network's parameters, which then train, and of its buffers.
         source: Where they come from, for messages.
+        refusal: What to raise where all fits, before anything changes.
     """
     states = [complete_states(base, method, imported, source) for method, imported in plan]
+    if refusal is not None:
+        raise refusal
     parameters = dict(base.network.named_parameters())
     trained = [literal(join_names(base.name, key)) for key in values if key in parameters]
     inject(base.model, [method for method, _ in plan], trained)
