@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import lightning_peft as lp
 from lightning_peft.core.checksums import settings_digest
+from lightning_peft.core.safetensors_header import with_metadata
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -22,12 +23,19 @@ def stir(net, seed):
 def edit_json(folder, **changes):
     """Change settings, and their checksum with them."""
     config = {**json.loads((folder / CONFIG).read_text()), **changes}
-    covered = {key: value for key, value in config.items() if key not in ("sha256", "settings_sha256")}
-    (folder / CONFIG).write_text(json.dumps({**config, "settings_sha256": settings_digest(covered)}))
+    sign(folder, {key: value for key, value in config.items() if key != "sha256"})
+
+
+def sign(folder, config):
+    """Write settings with a right checksum."""
+    metadata = {"settings_sha256": settings_digest(config)}
+    (folder / WEIGHTS).write_bytes(with_metadata((folder / WEIGHTS).read_bytes(), metadata))
+    config = {**config, "sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()}
+    (folder / CONFIG).write_text(json.dumps(config))
 
 
 def edit_tensors(folder, change):
     state = load_file(folder / WEIGHTS)
     change(state)
     save_file(state, folder / WEIGHTS)
-    edit_json(folder, sha256=hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest())
+    edit_json(folder)

@@ -20,12 +20,15 @@ from .atomic_files import replace_file, replace_files
 from .checksums import settings_digest
 from .method import from_dict
 from .read_json import MAX_JSON, parse_json
-from .safetensors_header import read_header
+from .safetensors_header import read_header, with_metadata
 from .storage import Location, file_system, is_remote, local_path
 from .temporary_paths import is_partial
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_CHECKSUMS = ("sha256", "settings_sha256")  # of the file of tensors, and of all other settings
+_CHECKSUM, _OF_SETTINGS = (
+    "sha256",
+    "settings_sha256",
+)  # in the settings, of the file of tensors, and in that, of settings
 _ATTEMPTS = 50  # to read a folder that is being written
 
 
@@ -33,10 +36,10 @@ def write_adapter(folder: Location, description: Mapping[str, Any], state: Mappi
     """Write an adapter's description and tensors at once, in place of those in the folder; return the folder."""
     storages = Counter(map(_storage, state.values()))  # safetensors files hold no two tensors of one storage
     weights = save({name: t.clone() if storages[_storage(t)] > 1 else t for name, t in state.items()})
-    settings = {key: value for key, value in description.items() if key not in _CHECKSUMS}
-    config = {"library": "lightning_peft", **settings}
-    digests = (hashlib.sha256(weights).hexdigest(), settings_digest(json.loads(json.dumps(config))))
-    replace_files(folder, {WEIGHTS: weights, CONFIG: json_bytes(config | dict(zip(_CHECKSUMS, digests, strict=True)))})
+    config = {"library": "lightning_peft", **{key: value for key, value in description.items() if key != _CHECKSUM}}
+    weights = with_metadata(weights, {_OF_SETTINGS: settings_digest(json.loads(json.dumps(config)))})
+    config[_CHECKSUM] = hashlib.sha256(weights).hexdigest()
+    replace_files(folder, {WEIGHTS: weights, CONFIG: json_bytes(config)})
     return located(folder)
 
 
@@ -77,13 +80,12 @@ def _checked(folder: Location, files: Mapping[str, bytes]) -> tuple[dict[str, An
     config = parse_json(files[CONFIG], f"{folder}/{CONFIG}")
     if config.get("library") != "lightning_peft":
         raise ValueError(f"{folder}/{CONFIG} was not written by lightning_peft; another library's adapter is imported.")
-    state = parse_weights(files[WEIGHTS], f"{folder}/{WEIGHTS}")
-    of_weights, of_settings = (config.pop(key, None) for key in _CHECKSUMS)
-    if hashlib.sha256(files[WEIGHTS]).hexdigest() != of_weights:
+    state, metadata = parse_weights(files[WEIGHTS], f"{folder}/{WEIGHTS}")
+    if hashlib.sha256(files[WEIGHTS]).hexdigest() != config.pop(_CHECKSUM, None):
         raise ValueError(
             f"{folder}/{WEIGHTS} is not what {CONFIG} describes (checksum); copy both files together, or save again."
         )
-    if of_settings not in (None, settings_digest(config)):  # files of earlier versions have none
+    if metadata.get(_OF_SETTINGS) not in (None, settings_digest(config)):  # files of earlier versions have none
         _check_methods(config.get("methods"))  # says more, where it refuses them
         raise ValueError(
             f"{folder}/{CONFIG} was changed since it was saved (checksum); copy it again. To change settings, load the "
@@ -98,15 +100,15 @@ def _check_methods(methods: Any) -> None:
             from_dict(data)
 
 
-def parse_weights(content: bytes, source: str) -> dict[str, Tensor]:
-    """Return the tensors in the content of a safetensors file.
+def parse_weights(content: bytes, source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors in the content of a safetensors file, and the metadata in its header.
 
     Raises:
         ValueError: It is damaged.
     """
-    read_header(io.BytesIO(content), len(content), source)
+    header = read_header(io.BytesIO(content), len(content), source)
     try:
-        return load(content)
+        return load(content), header.metadata
     except SafetensorError as error:
         raise ValueError(f"{source} is damaged or cut short ({error}); copy or save it again.") from error
 

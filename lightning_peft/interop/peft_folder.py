@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +14,7 @@ from ..core.adapter_folder import CONFIG, WEIGHTS, json_bytes, parse_weights, re
 from ..core.atomic_files import replace_files
 from ..core.checksums import content_digest
 from ..core.read_json import parse_json
-from ..core.safetensors_header import read_header, with_metadata
+from ..core.safetensors_header import with_metadata
 from ..core.storage import Location, joined
 from .check_peft_config import check_types
 from .peft_format import COMMON_SETTINGS
@@ -76,8 +75,7 @@ def read_with_checksum(folder: Location) -> tuple[dict[str, Any], dict[str, Tens
     check_types(config, joined(folder, CONFIG))
     if WEIGHTS not in files:
         return config, _old_tensors(folder), True
-    state = parse_weights(files[WEIGHTS], joined(folder, WEIGHTS))
-    metadata = read_header(io.BytesIO(files[WEIGHTS]), len(files[WEIGHTS]), joined(folder, WEIGHTS)).metadata
+    state, metadata = parse_weights(files[WEIGHTS], joined(folder, WEIGHTS))
     return config, state, metadata.get(_CHECKSUM) in (None, _digest(config, state))
 
 

@@ -13,13 +13,12 @@ from collections import Counter
 
 import pytest
 import torch
-from adapter_edits import CONFIG, WEIGHTS
+from adapter_edits import CONFIG, WEIGHTS, sign
 from safetensors.torch import load_file, save_file
 from writers import Checkpoints, Module, adapted, base
 
 import lightning_peft as lp
 from lightning_peft.checkpoints.reader import read_adapter_file
-from lightning_peft.core.checksums import settings_digest
 from lightning_peft.core.injection_record import get_record
 
 LONGEST, LARGEST = 3.0, 400  # seconds for one file, and MB of memory beyond those before
@@ -180,14 +179,13 @@ def test_settings_of_wrong_types_or_sizes_are_refused_though_their_checksum_is_r
     for path in places(config):
         for value in VALUES:
             changed = replaced(config, path, value)
-            covered = {key: value for key, value in changed.items() if key not in ("sha256", "settings_sha256")}
             if format == "own":
-                changed["settings_sha256"] = settings_digest(covered)
-            (place / CONFIG).write_text(json.dumps(changed))
+                sign(place, {key: value for key, value in changed.items() if key != "sha256"})
+            else:
+                (place / CONFIG).write_text(json.dumps(changed))
             outcomes.add(f"{path} = {str(value)[:50]}")
     method = {"method": "LoRA", "name": "x"}
     many = {**config, "methods": [{**method, "name": f"x{number}"} for number in range(100_000)]}
-    many.pop("settings_sha256", None)
     texts = [
         nested(10_000),
         nested(10**6),

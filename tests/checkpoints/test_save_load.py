@@ -1,5 +1,6 @@
 """Adapter folders: whole or refused, and the model unchanged when they are."""
 
+import hashlib
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from adapter_edits import edit_json, edit_tensors
 from models import MODELS, logits, tokens
+from safetensors.torch import load_file, save_file
 from torch import nn
 from trainer_models import Module
 
@@ -135,7 +137,8 @@ def test_changed_settings_are_refused_and_folders_without_their_checksum_load(fo
     (folder / CONFIG).write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"{CONFIG} was changed since it was saved"):
         lp.load_adapter(model(), folder)
-    del config["settings_sha256"]  # as earlier versions wrote it
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS)  # as earlier versions wrote it
+    config["sha256"] = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     (folder / CONFIG).write_text(json.dumps(config))
     ((*_, adapter), *_) = lp.adapters(lp.load_adapter(model(), folder))
     assert adapter.scale == 2 * lp.LoRA().alpha / 2
