@@ -21,7 +21,7 @@ import lightning_peft as lp
 from lightning_peft.checkpoints.reader import read_adapter_file
 from lightning_peft.core.injection_record import get_record
 
-LONGEST, LARGEST = 3.0, 400  # seconds for one file, and MB of memory beyond those before
+LONGEST, LARGEST = 3.0, 400  # seconds of a processor for one file, and MB of memory beyond those before
 
 
 def state_of(net):
@@ -51,7 +51,7 @@ class Outcomes:
         self.memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def add(self, what):
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             found = state_of(self.read(self.net))
         except (ValueError, FileNotFoundError) as error:
@@ -59,7 +59,7 @@ class Outcomes:
         else:
             self.accept(what, same(found, self.good))
             self.net = self.fresh()
-        self.longest = max(self.longest, time.perf_counter() - start)
+        self.longest = max(self.longest, time.process_time() - start)
 
     def refuse(self, what, sentence):
         unchanged, is_sentence = same(state_of(self.net), self.untouched), len(sentence) > 20 and "\n" not in sentence
