@@ -15,6 +15,7 @@ from .distributed.lightning_strategies import ignore_base_in_ddp, prepare_strate
 from .frozen_cache import FrozenCache
 from .injection import as_methods, ensure_injected, inject_once_built
 from .lightning_checkpoint import install_checkpoint_hooks, warn_of_untrained
+from .lightning_namespace import make_callback_of_both
 from .mode_and_precision import check_precision_plugin, check_trained, quantize_base, set_mode, widen_trained
 from .optimizer_hook import install_optimizer_hook
 from .optimizer_steps import OptimizerSteps
@@ -64,6 +65,7 @@ class PEFTStrategy(Callback):
         cache_frozen: bool = False,
         cache_folder: str | None = None,
     ) -> None:
+        make_callback_of_both(type(self))
         self.methods = as_methods(method)
         if frozen_mode not in ("eval", "train"):
             raise ValueError(f"frozen_mode must be 'eval' or 'train', got {frozen_mode!r}.")

@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from ..checkpoints.adapter_state import check_state, drop_base, drop_missing_base_keys
 from ..checkpoints.metadata import adapter_metadata, inject_from_metadata
 from ..checkpoints.reader import CHECKPOINT_KEY
 from ..core.injection_record import get_record
 from ..ops.torch_api import hooks
+from .lightning_namespace import overrides
 from .module_hooks import wrap_hook
 from .saved_arguments import check_saved_arguments
 
@@ -102,7 +102,7 @@ def inject_from_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any
         ValueError: The checkpoint does not fit; says how.
     """
     if CHECKPOINT_KEY in checkpoint and get_record(module) is None:
-        if is_overridden("configure_model", module):
+        if overrides(module, "configure_model"):
             module.configure_model()
         inject_from_metadata(module, checkpoint[CHECKPOINT_KEY], "The checkpoint", strict=check_base)
         install_checkpoint_hooks(module, check_base)

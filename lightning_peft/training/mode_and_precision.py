@@ -18,13 +18,14 @@ from ..structure.base_model import base_modules, base_parameters, holds_adapters
 from ..structure.transformers_api import checkpoint_without_reentry, is_checkpointing
 from .distributed.lightning_strategies import SHARDING
 from .lightning_api import trainer_of
+from .lightning_namespace import is_instance
 
 
 def check_precision_plugin(plugin: Any) -> None:
     """Raise where a Trainer's precision plugin would put layers of its own in place of adapted ones."""
-    if isinstance(plugin, BitsandbytesPrecision):
+    if is_instance(plugin, BitsandbytesPrecision):
         raise TypeError("BitsandbytesPrecision would replace adapted layers; use PEFTStrategy(quantize='nf4') instead.")
-    if isinstance(plugin, TransformerEnginePrecision) and plugin.replace_layers is not False:
+    if is_instance(plugin, TransformerEnginePrecision) and plugin.replace_layers is not False:
         raise TypeError(
             "TransformerEnginePrecision would replace adapted layers; give it replace_layers=False, or use bf16-mixed."
         )
@@ -38,7 +39,7 @@ def widen_trained(module: pl.LightningModule) -> None:
     """
     trainer = trainer_of(module)
     plugin = None if trainer is None else trainer.precision_plugin
-    if isinstance(plugin, MixedPrecision):
+    if is_instance(plugin, MixedPrecision):
         for part in base_modules(module).values():
             parameters = list(part.parameters(recurse=False))
             if any(p.requires_grad for p in parameters):  # a norm's weight and bias have to be of one type
@@ -49,7 +50,7 @@ def widen_trained(module: pl.LightningModule) -> None:
 def quantize_base(module: pl.LightningModule, kind: str) -> None:
     """Quantize the base once; strategies that shard need codes that can be split, which torchao's NF4 has."""
     trainer = trainer_of(module)
-    sharded = trainer is not None and isinstance(trainer.strategy, SHARDING)
+    sharded = trainer is not None and is_instance(trainer.strategy, *SHARDING)
     quantize_once(module, kind, "torchao" if sharded and kind == "nf4" else None)
 
 
