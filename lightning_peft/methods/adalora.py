@@ -124,10 +124,10 @@ class AdaLoRA(Method):
         start, stop = self._phases(total_steps)
         if step < stop:
             observe(layers, self.beta1, self.beta2)
-        if step == stop or (start < step < stop and step % self.interval == 0):
+        # From then on the choice stays the same, as scores do; it is made anew since in manual optimization the number
+        # of all steps is an estimate, which may pass over the very step at which the budget has shrunk.
+        if step >= stop or (step > start and step % self.interval == 0):
             allocate(layers, self.budget(step, total_steps, len(layers)))
-        if step >= stop:
-            torch._foreach_mul_([layer.e for layer in layers], [layer.kept for layer in layers])
 
     def metrics(self, adapters: Mapping[str, Adapter]) -> Mapping[str, Tensor]:
         layers = cast("Mapping[str, SVDTriplets]", adapters)

@@ -14,8 +14,10 @@ import torch
 from ..checkpoints.adapter_state import check_state, drop_base, drop_missing_base_keys
 from ..checkpoints.metadata import adapter_metadata, inject_from_metadata
 from ..checkpoints.reader import CHECKPOINT_KEY
+from ..core.adapted_module import adapters
 from ..core.injection_record import get_record
 from ..ops.torch_api import hooks
+from .injection import ensure_injected
 from .lightning_namespace import overrides
 from .module_hooks import wrap_hook
 from .saved_arguments import check_saved_arguments
@@ -104,6 +106,8 @@ def inject_from_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any
     if CHECKPOINT_KEY in checkpoint and get_record(module) is None:
         if overrides(module, "configure_model"):
             module.configure_model()
+        if any(adapters(module)):
+            ensure_injected(module, (), ())  # what the module injects itself, into a part of it
         inject_from_metadata(module, checkpoint[CHECKPOINT_KEY], "The checkpoint", strict=check_base)
         install_checkpoint_hooks(module, check_base)
     check_checkpoint(module, checkpoint, check_base)

@@ -13,12 +13,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.adapted_module import adapters
 from ..core.weight_backup import check_not_merged
-from ..quantization.quantize import quantize_once
+from ..quantization.quantize import KINDS, quantize_once
 from ..structure.base_model import base_modules, base_parameters, holds_adapters
 from ..structure.transformers_api import checkpoint_without_reentry, is_checkpointing
 from .distributed.lightning_strategies import SHARDING
 from .lightning_api import trainer_of
 from .lightning_namespace import is_instance
+
+
+def check_modes(frozen_mode: str, cache_frozen: bool, quantize: str | None) -> None:
+    """Raise where these settings of the callback are none, or do not go together."""
+    if frozen_mode not in ("eval", "train"):
+        raise ValueError(f"frozen_mode must be 'eval' or 'train', got {frozen_mode!r}.")
+    if cache_frozen and frozen_mode == "train":
+        raise ValueError("cache_frozen=True needs frozen_mode='eval': in 'train', the frozen modules are random.")
+    if quantize not in (None, *KINDS):
+        raise ValueError(f"quantize must be one of {', '.join(KINDS)} or None, got {quantize!r}.")
 
 
 def check_precision_plugin(plugin: Any) -> None:

@@ -12,30 +12,43 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .module_hooks import wrap_hook
-from .param_groups import apply_factors, check_groups, freeze, group_rule, patched_add_param_group
+from .param_groups import apply_factors, check_groups, group_rule, parameters_of, patched_add_param_group
 
 _FUSIBLE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
-def install_optimizer_hook(module: pl.LightningModule, lr_factors: dict[str, float], no_decay: Sequence[str]) -> None:
+def install_optimizer_hook(
+    module: pl.LightningModule,
+    lr_factors: dict[str, float],
+    no_decay: Sequence[str],
+    check_flags: Callable[[nn.Module], None],
+) -> None:
     """Wrap ``configure_optimizers``, so that optimizers hold exactly what trains, in groups by factor and decay.
 
     Args:
         module: Module whose hook is wrapped.
         lr_factors: Factors of the learning rate by glob or name of a method; a factor of 0 freezes, at once.
         no_decay: Globs of parameter names without weight decay.
+        check_flags: Raises where ``requires_grad`` is not what was declared, as after ``configure_optimizers`` froze.
 
     Raises:
         ValueError: The pattern of a factor of 0 matches no parameter.
     """
     if 0 in lr_factors.values():
-        freeze(module, [pattern for pattern, factor in lr_factors.items() if factor == 0])
+        for pattern in [pattern for pattern, factor in lr_factors.items() if factor == 0]:
+            for parameter in parameters_of(module, pattern):
+                parameter.requires_grad_(False)
         lr_factors = {pattern: factor for pattern, factor in lr_factors.items() if factor != 0}
 
     def configure(module: pl.LightningModule, original: Callable[..., Any]) -> Any:
         rule = group_rule(module, lr_factors, no_decay) if lr_factors or no_decay else None
         with nullcontext() if rule is None else patched_add_param_group(rule):
-            result = original()
+            try:
+                result = original()
+            except ValueError:  # torch refuses an optimizer without parameters
+                check_flags(module)
+                raise
+        check_flags(module)
         optimizers = optimizers_in(result)
         keep_trainable(optimizers, module)
         fuse(optimizers)

@@ -235,7 +235,7 @@ def test_a_trained_parameter_without_a_gradient_is_named():
             super().__init__()
             self.spare = nn.Linear(32, 32)
 
-    with pytest.raises(ValueError, match=r"2 trained parameters got no gradient in the first step: spare\.weight"):
+    with pytest.warns(UserWarning, match=r"2 trained parameters got no gradient in 4 steps: spare\.weight"):
         trainer(strategy(also_train=["spare"])).fit(Unused(), data())
 
 
@@ -398,4 +398,4 @@ def test_the_callback_can_be_copied_and_its_checkpoint_keeps_its_keys(copied):
     tuner.fit(net, data())
     assert lp.summary(net).trainable > 0
     assert tuner._checkpoint_connector.dump_checkpoint()["callbacks"].keys() == {"PEFTStrategy"}
-    assert strategy.state_dict().keys() == {"states", "mid_epoch", "quantize"}
+    assert strategy.state_dict().keys() == {"states", "mid_epoch", "steps", "quantize"}
