@@ -7,24 +7,20 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
+from ..core.detach_hooks import call_on_detach
 from ..core.fingerprint import fingerprint
 from ..core.method import Method
 from .distributed.base_consistency import check_base_unchanged
 from .distributed.lightning_strategies import ignore_base_in_ddp, prepare_strategy, start_evaluation, start_strategy
 from .frozen_cache import CachedTraining
-from .injection import as_methods, ensure_injected, inject_once_built
+from .injection import as_methods, ensure_injected, forget_injection, inject_once_built
 from .lightning_checkpoint import install_checkpoint_hooks, warn_of_untrained
 from .lightning_namespace import make_callback_of_both
-from .mode_and_precision import (
-    check_modes,
-    check_precision_plugin,
-    check_trained,
-    quantize_base,
-    set_mode,
-    widen_trained,
-)
+from .module_modes import ModuleModes, check_modes
 from .optimizer_hook import install_optimizer_hook
 from .optimizer_steps import OptimizerSteps
+from .plain_module import make_plain
+from .precision import check_precision_plugin, check_same_bits, check_trained, quantize_base, widen_trained
 from .print_summary import print_summary
 from .rng_resume import RngResume
 from .trained_parameters import TrainedParameters, optimizers_of
@@ -76,12 +72,11 @@ class PEFTStrategy(Callback):
         self.methods = as_methods(method)
         check_modes(frozen_mode, cache_frozen, quantize)
         self.also_train, self.lr_factors, self.no_decay = also_train or [], lr_factors or {}, no_decay or []
-        self.frozen_mode, self.check_base = frozen_mode, check_base
-        self.full_checkpoint, self.show_summary, self.quantize = full_checkpoint, show_summary, quantize
-        self.cache_frozen, self.cache_folder = cache_frozen, cache_folder
+        self.frozen_mode, self.check_base, self.full_checkpoint = frozen_mode, check_base, full_checkpoint
+        self.show_summary, self.quantize, self.cache_frozen = show_summary, quantize, cache_frozen
         self._trained = TrainedParameters(self.lr_factors)
-        self._steps, self._rng = OptimizerSteps(), RngResume()
-        self._cache = CachedTraining(cache_frozen, cache_folder)
+        self._steps, self._rng, self._modes = OptimizerSteps(), RngResume(), ModuleModes(frozen_mode)
+        self.cache_folder, self._cache = cache_folder, CachedTraining(cache_frozen, cache_folder)
         self._base_fingerprint: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -100,6 +95,7 @@ class PEFTStrategy(Callback):
             install_checkpoint_hooks(pl_module, self.check_base)
         install_optimizer_hook(pl_module, self.lr_factors, self.no_decay, self._trained.check_flags)
         self._trained.note(pl_module)
+        call_on_detach(pl_module, make_plain)
         ignore_base_in_ddp(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -113,7 +109,7 @@ class PEFTStrategy(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the mode of frozen modules, start counting steps, and start the cache."""
-        set_mode(pl_module, self.frozen_mode)  # here too: a run resumed inside an epoch never starts it
+        self._modes.set(pl_module)  # here too: a run resumed inside an epoch never starts it
         self._trained.check(pl_module, optimizers_of(trainer))
         self._steps.start(trainer, pl_module)
         self._cache.start(trainer, pl_module)
@@ -122,7 +118,7 @@ class PEFTStrategy(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the mode of frozen modules, and have the cache compared."""
         self._cache.start_epoch()
-        set_mode(pl_module, self.frozen_mode)
+        self._modes.set(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Check what trains, once all others had their hooks at the start of an epoch; start a step of the cache."""
@@ -180,6 +176,7 @@ class PEFTStrategy(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing behind of the training."""
+        forget_injection(pl_module)
         self._leave()
 
     def state_dict(self) -> dict[str, Any]:
@@ -188,12 +185,11 @@ class PEFTStrategy(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from what ``state_dict`` returned; a ``ValueError`` if the base is quantized to other bits now."""
-        before = state_dict.get("quantize")
-        if before != self.quantize:
-            raise ValueError(f"The checkpoint was trained with quantize={before!r}, this run has {self.quantize!r}.")
+        check_same_bits(state_dict.get("quantize"), self.quantize)
         self._rng.load_state_dict(state_dict)
         self._steps.load_state_dict(state_dict)
 
     def _leave(self) -> None:
         self._cache.close()
         self._steps.end()
+        self._modes.restore()

@@ -17,7 +17,7 @@ from ..core.weight_backup import check_not_merged
 from ..structure.base_model import base_modules, base_parameters
 from .lightning_api import spawns_processes
 from .lightning_namespace import is_instance, overrides
-from .module_hooks import call_after
+from .module_hooks import call_after, unwrap_hook
 
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 
@@ -63,6 +63,13 @@ def inject_once_built(
         call_after(module, "configure_model" if builds else "setup", apply)
         return
     apply(module)
+
+
+def forget_injection(module: pl.LightningModule | None) -> None:
+    """Have nothing injected later where a Trainer failed before the module's network was built."""
+    if module is not None:
+        unwrap_hook(module, "configure_model")
+        unwrap_hook(module, "setup")
 
 
 def as_methods(method: Method | Sequence[Method] | None) -> list[Method]:

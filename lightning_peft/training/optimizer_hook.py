@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..core.adapted_module import adapters
 from .module_hooks import wrap_hook
 from .param_groups import apply_factors, check_groups, group_rule, parameters_of, patched_add_param_group
+from .plain_module import check_still_adapted
 
 _FUSIBLE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
@@ -40,7 +42,10 @@ def install_optimizer_hook(
                 parameter.requires_grad_(False)
         lr_factors = {pattern: factor for pattern, factor in lr_factors.items() if factor != 0}
 
+    had_adapters = any(adapters(module))
+
     def configure(module: pl.LightningModule, original: Callable[..., Any]) -> Any:
+        check_still_adapted(module, had_adapters)
         rule = group_rule(module, lr_factors, no_decay) if lr_factors or no_decay else None
         with nullcontext() if rule is None else patched_add_param_group(rule):
             try:

@@ -95,10 +95,8 @@ def test_a_penalty_is_scaled_as_the_loss_is(fused):
             return sum(adapter.a.square().sum() for adapter in adapters)
 
     ends = []
-    for method, settings in (
-        (Shrinking(rank=2, targets=["first"]), scaled()),
-        (lp.LoRA(rank=2, targets=["first"]), {}),
-    ):
+    fields = {"rank": 2, "targets": ["first"]}
+    for method, settings in ((Shrinking(**fields), scaled()), (lp.LoRA(**fields), {})):
 
         class Penalized(Task):
             def training_step(self, batch, index, add=not settings):

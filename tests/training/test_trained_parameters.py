@@ -65,9 +65,7 @@ def plain_optimizer(module):
     return module
 
 
-FROZEN = (
-    r"12 parameters \(net\.model\.layers\.0\.self_attn\.q_proj\.peft\.lora\.a, .*\.\.\.\) shall train and are frozen"
-)
+FROZEN = r"12 parameters \(net\.model\.layers\.0\.self_attn\.q_proj\.peft\.lora\.a, .* shall train and are frozen"
 THAWED = r"3 parameters \(net\.model\.layers\.0\.mlp\.gate_proj\.weight, .* train although PEFTStrategy froze them"
 CASES = {
     "configure_optimizers": (FreezesInConfigure, [], FROZEN, 0),
@@ -93,9 +91,9 @@ def test_what_freezes_or_unfreezes_is_said_at_once(case):
 def test_a_filter_that_leaves_nothing_is_explained():
     with pytest.raises(ValueError, match="shall train and are frozen"):
         trainer(strategy()).fit(FreezesAndFilters(), data())
+    net = Module()
+    net.configure_optimizers = lambda: torch.optim.SGD([], 0.1)
     with pytest.raises(ValueError, match="optimizer got an empty parameter list"):
-        net = Module()
-        net.configure_optimizers = lambda: torch.optim.SGD([], 0.1)
         trainer(strategy()).fit(net, data())
 
 
