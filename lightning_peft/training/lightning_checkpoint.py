@@ -144,8 +144,8 @@ def _read(path: str | os.PathLike[str], weights_only: bool) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds objects that run code when they are read, or is damaged ({str(error).splitlines()[0]}). If "
-            f"you trust it, pass weights_only=False. Checkpoints without such objects are written by a module that calls "
-            f"self.save_hyperparameters(ignore=[...]) with the names of its arguments that are networks."
+            f"you trust it, pass weights_only=False. Checkpoints without such objects are written by a module that "
+            f"calls self.save_hyperparameters(ignore=[...]) with the names of its arguments that are networks."
         ) from error
     return checkpoint
 

@@ -61,7 +61,8 @@ def leave_out_modules(module: pl.LightningModule, checkpoint: dict[str, Any], sa
         warnings.warn(
             f"The checkpoint holds weights that train, and would hold whole networks among the arguments of "
             f"{type(module).__name__}: {', '.join(names)} are left out. There, write "
-            f"self.save_hyperparameters(ignore={names}). Give them when you load: load_from_checkpoint({type(module).__name__}, path, {given}).",
+            f"self.save_hyperparameters(ignore={names}). "
+            f"Give them when you load: load_from_checkpoint({type(module).__name__}, path, {given}).",
             stacklevel=2,
         )
 
