@@ -56,7 +56,7 @@ class OptimizerSteps:
         for method, _ in self._adapters:
             method.check_run(self._total)
         self._step, count = trainer.global_step, len(trainer.optimizers)
-        if self._step == 0 or len(self._counts) != count:
+        if trainer.fit_loop.total_batch_idx < 0 or len(self._counts) != count:  # a new run, or of an earlier version
             self._counts = [self._step // max(1, count)] * count
         self._first_gradients.start(module)
         self._sharded = [p for p in module.parameters() if p.requires_grad and isinstance(p, DTensor)]
