@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Literal
 
 from torch import nn
@@ -34,27 +35,33 @@ class ModuleModes:
     def __init__(self, frozen: Literal["eval", "train"]) -> None:
         self._frozen = frozen
         self._before: dict[nn.Module, bool] = {}
+        self._undo = list[Callable[[], None]]()
 
     def set(self, module: nn.Module) -> None:
         """Set the modes of all modules for training."""
         self._before = self._before or {part: part.training for part in module.modules()}
-        set_mode(module, self._frozen)
+        self._undo += set_mode(module, self._frozen)
 
     def restore(self) -> None:
         """Set the modes that the modules had before."""
         for part, training in self._before.items():
             part.training = training
-        self._before = {}
+        for undo in self._undo:
+            undo()
+        self._before, self._undo = {}, []
 
 
-def set_mode(module: nn.Module, frozen: Literal["eval", "train"]) -> None:
+def set_mode(module: nn.Module, frozen: Literal["eval", "train"]) -> list[Callable[[], None]]:
     """Set the mode of all modules for training, and make gradient checkpointing work below frozen embeddings.
 
     Modules in which no base parameter trains get the mode ``frozen``, but for batch norm, which evaluates. Adapters
     train.
+
+    Returns:
+        What undoes the latter.
     """
-    checkpoint_without_reentry(module)
     _set_frozen_mode(module, frozen)
+    return checkpoint_without_reentry(module)
 
 
 def _set_frozen_mode(module: nn.Module, frozen: Literal["eval", "train"]) -> None:

@@ -4,6 +4,7 @@ import types
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 from trainer_models import LateModule, Module, SetupModule, data, trainer
 
@@ -93,6 +94,32 @@ def test_nothing_but_the_weights_is_left_after_merge(method, tmp_path):
     moved = [n for n, p in net.named_parameters() if not torch.equal(p, merged[n])]
     assert set(moved) <= {n for n, p in net.named_parameters() if p.requires_grad}
     assert len(moved) > len(merged) / 2
+
+
+def test_what_was_loaded_from_a_checkpoint_is_plain_too(tmp_path):
+    tuner = trainer(lp.PEFTStrategy(METHODS["LoRA"](), show_summary=False))
+    tuner.fit(build(), data())
+    tuner.save_checkpoint(tmp_path / "x.ckpt")
+    torch.manual_seed(0)
+    loaded, fresh = lp.load_from_checkpoint(Module, tmp_path / "x.ckpt"), Module("bert")
+    assert snapshot(loaded) != snapshot(fresh)
+    assert snapshot(lp.detach(loaded)) == snapshot(fresh)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+def test_gradient_checkpointing_is_again_as_its_user_chose_it():
+    net = build(model="llama")
+    net.net.gradient_checkpointing_enable({"use_reentrant": True})
+    kinds = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, *args):
+            kinds.append(net.net.model.layers[0]._gradient_checkpointing_func.keywords)
+
+    trainer(lp.PEFTStrategy(METHODS["LoRA"](), show_summary=False), Look()).fit(net, data())
+    assert kinds[0] == {"use_reentrant": False}
+    assert net.net.model.layers[0]._gradient_checkpointing_func.keywords == {"use_reentrant": True}
+    assert all(adapter.b.abs().sum() > 0 for *_, adapter in lp.adapters(net))
 
 
 @pytest.mark.parametrize("cls", [SetupModule, LateModule])
