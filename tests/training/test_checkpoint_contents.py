@@ -49,6 +49,7 @@ def test_a_checkpoint_that_lacks_adapters_is_refused_at_the_first_save(case, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_state_dict_that_adds_to_the_state_is_saved(tmp_path):
     class Adds(Module):
         def on_save_checkpoint(self, checkpoint):
@@ -102,6 +103,7 @@ def test_a_network_among_saved_arguments_is_left_out_with_a_warning(tmp_path):
     assert tuner.global_step == 12
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_a_pickled_network_is_read_where_that_is_allowed(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_peft.training.lightning_checkpoint.leave_out_modules", lambda *_: None)
     module, tuner = Given(base()), trainer(strategy())  # as earlier versions saved it

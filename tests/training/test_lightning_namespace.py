@@ -76,7 +76,7 @@ def rows():
     return DataLoader(ROWS, batch_size=2)
 
 
-@pytest.mark.parametrize("kind", ["Early", "Late"])
+@pytest.mark.parametrize("kind", ["Early", pytest.param("Late", marks=pytest.mark.slow)])
 def test_fit_checkpoint_resume_and_load_agree(names, kind, tmp_path):
     cls, ends = getattr(names, kind), []
     for run in ("whole", "resumed"):

@@ -140,7 +140,7 @@ def scenario(name, quick=False):
     return add
 
 
-@scenario("restore", quick=True)
+@scenario("restore")
 def restore(folder):
     whole = fit(max_epochs=4)
     fit(None, callbacks.ModelCheckpoint(folder, save_last=True), max_epochs=2)
@@ -248,7 +248,7 @@ def schedule(name):
 
 
 for _name in SCHEDULERS:
-    scenario(f"scheduler: {_name}", quick=_name == "ReduceLROnPlateau")(schedule(_name))
+    scenario(f"scheduler: {_name}")(schedule(_name))
 
 
 @scenario("LBFGS")
@@ -264,7 +264,7 @@ def lbfgs(folder):
     return "8 steps of 3 closures"
 
 
-@scenario("EMAWeightAveraging", quick=True)
+@scenario("EMAWeightAveraging")
 def ema(folder):
     averaging = callbacks.EMAWeightAveraging(decay=0.5)
     seen = []
@@ -311,7 +311,7 @@ def averaging_before(folder):
     return "refused: list PEFTStrategy before it"
 
 
-@scenario("learning-rate finder", quick=True)
+@scenario("learning-rate finder")
 def rate_finder(folder):
     module, tuner = Task(), make()
     torch.manual_seed(7)
@@ -346,7 +346,7 @@ def size_finder(folder):
     return f"size {size}, the adapters untouched by trials"
 
 
-@scenario("barebones", quick=True)
+@scenario("barebones")
 def barebones(folder):
     module, tuner = Task(), pl.Trainer(barebones=True, callbacks=[strategy()], accelerator="cpu", max_epochs=2)
     with warnings.catch_warnings():
@@ -460,7 +460,7 @@ def validate_first(folder):
     return "adapted once"
 
 
-@scenario("several fits of one callback", quick=True)
+@scenario("several fits of one callback")
 def several_fits(folder):
     one, modules = strategy(), [Task(), Task()]
     runs = []

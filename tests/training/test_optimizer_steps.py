@@ -69,6 +69,7 @@ def test_steps_that_a_gradient_scaler_skips_do_not_count(fused):
     assert tuner.callbacks[0].state_dict()["steps"] == [3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [True, False])
 def test_gates_stay_closed_for_as_many_steps_as_were_taken(fused):
     gates = []
@@ -85,7 +86,7 @@ def test_gates_stay_closed_for_as_many_steps_as_were_taken(fused):
     assert [gate > 0 for gate in gates] == [False] * 6 + [True] * 2  # batches 0 and 2 are skipped, 1, 3 and 4 warm up
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_penalty_is_scaled_as_the_loss_is(fused):
     @dataclass(frozen=True, kw_only=True)
     class Shrinking(lp.LoRA):
@@ -143,7 +144,11 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("plan", PLANS)
+QUICK = ("both", "in turn")
+PLAN_NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PLANS]
+
+
+@pytest.mark.parametrize("plan", PLAN_NAMES)
 def test_each_of_several_optimizers_has_its_own_steps_and_total(plan):
     plan, steps, settings = PLANS[plan]
     fit(Manual(plan), Counted(targets=["first", "second"]), factors(*[1.0] * 8), **settings)
@@ -153,6 +158,7 @@ def test_each_of_several_optimizers_has_its_own_steps_and_total(plan):
     assert all(abs(total - steps) <= steps / 2 for _, step, total in calls if step > steps / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_adalora_reaches_its_final_rank_with_any_plan(plan):
     plan, steps, settings = PLANS[plan]

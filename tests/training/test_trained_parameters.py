@@ -78,7 +78,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("configure_optimizers, filtered", "on_fit_start", "thaw", "replaced")
+
+
+@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_what_freezes_or_unfreezes_is_said_at_once(case):
     make, callbacks, said, steps = CASES[case]
     net = make()
@@ -97,6 +100,7 @@ def test_a_filter_that_leaves_nothing_is_explained():
         trainer(strategy()).fit(net, data())
 
 
+@pytest.mark.slow
 def test_finetuning_listed_before_trains_adapters_until_it_thaws():
     net, tuner = plain_optimizer(Module()), trainer(Finetuning(), strategy(), epochs=2)
     with pytest.raises(ValueError, match=THAWED):
@@ -105,6 +109,7 @@ def test_finetuning_listed_before_trains_adapters_until_it_thaws():
     assert all(adapter.b.abs().sum() > 0 for *_, adapter in lp.adapters(net))
 
 
+@pytest.mark.slow
 def test_what_the_user_unfroze_before_fit_trains(tmp_path):
     class Unfrozen(Module):
         def build(self):
@@ -122,6 +127,7 @@ def test_what_the_user_unfroze_before_fit_trains(tmp_path):
     assert torch.equal(loaded.eval().net(data().dataset).logits, net.eval().net(data().dataset).logits)
 
 
+@pytest.mark.slow
 def test_toggled_optimizers_and_switched_adapters_are_no_trouble():
     class Toggling(Module):
         automatic_optimization = False
