@@ -93,8 +93,7 @@ class PEFTStrategy(Callback):
         widen_trained(pl_module)
         if not self.full_checkpoint:
             install_checkpoint_hooks(pl_module, self.check_base)
-        install_optimizer_hook(pl_module, self.lr_factors, self.no_decay, self._trained.check_flags)
-        self._trained.note(pl_module)
+        install_optimizer_hook(pl_module, self.lr_factors, self.no_decay, self._trained)
         call_on_detach(pl_module, make_plain)
         ignore_base_in_ddp(pl_module)
 

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..core.adapted_module import adapters
@@ -30,9 +31,17 @@ class FirstGradients:
     _adapters: set[int] = field(default_factory=set)
     _watched: dict[int, _Watched] = field(default_factory=dict)  # by the id of the optimizer
     _backward_ran: bool = False
+    _is_strict: bool = False
 
-    def start(self, module: nn.Module) -> None:
-        """Begin to wait for all parameters that train."""
+    def start(self, module: nn.Module, wrapped: nn.Module | None) -> None:
+        """Begin to wait for all parameters that train.
+
+        Args:
+            module: The module.
+            wrapped: What the Trainer calls in its place: DDP ends a run in which a parameter takes no part in a step,
+                with a message that names none, unless it was told to find such parameters.
+        """
+        self._is_strict = isinstance(wrapped, DistributedDataParallel) and not wrapped.find_unused_parameters
         self._names = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
         self._adapters = {id(p) for *_, adapter in adapters(module) for p in adapter.parameters()}
         self._watched, self._backward_ran = {}, False
@@ -45,7 +54,7 @@ class FirstGradients:
         """Look for first gradients; after some steps, report parameters that had none.
 
         Raises:
-            ValueError: No adapter that the optimizer trains ever had a gradient.
+            ValueError: No adapter that the optimizer trains ever had a gradient; under DDP, some parameter had none.
         """
         if self._names:
             watched = self._watched.get(id(optimizer)) or self._watch(optimizer)
@@ -74,10 +83,10 @@ class FirstGradients:
         watched.steps += 1
         for number in [*arrived, *(id(p) for p in parameters if not p.numel())]:  # FSDP1 leaves a process without any
             watched.waiting.pop(number, None)
-        if watched.waiting and watched.steps == PATIENCE:
+        if watched.waiting and watched.steps == (1 if self._is_strict else PATIENCE):
             message, none_came = _message(watched), watched.adapters and watched.adapters <= watched.waiting.keys()
             watched.waiting = {}
-            if none_came:
+            if none_came or self._is_strict:
                 raise ValueError(message)
             warnings.warn(message, stacklevel=2)
 
@@ -87,5 +96,5 @@ def _message(watched: _Watched) -> str:
     return (
         f"{len(names)} trained parameters got no gradient in {watched.steps} steps: {', '.join(names[:5])}. Their "
         f"modules take no part in the loss: leave them out of targets or also_train. With gradient checkpointing, use "
-        f"use_reentrant=False."
+        f"use_reentrant=False. Under DDP, strategy='ddp_find_unused_parameters_true' allows it."
     )

@@ -15,6 +15,7 @@ from ..core.adapted_module import adapters
 from .module_hooks import wrap_hook
 from .param_groups import apply_factors, check_groups, group_rule, parameters_of, patched_add_param_group
 from .plain_module import check_still_adapted
+from .trained_parameters import TrainedParameters
 
 _FUSIBLE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
@@ -23,7 +24,7 @@ def install_optimizer_hook(
     module: pl.LightningModule,
     lr_factors: dict[str, float],
     no_decay: Sequence[str],
-    check_flags: Callable[[nn.Module], None],
+    trained: TrainedParameters,
 ) -> None:
     """Wrap ``configure_optimizers``, so that optimizers hold exactly what trains, in groups by factor and decay.
 
@@ -31,7 +32,7 @@ def install_optimizer_hook(
         module: Module whose hook is wrapped.
         lr_factors: Factors of the learning rate by glob or name of a method; a factor of 0 freezes, at once.
         no_decay: Globs of parameter names without weight decay.
-        check_flags: Raises where ``requires_grad`` is not what was declared, as after ``configure_optimizers`` froze.
+        trained: Compares what requires gradients before ``configure_optimizers`` and after it.
 
     Raises:
         ValueError: The pattern of a factor of 0 matches no parameter.
@@ -46,14 +47,15 @@ def install_optimizer_hook(
 
     def configure(module: pl.LightningModule, original: Callable[..., Any]) -> Any:
         check_still_adapted(module, had_adapters)
+        trained.note(module)
         rule = group_rule(module, lr_factors, no_decay) if lr_factors or no_decay else None
         with nullcontext() if rule is None else patched_add_param_group(rule):
             try:
                 result = original()
             except ValueError:  # torch refuses an optimizer without parameters
-                check_flags(module)
+                trained.check_flags(module)
                 raise
-        check_flags(module)
+        trained.check_flags(module)
         optimizers = optimizers_in(result)
         keep_trainable(optimizers, module)
         fuse(optimizers)

@@ -58,7 +58,7 @@ class OptimizerSteps:
         self._step, count = trainer.global_step, len(trainer.optimizers)
         if trainer.fit_loop.total_batch_idx < 0 or len(self._counts) != count:  # a new run, or of an earlier version
             self._counts = [self._step // max(1, count)] * count
-        self._first_gradients.start(module)
+        self._first_gradients.start(module, trainer.strategy.model)
         self._sharded = [p for p in module.parameters() if p.requires_grad and isinstance(p, DTensor)]
         self._hook(trainer, module)
 

@@ -21,7 +21,7 @@ class TrainedParameters:
     """Compares a module's parameters and its optimizers with what was declared to train.
 
     Declared are the parameters of active adapters, without those that a factor of 0 freezes, and the base parameters of
-    ``also_train``; what the user unfroze before the callback applied counts as declared as well.
+    ``also_train``; what the user unfroze before optimizers are built counts as declared as well.
 
     Args:
         lr_factors: Factors of the learning rate by pattern.
@@ -33,7 +33,7 @@ class TrainedParameters:
         self._group_sizes: dict[int, int] = {}  # by the id of an optimizer, when it was compared last
 
     def note(self, module: nn.Module) -> None:
-        """Note which undeclared parameters train already, by their user's choice."""
+        """Note which undeclared parameters train already, by their user's choice, before optimizers are built."""
         self._unfrozen_by_user = set()
         self._unfrozen_by_user = {name for name, _ in self._undeclared(module)}
 
