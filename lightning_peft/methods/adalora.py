@@ -26,8 +26,9 @@ class AdaLoRA(Method):
     the moving average of |w dL/dw| times that of its deviation. After each ``interval`` steps the best triplets of all
     layers are kept and E of the others is set to zero; the number kept falls from initial_rank to target_rank per layer
     as the cube of the remaining time. In the last ``final_steps`` the choice is fixed. The number of steps comes from
-    the Trainer. The penalty is, as in the authors' code, the mean of ||P^T P - I|| and ||Q Q^T - I|| over all layers;
-    it is added to gradients only and does not appear in the loss.
+    the Trainer; in manual optimization it is estimated from the steps so far. The penalty is, as in the authors' code,
+    the mean of ||P^T P - I|| and ||Q Q^T - I|| over all layers; it is added to gradients only and does not appear in
+    the loss.
 
     Args:
         name: Name of the adapters on their hosts, and in files.

@@ -51,7 +51,7 @@ class PEFTStrategy(Callback):
         cache_folder: Where the cache's temporary file goes; by default the system's folder for such files.
 
     Raises:
-        ValueError: A method does not fit the model, or a trained parameter got no gradient in the first step.
+        ValueError: A method does not fit the model, what was declared does not train, or no adapter gets a gradient.
     """
 
     def __init__(
