@@ -18,7 +18,7 @@ from ..quantization.meta_quantize import quantize_shapes
 from ..structure.transformers_api import from_config
 from ..training.callback import PEFTStrategy
 from ..training.distributed import without_values
-from ..training.mode_and_precision import set_mode
+from ..training.module_modes import set_mode
 from .adapter_tools import AdapterTools
 
 _LONGEST = 2048  # tokens in a row, where neither data nor model have a limit

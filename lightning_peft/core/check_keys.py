@@ -16,7 +16,7 @@ def check_names(names: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"Two methods are named {name!r}; give one of them another name.")
-        if not name or "." in name or name.startswith("_") or hasattr(nn.ModuleDict, name):
+        if not name or "." in name or name.startswith("_") or hasattr(nn.ModuleDict(), name):
             raise ValueError(
                 f"A method cannot be named {name!r}: choose a name without dots, which does not begin with _ and is "
                 f"not one that torch uses."

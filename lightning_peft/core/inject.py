@@ -26,6 +26,7 @@ from .adapted_module import (
 from .check_keys import check_keys_differ, check_names
 from .checks import check_host, check_not_read, check_shared_host, check_trainable
 from .coverage import warn_of_untouched_blocks
+from .detach_hooks import run_detach_hooks
 from .injection_record import InjectionRecord, check_not_paused, get_record, set_record
 from .method import Method
 from .placements import Placement, copies_of, placements_of
@@ -75,10 +76,12 @@ def detach(model: nn.Module) -> nn.Module:
         remove(host, key)
     for module in model.modules():
         restore_fast_path(module)
-    if (record := get_record(model)) is not None:
-        for name, parameter in base_parameters(model).items():
-            parameter.requires_grad_(record.required_grad.get(name, True))
-        set_record(model, None)
+    for part in model.modules():  # outer before inner, whose records know more of their parameters
+        run_detach_hooks(part)
+        if (record := get_record(part)) is not None:
+            for name, parameter in base_parameters(part).items():
+                parameter.requires_grad_(record.required_grad.get(name, True))
+            set_record(part, None)
     return model
 
 

@@ -73,7 +73,7 @@ class InjectionRecord:
             method_groups=shared.method_groups if shared else {k: v for r in inner for k, v in r.method_groups.items()},
             also_train=[pattern for record in inner for pattern in record.also_train],
             trained=[name for name, parameter in base.items() if parameter.requires_grad],
-            required_grad=dict.fromkeys(base, True),
+            required_grad={name: parameter.requires_grad for name, parameter in base.items()},
         )
 
     @property

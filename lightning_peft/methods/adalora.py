@@ -26,8 +26,9 @@ class AdaLoRA(Method):
     the moving average of |w dL/dw| times that of its deviation. After each ``interval`` steps the best triplets of all
     layers are kept and E of the others is set to zero; the number kept falls from initial_rank to target_rank per layer
     as the cube of the remaining time. In the last ``final_steps`` the choice is fixed. The number of steps comes from
-    the Trainer. The penalty is, as in the authors' code, the mean of ||P^T P - I|| and ||Q Q^T - I|| over all layers;
-    it is added to gradients only and does not appear in the loss.
+    the Trainer; in manual optimization it is estimated from the steps so far. The penalty is, as in the authors' code,
+    the mean of ||P^T P - I|| and ||Q Q^T - I|| over all layers; it is added to gradients only and does not appear in
+    the loss.
 
     Args:
         name: Name of the adapters on their hosts, and in files.
@@ -124,10 +125,10 @@ class AdaLoRA(Method):
         start, stop = self._phases(total_steps)
         if step < stop:
             observe(layers, self.beta1, self.beta2)
-        if step == stop or (start < step < stop and step % self.interval == 0):
+        # From then on the choice stays the same, as scores do; it is made anew since in manual optimization the number
+        # of all steps is an estimate, which may pass over the very step at which the budget has shrunk.
+        if step >= stop or (step > start and step % self.interval == 0):
             allocate(layers, self.budget(step, total_steps, len(layers)))
-        if step >= stop:
-            torch._foreach_mul_([layer.e for layer in layers], [layer.kept for layer in layers])
 
     def metrics(self, adapters: Mapping[str, Adapter]) -> Mapping[str, Tensor]:
         layers = cast("Mapping[str, SVDTriplets]", adapters)

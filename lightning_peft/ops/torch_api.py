@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-HookKind = Literal["forward", "forward_pre", "state_dict", "load_state_dict_pre"]
+HookKind = Literal["forward", "forward_pre", "state_dict", "load_state_dict_pre", "load_state_dict_post"]
 
 
 def hooks(module: nn.Module, kind: HookKind) -> dict[int, Callable[..., Any]]:

@@ -13,6 +13,7 @@ from ..plots.runs import METRICS
 from ..plots.style import matplotlib
 from ..tasks.pretrained import build_tokenizer
 from ..training.distributed.lightning_strategies import SHARDING
+from ..training.lightning_namespace import is_instance
 
 
 class PlotCallback(pl.Callback):
@@ -43,7 +44,7 @@ class PlotCallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what will be missing."""
-        if isinstance(trainer.strategy, SHARDING):
+        if is_instance(trainer.strategy, *SHARDING):
             rank_zero_info(
                 "Adapters are sharded, and not drawn: use `lightning-peft plot adapter FOLDER` after the run."
             )
@@ -69,6 +70,6 @@ class PlotCallback(pl.Callback):
     def _adapters(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = trainer.log_dir  # which all ranks must ask for
         writes = trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False) and folder is not None
-        if writes and not isinstance(trainer.strategy, SHARDING):
+        if writes and not is_instance(trainer.strategy, *SHARDING):
             for name, figure in plots.pictures(PlotValues.of(pl_module), self.tokenizer).items():
                 plots.save(figure, Path(str(folder)) / f"{name}.png")

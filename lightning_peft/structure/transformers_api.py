@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -138,12 +138,19 @@ def without_checkpointing(model: nn.Module) -> Iterator[bool]:
             module.gradient_checkpointing = True
 
 
-def checkpoint_without_reentry(model: nn.Module) -> None:
-    """Let gradient checkpointing work below frozen embeddings, where the reentrant kind gives no gradients."""
+def checkpoint_without_reentry(model: nn.Module) -> list[Callable[[], None]]:
+    """Let gradient checkpointing work below frozen embeddings, where the reentrant kind gives no gradients.
+
+    Returns:
+        What undoes it.
+    """
     module: Any
+    undo = list[Callable[[], None]]()
     for module in model.modules():
         function = vars(module).get("_gradient_checkpointing_func")
         if isinstance(function, functools.partial) and function.keywords.get("use_reentrant", True):
             module._gradient_checkpointing_func = functools.partial(
                 function.func, *function.args, **{**function.keywords, "use_reentrant": False}
             )
+            undo.append(functools.partial(setattr, module, "_gradient_checkpointing_func", function))
+    return undo

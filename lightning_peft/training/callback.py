@@ -7,19 +7,23 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
+from ..core.detach_hooks import call_on_detach
 from ..core.fingerprint import fingerprint
 from ..core.method import Method
-from ..quantization.quantize import KINDS
 from .distributed.base_consistency import check_base_unchanged
 from .distributed.lightning_strategies import ignore_base_in_ddp, prepare_strategy, start_evaluation, start_strategy
-from .frozen_cache import FrozenCache
-from .injection import as_methods, ensure_injected, inject_once_built
+from .frozen_cache import CachedTraining
+from .injection import as_methods, ensure_injected, forget_injection, inject_once_built
 from .lightning_checkpoint import install_checkpoint_hooks, warn_of_untrained
-from .mode_and_precision import check_precision_plugin, check_trained, quantize_base, set_mode, widen_trained
+from .lightning_namespace import make_callback_of_both
+from .module_modes import ModuleModes, check_modes
 from .optimizer_hook import install_optimizer_hook
 from .optimizer_steps import OptimizerSteps
+from .plain_module import make_plain
+from .precision import check_precision_plugin, check_same_bits, check_trained, quantize_base, widen_trained
 from .print_summary import print_summary
 from .rng_resume import RngResume
+from .trained_parameters import TrainedParameters, optimizers_of
 
 
 class PEFTStrategy(Callback):
@@ -47,7 +51,7 @@ class PEFTStrategy(Callback):
         cache_folder: Where the cache's temporary file goes; by default the system's folder for such files.
 
     Raises:
-        ValueError: A method does not fit the model, or a trained parameter got no gradient in the first step.
+        ValueError: A method does not fit the model, what was declared does not train, or no adapter gets a gradient.
     """
 
     def __init__(
@@ -64,19 +68,15 @@ class PEFTStrategy(Callback):
         cache_frozen: bool = False,
         cache_folder: str | None = None,
     ) -> None:
+        make_callback_of_both(type(self))
         self.methods = as_methods(method)
-        if frozen_mode not in ("eval", "train"):
-            raise ValueError(f"frozen_mode must be 'eval' or 'train', got {frozen_mode!r}.")
-        if cache_frozen and frozen_mode == "train":
-            raise ValueError("cache_frozen=True needs frozen_mode='eval': in 'train', the frozen modules are random.")
+        check_modes(frozen_mode, cache_frozen, quantize)
         self.also_train, self.lr_factors, self.no_decay = also_train or [], lr_factors or {}, no_decay or []
-        self.frozen_mode, self.check_base = frozen_mode, check_base
-        if quantize not in (None, *KINDS):
-            raise ValueError(f"quantize must be one of {', '.join(KINDS)} or None, got {quantize!r}.")
-        self.full_checkpoint, self.show_summary, self.quantize = full_checkpoint, show_summary, quantize
-        self.cache_frozen, self.cache_folder = cache_frozen, cache_folder
-        self._steps, self._rng = OptimizerSteps(), RngResume()
-        self._cache: FrozenCache | None = None  # while a training with cache_frozen runs
+        self.frozen_mode, self.check_base, self.full_checkpoint = frozen_mode, check_base, full_checkpoint
+        self.show_summary, self.quantize, self.cache_frozen = show_summary, quantize, cache_frozen
+        self._trained = TrainedParameters(self.lr_factors)
+        self._steps, self._rng, self._modes = OptimizerSteps(), RngResume(), ModuleModes(frozen_mode)
+        self.cache_folder, self._cache = cache_folder, CachedTraining(cache_frozen, cache_folder)
         self._base_fingerprint: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -93,7 +93,8 @@ class PEFTStrategy(Callback):
         widen_trained(pl_module)
         if not self.full_checkpoint:
             install_checkpoint_hooks(pl_module, self.check_base)
-        install_optimizer_hook(pl_module, self.lr_factors, self.no_decay)
+        install_optimizer_hook(pl_module, self.lr_factors, self.no_decay, self._trained)
+        call_on_detach(pl_module, make_plain)
         ignore_base_in_ddp(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -107,49 +108,46 @@ class PEFTStrategy(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the mode of frozen modules, start counting steps, and start the cache."""
-        set_mode(pl_module, self.frozen_mode)  # here too: a run resumed inside an epoch never starts it
+        self._modes.set(pl_module)  # here too: a run resumed inside an epoch never starts it
+        self._trained.check(pl_module, optimizers_of(trainer))
         self._steps.start(trainer, pl_module)
-        self._close_cache()  # the learning-rate finder trains within fit
-        if self.cache_frozen:
-            self._cache = FrozenCache(trainer, pl_module, self.cache_folder)
+        self._cache.start(trainer, pl_module)
         self._rng.start_training()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the mode of frozen modules, and have the cache compared."""
-        if self._cache is not None:
-            self._cache.start_epoch()
-        set_mode(pl_module, self.frozen_mode)
+        self._cache.start_epoch()
+        self._modes.set(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Start a step of the cache."""
-        if self._cache is not None:
-            self._cache.begin(batch, trains=True)
+        """Check what trains, once all others had their hooks at the start of an epoch; start a step of the cache."""
+        if batch_idx == 0:
+            self._trained.check(pl_module, optimizers_of(trainer))
+        self._cache.begin(batch, trains=True)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
         """Refuse what caching does not fit, before anything changes."""
-        if self._cache is not None:
-            self._cache.check_first(trainer)
+        self._cache.check_first(trainer)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Complete gradients that tensor parallelism left in parts."""
         self._steps.after_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Add the gradients of penalties, and find parameters without a gradient."""
-        self._steps.before_step(pl_module, optimizer)
+        """Add the gradients of penalties; find parameters without a gradient, and changes of the optimizer's groups."""
+        self._trained.check_groups(pl_module, optimizer)
+        self._steps.before_step(trainer, optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """End a step of the cache, and let methods follow the optimizer's step."""
-        if self._cache is not None:
-            self._cache.check_first(trainer)
-            self._cache.end()
+        self._cache.check_first(trainer)
+        self._cache.end()
         self._rng.end_batch(trainer.is_last_batch)
         self._steps.end_batch(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn once if rows come that are not in the cache."""
-        if self._cache is not None:
-            self._cache.warn_of_misses(trainer.current_epoch)
+        self._cache.end_epoch(trainer.current_epoch)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if adapters are evaluated that nobody trained or loaded."""
@@ -162,36 +160,35 @@ class PEFTStrategy(Callback):
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, *_: Any, **__: Any) -> None:
         """Start a step of the cache."""
-        if self._cache is not None:
-            self._cache.begin(batch, trains=False)
+        self._cache.begin(batch, trains=False)
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """End a step of the cache."""
-        if self._cache is not None:
-            self._cache.end()
+        self._cache.end()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the cache, and raise if the base is not what it was."""
-        self._close_cache()
+        """Leave nothing behind of the training, and raise if the base is not what it was."""
+        self._steps.report()
+        self._leave()
         self._rng.end_fit()
         check_base_unchanged(pl_module, self._base_fingerprint)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the model as it was before training."""
-        self._close_cache()
+        """Leave nothing behind of the training."""
+        forget_injection(pl_module)
+        self._leave()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the random generators' states, and what the base is quantized to."""
-        return {**self._rng.state_dict(), "quantize": self.quantize}
+        """Return the random generators' states, the counts of steps, and what the base is quantized to."""
+        return {**self._rng.state_dict(), **self._steps.state_dict(), "quantize": self.quantize}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from what ``state_dict`` returned; a ``ValueError`` if the base is quantized to other bits now."""
-        before = state_dict.get("quantize")
-        if before != self.quantize:
-            raise ValueError(f"The checkpoint was trained with quantize={before!r}, this run has {self.quantize!r}.")
+        check_same_bits(state_dict.get("quantize"), self.quantize)
         self._rng.load_state_dict(state_dict)
+        self._steps.load_state_dict(state_dict)
 
-    def _close_cache(self) -> None:
-        if self._cache is not None:
-            self._cache.close()
-            self._cache = None
+    def _leave(self) -> None:
+        self._cache.close()
+        self._steps.end()
+        self._modes.restore()

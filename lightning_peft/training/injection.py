@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from ..core.adapted_module import adapters
@@ -17,7 +16,8 @@ from ..core.method import Method
 from ..core.weight_backup import check_not_merged
 from ..structure.base_model import base_modules, base_parameters
 from .lightning_api import spawns_processes
-from .module_hooks import call_after
+from .lightning_namespace import is_instance, overrides
+from .module_hooks import call_after, unwrap_hook
 
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 
@@ -53,16 +53,23 @@ def inject_once_built(
             "apply(module) before fit."
         )
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    averaging = next((index for index, c in enumerate(callbacks) if isinstance(c, _AVERAGING)), None)
+    averaging = next((index for index, c in enumerate(callbacks) if is_instance(c, *_AVERAGING)), None)
     if averaging is not None and averaging < callbacks.index(callback):
         raise ValueError("Weight averaging copies the module in its own setup; list PEFTStrategy before it.")
-    builds = is_overridden("configure_model", module)
+    builds = overrides(module, "configure_model")
     if averaging is not None and builds:
         module.configure_model()  # else what averaging copies next has no network
-    elif builds or is_overridden("setup", module):
+    elif builds or overrides(module, "setup"):
         call_after(module, "configure_model" if builds else "setup", apply)
         return
     apply(module)
+
+
+def forget_injection(module: pl.LightningModule | None) -> None:
+    """Have nothing injected later where a Trainer failed before the module's network was built."""
+    if module is not None:
+        unwrap_hook(module, "configure_model")
+        unwrap_hook(module, "setup")
 
 
 def as_methods(method: Method | Sequence[Method] | None) -> list[Method]:

@@ -12,6 +12,8 @@ from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
+from .lightning_namespace import is_instance
+
 # Keys of a checkpoint under which the arguments of its module stand, and the entry that says what builds it of them.
 SAVED_ARGUMENTS = (*CHECKPOINT_PAST_HPARAMS_KEYS, pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY)
 INSTANTIATOR = "_instantiator"
@@ -20,7 +22,7 @@ OWN_INSTANTIATORS = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightn
 
 def spawns_processes(trainer: pl.Trainer) -> bool:
     """Whether training runs in processes that hand no module back."""
-    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+    return is_instance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def trainer_of(module: pl.LightningModule) -> pl.Trainer | None:

@@ -16,9 +16,9 @@ def wrap_hook(module: pl.LightningModule, hook: str, around: Callable[..., Any])
     Copies of the module keep the wrapped hook, bound to themselves. A second call replaces the first.
     """
     previous: Any = module.__dict__.get(hook)
-    if isinstance(previous, types.MethodType):
+    if isinstance(previous, types.MethodType) and previous.__self__ is module:
         previous = getattr(previous.__func__, "_peft_original", previous.__func__)
-    elif previous is not None:  # a function that was put on the instance knows no self
+    elif previous is not None:  # put on the instance: a function, or the method of another object
         previous = functools.partial(_without_self, previous)
 
     def wrapped(self: pl.LightningModule, *args: Any, **kwargs: Any) -> Any:
@@ -32,9 +32,16 @@ def wrap_hook(module: pl.LightningModule, hook: str, around: Callable[..., Any])
 
 
 def unwrap_hook(module: pl.LightningModule, hook: str) -> None:
-    """Undo ``wrap_hook``."""
-    original = module.__dict__.pop(hook).__func__._peft_original
-    if original is not None:
+    """Undo ``wrap_hook`` where it was called."""
+    function: Any = getattr(module.__dict__.get(hook), "__func__", None)
+    if not hasattr(function, "_peft_original"):
+        return
+    original = function._peft_original
+    if original is None:
+        del module.__dict__[hook]
+    elif isinstance(original, functools.partial):
+        module.__dict__[hook] = original.args[0]
+    else:
         module.__dict__[hook] = types.MethodType(original, module)
 
 

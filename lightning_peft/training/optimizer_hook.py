@@ -11,31 +11,51 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..core.adapted_module import adapters
 from .module_hooks import wrap_hook
-from .param_groups import apply_factors, check_groups, freeze, group_rule, patched_add_param_group
+from .param_groups import apply_factors, check_groups, group_rule, parameters_of, patched_add_param_group
+from .plain_module import check_still_adapted
+from .trained_parameters import TrainedParameters
 
 _FUSIBLE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
-def install_optimizer_hook(module: pl.LightningModule, lr_factors: dict[str, float], no_decay: Sequence[str]) -> None:
+def install_optimizer_hook(
+    module: pl.LightningModule,
+    lr_factors: dict[str, float],
+    no_decay: Sequence[str],
+    trained: TrainedParameters,
+) -> None:
     """Wrap ``configure_optimizers``, so that optimizers hold exactly what trains, in groups by factor and decay.
 
     Args:
         module: Module whose hook is wrapped.
         lr_factors: Factors of the learning rate by glob or name of a method; a factor of 0 freezes, at once.
         no_decay: Globs of parameter names without weight decay.
+        trained: Compares what requires gradients before ``configure_optimizers`` and after it.
 
     Raises:
         ValueError: The pattern of a factor of 0 matches no parameter.
     """
     if 0 in lr_factors.values():
-        freeze(module, [pattern for pattern, factor in lr_factors.items() if factor == 0])
+        for pattern in [pattern for pattern, factor in lr_factors.items() if factor == 0]:
+            for parameter in parameters_of(module, pattern):
+                parameter.requires_grad_(False)
         lr_factors = {pattern: factor for pattern, factor in lr_factors.items() if factor != 0}
 
+    had_adapters = any(adapters(module))
+
     def configure(module: pl.LightningModule, original: Callable[..., Any]) -> Any:
+        check_still_adapted(module, had_adapters)
+        trained.note(module)
         rule = group_rule(module, lr_factors, no_decay) if lr_factors or no_decay else None
         with nullcontext() if rule is None else patched_add_param_group(rule):
-            result = original()
+            try:
+                result = original()
+            except ValueError:  # torch refuses an optimizer without parameters
+                trained.check_flags(module)
+                raise
+        trained.check_flags(module)
         optimizers = optimizers_in(result)
         keep_trainable(optimizers, module)
         fuse(optimizers)

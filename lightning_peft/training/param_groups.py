@@ -16,13 +16,10 @@ from ..structure.base_model import ADAPTERS_ATTRIBUTE, matches
 Rule = Callable[[Tensor], dict[str, float]]  # the special settings of a parameter's group: lr_factor, weight_decay
 
 
-def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
-    """Freeze parameters by globs of their names, or by the names of methods."""
+def parameters_of(module: nn.Module, pattern: str) -> list[nn.Parameter]:
+    """Return parameters by a glob of their names, or by the name of a method; a ``ValueError`` if there are none."""
     parameters = {strip_wrapper_names(name): p for name, p in module.named_parameters()}
-    by_method = _names_by_method(module)
-    for pattern in patterns:
-        for parameter in _matching(pattern, parameters, by_method):
-            parameter.requires_grad_(False)
+    return _matching(pattern, parameters, _names_by_method(module))
 
 
 def group_rule(module: nn.Module, lr_factors: dict[str, float], no_decay: Sequence[str]) -> Rule:

@@ -5,9 +5,15 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import lightning.pytorch as pl
+from torch import nn
+
+from ..core.adapted_module import adapters
+from ..core.inject import detach
 from .lightning_api import INSTANTIATOR, OWN_INSTANTIATORS, SAVED_ARGUMENTS
 
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -35,6 +41,43 @@ def check_saved_arguments(checkpoint: Mapping[str, Any]) -> None:
             f"a file must not choose what runs. Build the module yourself and use lightning_peft.load_adapter."
         )
     check_names(arguments)
+
+
+def leave_out_modules(module: pl.LightningModule, checkpoint: dict[str, Any], said: set[str]) -> None:
+    """Take networks out of the saved arguments, with each of which all of its weights would be pickled.
+
+    Args:
+        module: The module that is saved.
+        checkpoint: Its checkpoint.
+        said: Names of arguments that were warned of; new ones are added.
+    """
+    saved = checkpoint.get(module.CHECKPOINT_HYPER_PARAMS_KEY)
+    if not isinstance(saved, dict) or not (names := [name for name, value in saved.items() if _holds_module(value)]):
+        return
+    checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = {k: v for k, v in saved.items() if k not in names}
+    if not said.issuperset(names):
+        said.update(names)
+        given = ", ".join(f"{name}=..." for name in names)
+        warnings.warn(
+            f"The checkpoint holds weights that train, and would hold whole networks among the arguments of "
+            f"{type(module).__name__}: {', '.join(names)} are left out. There, write "
+            f"self.save_hyperparameters(ignore={names}). "
+            f"Give them when you load: load_from_checkpoint({type(module).__name__}, path, {given}).",
+            stacklevel=2,
+        )
+
+
+def take_adapters_out(checkpoint: Mapping[str, Any]) -> None:
+    """Make networks among saved arguments plain ones; checkpoints of earlier versions hold them with their adapters."""
+    for network in (v for v in checkpoint.get(SAVED_ARGUMENTS[-1], {}).values() if isinstance(v, nn.Module)):
+        if any(adapters(network)):
+            detach(network).requires_grad_(True)
+
+
+def _holds_module(value: Any) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        return any(map(_holds_module, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, nn.Module)
 
 
 def check_names(arguments: Any) -> None:

@@ -235,7 +235,7 @@ def test_a_trained_parameter_without_a_gradient_is_named():
             super().__init__()
             self.spare = nn.Linear(32, 32)
 
-    with pytest.raises(ValueError, match=r"2 trained parameters got no gradient in the first step: spare\.weight"):
+    with pytest.warns(UserWarning, match=r"2 trained parameters got no gradient in 4 steps: spare\.weight"):
         trainer(strategy(also_train=["spare"])).fit(Unused(), data())
 
 
@@ -392,9 +392,10 @@ def test_a_run_without_a_last_step_trains():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda strategy: pickle.loads(pickle.dumps(strategy))])
 def test_the_callback_can_be_copied_and_its_checkpoint_keeps_its_keys(copied):
     strategy = copied(lp.PEFTStrategy(lp.LoRA(rank=2), show_summary=False))
-    assert type(strategy).__bases__ == (pl.Callback,)
+    assert type(strategy) is lp.PEFTStrategy
+    assert type(strategy).__bases__[0] is pl.Callback  # after it, the Callback of another name space, if imported
     net, tuner = module(), trainer(strategy)
     tuner.fit(net, data())
     assert lp.summary(net).trainable > 0
     assert tuner._checkpoint_connector.dump_checkpoint()["callbacks"].keys() == {"PEFTStrategy"}
-    assert strategy.state_dict().keys() == {"states", "mid_epoch", "quantize"}
+    assert strategy.state_dict().keys() == {"states", "mid_epoch", "steps", "quantize"}

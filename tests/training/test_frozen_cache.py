@@ -271,7 +271,7 @@ def test_only_what_is_used_is_kept():
 
     class Look(pl.Callback):
         def on_train_epoch_end(self, tuner, net):
-            cache = tuner.callbacks[0]._cache
+            cache = tuner.callbacks[0]._cache.cache
             found.append([(cache.index.calls[call].name, leaf) for call, leaf in cache.index.needed])
             assert cache.index.store.size == 16 * 7 * WIDTH * 4
 

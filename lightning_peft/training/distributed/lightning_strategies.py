@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from ...checkpoints.adapter_state import frozen_names
 from ...core.adapted_module import adapters, disable_fast_path
 from ...core.injection_record import active_methods, adapters_of, require_record
+from ..lightning_namespace import is_instance
 from .base_consistency import check_one_base
 from .fsdp1 import FSDP1Strategy
 from .fsdp2 import FSDP2Strategy
@@ -34,12 +35,12 @@ def prepare_strategy(strategy: Strategy, full_checkpoint: bool, lr_factors: Mapp
         TypeError: The strategy would shard adapters with the base that they belong to.
         ValueError: DeepSpeed runs in a mode in which adapters would be lost.
     """
-    if isinstance(strategy, FSDPStrategy) and not isinstance(strategy, FSDP1Strategy):
+    if is_instance(strategy, FSDPStrategy) and not isinstance(strategy, FSDP1Strategy):
         raise TypeError(
             "FSDPStrategy flattens adapters together with the frozen base. Use lightning_peft.FSDP2Strategy(), or "
-            "FSDP1Strategy() where FSDP2 is not at hand."
+            "FSDP1Strategy() where FSDP2 is not at hand; both are for the Trainer of `import lightning`."
         )
-    if not isinstance(strategy, DeepSpeedStrategy):
+    if not is_instance(strategy, DeepSpeedStrategy):
         return
     if strategy.zero_stage_3:
         raise ValueError(
@@ -62,11 +63,11 @@ def start_strategy(strategy: Strategy, module: nn.Module) -> None:
         ValueError: The processes' bases differ, nobody would average gradients, or a method adds a penalty whose
             gradients DeepSpeed would not take.
     """
-    if isinstance(strategy, DDPStrategy):  # DeepSpeed's is one as well
+    if is_instance(strategy, DDPStrategy):  # DeepSpeed's is one as well
         check_one_base(module)
-    if isinstance(strategy, DeepSpeedStrategy):
+    if is_instance(strategy, DeepSpeedStrategy):
         _start_deepspeed(strategy, module)
-    elif isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):
+    elif is_instance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):
         _check_averaging(strategy, module)
 
 
@@ -80,9 +81,9 @@ def start_evaluation(strategy: Strategy, module: nn.Module, within_fit: bool) ->
         module: The module that is evaluated.
         within_fit: Whether this is the validation of a fit.
     """
-    if isinstance(strategy, DDPStrategy) and not within_fit:
+    if is_instance(strategy, DDPStrategy) and not within_fit:
         check_one_base(module)
-    if isinstance(strategy, DeepSpeedStrategy):
+    if is_instance(strategy, DeepSpeedStrategy):
         disable_fast_path(module.modules())
 
 

@@ -1,5 +1,5 @@
 """The frozen trunk, which runs before anything that trains, is computed once for each row and skipped from then on."""
 
-from .cache import FrozenCache
+from .cached_training import CachedTraining
 
-__all__ = ["FrozenCache"]
+__all__ = ["CachedTraining"]

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 from ..distributed.lightning_strategies import SHARDING
 from ..lightning_api import is_compiled
+from ..lightning_namespace import is_instance
 from .cached_step import CachedStep, Replay
 from .first_step import check_first_step
 from .frozen_parts import Trunk
@@ -44,7 +45,7 @@ class FrozenCache:
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, folder: str | None = None) -> None:
-        if isinstance(trainer.strategy, SHARDING):
+        if is_instance(trainer.strategy, *SHARDING):
             raise TypeError("cache_frozen=True works on whole models, and the Trainer's strategy shards; use ddp.")
         if is_compiled(module):
             raise TypeError("The module is compiled, and cache_frozen=True cuts parts of it out; do not compile it.")

@@ -131,7 +131,7 @@ class WithSpare(Task):
 def test_what_goes_wrong_in_parallel_is_told_in_every_process():
     for errors in together(odd_ones):
         assert "The frozen base of process 1 is not that of process 0" in errors[0]
-        assert "2 trained parameters got no gradient in the first step: spare.weight, spare.bias" in errors[1]
+        assert "2 trained parameters got no gradient in 1 steps: spare.weight, spare.bias" in errors[1]
 
 
 @pytest.mark.slow
