@@ -149,6 +149,7 @@ def load_from_checkpoint(
 
 
 def _read(path: str | os.PathLike[str], weights_only: bool) -> dict[str, Any]:
+    checkpoint: dict[str, Any]
     try:
         checkpoint = read_torch_file(path) if weights_only else torch.load(path, map_location="cpu", weights_only=False)
     except ValueError as error:
