@@ -14,6 +14,7 @@ from ..structure.base_model import base_modules, base_parameters
 from ..structure.bitsandbytes_api import check_not_repacked, keep_differentiable
 from ..structure.selection import select_parameters
 from ..structure.structure_of import measure, structure_of
+from .active_on_host import activate_here, persistent_keys
 from .adapted_module import (
     active_adapters,
     adapters,
@@ -158,7 +159,11 @@ class InjectionPlan:
 
     def apply(self) -> nn.Module:
         """Freeze the base but for what trains, and attach the adapters."""
-        self.record.add(self.methods, self.also_train, self.trained, self.active)
+        local, names = self.record.local, [method.name for method in self.methods]
+        by_default = not self.active or local.sets_default()
+        orders = {id(host): (host, persistent_keys(host)) for _, host, *_ in adapters(self.model)}
+        active = (*self.record.active, *names)
+        self.record.add(self.methods, self.also_train, self.trained, self.active, by_default)
         set_record(self.model, self.record)
         trained = set(self.record.trained)
         for name, parameter in base_parameters(self.model).items():
@@ -166,7 +171,10 @@ class InjectionPlan:
         for _, host, key, adapter in self.placements:
             if not self.active:
                 adapter.requires_grad_(False)
-            attach(host, key, adapter, self.active)
+            attach(host, key, adapter, self.active and by_default, local)
+            orders[id(host)] = host, (*orders.get(id(host), (host, ()))[1], key)
+        if not by_default:
+            activate_here(active, orders.values(), local)
         if (mesh := self._mesh()) is not None:
             shard_adapters(self.model, mesh)
         disable_fast_path(self.modules.values())

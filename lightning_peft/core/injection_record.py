@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .active_set import LocalActiveSet
 from .adapted_module import adapters, method_name
 from .adapter import Adapter
 from .fingerprint import Merged
@@ -24,14 +25,15 @@ class InjectionRecord:
 
     * Method names are unique. Every adapter in the model belongs to one method: its key on the host is the method's
       name and, where it serves a part, a suffix.
-    * ``active`` lists names of methods or of groups, inner before outer. The adapters of active methods are exactly
-      those in the ``peft_order`` of their hosts, unless the record is paused or merged.
+    * ``default`` lists names of methods or of groups, inner before outer, that are active in threads and tasks which
+      have activated nothing themselves. Their adapters are those in the ``peft_order`` of their hosts, unless merged.
+      ``local`` has what a thread or task has activated itself; ``active`` are the names that count where it is read.
     * ``method_groups`` maps a name to the names of several methods that are added, activated and saved together; the
       first of them has the group's name.
-    * ``trained`` are the names of parameters of the base that train. They, and the parameters of active adapters, are
-      exactly those with ``requires_grad``.
-    * The record that ``around`` returns shares ``methods``, ``active`` and ``method_groups`` with the inner record,
-      so these are changed in place.
+    * ``trained`` are the names of parameters of the base that train. They, and the parameters of adapters that are
+      active by default, are exactly those with ``requires_grad``, which a parameter has for all threads.
+    * The record that ``around`` returns shares ``methods``, ``default``, ``local`` and ``method_groups`` with the inner
+      record, so these are changed in place.
     * ``required_grad`` remembers ``requires_grad`` of each parameter of the base before the injection, for ``detach``.
 
     Args:
@@ -39,9 +41,9 @@ class InjectionRecord:
         also_train: Patterns that were given to ``inject``.
         trained: Names of base parameters that train, in the model's order.
         required_grad: ``requires_grad`` of base parameters before the injection.
-        active: Names of the active methods and groups.
+        default: Names of the methods and groups that are active by default.
+        local: What threads and tasks have activated for themselves; the hosts share it.
         method_groups: Names of methods by the name of their group.
-        paused: Whether no adapter is active, inside ``disabled`` or ``row_adapters``.
         merged: Fingerprints while adapters are merged into the base's weights, else None.
         untrained: Whether no adapter was trained or loaded yet.
         shows_base: Whether ``state_dict()`` includes the frozen base although a hook leaves it out.
@@ -51,9 +53,9 @@ class InjectionRecord:
     also_train: list[str] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)
     required_grad: dict[str, bool] = field(default_factory=dict)
-    active: list[str] = field(default_factory=list)
+    default: list[str] = field(default_factory=list)
+    local: LocalActiveSet = field(default_factory=LocalActiveSet)
     method_groups: dict[str, list[str]] = field(default_factory=dict)
-    paused: bool = False
     merged: Merged | None = None
     untrained: bool = True
     shows_base: bool = False
@@ -69,7 +71,8 @@ class InjectionRecord:
         shared = inner[0] if len(inner) == 1 else None
         return cls(
             methods=shared.methods if shared else [method for record in inner for method in record.methods],
-            active=shared.active if shared else [name for record in inner for name in record.active],
+            default=shared.default if shared else [name for record in inner for name in record.default],
+            local=shared.local if shared else LocalActiveSet(),
             method_groups=shared.method_groups if shared else {k: v for r in inner for k, v in r.method_groups.items()},
             also_train=[pattern for record in inner for pattern in record.also_train],
             trained=[name for name, parameter in base.items() if parameter.requires_grad],
@@ -77,15 +80,29 @@ class InjectionRecord:
         )
 
     @property
+    def active(self) -> list[str]:
+        """Names of the methods and groups that are active in this thread and task, whether it is paused or not."""
+        chosen = self.local.get()
+        return self.default if chosen is None or chosen.names is None else list(chosen.names)
+
+    @property
+    def paused(self) -> bool:
+        """Whether this thread and task is inside of ``disabled`` or ``row_adapters``."""
+        chosen = self.local.get()
+        return chosen is not None and chosen.paused
+
+    @property
     def switched(self) -> bool:
         """Whether adapters are inactive, were put into another order, or share a group's name."""
         return bool(self.method_groups) or self.active != [method.name for method in self.methods]
 
-    def add(self, methods: Sequence[Method], also_train: Sequence[str], trained: set[str], active: bool) -> None:
+    def add(
+        self, methods: Sequence[Method], also_train: Sequence[str], trained: set[str], active: bool, by_default: bool
+    ) -> None:
         """Add methods that were injected together; inactive ones form a group under the name of the first."""
         self.methods += methods
         if active:
-            self.active += [method.name for method in methods]
+            self.default += [method.name for method in methods if by_default]
             self.also_train += also_train
         elif len(methods) > 1:
             self.method_groups[methods[0].name] = [method.name for method in methods]
@@ -96,14 +113,14 @@ class InjectionRecord:
         removed = methods_named(self, name)
         self.methods[:] = [method for method in self.methods if method not in removed]
         self.method_groups.pop(name, None)
-        self.active[:] = [active for active in self.active if active != name]
+        self.default[:] = [active for active in self.default if active != name]
 
     def _members(self, name: str) -> list[Method]:
         return [method for method in self.methods if method.name in self.method_groups.get(name, [name])]
 
-    def set_active(self, names: Sequence[str]) -> None:
-        """Set the names of the active methods and groups, inner before outer."""
-        self.active[:] = names
+    def set_default(self, names: Sequence[str]) -> None:
+        """Set the names of the methods and groups that are active by default, inner before outer."""
+        self.default[:] = names
 
     def restore(self, methods: Sequence[Method], method_groups: Mapping[str, Sequence[str]]) -> None:
         """Set the methods, in their order, and the groups to those that a file describes."""
@@ -122,15 +139,7 @@ class InjectionRecord:
     def set_merged(self, merged: Merged | None) -> None:
         """Record that active adapters were merged into the base's weights; None records that they were unmerged."""
         self.merged = merged
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Context in which no adapter counts as active and none can be added or removed."""
-        before, self.paused = self.paused, True
-        try:
-            yield
-        finally:
-            self.paused = before
+        self.local.merged = None if merged is None else tuple(self.active)
 
     @contextmanager
     def show_base(self) -> Iterator[None]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from ..structure.base_model import count_owners, own_tensors
 from ..structure.selection import select_parameters
+from .active_on_host import active_alone, active_keys
 from .adapter import Adapter, Call, parameter_like
 from .method import Method
 from .per_row import BatchableLayerAdapter
@@ -23,7 +23,7 @@ COPIES_ATTRIBUTE = "own"  # child of an adapter that holds the copies; adapter f
 
 @dataclass(frozen=True, kw_only=True)
 class OwnParameters(Method):
-    """Trains copies of parameters, which replace the base's while the host is called: y = host(x; copies).
+    """Trains copies of parameters, which whoever reads the base's gets while they are active: y = host(x; copies).
 
     ``also_train`` trains the base itself; here the base stays as it is, so that several tasks can each have a head side
     by side, and ``disabled`` gives the base. Copies start from the base's values.
@@ -48,7 +48,10 @@ class OwnParameters(Method):
 
 
 class OwnTensors(BatchableLayerAdapter, Adapter):
-    """Replaces parameters of its host, and its buffers (statistics of a norm), during each call.
+    """Stands for parameters of its host, and for its buffers (statistics of a norm), wherever they are read.
+
+    The host's own are never touched: its class has properties that return the copies while this adapter is active, in
+    the types of those that they replace.
 
     Args:
         host: Module that holds the parameters itself.
@@ -66,6 +69,7 @@ class OwnTensors(BatchableLayerAdapter, Adapter):
         for name, buffer in host.named_buffers(recurse=False):
             if name not in host._non_persistent_buffers_set:
                 self.own.register_buffer(name, torch.empty_like(buffer))
+        self.replaced_tensors = tuple(name for name, _ in self._values())
         self.reset_parameters(host)
 
     @torch.no_grad()
@@ -83,25 +87,24 @@ class OwnTensors(BatchableLayerAdapter, Adapter):
     def _values(self) -> Iterator[tuple[str, Tensor]]:
         return itertools.chain(self.own.named_parameters(), self.own.named_buffers())
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OwnTensors:
+        super()._apply(fn, recurse)
+        for name, buffer in self.own.named_buffers():  # in the type of the host's: forward changes them in place
+            self.own._buffers[name] = fn(buffer)
+        return self
+
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
-        with self.swapped_in(host):
+        if any(host._modules["peft"]._modules[key] is self for key in active_keys(host)):
+            return inner(*args, **kwargs)
+        with active_alone(host, self):  # for the rows of a batch that have these parameters
             return inner(*args, **kwargs)
 
-    @contextmanager
-    def swapped_in(self, host: Any) -> Iterator[None]:
-        """Context in which the host holds the copies, cast to its types; buffers that change are copied back."""
-        parameters, buffers, before = dict(host._parameters), dict(host._buffers), own_tensors(host)
-        cast = {name: value.to(before[name].dtype) for name, value in self._values()}
-        host._parameters.update({name: cast[name] for name in self.own._parameters})
-        host._buffers.update({name: cast[name] for name in self.own._buffers})
-        try:
-            yield
-        finally:
-            host._parameters.update(parameters)
-            host._buffers.update(buffers)
-            for name, buffer in self.own.named_buffers():
-                if buffer is not cast[name]:
-                    buffer.copy_(cast[name])
+    def replacement(self, name: str, stored: Tensor) -> Tensor:
+        parameter = self.own._parameters.get(name)
+        return self.own._buffers[name] if parameter is None else parameter.to(stored.dtype)  # type: ignore[return-value]
+
+    def assign_replacement(self, name: str, value: Tensor) -> None:
+        self.own._buffers[name] = value
 
     @torch.no_grad()
     def merge(self, host: Any) -> None:
