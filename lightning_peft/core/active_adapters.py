@@ -14,11 +14,9 @@ from .active_set import Keys, LocalActiveSet
 from .adapted_module import (
     AdaptedModule,
     adapters,
-    disable_fast_path,
     list_base_modules,
     method_name,
     remove,
-    restore_fast_path,
     set_active,
 )
 from .checks import check_shared_host
@@ -79,13 +77,12 @@ def activate(model: nn.Module, *names: str) -> nn.Module:
         return model
     active_ids = {id(adapter) for *_, adapter in chosen}
     locals_: set[LocalActiveSet] = {record.local}
-    host: Any
     for _, host, _, adapter in attached:
         # Temporary adapters go outermost: they watch or replace the call of the host with all of its adapters.
         set_active(host, orders.get(id(host), ()) + temporary_adapters(host))
         adapter.invalidate_cache()
         adapter.requires_grad_(id(adapter) in active_ids)
-        locals_.add(host.peft_local)
+        locals_.add(vars(host)["peft_local"])
     for local in locals_:
         local.set(None)
     record.set_default(names)
@@ -161,11 +158,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
             f"{trained[0]} trains in the base itself, whose first values are not kept: none to go back to."
         )
     with inactive(module for module in list_base_modules(model) if isinstance(module, AdaptedModule)):
-        hooked = [module for module in model.modules() if restore_fast_path(module)]
-        try:
-            yield
-        finally:
-            disable_fast_path(hooked)
+        yield
 
 
 def trained_by(model: nn.Module, methods: Iterable[Method]) -> list[str]:

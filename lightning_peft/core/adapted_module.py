@@ -8,15 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from ..ops.torch_api import hooks, remove_hooks
 from ..structure.base_model import ADAPTERS_ATTRIBUTE, holds_adapters
 from ..structure.read_weights import read_bias_attribute, read_weight_attribute
 from .active_on_host import active_keys, called_adapters, current_tensor, inactive, owner_of
 from .active_set import LocalActiveSet
 from .adapter import Adapter, InnerCall
-
-# Modules of torch that read the weights of their children in eval mode, or pack padded input into nested tensors.
-_READERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+from .fast_path import AdapterDict
 
 _ORDER = "peft_order"  # attribute of hosts
 
@@ -160,7 +157,7 @@ def attach(host: Any, key: str, adapter: Adapter, active: bool = True, local: Lo
     if not isinstance(host, AdaptedModule):
         if not can_hold_adapters(host):
             raise TypeError(f"{type(host).__name__} has an attribute 'peft' or 'peft_order' of its own.")
-        host.peft, host.peft_order = nn.ModuleDict(), ()
+        host.peft, host.peft_order = AdapterDict(host), ()
         cls: Any = type(host)
         host.__class__ = adapted_class(cls, frozenset())
     if local is not None and host.peft_local is None:
@@ -195,35 +192,3 @@ def remove(host: Any, key: str) -> None:
         del host.peft, host.peft_order
         for name in ("peft_local", "peft_number"):
             vars(host).pop(name, None)
-
-
-def disable_fast_path(modules: Iterable[nn.Module]) -> None:
-    """Keep torch's encoders from bypassing adapted children in eval mode.
-
-    Unless a hook is registered, encoder layers read the weights of their children and do not call them. The encoder
-    packs padded rows into nested tensors, for which torch's attention runs a fused kernel that has no gradient.
-    """
-    for module in modules:
-        if not isinstance(module, _READERS) or not any(adapters(module)):
-            continue
-        if isinstance(module, nn.TransformerEncoder):
-            if module.use_nested_tensor:
-                module.use_nested_tensor = False
-                module.register_forward_pre_hook(_nested_tensor_was_on)
-        elif _noop_hook not in hooks(module, "forward_pre").values():
-            module.register_forward_pre_hook(_noop_hook)
-
-
-def restore_fast_path(module: nn.Module) -> bool:
-    """Undo ``disable_fast_path``; return whether it had been disabled."""
-    if nested := remove_hooks(module, "forward_pre", _nested_tensor_was_on):
-        module.use_nested_tensor = True  # type: ignore[assignment]
-    return remove_hooks(module, "forward_pre", _noop_hook) or nested
-
-
-def _noop_hook(module: nn.Module, args: Any) -> None:
-    """Change nothing; torch skips its fast path where any hook is registered."""
-
-
-def _nested_tensor_was_on(module: nn.Module, args: Any) -> None:
-    """Change nothing; its registration records, through copies and files, that ``use_nested_tensor`` was True."""

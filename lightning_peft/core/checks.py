@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..structure.base_model import computed_from, matches
+from ..structure.base_model import computed_from, matches, stored_parameter
 from ..structure.fused_rows import requested_rows
 from ..structure.layer_of import layer_of
 from ..structure.original_weight import original_of
@@ -30,7 +30,7 @@ def check_trainable(model: nn.Module, name: str) -> None:
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
     quantized = original_of(module, key) is not None or (key == "weight" and is_quantized(module))
-    if quantized or not model.get_parameter(name).is_floating_point():
+    if quantized or not stored_parameter(model, name).is_floating_point():
         raise TypeError(f"{name} is stored in few bits and cannot train; leave it out, or dequantize it.")
 
 

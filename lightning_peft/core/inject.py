@@ -19,15 +19,14 @@ from .adapted_module import (
     active_adapters,
     adapters,
     attach,
-    disable_fast_path,
     remove,
     replaced_names,
-    restore_fast_path,
 )
 from .check_keys import check_keys_differ, check_names
 from .checks import check_host, check_not_read, check_shared_host, check_trainable
 from .coverage import warn_of_untouched_blocks
 from .detach_hooks import run_detach_hooks
+from .fast_path import disable_fast_path, restore_fast_path
 from .injection_record import InjectionRecord, check_not_paused, get_record, set_record
 from .method import Method
 from .placements import Placement, copies_of, placements_of

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..structure.base_model import count_owners, own_tensors
+from ..structure.base_model import count_owners, own_tensors, stored_parameter
 from ..structure.selection import select_parameters
 from .active_on_host import active_alone, active_keys
 from .adapter import Adapter, Call, parameter_like
@@ -40,7 +40,7 @@ class OwnParameters(Method):
         by_host, owners = defaultdict[str, list[str]](list), count_owners(model)
         for name in select_parameters(model, self.targets):
             owner, _, key = name.rpartition(".")
-            if owners[id(model.get_parameter(name))] > 1:
+            if owners[id(stored_parameter(model, name))] > 1:
                 raise ValueError(f"{name} is shared with another module, which would go on without the copy; untie it.")
             by_host[owner].append(key)
         for owner, keys in by_host.items():
@@ -64,7 +64,7 @@ class OwnTensors(BatchableLayerAdapter, Adapter):
         super().__init__()
         self.replaces, self.own = tuple(names), nn.Module()
         for name in names:
-            base = host.get_parameter(name)
+            base = stored_parameter(host, name)
             self.own.register_parameter(name, parameter_like(base, *base.shape))
         for name, buffer in host.named_buffers(recurse=False):
             if name not in host._non_persistent_buffers_set:
