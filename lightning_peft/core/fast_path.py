@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,7 +31,7 @@ class AdapterDict(nn.ModuleDict):
         return own or ({0: None} if active_keys(self.__dict__["host"]) else own)
 
     @_forward_pre_hooks.setter
-    def _forward_pre_hooks(self, hooks: OrderedDict[int, Any]) -> None:
+    def _forward_pre_hooks(self, hooks: dict[int, Any]) -> None:
         self.__dict__["_own_hooks"] = hooks
 
 
