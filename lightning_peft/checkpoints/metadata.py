@@ -65,11 +65,13 @@ def _inject(model: nn.Module, description: Mapping[str, Any]) -> None:
     by_name = defaultdict[str, list[Method]](list)
     for method in methods:
         by_name[group_of.get(method.name, method.name)].append(method)
-    # Groups that were active go first, in the order that they had at their hosts; the others are added as inactive.
-    if active or description["also_train"]:
-        inject(model, [method for name in active for method in by_name[name]], description["also_train"])
-    for name in by_name.keys() - active:
-        add_inactive(model, by_name[name])
+    # Groups may hold copies of parameters that train in the base as well, so that these are injected apart from them.
+    injected = [name for name in active if name not in groups]
+    if injected or description["also_train"]:
+        inject(model, [method for name in injected for method in by_name[name]], description["also_train"])
+    for name in by_name:
+        if name not in injected:
+            add_inactive(model, by_name[name])
     require_record(model).restore(methods, groups)  # injected group by group, but the file lists another order
     if active and (groups or set(active) != set(by_name)):
         activate(model, *active)

@@ -36,7 +36,8 @@ def check_trainable(model: nn.Module, name: str) -> None:
 
 def check_host(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
     """Raise if an adapter on this host could not work; each case fails silently without this check."""
-    if isinstance(host, nn.modules.linear.NonDynamicallyQuantizableLinear) and not shows_weight(adapter):
+    is_read = isinstance(host, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    if is_read and not (shows_weight(adapter) or adapter.replaces):
         raise TypeError(
             f"{name} belongs to nn.MultiheadAttention, which reads its weight and never calls it; target other layers."
         )

@@ -26,7 +26,7 @@ class AdapterDict(nn.ModuleDict):
         return super().__repr__().replace(type(self).__name__, "ModuleDict", 1)
 
     @property
-    def _forward_pre_hooks(self) -> dict[int, Any]:  # type: ignore[override]
+    def _forward_pre_hooks(self) -> dict[int, Any]:
         own: dict[int, Any] = self.__dict__["_own_hooks"]
         return own or ({0: None} if active_keys(self.__dict__["host"]) else own)
 

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..structure.base_model import base_modules, base_parameters
 from ..structure.bitsandbytes_api import check_not_repacked, keep_differentiable
-from ..structure.selection import select_parameters
+from ..structure.selection import names_of_shared, select_parameters
 from ..structure.structure_of import measure, structure_of
 from .active_on_host import activate_here, persistent_keys
 from .adapted_module import (
@@ -69,6 +69,11 @@ def add_inactive(model: nn.Module, methods: Sequence[Method], also_train: Sequen
     return InjectionPlan.build(model, methods, also_train, active=False).apply()
 
 
+def inject_group(model: nn.Module, methods: Sequence[Method]) -> nn.Module:
+    """Inject methods that are activated together under the name of the first, as copies of parameters beside it."""
+    return InjectionPlan.build(model, methods, (), grouped=True).apply()
+
+
 def detach(model: nn.Module) -> nn.Module:
     """Remove every adapter, restore classes and ``requires_grad``; base parameters that trained keep their values."""
     check_not_paused(get_record(model) or InjectionRecord())
@@ -98,6 +103,7 @@ class InjectionPlan:
         placements: Adapters with their hosts, inner before outer.
         trained: Names of base parameters that will train because of this injection.
         active: Whether the adapters are active from now on.
+        grouped: Whether the methods form a group under the name of the first.
     """
 
     model: nn.Module
@@ -108,10 +114,16 @@ class InjectionPlan:
     placements: list[Placement]
     trained: set[str]
     active: bool
+    grouped: bool
 
     @classmethod
     def build(
-        cls, model: nn.Module, methods: Sequence[Method], also_train: Sequence[str], active: bool = True
+        cls,
+        model: nn.Module,
+        methods: Sequence[Method],
+        also_train: Sequence[str],
+        active: bool = True,
+        grouped: bool = False,
     ) -> InjectionPlan:
         """Return a checked plan."""
         modules = {"": model, **base_modules(model)}
@@ -128,12 +140,15 @@ class InjectionPlan:
         if trained and not active:
             copies = copies_of(model, methods[0].name, trained)
             more = placements_of(model, modules, copies)
-            if extra := replaced_names((placement.name, placement.adapter) for placement in more) - trained:
+            first_names = names_of_shared(model)
+            replaced = replaced_names((placement.name, placement.adapter) for placement in more)
+            if extra := {first_names[name] for name in replaced} - trained:
                 raise ValueError(
                     f"{min(extra)} ends in the name of a parameter that trains and would train too; rename one of them."
                 )
             methods, placements, trained = [*methods, copies], placements + more, set()
-        plan = cls(model, record, modules, methods, also_train, placements, trained, active)
+        grouped = grouped or (not active and len(methods) > 1)
+        plan = cls(model, record, modules, methods, also_train, placements, trained, active, grouped)
         plan.check()
         return plan
 
@@ -144,7 +159,8 @@ class InjectionPlan:
         split, read = self._mesh() is not None, structure_of(self.model).names.get("read", ())
         placed = []
         for name, host, key, adapter in self.placements:
-            check_not_read(host, name, read)
+            if not adapter.replaces:
+                check_not_read(host, name, read)
             check_host(host, name, key, adapter)
             if split:
                 check_tensor_parallel_support(host, name, key, adapter)
@@ -158,11 +174,12 @@ class InjectionPlan:
 
     def apply(self) -> nn.Module:
         """Freeze the base but for what trains, and attach the adapters."""
-        local, names = self.record.local, [method.name for method in self.methods]
-        by_default = not self.active or local.sets_default()
+        local, by_default = self.record.local, not self.active or self.record.local.sets_default()
+        names = [method.name for method in (self.methods[:1] if self.grouped else self.methods)] if self.active else []
         orders = {id(host): (host, persistent_keys(host)) for _, host, *_ in adapters(self.model)}
         active = (*self.record.active, *names)
-        self.record.add(self.methods, self.also_train, self.trained, self.active, by_default)
+        also_train = self.also_train if self.active else ()  # else they are copied
+        self.record.add(self.methods, also_train, self.trained, names if by_default else (), self.grouped)
         set_record(self.model, self.record)
         trained = set(self.record.trained)
         for name, parameter in base_parameters(self.model).items():

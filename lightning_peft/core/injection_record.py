@@ -97,14 +97,18 @@ class InjectionRecord:
         return bool(self.method_groups) or self.active != [method.name for method in self.methods]
 
     def add(
-        self, methods: Sequence[Method], also_train: Sequence[str], trained: set[str], active: bool, by_default: bool
+        self,
+        methods: Sequence[Method],
+        also_train: Sequence[str],
+        trained: set[str],
+        default: Sequence[str],
+        grouped: bool,
     ) -> None:
-        """Add methods that were injected together; inactive ones form a group under the name of the first."""
+        """Add methods that were injected together, and the names of those active by default."""
         self.methods += methods
-        if active:
-            self.default += [method.name for method in methods if by_default]
-            self.also_train += also_train
-        elif len(methods) > 1:
+        self.default += default
+        self.also_train += also_train
+        if grouped:
             self.method_groups[methods[0].name] = [method.name for method in methods]
         self.trained = [name for name in self.required_grad if name in trained or name in self.trained]
 

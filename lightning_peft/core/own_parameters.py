@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..structure.base_model import count_owners, own_tensors, stored_parameter
-from ..structure.selection import select_parameters
+from ..structure.base_model import own_tensors, stored_parameter
+from ..structure.selection import names_of_shared, select_parameter_names
 from .active_on_host import active_alone, active_keys
 from .adapter import Adapter, Call, parameter_like
 from .method import Method
@@ -26,25 +26,38 @@ class OwnParameters(Method):
     """Trains copies of parameters, which whoever reads the base's gets while they are active: y = host(x; copies).
 
     ``also_train`` trains the base itself; here the base stays as it is, so that several tasks can each have a head side
-    by side, and ``disabled`` gives the base. Copies start from the base's values.
+    by side, and ``disabled`` gives the base. Copies start from the base's values. Modules that share a parameter share
+    its copy if targets name all of them.
 
     Args:
         name: Name of the adapters.
         targets: Globs of modules or parameters, or roles.
+        untie: Whether a module that is named alone, and each that is named, gets a copy of a shared parameter for
+            itself; the others go on with the base's.
     """
 
     name: str = "own"
     targets: list[str]
+    untie: bool = False
 
     def adapters(self, model: nn.Module) -> Iterable[tuple[str, Adapter]]:
-        by_host, owners = defaultdict[str, list[str]](list), count_owners(model)
-        for name in select_parameters(model, self.targets):
-            owner, _, key = name.rpartition(".")
-            if owners[id(stored_parameter(model, name))] > 1:
-                raise ValueError(f"{name} is shared with another module, which would go on without the copy; untie it.")
-            by_host[owner].append(key)
-        for owner, keys in by_host.items():
-            yield owner, OwnTensors(model.get_submodule(owner), keys)
+        by_host, named = defaultdict[str, list[str]](list), Counter[str]()
+        first_names = names_of_shared(model)
+        for name in select_parameter_names(model, self.targets):
+            host, _, key = name.rpartition(".")
+            by_host[host].append(key)
+            named[first_names[name]] += 1
+        owners = Counter(first_names.values())
+        if partly := [name for name, count in named.items() if count < owners[name] and not self.untie]:
+            others = [name for name, first_name in first_names.items() if first_name == partly[0]]
+            raise ValueError(
+                f"{partly[0]} is shared with another module, which would go on without the copy: name "
+                f"{' and '.join(others)}, or set untie=True for a copy of what is named alone."
+            )
+        copies: dict[str, nn.Parameter] | None = None if self.untie else {}
+        for host, keys in by_host.items():
+            shared_names = {key: first_names[f"{host}.{key}".lstrip(".")] for key in keys}
+            yield host, OwnTensors(model.get_submodule(host), shared_names, copies)
 
 
 class OwnTensors(BatchableLayerAdapter, Adapter):
@@ -55,17 +68,21 @@ class OwnTensors(BatchableLayerAdapter, Adapter):
 
     Args:
         host: Module that holds the parameters itself.
-        names: Names of these parameters.
+        names: Names of these parameters, with the name that each has in the model.
+        copies: Copies by that name, which modules share that share a parameter; it is added to. None to share nothing.
     """
 
     needs_separate_call = True
 
-    def __init__(self, host: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, host: nn.Module, names: Mapping[str, str], copies: dict[str, nn.Parameter] | None) -> None:
         super().__init__()
         self.replaces, self.own = tuple(names), nn.Module()
-        for name in names:
+        for name, first_name in names.items():
             base = stored_parameter(host, name)
-            self.own.register_parameter(name, parameter_like(base, *base.shape))
+            copied = None if copies is None else copies.get(first_name)
+            self.own.register_parameter(name, parameter_like(base, *base.shape) if copied is None else copied)
+            if copies is not None:
+                copies[first_name] = self.own.get_parameter(name)
         for name, buffer in host.named_buffers(recurse=False):
             if name not in host._non_persistent_buffers_set:
                 self.own.register_buffer(name, torch.empty_like(buffer))

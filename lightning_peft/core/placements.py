@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import nn
 
-from ..structure.selection import Selection, literal, record_selections
+from ..structure.selection import Selection, literal, names_of_shared, record_selections
 from .adapted_module import adapter_key
 from .adapter import Adapter
 from .checks import check_selection
@@ -43,5 +44,10 @@ def placements_of(model: nn.Module, modules: dict[str, nn.Module], method: Metho
 
 
 def copies_of(model: nn.Module, name: str, trained: set[str]) -> Method:
-    """Return a method whose adapters hold copies of these parameters."""
-    return OwnParameters(name=f"{name}_own", targets=[literal(parameter) for parameter in sorted(trained)])
+    """Return a method whose adapters hold copies of these parameters, which modules share that share a parameter."""
+    return own_parameters(name, [each for each, first in names_of_shared(model).items() if first in trained])
+
+
+def own_parameters(name: str, parameters: Iterable[str], untie: bool = False) -> Method:
+    """Return a method whose adapters hold copies of parameters of these very names, beside a method of a name."""
+    return OwnParameters(name=f"{name}_own", targets=[literal(each) for each in sorted(parameters)], untie=untie)

@@ -1,4 +1,4 @@
-"""What gradient checkpointing computes again in backward has the adapters of its forward, wherever backward is called."""
+"""What gradient checkpointing computes again in backward has the adapters of its forward, wherever that is."""
 
 import threading
 
