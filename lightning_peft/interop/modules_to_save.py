@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -77,7 +76,7 @@ def _check_whole(base: Base, module: str, trained: StateDict, hosts: Collection[
     check_supported(
         bool(frozen), f"Training {module}", f"{', '.join(frozen[:3])} in it is frozen, and it saves whole modules"
     )
-    owners = count_owners(base.network) + Counter(id(value) for value in trained.values())  # copies may be tied, too
+    owners = count_owners(base.network)  # of an adapter's copy, the adapters that hold it
     tied = [name for name in parameters if owners[id(trained[join_names(module, name)])] > 1]
     check_supported(bool(tied), f"Training {module}", f"another module shares {', '.join(tied)}")
     check_supported(
