@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..core.active_adapters import activate
+from ..core.check_placed import check_placed
 from ..core.fingerprint import fingerprint, trained_or_replaced_names
 from ..core.inject import add_inactive, inject
 from ..core.injection_record import get_record, require_record
@@ -21,6 +22,7 @@ FORMAT = 1
 def adapter_metadata(model: nn.Module, packed: bool = False, only: Sequence[Method] | None = None) -> dict[str, Any]:
     """Return the methods, settings and base fingerprint of a model as plain data; arguments as in ``adapter_state``."""
     record = require_record(model)
+    check_placed(model)
     methods = record.methods if only is None else only
     description = {
         "format": FORMAT,

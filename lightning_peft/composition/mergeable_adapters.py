@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from ..core.active_on_host import active_keys
 from ..core.adapted_module import adapters
 from ..core.adapter import Adapter
+from ..core.check_placed import check_placed
 from ..core.checks import shows_weight
 from ..core.injection_record import get_record
 from ..structure.base_model import count_owners
@@ -33,6 +34,8 @@ def mergeable_adapters(model: nn.Module, allow_inactive: bool = False) -> list[H
     adapted: list[HostedAdapter] = list(adapters(model))
     if not adapted and get_record(model) is None:
         raise ValueError("There is nothing to merge: no method was injected into this model.")
+    if get_record(model) is not None:
+        check_placed(model)
     inactive = [key for _, host, key, _ in adapted if key not in active_keys(host)]
     if inactive and not allow_inactive:
         raise ValueError(

@@ -19,6 +19,7 @@ from .adapted_module import (
     remove,
     set_active,
 )
+from .check_placed import check_placed
 from .checks import check_shared_host
 from .inject import detach
 from .injection_record import InjectionRecord, adapters_of, check_not_paused, methods_named, require_record
@@ -70,6 +71,7 @@ def activate(model: nn.Module, *names: str) -> nn.Module:
     orders: dict[int, Keys] = {}
     for _, host, key, _ in chosen:
         orders[id(host)] = (*orders.get(id(host), ()), key)
+    check_placed(model)
     attached = list(adapters(model))
     if not by_default:
         hosts = {id(host): host for _, host, *_ in attached}

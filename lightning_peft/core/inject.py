@@ -19,6 +19,7 @@ from .adapted_module import (
     active_adapters,
     adapters,
     attach,
+    method_name,
     remove,
     replaced_names,
 )
@@ -179,7 +180,8 @@ class InjectionPlan:
         orders = {id(host): (host, persistent_keys(host)) for _, host, *_ in adapters(self.model)}
         active = (*self.record.active, *names)
         also_train = self.also_train if self.active else ()  # else they are copied
-        self.record.add(self.methods, also_train, self.trained, names if by_default else (), self.grouped)
+        placed = [(method_name(key, adapter), name) for name, _, key, adapter in self.placements]
+        self.record.add(self.methods, also_train, placed, self.trained, names if by_default else (), self.grouped)
         set_record(self.model, self.record)
         trained = set(self.record.trained)
         for name, parameter in base_parameters(self.model).items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -38,6 +38,7 @@ class InjectionRecord:
 
     Args:
         methods: Methods in the order in which they were injected.
+        placed: Names of the hosts of each method's adapters, by the method's name, as they were at injection.
         also_train: Patterns that were given to ``inject``.
         trained: Names of base parameters that train, in the model's order.
         required_grad: ``requires_grad`` of base parameters before the injection.
@@ -50,6 +51,7 @@ class InjectionRecord:
     """
 
     methods: list[Method] = field(default_factory=list)
+    placed: dict[str, list[str]] = field(default_factory=dict)
     also_train: list[str] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)
     required_grad: dict[str, bool] = field(default_factory=dict)
@@ -71,6 +73,7 @@ class InjectionRecord:
         shared = inner[0] if len(inner) == 1 else None
         return cls(
             methods=shared.methods if shared else [method for record in inner for method in record.methods],
+            placed=shared.placed if shared else {name: hosts for r in inner for name, hosts in r.placed.items()},
             default=shared.default if shared else [name for record in inner for name in record.default],
             local=shared.local if shared else LocalActiveSet(),
             method_groups=shared.method_groups if shared else {k: v for r in inner for k, v in r.method_groups.items()},
@@ -100,12 +103,15 @@ class InjectionRecord:
         self,
         methods: Sequence[Method],
         also_train: Sequence[str],
+        placed: Iterable[tuple[str, str]],
         trained: set[str],
         default: Sequence[str],
         grouped: bool,
     ) -> None:
         """Add methods that were injected together, and the names of those active by default."""
         self.methods += methods
+        for method, host in placed:
+            self.placed.setdefault(method, []).append(host)
         self.default += default
         self.also_train += also_train
         if grouped:
@@ -116,6 +122,8 @@ class InjectionRecord:
         """Remove the methods of a name or group."""
         removed = methods_named(self, name)
         self.methods[:] = [method for method in self.methods if method not in removed]
+        for method in removed:
+            self.placed.pop(method.name, None)
         self.method_groups.pop(name, None)
         self.default[:] = [active for active in self.default if active != name]
 
@@ -182,17 +190,6 @@ def methods_named(record: InjectionRecord, name: str) -> list[Method]:
     if name not in names:
         raise ValueError(f"This model has no adapter named {name!r}; it has {', '.join(map(repr, names))}.")
     return record._members(name)
-
-
-def methods_in_same_group(record: InjectionRecord, method: Method) -> list[Method]:
-    """Return the methods in the group of this one; of a method without a group, all others without a group."""
-    group_of = {member: group for group, names in record.method_groups.items() for member in names}
-    return [member for member in record.methods if group_of.get(member.name) == group_of.get(method.name)]
-
-
-def active_methods(record: InjectionRecord) -> list[Method]:
-    """Return the methods whose adapters are active."""
-    return [method for name in record.active for method in record._members(name)]
 
 
 def adapters_of(model: nn.Module, *methods: Method) -> dict[str, Adapter]:

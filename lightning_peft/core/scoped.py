@@ -95,8 +95,10 @@ def _assign(stacks: Mapping[Any, _Stack] | None) -> None:
     changed = {**(_STACKS.get() or {}), **(stacks or {})}
     _STACKS.set(stacks or None)
     for scoped in changed:
-        stack = (stacks or {}).get(scoped)
-        scoped._of_thread.value = stack[-1][1] if stack else None
+        if stack := (stacks or {}).get(scoped):
+            scoped._of_thread.value = stack[-1][1]
+        else:  # as if it had never been set, so that compiled code need not be compiled again
+            vars(scoped._of_thread).pop("value", None)
 
 
 def _with_stacks_of_now(function: Callable[..., Any]) -> Callable[..., Any]:

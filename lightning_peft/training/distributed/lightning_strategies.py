@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor
 
 from ...checkpoints.adapter_state import frozen_names
 from ...core.adapted_module import adapters
-from ...core.injection_record import active_methods, adapters_of, require_record
+from ...core.injection_record import adapters_of, require_record
+from ...core.method_groups import active_methods
 from ..lightning_namespace import is_instance
 from .base_consistency import check_one_base
 from .fsdp1 import FSDP1Strategy
