@@ -17,10 +17,10 @@ def check_placed(model: nn.Module) -> None:
     counts = Counter(method for method, _ in found)
     for method, hosts in placed.items():
         if counts[method] < len(hosts):
-            names = [name for found_method, name in found if found_method == method]
-            lost = [host for host in hosts if host not in names] or hosts
+            names = [f".{name}" for found_method, name in found if found_method == method]  # of a module around, too
+            lost = [host for host in hosts if not any(name.endswith(f".{host}") for name in names)] or hosts
             raise RuntimeError(
                 f"{method!r} had an adapter on {lost[0]}, which is no longer in the model: the module was replaced "
-                f"after injection, as resize_token_embeddings replaces embeddings and heads, and what its adapter trained is "
-                f"lost. Change the model first, then inject, or load an adapter that was saved before, into it."
+                f"after injection, as resize_token_embeddings replaces embeddings and heads, and what its adapter "
+                f"trained is lost. Change the model first; then inject, or load an adapter that was saved before."
             )

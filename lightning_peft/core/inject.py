@@ -179,7 +179,7 @@ class InjectionPlan:
         names = [method.name for method in (self.methods[:1] if self.grouped else self.methods)] if self.active else []
         orders = {id(host): (host, persistent_keys(host)) for _, host, *_ in adapters(self.model)}
         active = (*self.record.active, *names)
-        also_train = self.also_train if self.active else ()  # else they are copied
+        also_train = self.also_train if self.active else ()  # of inactive ones, copies were made
         placed = [(method_name(key, adapter), name) for name, _, key, adapter in self.placements]
         self.record.add(self.methods, also_train, placed, self.trained, names if by_default else (), self.grouped)
         set_record(self.model, self.record)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from adapter_edits import stir
+from documents import blocks, execute
 from models import MODELS, logits
 from torch import nn
 
@@ -44,6 +45,13 @@ def served(net=None):
         expected[name] = in_thread(lambda name=name: out(lp.activate(net, name)))
     assert len({output.sum().item() for output in expected.values()}) == 9
     return net, expected
+
+
+def test_the_page_on_serving_runs():
+    (text,) = blocks("docs/serving.md", "python")
+    page = execute(text, "serving")
+    for (task, x), answer in zip(page.requests, page.answers, strict=True):
+        assert torch.equal(in_thread(lambda task=task, x=x: page.answer((task, x))), answer)
 
 
 def in_thread(function):
