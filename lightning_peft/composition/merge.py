@@ -13,9 +13,10 @@ from torch import nn
 from ..core.active_adapters import temporary_adapters
 from ..core.active_on_host import inactive
 from ..core.adapted_module import set_active
+from ..core.checks import check_not_paused
 from ..core.fingerprint import Merged, fingerprint, trained_or_replaced_names
 from ..core.inject import detach
-from ..core.injection_record import InjectionRecord, check_not_paused, get_record, require_record
+from ..core.injection_record import InjectionRecord, get_record, require_record
 from ..core.weight_backup import (
     allow_loading,
     changed_hosts,

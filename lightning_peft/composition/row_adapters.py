@@ -13,7 +13,8 @@ from ..core.active_adapters import trained_by
 from ..core.active_on_host import inactive
 from ..core.adapted_module import AdaptedModule, list_base_modules, method_name
 from ..core.adapter import Adapter, Call
-from ..core.injection_record import check_not_paused, methods_named, require_record
+from ..core.checks import check_not_paused
+from ..core.injection_record import methods_named, require_record
 from ..core.per_row import BatchableAdapter, BatchableLayerAdapter
 from ..structure.read_weights import read_weight_attribute
 from .row_dispatch import BatchedLayerCall, BatchedModuleCall, RowAssignment

@@ -20,9 +20,9 @@ from .adapted_module import (
     set_active,
 )
 from .check_placed import check_placed
-from .checks import check_shared_host
+from .checks import check_not_paused, check_shared_host
 from .inject import detach
-from .injection_record import InjectionRecord, adapters_of, check_not_paused, methods_named, require_record
+from .injection_record import InjectionRecord, adapters_of, methods_named, require_record
 from .method import Method
 from .weight_backup import check_not_merged
 

@@ -21,6 +21,7 @@ from ..structure.rows import Rows
 from ..structure.selection import Selection
 from .adapter import Adapter
 from .check_keys import check_keys
+from .injection_record import InjectionRecord
 from .tensor_parallel import is_split
 from .weight_update import WeightUpdate
 
@@ -158,3 +159,11 @@ def check_shared_host(placed: Sequence[tuple[str, Adapter]]) -> None:
                 f"{type(adapter).__name__} at {name} rewrites the whole weight and cannot share it with "
                 f"{type(on_same_rows[0]).__name__}; give the methods different targets."
             )
+
+
+def check_not_paused(record: InjectionRecord) -> None:
+    """Raise where adapters cannot be added, removed or switched now."""
+    if record.merged is not None:
+        raise RuntimeError("Adapters are merged into the weights and cannot change; call unmerge(model) first.")
+    if record.paused:
+        raise RuntimeError("Adapters cannot change while they are inactive: leave disabled() or row_adapters() first.")

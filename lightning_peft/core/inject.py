@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..structure.base_model import base_modules, base_parameters
 from ..structure.bitsandbytes_api import check_not_repacked, keep_differentiable
-from ..structure.selection import names_of_shared, select_parameters
+from ..structure.selection import select_parameters
 from ..structure.structure_of import measure, structure_of
 from .active_on_host import activate_here, persistent_keys
 from .adapted_module import (
@@ -24,11 +24,11 @@ from .adapted_module import (
     replaced_names,
 )
 from .check_keys import check_keys_differ, check_names
-from .checks import check_host, check_not_read, check_shared_host, check_trainable
+from .checks import check_host, check_not_paused, check_not_read, check_shared_host, check_trainable
 from .coverage import warn_of_untouched_blocks
 from .detach_hooks import run_detach_hooks
 from .fast_path import disable_fast_path, restore_fast_path
-from .injection_record import InjectionRecord, check_not_paused, get_record, set_record
+from .injection_record import InjectionRecord, get_record, set_record
 from .method import Method
 from .placements import Placement, copies_of, placements_of
 from .tensor_parallel import check_tensor_parallel_support, mesh_of, shard_adapters
@@ -139,14 +139,7 @@ class InjectionPlan:
         trained.update(select_parameters(model, also_train))
         trained -= replaced_names((placement.name, placement.adapter) for placement in placements)
         if trained and not active:
-            copies = copies_of(model, methods[0].name, trained)
-            more = placements_of(model, modules, copies)
-            first_names = names_of_shared(model)
-            replaced = replaced_names((placement.name, placement.adapter) for placement in more)
-            if extra := {first_names[name] for name in replaced} - trained:
-                raise ValueError(
-                    f"{min(extra)} ends in the name of a parameter that trains and would train too; rename one of them."
-                )
+            copies, more = copies_of(model, modules, methods[0].name, trained)
             methods, placements, trained = [*methods, copies], placements + more, set()
         grouped = grouped or (not active and len(methods) > 1)
         plan = cls(model, record, modules, methods, also_train, placements, trained, active, grouped)
@@ -175,30 +168,35 @@ class InjectionPlan:
 
     def apply(self) -> nn.Module:
         """Freeze the base but for what trains, and attach the adapters."""
-        local, by_default = self.record.local, not self.active or self.record.local.sets_default()
+        by_default = not self.active or self.record.local.sets_default()
         names = [method.name for method in (self.methods[:1] if self.grouped else self.methods)] if self.active else []
-        orders = {id(host): (host, persistent_keys(host)) for _, host, *_ in adapters(self.model)}
         active = (*self.record.active, *names)
-        also_train = self.also_train if self.active else ()  # of inactive ones, copies were made
         placed = [(method_name(key, adapter), name) for name, _, key, adapter in self.placements]
-        self.record.add(self.methods, also_train, placed, self.trained, names if by_default else (), self.grouped)
+        self.record.add(self.methods, placed, names if by_default else (), self.grouped)
+        self.record.add_trained(self.also_train if self.active else (), self.trained)  # else copies train
         set_record(self.model, self.record)
         trained = set(self.record.trained)
         for name, parameter in base_parameters(self.model).items():
             parameter.requires_grad_(name in trained)
-        for _, host, key, adapter in self.placements:
-            if not self.active:
-                adapter.requires_grad_(False)
-            attach(host, key, adapter, self.active and by_default, local)
-            orders[id(host)] = host, (*orders.get(id(host), (host, ()))[1], key)
+        orders = self._attach(by_default)
         if not by_default:
-            activate_here(active, orders.values(), local)
+            activate_here(active, orders, self.record.local)
         if (mesh := self._mesh()) is not None:
             shard_adapters(self.model, mesh)
         disable_fast_path(self.modules.values())
         keep_differentiable(self.modules.values())
         warn_of_untouched_blocks(self.model, self.methods, [placement.name for placement in self.placements])
         return self.model
+
+    def _attach(self, by_default: bool) -> list[tuple[Any, tuple[str, ...]]]:
+        """Attach the adapters; return the hosts of the model with the keys of what is active with them."""
+        orders = {id(host): (host, persistent_keys(host)) for _, host, *_ in adapters(self.model)}
+        for _, host, key, adapter in self.placements:
+            if not self.active:
+                adapter.requires_grad_(False)
+            attach(host, key, adapter, self.active and by_default, self.record.local)
+            orders[id(host)] = host, (*orders.get(id(host), (host, ()))[1], key)
+        return list(orders.values())
 
     def _mesh(self) -> DeviceMesh | None:
         """Return the mesh of tensor parallelism, which needs a process group."""

@@ -100,22 +100,19 @@ class InjectionRecord:
         return bool(self.method_groups) or self.active != [method.name for method in self.methods]
 
     def add(
-        self,
-        methods: Sequence[Method],
-        also_train: Sequence[str],
-        placed: Iterable[tuple[str, str]],
-        trained: set[str],
-        default: Sequence[str],
-        grouped: bool,
+        self, methods: Sequence[Method], placed: Iterable[tuple[str, str]], default: Sequence[str], grouped: bool
     ) -> None:
         """Add methods that were injected together, and the names of those active by default."""
         self.methods += methods
         for method, host in placed:
             self.placed.setdefault(method, []).append(host)
         self.default += default
-        self.also_train += also_train
         if grouped:
             self.method_groups[methods[0].name] = [method.name for method in methods]
+
+    def add_trained(self, also_train: Sequence[str], trained: set[str]) -> None:
+        """Add parameters of the base that train, and the patterns that chose them."""
+        self.also_train += also_train
         self.trained = [name for name in self.required_grad if name in trained or name in self.trained]
 
     def remove(self, name: str) -> None:
@@ -200,11 +197,3 @@ def adapters_of(model: nn.Module, *methods: Method) -> dict[str, Adapter]:
         for name, _, key, adapter in adapters(model)
         if method_name(key, adapter) in names
     }
-
-
-def check_not_paused(record: InjectionRecord) -> None:
-    """Raise where adapters cannot be added, removed or switched now."""
-    if record.merged is not None:
-        raise RuntimeError("Adapters are merged into the weights and cannot change; call unmerge(model) first.")
-    if record.paused:
-        raise RuntimeError("Adapters cannot change while they are inactive: leave disabled() or row_adapters() first.")
