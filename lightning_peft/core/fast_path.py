@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,28 +12,33 @@ from ..structure.base_model import is_adapted
 from .active_on_host import active_keys
 
 
+class _CountsActive(OrderedDict[int, Any]):
+    """Hooks of a module, one more by their number, of which torch asks, while a host has adapters active here."""
+
+    host: Any
+
+    def __len__(self) -> int:
+        return super().__len__() + bool(is_adapted(self.host) and active_keys(self.host))
+
+    def __bool__(self) -> bool:
+        return super().__len__() > 0
+
+
 class AdapterDict(nn.ModuleDict):
     """The adapters of a host.
 
     In evaluation, torch's encoder layers read the weights of their children and do not call them, unless a module
-    below has a hook. While adapters are active in this thread, this shows one, which nobody calls.
+    below has a hook. While adapters are active in this thread, this counts as one that has.
     """
 
     def __init__(self, host: nn.Module) -> None:
-        self.__dict__["host"] = host  # no child of this module
         super().__init__()
+        hooks = _CountsActive()
+        hooks.host = host
+        self._forward_pre_hooks = hooks
 
     def __repr__(self) -> str:
         return super().__repr__().replace(type(self).__name__, "ModuleDict", 1)
-
-    @property
-    def _forward_pre_hooks(self) -> dict[int, Any]:
-        own: dict[int, Any] = self.__dict__["_own_hooks"]
-        return own or ({0: None} if active_keys(self.__dict__["host"]) else own)
-
-    @_forward_pre_hooks.setter
-    def _forward_pre_hooks(self, hooks: dict[int, Any]) -> None:
-        self.__dict__["_own_hooks"] = hooks
 
 
 class PacksRows:
