@@ -12,33 +12,32 @@ from ..structure.base_model import is_adapted
 from .active_on_host import active_keys
 
 
-class _CountsActive(OrderedDict[int, Any]):
-    """Hooks of a module, one more by their number, of which torch asks, while a host has adapters active here."""
-
-    host: Any
-
-    def __len__(self) -> int:
-        return super().__len__() + bool(is_adapted(self.host) and active_keys(self.host))
-
-    def __bool__(self) -> bool:
-        return super().__len__() > 0
-
-
 class AdapterDict(nn.ModuleDict):
     """The adapters of a host.
 
     In evaluation, torch's encoder layers read the weights of their children and do not call them, unless a module
-    below has a hook. While adapters are active in this thread, this counts as one that has.
+    below has a hook. While adapters are active in this thread, this shows one, which is never called, as this is not.
     """
 
     def __init__(self, host: nn.Module) -> None:
+        self.__dict__["host"] = host  # no child of this module
         super().__init__()
-        hooks = _CountsActive()
-        hooks.host = host
-        self._forward_pre_hooks = hooks
+
+    @property
+    def _forward_pre_hooks(self) -> Any:
+        own = self.__dict__["own_hooks"]
+        return own if own or not active_keys(self.__dict__["host"]) else OrderedDict({0: _noop_hook})
+
+    @_forward_pre_hooks.setter
+    def _forward_pre_hooks(self, hooks: Any) -> None:
+        self.__dict__["own_hooks"] = hooks
 
     def __repr__(self) -> str:
         return super().__repr__().replace(type(self).__name__, "ModuleDict", 1)
+
+
+def _noop_hook(module: nn.Module, args: Any) -> None:
+    """Change nothing."""
 
 
 class PacksRows:
