@@ -18,7 +18,7 @@ class RandomRows:
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self.collate, self._looked = collate, False
-        self._found = torch.zeros(1).share_memory_()  # seen by the process that trains
+        self._found = torch.zeros(1).share_memory_()  # type: ignore[no-untyped-call]  # seen by the process that trains
 
     def __call__(self, rows: Any) -> Any:
         if not self._looked and get_worker_info() is not None:
@@ -61,4 +61,5 @@ def warn_of_random_rows(batches: Any) -> None:
 
 def _numpy_drew() -> bool:
     """Whether numpy's generator has moved on in its block of numbers; a worker that was just seeded is at its end."""
-    return bool(np.random.get_state(legacy=True)[2] != 624)
+    _, _, position, *_ = np.random.get_state(legacy=True)
+    return bool(position != 624)
