@@ -97,9 +97,9 @@ def _validation(trainer: Any) -> Any:
 
 
 def monitored(trainer: Any) -> dict[str, float]:
-    """Return the metrics that schedulers of the learning rate wait for."""
+    """Return the metrics that schedulers of the learning rate wait for, as they are: to ask for them would compute."""
     names = {config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
-    return {name: float(value) for name, value in trainer.callback_metrics.items() if name in names}
+    return {name: float(value) for name, value in trainer._logger_connector._callback_metrics.items() if name in names}
 
 
 def keep_monitored(trainer: Any, values: dict[str, float]) -> None:

@@ -127,7 +127,7 @@ class ExactResume:
             "accumulated": 0 if at.is_last else at.batches % self._trainer.accumulate_grad_batches,
             "stepped": at.phase == "step" and self._trainer.global_step > self._step,
             "reloaded": loops.reload_epoch(self._trainer),
-            "monitored": loops.monitored(self._trainer),
+            "monitored": {} if at.phase == "validation" else loops.monitored(self._trainer),  # asking ends an average
             **settings(self._train.loaders),
         }
 
