@@ -71,8 +71,7 @@ def continue_epoch(trainer: Any, at: Position) -> None:
         epoch._batches_that_stepped += 1
     elif at.phase == "step":
         epoch.batch_progress.total.reset_on_restart()  # of the step that is done again, else it counts twice
-    if at.is_last:
-        loop._restarting = False
+    loop._restarting = False  # of this loop alone: else what waits for metrics misses the epoch's end
 
 
 def _take_back_epoch(loop: Any) -> None:
