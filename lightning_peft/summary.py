@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from .checkpoints.adapter_state import adapter_state
 from .core.adapted_module import adapters
 from .core.coverage import Coverage, coverage
-from .core.injection_record import active_methods, adapters_of, get_record
+from .core.injection_record import adapters_of, get_record
 from .core.method import Method
+from .core.method_groups import active_methods
 from .ops.sharded_tensors import global_shape
 from .structure.base_model import base_parameters
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..core.active_adapters import activate
+from ..core.check_placed import check_placed
 from ..core.fingerprint import fingerprint, trained_or_replaced_names
 from ..core.inject import add_inactive, inject
 from ..core.injection_record import get_record, require_record
@@ -22,6 +23,7 @@ _MOST = 10_000  # methods, patterns or names in a description
 def adapter_metadata(model: nn.Module, packed: bool = False, only: Sequence[Method] | None = None) -> dict[str, Any]:
     """Return the methods, settings and base fingerprint of a model as plain data; arguments as in ``adapter_state``."""
     record = require_record(model)
+    check_placed(model)
     methods = record.methods if only is None else only
     description = {
         "format": FORMAT,
@@ -69,11 +71,13 @@ def _inject(model: nn.Module, description: Mapping[str, Any]) -> None:
     by_name = defaultdict[str, list[Method]](list)
     for method in methods:
         by_name[group_of.get(method.name, method.name)].append(method)
-    # Groups that were active go first, in the order that they had at their hosts; the others are added as inactive.
-    if active or description["also_train"]:
-        inject(model, [method for name in active for method in by_name[name]], description["also_train"])
-    for name in by_name.keys() - active:
-        add_inactive(model, by_name[name])
+    # Groups may hold copies of parameters that train in the base as well, so that these are injected apart from them.
+    injected = [name for name in active if name not in groups]
+    if injected or description["also_train"]:
+        inject(model, [method for name in injected for method in by_name[name]], description["also_train"])
+    for name in by_name:
+        if name not in injected:
+            add_inactive(model, by_name[name])
     require_record(model).restore(methods, groups)  # injected group by group, but the file lists another order
     if active and (groups or set(active) != set(by_name)):
         activate(model, *active)

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from ..core.active_adapters import temporary_adapters
+from ..core.active_on_host import inactive
 from ..core.adapted_module import set_active
+from ..core.checks import check_not_paused
 from ..core.fingerprint import Merged, fingerprint, trained_or_replaced_names
 from ..core.inject import detach
-from ..core.injection_record import InjectionRecord, check_not_paused, get_record, require_record
+from ..core.injection_record import InjectionRecord, get_record, require_record
 from ..core.nonfinite import check_finite
 from ..core.weight_backup import (
     allow_loading,
@@ -161,7 +163,7 @@ def _merge_and_keep(model: nn.Module, dequantize: bool, allow_nonfinite: bool) -
 
 
 def _merge_host_and_keep(name: str, host: Any, adapted: Sequence[HostedAdapter]) -> None:
-    order = tuple(key for key in host.peft_order if host.peft[key].persistent)
+    order = tuple(key for key in host.peft_order if host.peft[key].persistent)  # what is active by default
     backup = run_with_backup(host, functools.partial(_merge_all, adapted), order)
     set_active(host, temporary_adapters(host))
     for *_, adapter in adapted:
@@ -184,5 +186,6 @@ def _first_quantized(adapted: Sequence[HostedAdapter]) -> str | None:
 
 @torch.no_grad()
 def _merge_all(adapted: Sequence[HostedAdapter]) -> None:
-    for _, host, _, adapter in adapted:
-        adapter.merge(host)
+    with inactive(host for _, host, *_ in adapted):  # else hosts would show the copies that replace parameters
+        for _, host, _, adapter in adapted:
+            adapter.merge(host)

@@ -14,6 +14,7 @@ from ..checkpoints.base_weight_files import BaseWeightFiles, trim_malloc
 from ..checkpoints.metadata import inject_from_metadata
 from ..checkpoints.reader import read_adapter_file
 from ..checkpoints.safetensors_files import TensorFiles
+from ..core.active_on_host import inactive
 from ..core.allocation_limit import limit_allocation
 from ..core.atomic_files import new_folder
 from ..core.inject import detach
@@ -110,7 +111,8 @@ def _merge_host(name: str, adapted: Any, state: Mapping[str, Tensor], weights: B
             prefix = f"{name}.{ADAPTERS_ATTRIBUTE}.{key}.".lstrip(".")
             adapter.to_empty(device="cpu")
             adapter.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-            adapter.merge(host)
+            with inactive([host]):
+                adapter.merge(host)
             adapter.to("meta")
         tensors = {key: value for key, value in {**host._parameters, **host._buffers}.items() if value is not None}
         for key, value in tensors.items():

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..core.active_on_host import active_keys
 from ..core.adapted_module import adapters
 from ..core.adapter import Adapter
+from ..core.check_placed import check_placed
 from ..core.checks import shows_weight
 from ..core.injection_record import get_record
 from ..structure.base_model import ADAPTERS_ATTRIBUTE, count_owners
@@ -32,12 +34,14 @@ def mergeable_adapters(model: nn.Module, allow_inactive: bool = False) -> list[H
     adapted: list[HostedAdapter] = list(adapters(model))
     if not adapted and get_record(model) is None:
         raise ValueError("There is nothing to merge: no method was injected into this model.")
-    inactive = [key for _, host, key, _ in adapted if key not in host.peft_order]
+    if get_record(model) is not None:
+        check_placed(model)
+    inactive = [key for _, host, key, _ in adapted if key not in active_keys(host)]
     if inactive and not allow_inactive:
         raise ValueError(
             f"{inactive[0]!r} is not active and would be lost; activate it, or take it out with remove_adapter."
         )
-    adapted = [entry for entry in adapted if entry[2] in entry[1].peft_order]
+    adapted = [entry for entry in adapted if entry[2] in active_keys(entry[1])]
     owners = count_owners(model)
     for name, host, key, adapter in adapted:
         if type(adapter).merge is Adapter.merge:
@@ -52,7 +56,7 @@ def mergeable_adapters(model: nn.Module, allow_inactive: bool = False) -> list[H
         if is_tied and (allow_inactive or not adapter.merges_ties):  # what is kept would be shown of one module alone
             raise ValueError(f"{name} shares a parameter with another module; untie it before merging.")
     # Adapters that replace parameters come first: what others add goes on top of the replaced values, as in forward.
-    return sorted(adapted, key=lambda entry: (not entry[3].replaces, entry[1].peft_order.index(entry[2])))
+    return sorted(adapted, key=lambda entry: (not entry[3].replaces, active_keys(entry[1]).index(entry[2])))
 
 
 def tensors_of(adapted: Sequence[HostedAdapter]) -> dict[str, Tensor]:

@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from ..core.active_adapters import PER_ROW_KEY, paused, trained_by
-from ..core.adapted_module import AdaptedModule, list_base_modules, method_name, set_active
+from ..core.active_adapters import trained_by
+from ..core.active_on_host import inactive
+from ..core.adapted_module import AdaptedModule, list_base_modules, method_name
 from ..core.adapter import Adapter, Call
-from ..core.injection_record import check_not_paused, methods_named, require_record
+from ..core.checks import check_not_paused
+from ..core.injection_record import methods_named, require_record
 from ..core.per_row import BatchableAdapter, BatchableLayerAdapter
 from ..structure.read_weights import read_weight_attribute
 from .row_dispatch import BatchedLayerCall, BatchedModuleCall, RowAssignment
@@ -51,6 +53,9 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     shall. A call with more rows than names takes each name for as many neighbours, as beams and returned sequences are.
     The batch is the first dimension.
 
+    The names hold in the thread and asyncio task that enter the context, so that requests can be served side by side,
+    and where backward computes a part under gradient checkpointing again, after the context has ended, too.
+
     Prompts can differ by row as well where all rows have one, and all are of one length.
 
     Args:
@@ -67,16 +72,9 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         RuntimeError: Adapters are disabled, or each row has one already.
     """
     modules = list_base_modules(model)
-    plan = _plan(model, modules, names)
-    with paused(model, modules):
-        try:
-            for host, batched_calls in plan:
-                host.peft[PER_ROW_KEY] = RowAdapters(batched_calls)
-                set_active(host, (PER_ROW_KEY, *host.peft_order))
-            yield
-        finally:
-            for host, _ in plan:
-                host.peft.pop(PER_ROW_KEY)
+    rows = [(host, RowAdapters(batched_calls)) for host, batched_calls in _plan(model, modules, names)]
+    with inactive((module for module in modules if isinstance(module, AdaptedModule)), rows):
+        yield
 
 
 def _plan(

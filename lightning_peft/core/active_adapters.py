@@ -9,34 +9,26 @@ from typing import Any
 from torch import nn
 
 from ..structure.base_model import base_parameters
+from .active_on_host import activate_here, inactive
+from .active_set import Keys, LocalActiveSet
 from .adapted_module import (
     AdaptedModule,
     adapters,
-    disable_fast_path,
     list_base_modules,
     method_name,
     remove,
-    restore_fast_path,
     set_active,
 )
-from .checks import check_shared_host
+from .check_placed import check_placed
+from .checks import check_not_paused, check_shared_host
 from .inject import detach
-from .injection_record import (
-    InjectionRecord,
-    adapters_of,
-    check_not_paused,
-    get_record,
-    methods_named,
-    require_record,
-)
+from .injection_record import InjectionRecord, adapters_of, methods_named, require_record
 from .method import Method
 from .weight_backup import check_not_merged
 
-PER_ROW_KEY = "_rows"  # key on a host of the temporary adapter that gives each batch row the adapter of its name
-
 
 def active(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the active adapters, inner before outer.
+    """Return the names of the adapters that are active in this thread and asyncio task, inner before outer.
 
     Args:
         model: The module that was given to ``inject`` or ``add_adapter``.
@@ -50,8 +42,13 @@ def active(model: nn.Module) -> tuple[str, ...]:
 def activate(model: nn.Module, *names: str) -> nn.Module:
     """Activate the adapters of these names, and no others: y = outer(... inner(host(x))).
 
-    Active adapters train, the others do not. Inactive adapters stay in the model and in its checkpoints, and no call
-    spends time on them.
+    It acts for the thread and asyncio task that call it; where the adapters were injected, and in the main thread
+    outside of tasks, it sets what is active in all threads and tasks that have activated nothing themselves, too. So
+    a server can activate other adapters for each request, in a pool of threads or in tasks, and results never mix.
+
+    Adapters that are active by default train, the others do not: ``requires_grad`` is a property of parameters, which
+    all threads share, so that what a thread activates for itself does not change it. Inactive adapters stay in the
+    model and in its checkpoints, and no call spends time on them.
 
     Args:
         model: The module that was given to ``inject`` or ``add_adapter``.
@@ -66,6 +63,36 @@ def activate(model: nn.Module, *names: str) -> nn.Module:
     """
     record = require_record(model)
     check_not_paused(record)
+    by_default, known = record.local.sets_default(), record.local.known.get(names)
+    if known is not None and not by_default:
+        record.local.set(known)
+        return model
+    chosen = _choose(model, record, names)
+    orders: dict[int, Keys] = {}
+    for _, host, key, _ in chosen:
+        orders[id(host)] = (*orders.get(id(host), ()), key)
+    check_placed(model)
+    attached = list(adapters(model))
+    if not by_default:
+        hosts = {id(host): host for _, host, *_ in attached}
+        activate_here(names, [(host, orders.get(number, ())) for number, host in hosts.items()], record.local)
+        return model
+    active_ids = {id(adapter) for *_, adapter in chosen}
+    locals_: set[LocalActiveSet] = {record.local}
+    for _, host, _, adapter in attached:
+        # Temporary adapters go outermost: they watch or replace the call of the host with all of its adapters.
+        set_active(host, orders.get(id(host), ()) + temporary_adapters(host))
+        adapter.invalidate_cache()
+        adapter.requires_grad_(id(adapter) in active_ids)
+        locals_.add(vars(host)["peft_local"])
+    for local in locals_:
+        local.set(None)
+    record.set_default(names)
+    return model
+
+
+def _choose(model: nn.Module, record: InjectionRecord, names: Sequence[str]) -> list[Any]:
+    """Return the entries of ``adapters(model)`` that these names mean, inner before outer; raise if they do not fit."""
     methods = [method for name in names for method in methods_named(record, name)]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"activate needs one name or several different ones, got {list(names)}.")
@@ -75,17 +102,7 @@ def activate(model: nn.Module, *names: str) -> nn.Module:
     attached = list(adapters(model))
     chosen = [entry for method in methods for entry in attached if method_name(*entry[2:]) == method.name]
     check_shared_host([(name, adapter) for name, _, _, adapter in chosen])
-    orders: dict[int, tuple[str, ...]] = {}
-    for _, host, key, _ in chosen:
-        orders[id(host)] = (*orders.get(id(host), ()), key)
-    active_ids = {id(adapter) for *_, adapter in chosen}
-    for _, host, _, adapter in attached:
-        # Temporary adapters go outermost: they watch or replace the call of the host with all of its adapters.
-        set_active(host, orders.get(id(host), ()) + temporary_adapters(host))
-        adapter.invalidate_cache()
-        adapter.requires_grad_(id(adapter) in active_ids)
-    record.set_active(names)
-    return model
+    return chosen
 
 
 def remove_adapter(model: nn.Module, name: str) -> nn.Module:
@@ -124,12 +141,16 @@ def remove_adapter(model: nn.Module, name: str) -> nn.Module:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Context in which no adapter is active: the outputs are those of the base, to the bit. Contexts nest.
 
+    It acts for the thread and asyncio task that enter it, and for tasks that these start inside; others go on with
+    their adapters. Parts under gradient checkpointing are computed again as they were in forward, wherever backward
+    is called.
+
     Args:
         model: An adapted model, or a part of one.
 
     Raises:
         ValueError: The model has no adapters, or parameters of the base train, whose first values are not kept.
-        RuntimeError: Adapters are merged into the weights.
+        RuntimeError: Adapters are merged into the weights, or the context was left in another thread or task.
     """
     check_not_merged(model)
     if not any(adapters(model)):
@@ -138,34 +159,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
         raise ValueError(
             f"{trained[0]} trains in the base itself, whose first values are not kept: none to go back to."
         )
-    with paused(model):
-        hooked = [module for module in model.modules() if restore_fast_path(module)]
-        try:
-            yield
-        finally:
-            disable_fast_path(hooked)
-
-
-@contextmanager
-def paused(model: nn.Module, modules: Sequence[Any] | None = None) -> Iterator[None]:
-    """Context in which no adapter is active except temporary ones, which exist during one run only.
-
-    Args:
-        model: The model.
-        modules: Its base modules, if ``list_base_modules`` was called already.
-    """
-    record = get_record(model) or InjectionRecord()
-    hosts = [module for module in modules or list_base_modules(model) if isinstance(module, AdaptedModule)]
-    before = [host.peft_order for host in hosts]
-    for host in hosts:
-        set_active(host, temporary_adapters(host))
-    try:
-        with record.pause():
-            yield
-    finally:
-        for host, keys in zip(hosts, before, strict=True):
-            if isinstance(host, AdaptedModule):  # unless it was detached inside the context
-                set_active(host, keys)
+    with inactive(module for module in list_base_modules(model) if isinstance(module, AdaptedModule)):
+        yield
 
 
 def trained_by(model: nn.Module, methods: Iterable[Method]) -> list[str]:
@@ -175,4 +170,4 @@ def trained_by(model: nn.Module, methods: Iterable[Method]) -> list[str]:
 
 def temporary_adapters(host: Any) -> tuple[str, ...]:
     """Return the keys of a host's adapters that exist during one run only, such as a probe of the frozen cache."""
-    return tuple(key for key in host.peft_order if not host.peft[key].persistent and key != PER_ROW_KEY)
+    return tuple(key for key in host.peft_order if not host.peft[key].persistent)

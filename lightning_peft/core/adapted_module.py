@@ -8,13 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from ..ops.torch_api import hooks, remove_hooks
 from ..structure.base_model import ADAPTERS_ATTRIBUTE, holds_adapters
 from ..structure.read_weights import read_bias_attribute, read_weight_attribute
+from .active_on_host import active_keys, called_adapters, current_tensor, inactive, owner_of
+from .active_set import LocalActiveSet
 from .adapter import Adapter, InnerCall
-
-# Modules of torch that read the weights of their children in eval mode, or pack padded input into nested tensors.
-_READERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+from .fast_path import AdapterDict
 
 _ORDER = "peft_order"  # attribute of hosts
 
@@ -23,27 +22,33 @@ class AdaptedModule:
     """First base class of every module with adapters; the second one is the module's own class."""
 
     _host_class: Any
+    _replaced: frozenset[str] = frozenset()  # names of parameters and buffers that adapters may replace
     peft: nn.ModuleDict
-    peft_order: tuple[str, ...]  # keys of the active adapters, inner before outer; written by this file alone
+    peft_order: tuple[str, ...]  # keys of the adapters active by default, inner first; written by this file alone
+    peft_local: LocalActiveSet | None = None  # None for hosts of temporary adapters alone
+    peft_number: int
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         build, (cls, *args), *rest = reduced
-        if cls is not adapted_class(self._host_class):  # FSDP2 put its own subclass in front
+        if cls is not adapted_class(self._host_class, self._replaced):  # FSDP2 put its own subclass in front
             return build, (cls, *args), *rest
-        return _rebuild, (self._host_class,), *rest
+        return _rebuild, (self._host_class, self._replaced), *rest
 
 
 @functools.cache
-def adapted_class(cls: Any) -> type[nn.Module]:
-    """Return the subclass of ``cls`` that runs adapters."""
+def adapted_class(cls: Any, replaced: frozenset[str]) -> type[nn.Module]:
+    """Return the subclass of ``cls`` that runs adapters, which may replace parameters and buffers of these names."""
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return InnerCall(self, cls.forward, [self.peft[key] for key in self.peft_order])(*args, **kwargs)
+        return InnerCall(self, cls.forward, called_adapters(self))(*args, **kwargs)
 
     # The same name: libraries look models up by it (loss functions, wrapping policies, saved configurations).
     namespace = {"forward": forward, "_host_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    if replaced:
+        namespace |= {"_replaced": replaced, "__setattr__": _setattr, "_load_from_state_dict": _load_stored}
+        namespace |= {name: _current(name) for name in replaced}
     if (weight_name := read_weight_attribute(cls)) is not None:
         namespace |= _effective_properties(weight_name, read_bias_attribute(cls))
     if issubclass(cls, nn.Sequential):
@@ -54,26 +59,46 @@ def adapted_class(cls: Any) -> type[nn.Module]:
     return type(cls.__name__, (AdaptedModule, cls), namespace)
 
 
+def _current(name: str) -> property:
+    """Return a property in place of a parameter or buffer, which is an adapter's while that is active."""
+    return property(lambda self: current_tensor(self, name))
+
+
+def _setattr(self: Any, name: str, value: Any) -> None:
+    """Let a forward that assigns a buffer of its module change the copy that is in its place."""
+    owner = owner_of(self, name) if name in self._replaced and name in self._buffers else None
+    if owner is None:
+        super(AdaptedModule, self).__setattr__(name, value)
+    else:
+        owner.assign_replacement(name, value)
+
+
+def _load_stored(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Load values into the tensors of the module itself, whatever is in their place."""
+    with inactive([self]):
+        super(AdaptedModule, self)._load_from_state_dict(*args, **kwargs)
+
+
 def _effective_properties(weight_name: str, bias_name: str) -> dict[str, property]:
     """Return properties in place of a weight and a bias that the parent module reads: with the active adapters."""
 
     def effective_weight(self: Any) -> Any:
-        weight = self._parameters[weight_name]
-        for key in self.peft_order:
-            weight = self.peft[key].effective_weight(weight)
+        weight = current_tensor(self, weight_name)
+        for adapter in called_adapters(self):
+            weight = adapter.effective_weight(weight)
         return weight
 
     def effective_bias(self: Any) -> Any:
-        bias = self._parameters[bias_name]
-        for key in self.peft_order:
-            bias = self.peft[key].effective_bias(bias)
+        bias = current_tensor(self, bias_name)
+        for adapter in called_adapters(self):
+            bias = adapter.effective_bias(bias)
         return bias
 
     return {weight_name: property(effective_weight), bias_name: property(effective_bias)}
 
 
-def _rebuild(cls: Any) -> nn.Module:
-    new = adapted_class(cls)
+def _rebuild(cls: Any, replaced: frozenset[str] = frozenset()) -> nn.Module:
+    new = adapted_class(cls, replaced)
     return new.__new__(new)
 
 
@@ -108,8 +133,7 @@ def list_base_modules(model: nn.Module) -> list[Any]:
 def active_adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     """Yield (host's name, adapter) of the active adapters."""
     for name, host, key, adapter in adapters(model):
-        order: Any = host.peft_order
-        if key in order:
+        if key in active_keys(host):
             yield name, adapter
 
 
@@ -128,18 +152,24 @@ def replaced_names(placed: Iterable[tuple[str, Adapter]]) -> set[str]:
     return {f"{name}.{key}".lstrip(".") for name, adapter in placed for key in adapter.replaces}
 
 
-def attach(host: Any, key: str, adapter: Adapter, active: bool = True) -> None:
+def attach(host: Any, key: str, adapter: Adapter, active: bool = True, local: LocalActiveSet | None = None) -> None:
     """Add an adapter to a host, outside of the active ones; an inactive adapter is stored and not called."""
     if not isinstance(host, AdaptedModule):
         if not can_hold_adapters(host):
             raise TypeError(f"{type(host).__name__} has an attribute 'peft' or 'peft_order' of its own.")
-        host.peft, host.peft_order = nn.ModuleDict(), ()
+        host.peft, host.peft_order = AdapterDict(host), ()
         cls: Any = type(host)
-        host.__class__ = adapted_class(cls)
+        host.__class__ = adapted_class(cls, frozenset())
+    if local is not None and host.peft_local is None:
+        host.peft_local, host.peft_number = local, local.number_for()
+    if host.peft_local is not None:
+        host.peft_local.known.clear()
     parameter = next(host.parameters(), None)
     if parameter is not None and any(p.device != parameter.device for p in adapter.parameters()):
         adapter.to(parameter.device)
     host.peft[key] = adapter
+    if not host._replaced.issuperset(adapter.replaced_tensors):
+        host.__class__ = adapted_class(host._host_class, host._replaced.union(adapter.replaced_tensors))
     if active:
         host.peft_order += (key,)
     if adapter.training != host.training:
@@ -147,7 +177,7 @@ def attach(host: Any, key: str, adapter: Adapter, active: bool = True) -> None:
 
 
 def set_active(host: Any, keys: Sequence[str]) -> None:
-    """Activate the adapters of these keys, and no others, inner before outer."""
+    """Let the adapters of these keys, and no others, be active by default, inner before outer."""
     host.peft_order = tuple(keys)
 
 
@@ -155,38 +185,10 @@ def remove(host: Any, key: str) -> None:
     """Undo ``attach``; once its last adapter is removed, the host has its original class again."""
     host.peft.pop(key)
     host.peft_order = tuple(active for active in host.peft_order if active != key)
+    if host.peft_local is not None:
+        host.peft_local.known.clear()
     if not host.peft:
         host.__class__ = host._host_class
         del host.peft, host.peft_order
-
-
-def disable_fast_path(modules: Iterable[nn.Module]) -> None:
-    """Keep torch's encoders from bypassing adapted children in eval mode.
-
-    Unless a hook is registered, encoder layers read the weights of their children and do not call them. The encoder
-    packs padded rows into nested tensors, for which torch's attention runs a fused kernel that has no gradient.
-    """
-    for module in modules:
-        if not isinstance(module, _READERS) or not any(adapters(module)):
-            continue
-        if isinstance(module, nn.TransformerEncoder):
-            if module.use_nested_tensor:
-                module.use_nested_tensor = False
-                module.register_forward_pre_hook(_nested_tensor_was_on)
-        elif _noop_hook not in hooks(module, "forward_pre").values():
-            module.register_forward_pre_hook(_noop_hook)
-
-
-def restore_fast_path(module: nn.Module) -> bool:
-    """Undo ``disable_fast_path``; return whether it had been disabled."""
-    if nested := remove_hooks(module, "forward_pre", _nested_tensor_was_on):
-        module.use_nested_tensor = True  # type: ignore[assignment]
-    return remove_hooks(module, "forward_pre", _noop_hook) or nested
-
-
-def _noop_hook(module: nn.Module, args: Any) -> None:
-    """Change nothing; torch skips its fast path where any hook is registered."""
-
-
-def _nested_tensor_was_on(module: nn.Module, args: Any) -> None:
-    """Change nothing; its registration records, through copies and files, that ``use_nested_tensor`` was True."""
+        for name in ("peft_local", "peft_number"):
+            vars(host).pop(name, None)

@@ -44,6 +44,9 @@ class Adapter(nn.Module, ABC):
     """Whether its merge is right where modules share the host's weight: each of them has an adapter that says so."""
     replaces: Sequence[str] = ()
     """Names of parameters of the host in whose place the adapter's tensors are used during calls."""
+    replaced_tensors: Sequence[str] = ()
+    """The same, and names of buffers. While the adapter is active, whoever reads them from the host gets
+    ``replacement``; the host's own stay as they are."""
     unmergeable = "its class defines no merge"
     """Reason that the error message gives where ``merge`` is not implemented."""
     local_tensors: tuple[str, ...] = ()
@@ -82,6 +85,14 @@ class Adapter(nn.Module, ABC):
     def effective_bias(self, bias: Tensor | None) -> Tensor | None:
         """Return the changed bias of such a host."""
         return bias
+
+    def replacement(self, name: str, stored: Tensor) -> Tensor:
+        """Return the tensor in the place of the host's ``stored`` one, for a name in ``replaced_tensors``."""
+        return stored
+
+    def assign_replacement(self, name: str, value: Tensor) -> None:
+        """Take a value that the host assigns to a buffer which this adapter replaces."""
+        raise NotImplementedError
 
     def invalidate_cache(self) -> None:
         """Drop cached values; called when the set of active adapters on the host has changed."""

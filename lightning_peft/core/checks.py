@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..structure.base_model import computed_from, matches
+from ..structure.base_model import computed_from, matches, stored_parameter
 from ..structure.fused_rows import requested_rows
 from ..structure.layer_of import layer_of
 from ..structure.original_weight import original_of
@@ -21,6 +21,7 @@ from ..structure.rows import Rows
 from ..structure.selection import Selection
 from .adapter import Adapter
 from .check_keys import check_keys
+from .injection_record import InjectionRecord
 from .tensor_parallel import is_split
 from .weight_update import WeightUpdate
 
@@ -30,13 +31,14 @@ def check_trainable(model: nn.Module, name: str) -> None:
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
     quantized = original_of(module, key) is not None or (key == "weight" and is_quantized(module))
-    if quantized or not model.get_parameter(name).is_floating_point():
+    if quantized or not stored_parameter(model, name).is_floating_point():
         raise TypeError(f"{name} is stored in few bits and cannot train; leave it out, or dequantize it.")
 
 
 def check_host(host: nn.Module, name: str, key: str, adapter: Adapter) -> None:
     """Raise if an adapter on this host could not work; each case fails silently without this check."""
-    if isinstance(host, nn.modules.linear.NonDynamicallyQuantizableLinear) and not shows_weight(adapter):
+    is_read = isinstance(host, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    if is_read and not (shows_weight(adapter) or adapter.replaces):
         raise TypeError(
             f"{name} belongs to nn.MultiheadAttention, which reads its weight and never calls it; target other layers."
         )
@@ -157,3 +159,11 @@ def check_shared_host(placed: Sequence[tuple[str, Adapter]]) -> None:
                 f"{type(adapter).__name__} at {name} rewrites the whole weight and cannot share it with "
                 f"{type(on_same_rows[0]).__name__}; give the methods different targets."
             )
+
+
+def check_not_paused(record: InjectionRecord) -> None:
+    """Raise where adapters cannot be added, removed or switched now."""
+    if record.merged is not None:
+        raise RuntimeError("Adapters are merged into the weights and cannot change; call unmerge(model) first.")
+    if record.paused:
+        raise RuntimeError("Adapters cannot change while they are inactive: leave disabled() or row_adapters() first.")

@@ -14,20 +14,21 @@ from ..structure.base_model import base_modules, base_parameters
 from ..structure.bitsandbytes_api import check_not_repacked, keep_differentiable
 from ..structure.selection import select_parameters
 from ..structure.structure_of import measure, structure_of
+from .active_on_host import activate_here, persistent_keys
 from .adapted_module import (
     active_adapters,
     adapters,
     attach,
-    disable_fast_path,
+    method_name,
     remove,
     replaced_names,
-    restore_fast_path,
 )
 from .check_keys import check_keys_differ, check_names
-from .checks import check_host, check_not_read, check_shared_host, check_trainable
+from .checks import check_host, check_not_paused, check_not_read, check_shared_host, check_trainable
 from .coverage import warn_of_untouched_blocks
 from .detach_hooks import run_detach_hooks
-from .injection_record import InjectionRecord, check_not_paused, get_record, set_record
+from .fast_path import disable_fast_path, restore_fast_path
+from .injection_record import InjectionRecord, get_record, set_record
 from .method import Method
 from .placements import Placement, copies_of, placements_of
 from .tensor_parallel import check_tensor_parallel_support, mesh_of, shard_adapters
@@ -69,6 +70,11 @@ def add_inactive(model: nn.Module, methods: Sequence[Method], also_train: Sequen
     return InjectionPlan.build(model, methods, also_train, active=False).apply()
 
 
+def inject_group(model: nn.Module, methods: Sequence[Method]) -> nn.Module:
+    """Inject methods that are activated together under the name of the first, as copies of parameters beside it."""
+    return InjectionPlan.build(model, methods, (), grouped=True).apply()
+
+
 def detach(model: nn.Module) -> nn.Module:
     """Remove every adapter, restore classes and ``requires_grad``; base parameters that trained keep their values."""
     check_not_paused(get_record(model) or InjectionRecord())
@@ -98,6 +104,7 @@ class InjectionPlan:
         placements: Adapters with their hosts, inner before outer.
         trained: Names of base parameters that will train because of this injection.
         active: Whether the adapters are active from now on.
+        grouped: Whether the methods form a group under the name of the first.
     """
 
     model: nn.Module
@@ -108,10 +115,16 @@ class InjectionPlan:
     placements: list[Placement]
     trained: set[str]
     active: bool
+    grouped: bool
 
     @classmethod
     def build(
-        cls, model: nn.Module, methods: Sequence[Method], also_train: Sequence[str], active: bool = True
+        cls,
+        model: nn.Module,
+        methods: Sequence[Method],
+        also_train: Sequence[str],
+        active: bool = True,
+        grouped: bool = False,
     ) -> InjectionPlan:
         """Return a checked plan."""
         modules = {"": model, **base_modules(model)}
@@ -126,14 +139,10 @@ class InjectionPlan:
         trained.update(select_parameters(model, also_train))
         trained -= replaced_names((placement.name, placement.adapter) for placement in placements)
         if trained and not active:
-            copies = copies_of(model, methods[0].name, trained)
-            more = placements_of(model, modules, copies)
-            if extra := replaced_names((placement.name, placement.adapter) for placement in more) - trained:
-                raise ValueError(
-                    f"{min(extra)} ends in the name of a parameter that trains and would train too; rename one of them."
-                )
+            copies, more = copies_of(model, modules, methods[0].name, trained)
             methods, placements, trained = [*methods, copies], placements + more, set()
-        plan = cls(model, record, modules, methods, also_train, placements, trained, active)
+        grouped = grouped or (not active and len(methods) > 1)
+        plan = cls(model, record, modules, methods, also_train, placements, trained, active, grouped)
         plan.check()
         return plan
 
@@ -144,7 +153,8 @@ class InjectionPlan:
         split, read = self._mesh() is not None, structure_of(self.model).names.get("read", ())
         placed = []
         for name, host, key, adapter in self.placements:
-            check_not_read(host, name, read)
+            if not adapter.replaces:
+                check_not_read(host, name, read)
             check_host(host, name, key, adapter)
             if split:
                 check_tensor_parallel_support(host, name, key, adapter)
@@ -158,21 +168,35 @@ class InjectionPlan:
 
     def apply(self) -> nn.Module:
         """Freeze the base but for what trains, and attach the adapters."""
-        self.record.add(self.methods, self.also_train, self.trained, self.active)
+        by_default = not self.active or self.record.local.sets_default()
+        names = [method.name for method in (self.methods[:1] if self.grouped else self.methods)] if self.active else []
+        active = (*self.record.active, *names)
+        placed = [(method_name(key, adapter), name) for name, _, key, adapter in self.placements]
+        self.record.add(self.methods, placed, names if by_default else (), self.grouped)
+        self.record.add_trained(self.also_train if self.active else (), self.trained)  # else copies train
         set_record(self.model, self.record)
         trained = set(self.record.trained)
         for name, parameter in base_parameters(self.model).items():
             parameter.requires_grad_(name in trained)
-        for _, host, key, adapter in self.placements:
-            if not self.active:
-                adapter.requires_grad_(False)
-            attach(host, key, adapter, self.active)
+        orders = self._attach(by_default)
+        if not by_default:
+            activate_here(active, orders, self.record.local)
         if (mesh := self._mesh()) is not None:
             shard_adapters(self.model, mesh)
         disable_fast_path(self.modules.values())
         keep_differentiable(self.modules.values())
         warn_of_untouched_blocks(self.model, self.methods, [placement.name for placement in self.placements])
         return self.model
+
+    def _attach(self, by_default: bool) -> list[tuple[Any, tuple[str, ...]]]:
+        """Attach the adapters; return the hosts of the model with the keys of what is active with them."""
+        orders = {id(host): (host, persistent_keys(host)) for _, host, *_ in adapters(self.model)}
+        for _, host, key, adapter in self.placements:
+            if not self.active:
+                adapter.requires_grad_(False)
+            attach(host, key, adapter, self.active and by_default, self.record.local)
+            orders[id(host)] = host, (*orders.get(id(host), (host, ()))[1], key)
+        return list(orders.values())
 
     def _mesh(self) -> DeviceMesh | None:
         """Return the mesh of tensor parallelism, which needs a process group."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
 
+from .active_set import LocalActiveSet
 from .adapted_module import adapters, method_name
 from .adapter import Adapter
 from .fingerprint import Merged
@@ -24,36 +25,39 @@ class InjectionRecord:
 
     * Method names are unique. Every adapter in the model belongs to one method: its key on the host is the method's
       name and, where it serves a part, a suffix.
-    * ``active`` lists names of methods or of groups, inner before outer. The adapters of active methods are exactly
-      those in the ``peft_order`` of their hosts, unless the record is paused or merged.
+    * ``default`` lists names of methods or of groups, inner before outer, that are active in threads and tasks which
+      have activated nothing themselves. Their adapters are those in the ``peft_order`` of their hosts, unless merged.
+      ``local`` has what a thread or task has activated itself; ``active`` are the names that count where it is read.
     * ``method_groups`` maps a name to the names of several methods that are added, activated and saved together; the
       first of them has the group's name.
-    * ``trained`` are the names of parameters of the base that train. They, and the parameters of active adapters, are
-      exactly those with ``requires_grad``.
-    * The record that ``around`` returns shares ``methods``, ``active`` and ``method_groups`` with the inner record,
-      so these are changed in place.
+    * ``trained`` are the names of parameters of the base that train. They, and the parameters of adapters that are
+      active by default, are exactly those with ``requires_grad``, which a parameter has for all threads.
+    * The record that ``around`` returns shares ``methods``, ``default``, ``local`` and ``method_groups`` with the inner
+      record, so these are changed in place.
     * ``required_grad`` remembers ``requires_grad`` of each parameter of the base before the injection, for ``detach``.
 
     Args:
         methods: Methods in the order in which they were injected.
+        placed: Names of the hosts of each method's adapters, by the method's name, as they were at injection.
         also_train: Patterns that were given to ``inject``.
         trained: Names of base parameters that train, in the model's order.
         required_grad: ``requires_grad`` of base parameters before the injection.
-        active: Names of the active methods and groups.
+        default: Names of the methods and groups that are active by default.
+        local: What threads and tasks have activated for themselves; the hosts share it.
         method_groups: Names of methods by the name of their group.
-        paused: Whether no adapter is active, inside ``disabled`` or ``row_adapters``.
         merged: Fingerprints while adapters are merged into the base's weights, else None.
         untrained: Whether no adapter was trained or loaded yet.
         shows_base: Whether ``state_dict()`` includes the frozen base although a hook leaves it out.
     """
 
     methods: list[Method] = field(default_factory=list)
+    placed: dict[str, list[str]] = field(default_factory=dict)
     also_train: list[str] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)
     required_grad: dict[str, bool] = field(default_factory=dict)
-    active: list[str] = field(default_factory=list)
+    default: list[str] = field(default_factory=list)
+    local: LocalActiveSet = field(default_factory=LocalActiveSet)
     method_groups: dict[str, list[str]] = field(default_factory=dict)
-    paused: bool = False
     merged: Merged | None = None
     untrained: bool = True
     shows_base: bool = False
@@ -69,7 +73,9 @@ class InjectionRecord:
         shared = inner[0] if len(inner) == 1 else None
         return cls(
             methods=shared.methods if shared else [method for record in inner for method in record.methods],
-            active=shared.active if shared else [name for record in inner for name in record.active],
+            placed=shared.placed if shared else {name: hosts for r in inner for name, hosts in r.placed.items()},
+            default=shared.default if shared else [name for record in inner for name in record.default],
+            local=shared.local if shared else LocalActiveSet(),
             method_groups=shared.method_groups if shared else {k: v for r in inner for k, v in r.method_groups.items()},
             also_train=[pattern for record in inner for pattern in record.also_train],
             trained=[name for name, parameter in base.items() if parameter.requires_grad],
@@ -77,33 +83,53 @@ class InjectionRecord:
         )
 
     @property
+    def active(self) -> list[str]:
+        """Names of the methods and groups that are active in this thread and task, whether it is paused or not."""
+        chosen = self.local.get()
+        return self.default if chosen is None or chosen.names is None else list(chosen.names)
+
+    @property
+    def paused(self) -> bool:
+        """Whether this thread and task is inside of ``disabled`` or ``row_adapters``."""
+        chosen = self.local.get()
+        return chosen is not None and chosen.paused
+
+    @property
     def switched(self) -> bool:
         """Whether adapters are inactive, were put into another order, or share a group's name."""
         return bool(self.method_groups) or self.active != [method.name for method in self.methods]
 
-    def add(self, methods: Sequence[Method], also_train: Sequence[str], trained: set[str], active: bool) -> None:
-        """Add methods that were injected together; inactive ones form a group under the name of the first."""
+    def add(
+        self, methods: Sequence[Method], placed: Iterable[tuple[str, str]], default: Sequence[str], grouped: bool
+    ) -> None:
+        """Add methods that were injected together, and the names of those active by default."""
         self.methods += methods
-        if active:
-            self.active += [method.name for method in methods]
-            self.also_train += also_train
-        elif len(methods) > 1:
+        for method, host in placed:
+            self.placed.setdefault(method, []).append(host)
+        self.default += default
+        if grouped:
             self.method_groups[methods[0].name] = [method.name for method in methods]
+
+    def add_trained(self, also_train: Sequence[str], trained: set[str]) -> None:
+        """Add parameters of the base that train, and the patterns that chose them."""
+        self.also_train += also_train
         self.trained = [name for name in self.required_grad if name in trained or name in self.trained]
 
     def remove(self, name: str) -> None:
         """Remove the methods of a name or group."""
         removed = methods_named(self, name)
         self.methods[:] = [method for method in self.methods if method not in removed]
+        for method in removed:
+            self.placed.pop(method.name, None)
         self.method_groups.pop(name, None)
-        self.active[:] = [active for active in self.active if active != name]
+        self.default[:] = [active for active in self.default if active != name]
 
     def _members(self, name: str) -> list[Method]:
         return [method for method in self.methods if method.name in self.method_groups.get(name, [name])]
 
-    def set_active(self, names: Sequence[str]) -> None:
-        """Set the names of the active methods and groups, inner before outer."""
-        self.active[:] = names
+    def set_default(self, names: Sequence[str]) -> None:
+        """Set the names of the methods and groups that are active by default, inner before outer."""
+        self.default[:] = names
 
     def restore(self, methods: Sequence[Method], method_groups: Mapping[str, Sequence[str]]) -> None:
         """Set the methods, in their order, and the groups to those that a file describes."""
@@ -122,15 +148,7 @@ class InjectionRecord:
     def set_merged(self, merged: Merged | None) -> None:
         """Record that active adapters were merged into the base's weights; None records that they were unmerged."""
         self.merged = merged
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Context in which no adapter counts as active and none can be added or removed."""
-        before, self.paused = self.paused, True
-        try:
-            yield
-        finally:
-            self.paused = before
+        self.local.merged = None if merged is None else tuple(self.active)
 
     @contextmanager
     def show_base(self) -> Iterator[None]:
@@ -171,17 +189,6 @@ def methods_named(record: InjectionRecord, name: str) -> list[Method]:
     return record._members(name)
 
 
-def methods_in_same_group(record: InjectionRecord, method: Method) -> list[Method]:
-    """Return the methods in the group of this one; of a method without a group, all others without a group."""
-    group_of = {member: group for group, names in record.method_groups.items() for member in names}
-    return [member for member in record.methods if group_of.get(member.name) == group_of.get(method.name)]
-
-
-def active_methods(record: InjectionRecord) -> list[Method]:
-    """Return the methods whose adapters are active."""
-    return [method for name in record.active for method in record._members(name)]
-
-
 def adapters_of(model: nn.Module, *methods: Method) -> dict[str, Adapter]:
     """Return the adapters of methods by the name of their host, with the part of a fused host appended."""
     names = {method.name for method in methods}
@@ -190,11 +197,3 @@ def adapters_of(model: nn.Module, *methods: Method) -> dict[str, Adapter]:
         for name, _, key, adapter in adapters(model)
         if method_name(key, adapter) in names
     }
-
-
-def check_not_paused(record: InjectionRecord) -> None:
-    """Raise where adapters cannot be added, removed or switched now."""
-    if record.merged is not None:
-        raise RuntimeError("Adapters are merged into the weights and cannot change; call unmerge(model) first.")
-    if record.paused:
-        raise RuntimeError("Adapters cannot change while they are inactive: leave disabled() or row_adapters() first.")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import nn
 
-from ..structure.selection import Selection, literal, record_selections
-from .adapted_module import adapter_key
+from ..structure.selection import Selection, literal, names_of_shared, record_selections
+from .adapted_module import adapter_key, replaced_names
 from .adapter import Adapter
 from .checks import check_selection
 from .method import Method
@@ -42,6 +43,23 @@ def placements_of(model: nn.Module, modules: dict[str, nn.Module], method: Metho
     return [Placement(name, modules[name], adapter_key(method.name, adapter), adapter) for name, adapter in placed]
 
 
-def copies_of(model: nn.Module, name: str, trained: set[str]) -> Method:
-    """Return a method whose adapters hold copies of these parameters."""
-    return OwnParameters(name=f"{name}_own", targets=[literal(parameter) for parameter in sorted(trained)])
+def copies_of(
+    model: nn.Module, modules: dict[str, nn.Module], name: str, trained: set[str]
+) -> tuple[Method, list[Placement]]:
+    """Return a method whose adapters hold copies of these parameters, and these adapters.
+
+    Modules that share a parameter share its copy.
+    """
+    first_names = names_of_shared(model)
+    method = own_parameters(name, [each for each, first in first_names.items() if first in trained])
+    placements = placements_of(model, modules, method)
+    if extra := {first_names[each] for each in replaced_names((p.name, p.adapter) for p in placements)} - trained:
+        raise ValueError(
+            f"{min(extra)} ends in the name of a parameter that trains and would train too; rename one of them."
+        )
+    return method, placements
+
+
+def own_parameters(name: str, parameters: Iterable[str], untie: bool = False) -> Method:
+    """Return a method whose adapters hold copies of parameters of these very names, beside a method of a name."""
+    return OwnParameters(name=f"{name}_own", targets=[literal(each) for each in sorted(parameters)], untie=untie)

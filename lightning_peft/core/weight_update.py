@@ -158,12 +158,12 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
     def _cached_forward(self, host: Any, adapters: Sequence[Any], x: Tensor) -> Tensor | None:
         factors = [factor for adapter in adapters for factor in adapter.factor_tensors()]
         cache = self.weight_cache = self.weight_cache or WeightCache()
-        weight = cache.get(host.weight, factors)
+        weight = cache.get(host.weight, adapters, factors)
         if weight is None:
             if not (updates := self._parametrizations(host, adapters)):
                 return None
             weight = updated_weight(self.layer.read(host), updates)
-            cache.set(host.weight, factors, weight)
+            cache.set(host.weight, adapters, factors, weight)
             if cache.weight is None and not rebuilding_is_cheaper(updates, x, weight):
                 return None
         return F.linear(x, weight, host.bias)

@@ -46,10 +46,10 @@ class AdaLoRAFormat(PeftFormat):
     """Files hold the kept triplets, which ``rank_pattern`` names; the scale is alpha / (init_r + 1e-5)."""
 
     kind, method, tensors = "ADALORA", AdaLoRA, tuple(_NAMES)
-    settings = (*targets.SETTINGS, *_FIELDS, "lora_alpha", "modules_to_save", "bias")
+    settings = (*targets.SETTINGS, *_FIELDS, "lora_alpha", "modules_to_save", "ensure_weight_tying", "bias")
     ignored_settings = (
         *("r", "total_step", "rank_pattern", "init_lora_weights", "loftq_config", "eva_config", "corda_config"),
-        *("megatron_core", "runtime_config", "qalora_group_size", "lora_ga_config", "ensure_weight_tying"),
+        *("megatron_core", "runtime_config", "qalora_group_size", "lora_ga_config"),
     )
 
     def to_peft(

@@ -21,6 +21,7 @@ from ..core.method import Method, to_dict
 from ..core.nonfinite import check_finite
 from ..core.storage import Location
 from ..ops.sharded_tensors import writes_files
+from ..structure.base_model import stored_parameter
 from ..structure.transformers_api import from_config, is_encoder_decoder
 from ..summary import BASE, row, summary
 from . import modules_to_save as saved
@@ -78,7 +79,7 @@ def export_peft(
     method = select_method(model, name)
     base, peft_format = Base(model, *find_network(model, _adapted_names(model, method))), format_of(method)
     trained: StateDict = {
-        _relative_name(base, strip_wrapper_names(key)): model.get_parameter(key) for key in record.trained
+        _relative_name(base, strip_wrapper_names(key)): stored_parameter(model, key) for key in record.trained
     }
     trained |= _replacing_tensors(base, methods_to_export(model, method))
     config, state = _config_and_tensors(base, peft_format, method, trained)

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from torch import nn
 
 from ..core.adapter import Adapter
-from ..core.injection_record import adapters_of, methods_in_same_group, require_record
+from ..core.injection_record import adapters_of, require_record
 from ..core.method import Method
+from ..core.method_groups import methods_in_same_group
 from ..methods import TrainableTokens
 from .peft_format import PeftFormat
 from .peft_formats import FORMATS

@@ -20,6 +20,9 @@ from .renamed_modules import base_of_file, rename_hosts
 def import_peft(model: nn.Module, folder: Location, name: str | None = None) -> nn.Module:
     """Inject the adapter of a HF PEFT folder and load its values; the model is unchanged if anything is wrong.
 
+    What trained beside it, such as a head or biases, becomes the adapter's own: copies that take the place of the
+    base's parameters while it is active, under one name with it. The base stays as it is, tied weights included.
+
     Modules that another release of transformers, or a model with another head, calls otherwise are found by the rules
     by which transformers loads weights.
 
@@ -50,7 +53,8 @@ def import_peft(model: nn.Module, folder: Location, name: str | None = None) -> 
     check_hosts(base, peft_format, file)
     trained = saved.read_trained(base, file.config, other_tensors)
     plan = list(peft_format.from_peft(base, file, name or peft_format.name))
-    inject_and_load(base, plan, trained, str(folder), None if unchanged else changed(folder))
+    tied, refusal = bool(file.config.get(saved.TIED)), None if unchanged else changed(folder)
+    inject_and_load(base, plan, trained, str(folder), tied=tied, refusal=refusal)
     return model
 
 

@@ -43,11 +43,12 @@ class LoRAFormat(PeftFormat):
     holds_tokens = True
     settings = (
         *targets.SETTINGS, experts.SETTING, "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern",
-        "use_rslora", "use_dora", "bias", "modules_to_save", "init_lora_weights", trainable_tokens.SETTING,
+        "use_rslora", "use_dora", "bias", "modules_to_save", "ensure_weight_tying", "init_lora_weights",
+        trainable_tokens.SETTING,
     )  # fmt: skip
     ignored_settings = (
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
-        *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
+        *("megatron_core", "qalora_group_size"),
     )
 
     def to_peft(

@@ -16,6 +16,7 @@ from .peft_format import Base, StateDict, check_supported
 from .renamed_modules import name_in
 
 _WRAPPED = "base_layer."  # peft inserts this into the keys of an adapted module's base parameters
+TIED = "ensure_weight_tying"  # setting: modules that share a parameter share its copy; the file has it for each
 _SAVED, _UNUSED = "modules_to_save.", "original_module."  # peft's copies in a saved module: trained, untrained
 
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -43,7 +44,7 @@ def trained_settings(
             rest = set()
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in trained if name in rest))
     for module in modules:
-        _check_whole(base, module, rest, hosts, modules)
+        _check_whole(base, module, {name: trained[name] for name in rest}, hosts, modules)
         module_state = _state(base, module)
         state |= {key: full_tensor(trained.get(key, value)) for key, value in module_state.items()}
     return settings | ({"modules_to_save": modules} if modules else {}), state
@@ -69,16 +70,14 @@ def _peft_key(name: str, hosts: Collection[str]) -> str:
     return f"{owner}.{_WRAPPED}{key}" if owner in hosts else name
 
 
-def _check_whole(
-    base: Base, module: str, trained: Collection[str], hosts: Collection[str], modules: Collection[str]
-) -> None:
+def _check_whole(base: Base, module: str, trained: StateDict, hosts: Collection[str], modules: Collection[str]) -> None:
     parameters = base_parameters(base.network.get_submodule(module))
     frozen = [name for name in parameters if join_names(module, name) not in trained]
     check_supported(
         bool(frozen), f"Training {module}", f"{', '.join(frozen[:3])} in it is frozen, and it saves whole modules"
     )
-    owners = count_owners(base.network)
-    tied = [name for name, parameter in parameters.items() if owners[id(parameter)] > 1]
+    owners = count_owners(base.network)  # of an adapter's copy, the adapters that hold it
+    tied = [name for name in parameters if owners[id(trained[join_names(module, name)])] > 1]
     check_supported(bool(tied), f"Training {module}", f"another module shares {', '.join(tied)}")
     check_supported(
         module in hosts, f"Training {module} itself beside its adapter", "a module is adapted, or saved whole"
@@ -105,6 +104,9 @@ def read_trained(base: Base, config: Mapping[str, Any], other_tensors: StateDict
     suffixes = config.get("modules_to_save") or []
     modules = [n for n, _ in base.network.named_modules() if any(n.endswith(suffix) for suffix in suffixes)]
     declared = {key for key in network_state if any(key.startswith(f"{module}.") for module in modules)}
+    if config.get(TIED):
+        shared = {id(network_state[key]) for key in declared}
+        declared |= {key for key, value in network_state.items() if id(value) in shared and key in state}
     if missing := sorted(declared - state.keys()):
         raise ValueError(f"The file saves {suffixes}, but lacks {missing[:5]}.")
     if config.get("bias") in ("all", "lora_only"):

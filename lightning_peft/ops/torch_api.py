@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
+import torch.utils.checkpoint as checkpointing
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils.checkpoint import CheckpointFunction
 
+_WRAPPED = "_lightning_peft_wraps"  # attribute of the module of torch
 HookKind = Literal["forward", "forward_pre", "state_dict", "load_state_dict_pre", "load_state_dict_post"]
 
 
@@ -88,3 +92,27 @@ def without_onednn() -> Iterator[None]:
         yield
     finally:
         torch._C._set_mkldnn_enabled(before)
+
+
+def wrap_checkpointed(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Let ``wrap(function)`` stand for each function that ``torch.utils.checkpoint`` keeps, to call it in backward.
+
+    The names that other code has of ``checkpoint`` are bound before, so what it calls is replaced. Calling this again
+    changes nothing.
+    """
+    if getattr(checkpointing, _WRAPPED, None) is not None:
+        return
+    generator: Any = checkpointing._checkpoint_without_reentrant_generator
+    forward: Any = CheckpointFunction.forward
+
+    @functools.wraps(generator)
+    def wrapped_generator(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return generator(wrap(fn), *args, **kwargs)
+
+    @functools.wraps(forward)
+    def wrapped_forward(ctx: Any, run_function: Callable[..., Any], *args: Any) -> Any:
+        return forward(ctx, wrap(run_function), *args)
+
+    checkpointing._checkpoint_without_reentrant_generator = wrapped_generator
+    CheckpointFunction.forward = staticmethod(wrapped_forward)  # type: ignore[method-assign]
+    setattr(checkpointing, _WRAPPED, wrap)

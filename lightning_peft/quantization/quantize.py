@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.active_on_host import inactive
 from ..core.adapted_module import AdaptedModule, adapted_class
 from ..core.fingerprint import sample
 from ..core.weight_update import WeightUpdate
+from ..structure.base_model import stored_parameter
 from ..structure.bitsandbytes_api import forget_state
 from ..structure.expert_selection import ExpertTarget
 from ..structure.layer_of import layer_of
@@ -62,7 +64,7 @@ def quantize(
     if backend is not None and (kind == "int8" or backend not in nf4.LIBRARIES):
         raise ValueError(f"backend={backend!r} does not fit: nf4 has {', '.join(nf4.LIBRARIES)}; int8 needs none.")
     hosts, experts = quantizable_weights(model, kind, targets)
-    if any(host.get_parameter("weight").is_meta for host in hosts.values()):
+    if any(stored_parameter(host, "weight").is_meta for host in hosts.values()):
         backend = "torchao" if kind == "nf4" else None
     if experts and kind == "nf4":
         nf4.check_stores_experts({"cpu" if p.is_meta else p.device.type for p in map(_parameter, experts)})
@@ -108,8 +110,9 @@ def dequantize(model: nn.Module) -> float:
     if not hosts:
         raise ValueError("There is nothing to dequantize: no layer of this model is quantized.")
     originals = [original for host in hosts for original in _originals(host)]
-    for host in hosts:
-        dequantize_experts(host) if isinstance(host, QuantizedExperts) else _dequantize(host)
+    with inactive(host for host in hosts if isinstance(host, AdaptedModule)):  # what hosts store, not what they show
+        for host in hosts:
+            dequantize_experts(host) if isinstance(host, QuantizedExperts) else _dequantize(host)
     if None in originals:
         return math.nan
     known = [original for original in originals if original is not None]
@@ -147,7 +150,7 @@ def quantize_late(host: nn.Module) -> None:
             store_experts(host, part)
     original = original_of(host)
     if original is not None and original.values is None:
-        stored = host.get_parameter("weight").detach()
+        stored = stored_parameter(host, "weight").detach()
         remember(host, dataclasses.replace(original, values=sample(stored)))
         weight = stored.T.contiguous() if original.transposed else stored
         _store(host, weight, "torchao" if isinstance(host, NF4Linear) else None)
@@ -173,7 +176,7 @@ def _dequantize(host: Any) -> None:
     if isinstance(host, QuantizedLinear):
         host._buffers.clear()
     remember(host, None)
-    host.__class__ = adapted_class(cls) if isinstance(host, AdaptedModule) else cls  # type: ignore[arg-type]
+    host.__class__ = adapted_class(cls, host._replaced) if isinstance(host, AdaptedModule) else cls  # type: ignore[arg-type]
     host.weight = nn.Parameter(weight if original is None else weight.to(original.dtype), requires_grad=False)
     if host.bias is not None:
         host.bias.data = host.bias.data.to(host.weight.dtype)  # bitsandbytes casts it when it is called

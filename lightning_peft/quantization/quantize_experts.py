@@ -84,7 +84,7 @@ def dequantize_experts(host: Any) -> None:
         remember(host, None, part)
         host._parameters[part] = nn.Parameter(weight, requires_grad=False)
     del host.expert_weights, host.compute_dtype
-    host.__class__ = adapted_class(cls) if isinstance(host, AdaptedModule) else cls
+    host.__class__ = adapted_class(cls, host._replaced) if isinstance(host, AdaptedModule) else cls
 
 
 def known_original(host: nn.Module, part: str) -> Original:

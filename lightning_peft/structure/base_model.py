@@ -107,6 +107,15 @@ def own_tensors(module: nn.Module) -> dict[str, Any]:
     return {**module._parameters, **module._buffers}
 
 
+def stored_parameter(model: nn.Module, name: str) -> nn.Parameter:
+    """Return a parameter that a module holds; ``get_parameter`` returns what an active adapter puts in its place."""
+    owner, _, key = name.rpartition(".")
+    parameter = model.get_submodule(owner)._parameters.get(key)
+    if parameter is None:
+        raise AttributeError(f"{type(model).__name__} has no parameter {name!r}.")
+    return parameter
+
+
 def computed_from(host: nn.Module) -> list[str]:
     """Return the names of the parameters from which a layer computes its weight in each call; empty if it stores it.
 

@@ -157,20 +157,31 @@ def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     Raises:
         ValueError: A pattern matches no parameter; names what the model has.
     """
+    first_names = names_of_shared(model)
+    chosen = {first_names[name] for name in select_parameter_names(model, patterns)}
+    return [name for name in base_parameters(model) if name in chosen]
+
+
+def select_parameter_names(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Return the same with each name of a shared parameter for itself, by which its modules can be told apart."""
     if not _listed(patterns, "also_train", empty=True):
         return []
-    parameters, modules = base_parameters(model), base_modules(model)
-    first_names = {id(parameter): name for name, parameter in parameters.items()}
-    every_name = dict(model.named_parameters(remove_duplicate=False))  # of a shared parameter, all its names
-    shared = {name: first_names[id(p)] for name, p in every_name.items() if id(p) in first_names}
+    every_name, modules = names_of_shared(model), base_modules(model)
     chosen = set[str]()
     for pattern in patterns:
         scope, end = split_scope(pattern)
         owners = tuple(f"{owner}." for owner in _named(model, pattern, modules))
-        matching = in_scope(model, scope, [name for name in shared if matches(name, end)])
-        names = {shared[name] for name in matching} | {shared[name] for name in shared if name.startswith(owners)}
-        chosen |= names or _nothing(pattern, modules | parameters)
-    return [name for name in parameters if name in chosen]
+        matching = in_scope(model, scope, [name for name in every_name if matches(name, end)])
+        names = {*matching, *(name for name in every_name if name.startswith(owners))}
+        chosen |= names or _nothing(pattern, modules | base_parameters(model))
+    return [name for name in every_name if name in chosen]
+
+
+def names_of_shared(model: nn.Module) -> dict[str, str]:
+    """Return the first name of each base parameter by each name that it has."""
+    first_names = {id(parameter): name for name, parameter in base_parameters(model).items()}
+    every_name = model.named_parameters(remove_duplicate=False)
+    return {name: first_names[id(p)] for name, p in every_name if id(p) in first_names}
 
 
 def literal(name: str) -> str:

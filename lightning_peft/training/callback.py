@@ -22,7 +22,7 @@ from .optimizer_steps import OptimizerSteps
 from .plain_module import make_plain
 from .precision import check_precision_plugin, check_same_bits, check_trained, quantize_base, widen_trained
 from .print_summary import print_summary
-from .rng_resume import RngResume
+from .resume import ExactResume
 from .trained_parameters import TrainedParameters, optimizers_of
 
 
@@ -75,13 +75,14 @@ class PEFTStrategy(Callback):
         self.frozen_mode, self.check_base, self.full_checkpoint = frozen_mode, check_base, full_checkpoint
         self.show_summary, self.quantize, self.cache_frozen = show_summary, quantize, cache_frozen
         self._trained = TrainedParameters(self.lr_factors)
-        self._steps, self._rng, self._modes = OptimizerSteps(), RngResume(), ModuleModes(frozen_mode)
+        self._steps, self._resume, self._modes = OptimizerSteps(), ExactResume(), ModuleModes(frozen_mode)
         self.cache_folder, self._cache = cache_folder, CachedTraining(cache_frozen, cache_folder)
         self._base_fingerprint: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Adapt the module at the earliest moment its network exists."""
         check_precision_plugin(trainer.precision_plugin)
+        self._resume.attach(trainer, self, stage)
         prepare_strategy(trainer.strategy, self.full_checkpoint, self.lr_factors)
         inject_once_built(trainer, self, pl_module, stage, self.apply)
 
@@ -104,7 +105,7 @@ class PEFTStrategy(Callback):
         if self.show_summary:
             print_summary(pl_module)
         self._base_fingerprint = fingerprint(pl_module)
-        self._rng.start_fit()
+        self._resume.start_fit()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the mode of frozen modules, start counting steps, and start the cache."""
@@ -112,10 +113,11 @@ class PEFTStrategy(Callback):
         self._trained.check(pl_module, optimizers_of(trainer))
         self._steps.start(trainer, pl_module)
         self._cache.start(trainer, pl_module)
-        self._rng.start_training()
+        self._resume.start_training(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the mode of frozen modules, and have the cache compared."""
+        self._resume.restore()
         self._cache.start_epoch()
         self._modes.set(pl_module)
 
@@ -142,11 +144,11 @@ class PEFTStrategy(Callback):
         """End a step of the cache, and let methods follow the optimizer's step."""
         self._cache.check_first(trainer)
         self._cache.end()
-        self._rng.end_batch(trainer.is_last_batch)
         self._steps.end_batch(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn once if rows come that are not in the cache."""
+        self._resume.restore()
         self._cache.end_epoch(trainer.current_epoch)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -170,7 +172,7 @@ class PEFTStrategy(Callback):
         """Leave nothing behind of the training, and raise if the base is not what it was."""
         self._steps.report()
         self._leave()
-        self._rng.end_fit()
+        self._resume.end_fit()
         check_base_unchanged(pl_module, self._base_fingerprint)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -179,13 +181,13 @@ class PEFTStrategy(Callback):
         self._leave()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the random generators' states, the counts of steps, and what the base is quantized to."""
-        return {**self._rng.state_dict(), **self._steps.state_dict(), "quantize": self.quantize}
+        """Return where training stands, the counts of steps, and what the base is quantized to."""
+        return {"resume": self._resume.state_dict(), **self._steps.state_dict(), "quantize": self.quantize}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from what ``state_dict`` returned; a ``ValueError`` if the base is quantized to other bits now."""
         check_same_bits(state_dict.get("quantize"), self.quantize)
-        self._rng.load_state_dict(state_dict)
+        self._resume.load_state_dict(state_dict.get("resume", state_dict))
         self._steps.load_state_dict(state_dict)
 
     def _leave(self) -> None:

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from ..core.adapted_module import adapters
 from ..core.check_keys import check_base_names
+from ..core.check_placed import check_placed
 from ..core.inject import inject
 from ..core.injection_record import InjectionRecord, get_record, set_record
 from ..core.method import Method
@@ -99,6 +100,7 @@ def ensure_injected(module: pl.LightningModule, methods: Sequence[Method], also_
         record = InjectionRecord.around(below, base_parameters(module))
         check_base_names(base_modules(module), [method.name for method in record.methods])
         set_record(module, record)
+    check_placed(module)
     if methods and record.methods not in (list(methods), [method.finalized() for method in methods]):
         raise ValueError(
             f"The model holds {record.methods}, PEFTStrategy was given {list(methods)}. Pass the same methods, or call "

@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..core.adapter import Adapter
-from ..core.injection_record import active_methods, adapters_of, require_record
+from ..core.injection_record import adapters_of, require_record
 from ..core.method import Method
+from ..core.method_groups import active_methods
 from ..core.tensor_parallel import reduce_partial_gradients
 from .first_gradients import FirstGradients
 from .lightning_api import torch_optimizer

@@ -266,3 +266,24 @@ def test_a_damaged_folder_leaves_the_model_as_it_was(folders):
         lp.add_adapter(net, folder, "broken")
     assert not [k for k in net.state_dict() if "broken" in k]
     assert torch.equal(out(lp.activate(net, "my_ia3")), folders["ia3"][1])
+
+
+def test_a_copy_and_the_parameter_that_it_replaces_may_both_train(tmp_path):
+    """One adapter has a head of its own while another trains the base's: the folder of both loads."""
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+
+    net, x = build(), torch.randn(3, 4)
+    lp.add_adapter(net, lp.LoRA(rank=2, targets=["0"]), "a", also_train=["1"])
+    lp.inject(net, lp.LoRA(rank=1, targets=["0"]), also_train=["1"])
+    lp.activate(net, "lora", "a")
+    stir(net, 4)
+    lp.save_adapter(net, tmp_path)
+    back = lp.load_adapter(build(), tmp_path)
+    assert lp.active(back) == ("lora", "a")
+    assert torch.equal(back(x), net(x))
+    for name in ("a", "lora"):
+        assert torch.equal(lp.activate(back, name)(x), lp.activate(net, name)(x))
+    assert not torch.equal(lp.activate(net, "a")(x), lp.activate(net, "lora")(x))

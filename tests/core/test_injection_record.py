@@ -10,7 +10,8 @@ from models import MODELS, tokens
 
 import lightning_peft as lp
 from lightning_peft.core.adapted_module import AdaptedModule, method_name
-from lightning_peft.core.injection_record import InjectionRecord, active_methods, require_record
+from lightning_peft.core.injection_record import InjectionRecord, require_record
+from lightning_peft.core.method_groups import active_methods
 from lightning_peft.structure.base_model import base_parameters
 
 ROOT = Path(lp.__file__).parent

@@ -418,7 +418,7 @@ def test_a_plain_prefix_that_starts_as_words_is_those_words(name, tokenizer):
     base, x = MODELS[name]().train(), tokens()
     model = lp.inject(base, lp.PrefixTuning(reparameterize=False, length=6, **settings))
     assert all(module.training for module in model.modules())
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(m._forward_pre_hooks for m in model.modules() if type(m).__name__ != "AdapterDict")
     words = torch.tensor([2, 3, 4, 5, 2, 3]).expand(2, -1)  # repeated to the length
     with torch.no_grad():
         expected = MODELS[name]()(torch.cat([words, x], 1)).logits[:, 6:]

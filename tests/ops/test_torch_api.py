@@ -146,3 +146,25 @@ def test_torchs_attention_reads_the_weights_that_are_taken_to_be_read():
     nn.init.zeros_(attention.out_proj.weight)
     assert not torch.equal(attention(x, x, x)[0], before)
     assert called == []
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_checkpointing_calls_again_is_wrapped_once(reentrant):
+    """Else parts of a model are computed again in backward with the adapters of whoever calls backward."""
+    from torch.utils import checkpoint
+
+    lp_wrap = getattr(checkpoint, api._WRAPPED, None)
+    api.wrap_checkpointed(lambda function: function)
+    before = getattr(checkpoint, api._WRAPPED)
+    api.wrap_checkpointed(None)
+    assert getattr(checkpoint, api._WRAPPED) is before
+    assert lp_wrap in (None, before)
+    layer, x, calls = nn.Linear(3, 3), torch.randn(2, 3, requires_grad=True), []
+
+    def part(x):
+        calls.append(None)
+        return layer(x).tanh()
+
+    checkpoint.checkpoint(part, x, use_reentrant=reentrant).sum().backward()
+    assert len(calls) == 2
+    torch.testing.assert_close(x.grad, torch.autograd.grad(layer(x).tanh().sum(), x)[0])

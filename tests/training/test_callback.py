@@ -398,4 +398,4 @@ def test_the_callback_can_be_copied_and_its_checkpoint_keeps_its_keys(copied):
     tuner.fit(net, data())
     assert lp.summary(net).trainable > 0
     assert tuner._checkpoint_connector.dump_checkpoint()["callbacks"].keys() == {"PEFTStrategy"}
-    assert strategy.state_dict().keys() == {"states", "mid_epoch", "steps", "quantize"}
+    assert strategy.state_dict().keys() == {"resume", "steps", "quantize"}

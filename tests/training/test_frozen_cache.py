@@ -92,7 +92,7 @@ def counting(kind, watch):
             watch.calls += 1
             return super().forward(*args, **kwargs)
 
-    return adapted_class(Counting) if issubclass(kind, AdaptedModule) else Counting
+    return adapted_class(Counting, frozenset()) if issubclass(kind, AdaptedModule) else Counting
 
 
 class Watch(pl.Callback):

@@ -6,6 +6,7 @@ by ``feedforward``. Then an ``InputCapture`` at the up-projection passes the inp
 
 from __future__ import annotations
 
+import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ FEEDFORWARD = "feedforward"  # the pairs of feedforward.up and feedforward.down 
 _UNMERGEABLE = "the feed-forward block is not linear, so no weight expresses a branch beside it"
 
 
-class CapturedInput:
-    """The input of a block, between its up-projection and its down-projection."""
+class CapturedInput(threading.local):
+    """The input of a block, between its up-projection and its down-projection, in each thread."""
 
     x: Tensor | None = None
 

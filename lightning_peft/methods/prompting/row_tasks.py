@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ...core.adapter import Adapter
+from ...core.scoped import Scoped
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -20,17 +21,16 @@ class TaskAdapter(Adapter):
         tasks: Number of tasks.
     """
 
-    task_ids: Tensor | None = None  # (rows,); set inside of ``row_tasks`` only
-
     def __init__(self, tasks: int) -> None:
         super().__init__()
         self.tasks = tasks
+        self.task_ids = Scoped[Tensor]()  # (rows,); set inside of ``row_tasks`` only
 
     def of_rows(self, x: Tensor, rows: int) -> Tensor:
         """Select from x (tasks, ...) by the task of each row: (rows, ...), or x[0] where there is one task."""
         if self.tasks == 1:
             return x[0]
-        ids = self.task_ids
+        ids = self.task_ids.get()
         if ids is None:
             raise RuntimeError(
                 f"The model holds {self.tasks} tasks; say which task each row has: "
@@ -47,7 +47,8 @@ def row_tasks(model: nn.Module, ids: Tensor | int) -> Iterator[None]:
     """Context in which each row of a batch uses the tensors of its task, in training, inference and generation.
 
     In a call with a multiple of rows, each id stands for as many neighbours, as with beams and returned sequences.
-    Contexts nest.
+    Contexts nest. The ids hold in the thread and asyncio task that enter the context, and where backward computes a
+    part under gradient checkpointing again, after the context has ended, too.
 
     Args:
         model: Model with an adapter that has several tasks.
@@ -61,14 +62,10 @@ def row_tasks(model: nn.Module, ids: Tensor | int) -> Iterator[None]:
     if not task_adapters:
         raise ValueError("No adapter of the model holds several tasks; give its method tasks=2 or more.")
     ids = _checked(ids, min(adapter.tasks for adapter in task_adapters))
-    before = [adapter.task_ids for adapter in task_adapters]
-    for adapter in task_adapters:
-        adapter.task_ids = ids.to(next(adapter.parameters()).device)
-    try:
+    with ExitStack() as stack:
+        for adapter in task_adapters:
+            stack.enter_context(adapter.task_ids.during(ids.to(next(adapter.parameters()).device)))
         yield
-    finally:
-        for adapter, outer_ids in zip(task_adapters, before, strict=True):
-            adapter.task_ids = outer_ids
 
 
 def _checked(ids: Tensor | int, tasks: int) -> Tensor:

@@ -15,7 +15,7 @@ from ...checkpoints.base_weight_files import BaseWeightFiles, trim_malloc
 from ...checkpoints.safetensors_files import TensorFiles
 from ...core.adapted_module import adapters
 from ...quantization.quantize import quantize_late
-from ...structure.base_model import adapter_host, base_modules
+from ...structure.base_model import adapter_host, base_modules, stored_parameter
 from ...structure.original_weight import original_of
 
 
@@ -52,7 +52,7 @@ def find_base_weights(module: nn.Module, path: str | os.PathLike[str]) -> BaseWe
             raise ValueError(f"{name} is a buffer without values. Build the network in the context "
                              f"lightning_peft.without_values(), which leaves buffers as they are.")  # fmt: skip
     weights = BaseWeightFiles(module, TensorFiles(path))
-    missing = [name for name in weights.missing if not module.get_parameter(name).requires_grad]
+    missing = [name for name in weights.missing if not stored_parameter(module, name).requires_grad]
     if missing:
         raise ValueError(f"base_weights: {path} lacks {len(missing)} frozen parameters: {', '.join(missing[:5])}. "
                          f"It has {', '.join(weights.files.keys()[:5])}.")  # fmt: skip

@@ -9,8 +9,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ...checkpoints.adapter_state import frozen_names
-from ...core.adapted_module import adapters, disable_fast_path
-from ...core.injection_record import active_methods, adapters_of, require_record
+from ...core.adapted_module import adapters
+from ...core.injection_record import adapters_of, require_record
+from ...core.method_groups import active_methods
 from ..lightning_namespace import is_instance
 from .base_consistency import check_one_base
 from .fsdp1 import FSDP1Strategy
@@ -74,8 +75,6 @@ def start_strategy(strategy: Strategy, module: nn.Module) -> None:
 def start_evaluation(strategy: Strategy, module: nn.Module, within_fit: bool) -> None:
     """Check the base of each process before an evaluation of its own, as the start of fit does.
 
-    DeepSpeed removes all hooks before it evaluates, so those of torch's encoders are put back.
-
     Args:
         strategy: The Trainer's strategy.
         module: The module that is evaluated.
@@ -83,8 +82,6 @@ def start_evaluation(strategy: Strategy, module: nn.Module, within_fit: bool) ->
     """
     if is_instance(strategy, DDPStrategy) and not within_fit:
         check_one_base(module)
-    if is_instance(strategy, DeepSpeedStrategy):
-        disable_fast_path(module.modules())
 
 
 def ignore_base_in_ddp(module: nn.Module) -> None:
