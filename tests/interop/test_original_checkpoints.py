@@ -105,7 +105,9 @@ def test_the_roberta_of_loralib_has_a_place_for_each_tensor(files):
     lp.import_loralib(model, path, alpha=16)
     stored, state = torch.load(path, map_location="cpu", weights_only=True), model.state_dict()
     for key, value in stored.items():
-        assert torch.equal(state[key.replace("lora_A", "peft.lora.a").replace("lora_B", "peft.lora.b")], value), key
+        host, _, tensor = key.rpartition(".")
+        copied = {"lora_A": "peft.lora.a", "lora_B": "peft.lora.b"}.get(tensor, f"peft.lora_own.own.{tensor}")
+        assert torch.equal(state[f"{host}.{copied}"], value), key  # the base keeps a head of its own
     adapter = model.roberta.encoder.layer[0].attention.self.query.peft["lora"]
     assert adapter.scale == 2
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
