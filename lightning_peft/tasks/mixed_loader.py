@@ -72,9 +72,12 @@ class MixedLoader:
             collate_fn=self.collate,
             generator=torch.Generator(),  # so that the global one is left where it was
         )
-        for batch in loader:
-            self.num_yielded += 1
-            yield batch
+        # No generator, which would take its place only when it is asked for a batch, together with drawing that batch.
+        return map(self._count, loader)
+
+    def _count(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.num_yielded += 1
+        return batch
 
     def _fast_forward(self) -> None:
         """Move the stream to the first batch that was not yielded; worker processes have drawn ahead of it."""

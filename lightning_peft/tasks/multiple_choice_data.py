@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import get_worker_info
 
 from lightning_peft.methods.prompting.template import Template
 from lightning_peft.tasks.messages import quoted, where
 from lightning_peft.tasks.prompt_wordings import check_wordings, plain_template, texts_by_label
-from lightning_peft.tasks.resumable_loader import ResumableLoader
 from lightning_peft.tasks.splits import Split, Splits
 from lightning_peft.tasks.table_data import IGNORED, Collator, Example, TableDataModule
 from lightning_peft.tasks.tables import Table
@@ -86,15 +85,6 @@ class ChoicesDataModule(TableDataModule):
         }
         self.evaluated = evaluate_with or next(iter(templates))
         self._answer_ids: dict[str, list[int]] = {}
-
-    def train_dataloader(self) -> DataLoader[Example]:
-        """Shuffled batches of the train rows, which go on where a checkpoint stopped."""
-        return ResumableLoader(
-            self.examples("train"),  # type: ignore[arg-type]
-            self.batch_size,
-            shuffle=True,
-            collate_fn=self.collate,
-        )
 
     def encode(self, split: Split, table: Table) -> list[Example]:
         """Each row's wordings, each with the prompt's and the choices' token ids, and the right choice's number."""

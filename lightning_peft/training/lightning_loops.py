@@ -6,6 +6,7 @@ A test says in words what a release no longer has.
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any, NamedTuple
 
 
@@ -58,6 +59,7 @@ def start_next_epoch(trainer: Any, ended: bool) -> None:
 def continue_epoch(trainer: Any, at: Position) -> None:
     """Have a resumed fit go on after a batch with what an undisturbed one does next: validation, then a batch."""
     loop, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    epoch.reset = functools.partial(_reset_quietly, epoch)
     if at.phase == "batch end":
         if at.is_last and loop.restarted_mid_epoch:
             _take_back_epoch(loop)
@@ -72,6 +74,14 @@ def continue_epoch(trainer: Any, at: Position) -> None:
     elif at.phase == "step":
         epoch.batch_progress.total.reset_on_restart()  # of the step that is done again, else it counts twice
     loop._restarting = False  # of this loop alone: else what waits for metrics misses the epoch's end
+
+
+def _reset_quietly(epoch: Any) -> None:
+    """Reset the epoch's loop, once, without Lightning's warning that loaders cannot resume: these do."""
+    del epoch.reset
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
+        epoch.reset()
 
 
 def _take_back_epoch(loop: Any) -> None:

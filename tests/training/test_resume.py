@@ -307,9 +307,7 @@ def test_what_else_counts_steps_resumes_in_the_middle_of_an_epoch(name, tmp_path
         return net.state_dict()
 
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Checkpoint directory|You're resuming|Be aware that when using|.*in the cache of"
-        )
+        warnings.filterwarnings("ignore", "Checkpoint directory|Be aware that when using|.*in the cache of")
         whole = run(*saving(tmp_path))
         for stop in ("step=3", "step=6", "end-epoch=0"):
             again = run(path=tmp_path / f"{stop}.ckpt")

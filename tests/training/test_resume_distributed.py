@@ -11,7 +11,7 @@ from resume_cases import KINDS, fit, outcome, saving
 import lightning_peft as lp
 
 SAMPLE = ["in order", "shuffled", "shuffled, 2 workers", "shuffled, 2 persistent workers", "own sampler", "iterable"]
-SAMPLE += ["own batch sampler", "rows with random numbers", "ResumableLoader"]
+SAMPLE += ["own batch sampler", "rows with random numbers", "own state_dict"]
 STRATEGIES = {"ddp": lambda: "ddp", "fsdp2": lp.FSDP2Strategy}
 
 
