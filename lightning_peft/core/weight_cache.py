@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,12 +17,18 @@ _lock = threading.RLock()  # which the garbage collector may ask for again, to d
 
 
 class WeightCache:
-    """Cache of one layer's updated weight, for evaluation on the CPU, where comparing factors costs next to nothing."""
+    """Cache of one layer's updated weight, for evaluation on the CPU, where it costs little to notice changes.
+
+    A write through ``.data`` or a view of numpy does not change a tensor's version. So the values of factors are
+    compared and, of the base's weight, the product with a fixed vector, which reads it once, as one token does: what
+    this does not notice is within the rounding of the layer's own products.
+    """
 
     total = 0  # bytes kept by all layers
 
     def __init__(self) -> None:
         self._entry: _Entry | None = None  # replaced as a whole, since threads read it without a lock
+        self.products_are_small = False  # whether adding the update to the output is known to cost little
 
     @property
     def weight(self) -> Tensor | None:
@@ -37,20 +44,21 @@ class WeightCache:
     def get(self, base: Tensor, adapters: Sequence[object], factors: Sequence[Tensor]) -> Tensor | None:
         """Return the cached weight if it was computed from this base weight, these adapters, with these factors.
 
-        Values are compared because a write through ``.data`` does not change a tensor's version; of the base, which is
-        frozen, address and version are compared. Other adapters of equal factors may scale them otherwise.
+        Other adapters of equal factors may scale them otherwise.
         """
         entry = self._entry
         if entry is None or entry.base != (base.data_ptr(), write_count(base)):
             return None
         if len(factors) != len(entry.factors) or entry.adapters != tuple(map(id, adapters)):
             return None
-        return entry.weight if all(map(torch.equal, entry.factors, factors)) else None
+        same = all(map(torch.equal, entry.factors, factors)) and torch.equal(entry.probed, _probe(base))
+        return entry.weight if same else None
 
     def set(self, base: Tensor, adapters: Sequence[object], factors: Sequence[Tensor], weight: Tensor) -> None:
         """Replace the cached weight, unless the caches of all layers would exceed ``LIMIT``."""
         key, ids = (base.data_ptr(), write_count(base)), tuple(map(id, adapters))
-        new = None if base.is_inference() else _Entry(weight, key, ids, [f.detach().clone() for f in factors])
+        copies = [factor.detach().clone() for factor in factors]
+        new = None if base.is_inference() else _Entry(weight, key, ids, copies, _probe(base))
         with _lock:
             self._replace(new if new is not None and WeightCache.total + weight.nbytes <= LIMIT else None)
 
@@ -70,3 +78,15 @@ class _Entry(NamedTuple):
     base: tuple[int, int]
     adapters: tuple[int, ...]
     factors: list[Tensor]
+    probed: Tensor
+
+
+def _probe(weight: Tensor) -> Tensor:
+    """Return the product of a matrix with a vector of different numbers."""
+    return weight.mv(_numbers(weight.shape[1], weight.dtype))
+
+
+@functools.lru_cache(maxsize=32)
+def _numbers(count: int, dtype: torch.dtype) -> Tensor:
+    """Return numbers from 1 to 2, no two of which are equal or near a common multiple."""
+    return 1 + (torch.arange(count, dtype=torch.float64) * 0.6180339887498949).frac().to(dtype)

@@ -156,16 +156,20 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
         return updates
 
     def _cached_forward(self, host: Any, adapters: Sequence[Any], x: Tensor) -> Tensor | None:
-        factors = [factor for adapter in adapters for factor in adapter.factor_tensors()]
         cache = self.weight_cache = self.weight_cache or WeightCache()
+        base = self.layer.read(host)
+        if cache.products_are_small and not rebuilding_is_cheaper((), x, base):
+            return None  # to notice changes of the weight would cost more than adding small products
+        factors = [factor for adapter in adapters for factor in adapter.factor_tensors()]
         weight = cache.get(host.weight, adapters, factors)
         if weight is None:
             if not (updates := self._parametrizations(host, adapters)):
                 return None
-            weight = updated_weight(self.layer.read(host), updates)
-            cache.set(host.weight, adapters, factors, weight)
-            if cache.weight is None and not rebuilding_is_cheaper(updates, x, weight):
+            cache.products_are_small = not any(update.form.rebuilds_full_weight for update in updates)
+            if not rebuilding_is_cheaper(updates, x, base):
                 return None
+            weight = updated_weight(base, updates)
+            cache.set(host.weight, adapters, factors, weight)
         return F.linear(x, weight, host.bias)
 
     def effective_weight(self, weight: Tensor) -> Tensor:

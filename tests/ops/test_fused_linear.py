@@ -247,6 +247,10 @@ CHANGES = {
     "new data": lambda adapter, host: setattr(adapter.a, "data", adapter.a.data + 1),
     "state": lambda adapter, host: adapter.load_state_dict({k: v + 1 for k, v in adapter.state_dict().items()}),
     "base": lambda adapter, host: host.weight.add_(1),
+    "data of the base": lambda adapter, host: host.weight.data.copy_(host.weight + 1),
+    "a number of the base": lambda adapter, host: host.weight.numpy().__setitem__((3, 5), 2.0),
+    "order of the base": lambda adapter, host: host.weight.data.copy_(host.weight.flip(0).clone()),
+    "columns of the base": lambda adapter, host: host.weight.data.copy_(host.weight.flip(1).clone()),
     "new base": lambda adapter, host: setattr(host, "weight", nn.Parameter(host.weight + 1, requires_grad=False)),
 }
 
@@ -261,7 +265,7 @@ def test_a_kept_weight_is_given_up_when_anything_changes(method, change):
     """In evaluation on the CPU the updated weight is built once."""
     model = disturbed(METHODS[method]).eval()
     ((_, host, _, adapter),) = lp.adapters(model)
-    x = torch.randn(5, 16, dtype=torch.float64)
+    x = torch.randn(20, 16, dtype=torch.float64)
     with torch.no_grad():
         model(x)
         first = cached(adapter)
@@ -282,7 +286,7 @@ def test_kept_weights_have_a_limit_and_copies_have_none(monkeypatch):
     before = weight_cache.WeightCache.total
     model = disturbed(METHODS["lora"]).eval()
     ((_, host, _, adapter),) = lp.adapters(model)
-    x = torch.randn(5, 16, dtype=torch.float64)
+    x = torch.randn(20, 16, dtype=torch.float64)
     with torch.no_grad():
         model(x)
         assert weight_cache.WeightCache.total - before == host.weight.nbytes
