@@ -67,7 +67,8 @@ class Bottleneck(Method):
 
     def parameters(self, model: nn.Module) -> Iterable[str]:
         trains = {"norms": self.train_norms, "head": self.train_head}
-        return select_parameters(model, [role for role in trains if trains[role] and any(ROLES[role](model))])
+        roles = [role for role in trains if trains[role] and any(ROLES[role](model))]
+        return select_parameters(model, roles, roles_only=True)
 
 
 class SerialBottleneck(BatchableLayerAdapter, Adapter):

@@ -77,7 +77,7 @@ class LLaMAAdapter(Method):
                 yield name, BiasAndScale(host)
 
     def parameters(self, model: nn.Module) -> Iterable[str]:
-        return select_parameters(model, ["norms"]) if self.train_norms else ()
+        return select_parameters(model, ["norms"], roles_only=True) if self.train_norms else ()
 
     def after_step(self, adapters: Sequence[Adapter], step: int, total_steps: int) -> None:
         if step <= self.gate_warmup_steps:

@@ -117,7 +117,7 @@ class PTuningV2(Method):
         return prefixes(model, hosts, self.length, self.dropout, self.hidden_size if self.projection else None)
 
     def parameters(self, model: nn.Module) -> Iterable[str]:
-        return select_parameters(model, ["head"]) if self.train_head and head_layers(model) else ()
+        return select_parameters(model, ["head"], roles_only=True) if self.train_head and head_layers(model) else ()
 
     def finalized(self) -> PTuningV2:
         return dataclasses.replace(self, projection=False)

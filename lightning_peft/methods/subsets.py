@@ -39,10 +39,10 @@ class OutputLayers(Method):
     targets: list[str] = dataclasses.field(default_factory=lambda: ["output"])
 
     def parameters(self, model: nn.Module) -> Iterable[str]:
-        chosen = select_parameters(model, self.targets)
+        chosen = select_parameters(model, self.targets, roles_only=self.targets == ["output"])
         if "output" in self.targets:
             prefixes = tuple(f"{name}." for name in output_layers(model))
-            tied = [n for n in select_parameters(model, ["output"]) if not n.startswith(prefixes)]
+            tied = [n for n in select_parameters(model, ["output"], roles_only=True) if not n.startswith(prefixes)]
             check_setting(
                 not tied,
                 "output layer",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from .base_model import base_modules
+from .base_model import base_modules, is_inside, matches
 from .expert_layers import DOWN, UP, expert_modules
 from .layer_of import is_called_linear
 from .norm_probe import is_norm
@@ -101,3 +101,34 @@ ROLES: dict[str, Callable[[nn.Module], Iterable[str]]] = {
     "head": head_layers,
     "norms": norms,
 }
+_NAMES_OF_MODULES = ("blocks", "head", "norms", "output")  # roles after which modules of other kinds are called, too
+
+
+def called_like_role(model: nn.Module, role: str, names: Sequence[str]) -> bool:
+    """Return whether the name of a role means what is called so, since the role means something else, or more.
+
+    Args:
+        model: The model.
+        role: Name of a role.
+        names: Names of its modules, and of parameters if these are meant as well.
+
+    Raises:
+        ValueError: Several are called so, and the role means others.
+    """
+    if role not in _NAMES_OF_MODULES or not (called_so := [name for name in names if matches(name, role)]):
+        return False
+    members, whole_name = list(ROLES[role](model)), [name for name in called_so if name == role]
+    if _overlap(whole_name or called_so, members):
+        return False
+    if members and len(called_so) > 1:
+        raise ValueError(
+            f"{role!r} is unclear: {', '.join(called_so[:4])}{', ...' * (len(called_so) > 4)} are called so, and as a "
+            f"role it means {', '.join(members[:4])}. Write more of the names that you mean."
+        )
+    return True
+
+
+def _overlap(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Return whether each name is that of something inside or around one of the others, and the other way round."""
+    pairs = {(a, b) for a in names for b in others if is_inside(a, b) or is_inside(b, a)}
+    return {a for a, _ in pairs} == set(names) and {b for _, b in pairs} == set(others)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
 from torch import nn
 
-from .base_model import base_modules, base_parameters, matches, name_pattern
+from .base_model import base_modules, base_parameters, matches
 from .expert_layers import expert_modules, expert_weights, owners_of_experts, warn_of_experts
 from .fused_rows import has_parts, requested_rows
-from .roles import ROLES
+from .pattern_errors import listed, no_match
+from .roles import ROLES, called_like_role
 from .rows import Rows
 from .structure_of import structure_of
 from .towers import in_scope, split_scope
@@ -121,14 +121,14 @@ def selected_targets(
     modules = base_modules(model)
     measured = structure_of(model).measured  # which also measures the rows of fused layers
     meant_by: dict[str, list[str]] = {}
-    for target in _listed(targets, "targets"):
-        for name in _named(model, target, modules, experts) or _nothing(target, modules, measured):
+    for target in listed(targets, "targets"):
+        for name in _named(model, target, list(modules), experts) or no_match(target, modules, measured):
             meant_by.setdefault(name, []).append(split_scope(target)[1])
-    for pattern in _listed(exclude, "exclude", empty=True):
+    for pattern in listed(exclude, "exclude", empty=True):
         scope, end = split_scope(pattern)
         of_experts = owners_of_experts(model, end)
         matching = in_scope(model, scope, [name for name in modules if matches(name, end)])  # never a role
-        for name in matching or of_experts or _nothing(pattern, modules):
+        for name in matching or of_experts or no_match(pattern, modules):
             if not (experts and name in of_experts):
                 meant_by.pop(name, None)
     if not meant_by:
@@ -140,10 +140,13 @@ def selected_targets(
     return chosen
 
 
-def _named(model: nn.Module, target: str, modules: Iterable[str], experts: bool = False) -> list[str]:
-    """Return the names of the modules that a glob or a role means, inside of its scope."""
+def _named(
+    model: nn.Module, target: str, names: Sequence[str], experts: bool = False, roles_only: bool = False
+) -> list[str]:
+    """Return those of the names that a glob means, or a role's modules, inside of its scope."""
     scope, target = split_scope(target)
-    names = modules_of_role(model, target) if target in ROLES else [name for name in modules if matches(name, target)]
+    is_role = target in ROLES and (roles_only or not called_like_role(model, target, names))
+    names = modules_of_role(model, target) if is_role else [name for name in names if matches(name, target)]
     if target not in ROLES:
         names += [name for name in owners_of_experts(model, target) if name not in names]
     elif experts and target == "all-linear":
@@ -151,29 +154,34 @@ def _named(model: nn.Module, target: str, modules: Iterable[str], experts: bool 
     return in_scope(model, scope, names)
 
 
-def select_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+def select_parameters(model: nn.Module, patterns: Sequence[str], roles_only: bool = False) -> list[str]:
     """Return the names of base parameters that a pattern matches, or that are in a module that it matches.
 
+    Args:
+        model: Where to look.
+        patterns: Globs, or roles; a module that is called like a role, and is none of its, comes before the role.
+        roles_only: Whether the name of a role means the role in any case, as in settings of methods.
+
     Raises:
-        ValueError: A pattern matches no parameter; names what the model has.
+        ValueError: A pattern matches no parameter, or it is unclear what it means; names what the model has.
     """
     first_names = names_of_shared(model)
-    chosen = {first_names[name] for name in select_parameter_names(model, patterns)}
+    chosen = {first_names[name] for name in select_parameter_names(model, patterns, roles_only)}
     return [name for name in base_parameters(model) if name in chosen]
 
 
-def select_parameter_names(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+def select_parameter_names(model: nn.Module, patterns: Sequence[str], roles_only: bool = False) -> list[str]:
     """Return the same with each name of a shared parameter for itself, by which its modules can be told apart."""
-    if not _listed(patterns, "also_train", empty=True):
+    if not listed(patterns, "also_train", empty=True):
         return []
     every_name, modules = names_of_shared(model), base_modules(model)
     chosen = set[str]()
     for pattern in patterns:
         scope, end = split_scope(pattern)
-        owners = tuple(f"{owner}." for owner in _named(model, pattern, modules))
+        owners = tuple(f"{owner}." for owner in _named(model, pattern, [*modules, *every_name], roles_only=roles_only))
         matching = in_scope(model, scope, [name for name in every_name if matches(name, end)])
         names = {*matching, *(name for name in every_name if name.startswith(owners))}
-        chosen |= names or _nothing(pattern, modules | base_parameters(model))
+        chosen |= names or no_match(pattern, modules | base_parameters(model))
     return [name for name in every_name if name in chosen]
 
 
@@ -187,23 +195,3 @@ def names_of_shared(model: nn.Module) -> dict[str, str]:
 def literal(name: str) -> str:
     """Return a glob that matches a name, even where the name is that of a role."""
     return f"[{name[0]}]{name[1:]}" if name in ROLES else name
-
-
-def _listed(patterns: Sequence[str], field: str, empty: bool = False) -> Sequence[str]:
-    """Return the patterns; raise if they are a string or, unless ``empty`` is allowed, there are none."""
-    if isinstance(patterns, str):
-        raise TypeError(f"{field} is a list of patterns; write [{patterns!r}].")
-    if not patterns and not empty:
-        raise ValueError(f"{field} is empty; give globs such as ['query'], or roles: {', '.join(ROLES)}.")
-    return patterns
-
-
-def _nothing(pattern: str, named: Iterable[str], measured: bool = True) -> set[str]:
-    """Raise a ``ValueError`` that lists close names, since a pattern without a match is mostly a typo."""
-    patterns = list(dict.fromkeys(map(name_pattern, named)))
-    ends = {name.rpartition(".")[2] for name in patterns} - {"*"}
-    close = [] if pattern in ROLES else difflib.get_close_matches(pattern, [*ends, *patterns, *ROLES], n=5)
-    advice = f"Close names: {', '.join(close)}." if close else f"The model has: {', '.join(patterns[:40])}."
-    if pattern in ROLES and not measured:
-        advice = f"It was looked for by names; give example_inputs to lightning_peft.inject to measure it. {advice}"
-    raise ValueError(f"{pattern!r} matches nothing in the model. {advice} Roles: {', '.join(ROLES)}.")
