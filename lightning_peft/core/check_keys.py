@@ -16,6 +16,9 @@ def check_names(names: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"Two methods are named {name!r}; give one of them another name.")
+        if not isinstance(name, str):
+            raise TypeError(f"A method's name is a string, got {name!r}; write name='{name}'.")
+        # Of an instance, since some attributes, such as training, are not those of the class.
         if not name or "." in name or name.startswith("_") or hasattr(nn.ModuleDict(), name):
             raise ValueError(
                 f"A method cannot be named {name!r}: choose a name without dots, which does not begin with _ and is "
