@@ -131,10 +131,14 @@ def list_base_modules(model: nn.Module) -> list[Any]:
 
 
 def active_adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
-    """Yield (host's name, adapter) of the active adapters."""
-    for name, host, key, adapter in adapters(model):
-        if key in active_keys(host):
-            yield name, adapter
+    """Yield (host's name, adapter) of the active adapters, inner before outer."""
+    active: list[tuple[str, Any, str, Adapter]] = [entry for entry in adapters(model) if _is_active(*entry[1:3])]
+    for name, _, _, adapter in sorted(active, key=lambda entry: active_keys(entry[1]).index(entry[2])):
+        yield name, adapter
+
+
+def _is_active(host: Any, key: str) -> bool:
+    return key in active_keys(host)
 
 
 def adapter_key(name: str, adapter: Adapter) -> str:

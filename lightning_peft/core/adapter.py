@@ -58,6 +58,8 @@ class Adapter(nn.Module, ABC):
     Tensors that are left out run along neither. None for the whole mapping: not supported under tensor parallelism."""
     persistent = True
     """Whether it is part of the model and its files; temporary adapters exist during one run only."""
+    merges_bias_alone = False
+    """Whether ``merge`` changes the host's bias and leaves its weight as it is."""
     part = ""
     """Suffix of its key where a method puts several adapters on one host."""
     rows: Rows | None = None

@@ -149,7 +149,7 @@ def check_shared_host(placed: Sequence[tuple[str, Adapter]]) -> None:
             replaced.add(f"{name}.{key}")
         if isinstance(adapter, WeightUpdate) or adapter.exclusive or "weight" in adapter.replaces:
             updates[name].append(adapter)
-    for name, adapter in placed:
+    for number, (name, adapter) in enumerate(placed):
         if not adapter.exclusive:
             continue
         on_same_host = [a for a in updates[name] if a is not adapter]
@@ -159,6 +159,30 @@ def check_shared_host(placed: Sequence[tuple[str, Adapter]]) -> None:
                 f"{type(adapter).__name__} at {name} rewrites the whole weight and cannot share it with "
                 f"{type(on_same_rows[0]).__name__}; give the methods different targets."
             )
+        _check_innermost(name, adapter, [inner for host, inner in placed[:number] if host == name])
+
+
+def _check_innermost(name: str, adapter: Adapter, inside: Sequence[Adapter]) -> None:
+    """Raise where an adapter that computes its update from the weight lies outside of one that changes the weight.
+
+    Its update would be that of the base's weight in calls, and that of the changed weight once both are merged.
+    """
+    for inner in inside:
+        bias_alone = inner.merges_bias_alone and not getattr(adapter, "updates_bias", False)
+        merges = type(inner).merge is not Adapter.merge and not (bias_alone or inner.replaces)
+        if merges and not isinstance(inner, WeightUpdate) and _share_rows(inner, adapter):
+            raise ValueError(
+                f"{type(adapter).__name__} at {name} computes its update from the base's weight, and "
+                f"{type(inner).__name__} inside of it changes that weight: name the method of {type(adapter).__name__} "
+                f"first, as in inject(model, [LoRA(decompose=True), IA3()])."
+            )
+
+
+def _share_rows(one: Adapter, other: Adapter) -> bool:
+    """Return whether two adapters change common rows of a weight."""
+    if one.rows is None or other.rows is None:
+        return True
+    return not set(one.rows.numbers()).isdisjoint(other.rows.numbers())
 
 
 def check_not_paused(record: InjectionRecord) -> None:

@@ -76,6 +76,7 @@ class AddedBias(Adapter):
     """y = host(x) + bias, for a linear layer without a bias; the bias starts at zero."""
 
     tensor_parallel_dims = {"bias": ("out",)}
+    merges_bias_alone = True
 
     def __init__(self, host: Any) -> None:
         super().__init__()
@@ -90,5 +91,7 @@ class AddedBias(Adapter):
         return y + self.bias.to(y.dtype)
 
     def merge(self, host: Any) -> None:
-        """Register the bias as that of the host."""
-        layer_of(host).write_bias(host, self.bias)
+        """Register the bias as that of the host, or add it to one that another adapter has given the host."""
+        layer, bias = layer_of(host), self.bias.detach()
+        own = layer.bias(host)
+        layer.write_bias(host, bias if own is None else own + bias)
