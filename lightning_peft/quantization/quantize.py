@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from ..core.active_on_host import inactive
 from ..core.adapted_module import AdaptedModule, adapted_class
 from ..core.fingerprint import sample
-from ..core.weight_update import WeightUpdate
 from ..structure.base_model import stored_parameter
 from ..structure.bitsandbytes_api import forget_state
 from ..structure.expert_selection import ExpertTarget
 from ..structure.layer_of import layer_of
-from ..structure.layer_types import TransposedLinearType
+from ..structure.layer_types import LayerType, TransposedLinearType
 from ..structure.original_weight import Original, original_of, remember
 from ..structure.quantized import is_quantized
 from ..structure.quantized_experts import QuantizedExperts
@@ -184,6 +183,7 @@ def _dequantize(host: Any) -> None:
     if isinstance(layer, TransposedLinearType):
         host.weight = nn.Parameter(host.weight.T.contiguous(), requires_grad=False)
     if isinstance(host, AdaptedModule):
+        adapter: Any
         for adapter in host.peft.values():
-            if isinstance(adapter, WeightUpdate):
+            if isinstance(getattr(adapter, "layer", None), LayerType):
                 adapter.layer = layer

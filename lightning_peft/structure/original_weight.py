@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +43,14 @@ def original_of(host: nn.Module, parameter: str = "weight") -> Original | None:
 def remember(host: nn.Module, original: Original | None, parameter: str = "weight") -> None:
     """Set the ``Original`` of a weight; None removes it."""
     vars(host)[_attribute(parameter)] = original
+
+
+def cast_originals(host: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Let the types that weights had follow a cast of the layer, by what ``fn`` would have done to the weights."""
+    originals = {name: value for name, value in vars(host).items() if isinstance(value, Original)}
+    for name, original in originals.items():
+        dtype = fn(torch.empty(0, dtype=original.dtype)).dtype
+        vars(host)[name] = dataclasses.replace(original, dtype=dtype)
 
 
 def _attribute(parameter: str) -> str:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.autograd_function import records_gradients
+from .original_weight import cast_originals
 from .torchao_api import StoredNF4
 
 
@@ -23,6 +24,7 @@ class KeepsStatistics(nn.Module):
             old = before[name]
             if old is not None and new is not None and new.dtype != old.dtype:  # rounding statistics changes weights
                 self._buffers[name] = old.to(new.device)
+        cast_originals(self, fn)
         return self
 
 

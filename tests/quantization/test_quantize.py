@@ -462,3 +462,27 @@ for backend in ("bitsandbytes", "torchao"):
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_cast_since_quantization_is_that_of_the_dequantized_weights_too(dtype):
+    net = lp.quantize(nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 4)), "int8", ["0"])
+    lp.inject(net.to(dtype), lp.LoRA(targets=["0"], rank=2))
+    x = torch.randn(3, 8, dtype=dtype)
+    before = net(x)
+    lp.merge(net, dequantize=True)
+    assert {p.dtype for p in net.parameters()} == {dtype}
+    torch.testing.assert_close(net(x), before, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("targets", ["targets", "feedforward_targets"])
+def test_scales_stay_right_when_the_layer_below_is_dequantized(targets):
+    net = lp.quantize(nn.Sequential(nn.Linear(8, 8)), "int8", ["0"])
+    lp.inject(net, lp.IA3(**{"targets": [], "feedforward_targets": [], targets: ["0"]}))
+    ((*_, adapter),) = lp.adapters(net)
+    nn.init.uniform_(adapter.scales)
+    x = torch.randn(3, 8)
+    before = net(x).detach()
+    lp.dequantize(net)
+    torch.testing.assert_close(net(x), before)
+    torch.testing.assert_close(lp.merge(net)(x), before)
