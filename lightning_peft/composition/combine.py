@@ -92,8 +92,11 @@ def combine(
 
 def _updates(model: nn.Module, methods: Sequence[Method], of: str) -> dict[str, Any]:
     adapters = adapters_of(model, *methods)
+    name = methods[0].name
+    if not adapters:
+        raise TypeError(f"{name!r} has no adapters: {type(methods[0]).__name__} adds nothing to a weight.")
     for host, adapter in adapters.items():
-        described = f"{type(adapter).__name__} of {methods[0].name!r} at {host}"
+        described = f"{type(adapter).__name__} of {name!r} at {host}"
         if not isinstance(adapter, WeightUpdate) or adapter.exclusive:
             raise TypeError(
                 f"{described} is no update W + D of a weight; LoRA without decompose and its kin can be combined, but "
@@ -101,6 +104,9 @@ def _updates(model: nn.Module, methods: Sequence[Method], of: str) -> dict[str, 
             )
         if of == "factors" and not isinstance(adapter, LowRankUpdate):
             raise TypeError(f"{described} has no factors B and A; combine weights.")
+    if len(methods) > 1:
+        kinds = " and ".join(type(method).__name__ for method in methods)
+        raise TypeError(f"{name!r} is {kinds} under one name; only names of one method each can be combined.")
     return dict(adapters)
 
 

@@ -230,3 +230,15 @@ def test_convolutions_and_embeddings(layer):
     a, b, found, elected = deltas(net, "a", "b", "sum", "ties", host="0")
     np.testing.assert_allclose(found, a - b, atol=1e-6)
     np.testing.assert_allclose(elected, ties([a, b], [1, -1], 0.5), atol=1e-6)
+
+
+def test_names_of_several_methods_or_without_adapters_are_refused():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    lora, fedpara = lp.LoRA(targets=["0"], rank=1), lp.FedPara(targets=["0"], rank=1)
+    lp.add_adapter(lp.inject(net, lp.BitFit(targets=["0"])), [lora, fedpara], "pair")
+    keys = net.state_dict().keys()
+    with pytest.raises(TypeError, match="'bitfit' has no adapters: BitFit adds nothing to a weight"):
+        lp.combine(net, ["bitfit"], [1], "new")
+    with pytest.raises(TypeError, match="'pair' is LoRA and FedPara under one name"):
+        lp.combine(net, ["pair"], [1], "new", rank=2)
+    assert net.state_dict().keys() == keys
