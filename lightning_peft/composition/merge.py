@@ -103,7 +103,7 @@ def unmerge(model: nn.Module) -> nn.Module:
                     f"{name}.{key} was {saved.values.dtype} when it was merged and is {tensors[key].dtype} now, so "
                     f"that its bits cannot come back; give it that type again, or build the base again."
                 )
-    if fingerprint(model, record.merged.beside) != record.merged.now:
+    if fingerprint(model) != record.merged.now:
         raise RuntimeError(
             "The base's weights were written to since adapters were merged into them, and what was kept does not fit "
             "the new ones; build the base again and load the adapter."
@@ -158,7 +158,7 @@ def _merge_and_keep(model: nn.Module, dequantize: bool, allow_nonfinite: bool) -
         _restore_hosts(model)
         raise
     forbid_loading(model)
-    record.set_merged(Merged(base, fingerprint(model, left_out), left_out))
+    record.set_merged(Merged(base, fingerprint(model), left_out))  # what copies overwrite counts while it is there
     return model
 
 

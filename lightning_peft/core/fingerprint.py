@@ -23,7 +23,7 @@ class Merged:
     Args:
         base: Fingerprint without the adapters.
         now: Fingerprint with them.
-        beside: Names of parameters that neither counts: they train, or adapters replace them.
+        beside: Names of parameters that ``base`` does not count: they train, or adapters replace them.
     """
 
     base: str | None

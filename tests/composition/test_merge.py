@@ -349,3 +349,22 @@ def test_adapters_take_part_in_their_order_again():
     assert ("task", "task_own") in orders
     lp.unmerge(lp.merge(net, keep=True))
     assert [getattr(m, "peft_order", None) for m in net.modules()] == orders
+
+
+def test_a_write_into_what_copies_have_overwritten_is_noticed():
+    net = lp.inject(nn.Sequential(nn.Linear(4, 4)), lp.OwnParameters(targets=["0"]))
+    stir(net, 0)
+    lp.merge(net, keep=True)
+    before = net[0]._parameters["bias"].clone()
+    net[0]._parameters["bias"].data.add_(1)
+    with pytest.raises(RuntimeError, match="weights were written to since"):
+        lp.unmerge(net)
+    net[0]._parameters["bias"].data.copy_(before)
+    assert lp.unmerge(net) is net
+
+
+def test_the_weight_that_attention_reads_can_train_beside_adapters_on_it():
+    net = lp.inject(nn.Sequential(nn.MultiheadAttention(4, 2)), lp.LoRA(targets=["0"], rank=1))
+    lp.inject(net, lp.IA3(targets=["0"], feedforward_targets=[]), also_train=["0.in_proj_weight"])
+    assert net[0]._parameters["in_proj_weight"].requires_grad
+    assert [key for _, _, key, _ in lp.adapters(net)] == ["lora", "ia3"]
