@@ -246,3 +246,13 @@ def test_ia3_keeps_less_than_peft_and_equals_it(name):
     torch.testing.assert_close(y, z, atol=1e-5, rtol=1e-5)
     big = {"input_ids": tokens(8, 32), "attention_mask": torch.ones(8, 32, dtype=torch.long)}
     assert kept(ours, big) < 0.93 * kept(theirs, big)
+
+
+def test_gradients_of_a_convolution_have_the_accuracy_of_float64():
+    net = nn.Sequential(nn.Conv2d(2, 4, 3)).double()
+    x = torch.randn(3, 2, 8, 8, dtype=torch.float64)
+    y = net(x).detach()
+    lp.inject(net, lp.IA3(targets=["0"], feedforward_targets=[]))
+    net(x).square().sum().backward()
+    ((*_, adapter),) = lp.adapters(net)
+    torch.testing.assert_close(adapter.scales.grad, 2 * y.square().sum((0, 2, 3)), rtol=1e-13, atol=0)

@@ -88,7 +88,8 @@ class _Scaled(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (g,) = grads
         scales, y = ctx.saved_tensors
-        sums = _sums(g, y) if scales.dim() == 1 else (g * y).float().sum_to_size(scales.shape)
+        wide = torch.promote_types(g.dtype, torch.float32)
+        sums = _sums(g, y) if scales.dim() == 1 else (g * y).to(wide).sum_to_size(scales.shape)
         factor = _not_zero(scales)
         return (g * factor).to(g.dtype), (sums / factor).to(scales.dtype), None
 
