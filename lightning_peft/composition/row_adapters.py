@@ -73,7 +73,8 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     """
     modules = list_base_modules(model)
     rows = [(host, RowAdapters(batched_calls)) for host, batched_calls in _plan(model, modules, names)]
-    with inactive((module for module in modules if isinstance(module, AdaptedModule)), rows):
+    hosts = (module for module in modules if isinstance(module, AdaptedModule))
+    with inactive(hosts, rows, require_record(model).local):
         yield
 
 
@@ -114,7 +115,7 @@ def _batched_call(adapters: list[Any], rows: RowAssignment) -> BatchedLayerCall 
 
 def _group_by_projection(model: nn.Module, host: Any, used: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return the adapters by name for each projection of a host, copies of its parameters before all others."""
-    groups: dict[str, dict[str, Any]] = {}
+    groups: dict[str | None, dict[str, Any]] = {}
     is_read = read_weight_attribute(type(host)) is not None
     for key, adapter in host.peft.items():
         if name := used.get(method_name(key, adapter)):
@@ -123,7 +124,13 @@ def _group_by_projection(model: nn.Module, host: Any, used: Mapping[str, str]) -
                     f"{key!r} at {_name_of(model, host)} is a {type(adapter).__name__} on a {type(host).__name__}; "
                     f"rows can have different adapters only where these act row by row on a called layer."
                 )
-            groups.setdefault(key[len(name) :], {})[name] = adapter
+            # Copies of all names are one group, whatever their methods are called: they split the rows between them.
+            group = groups.setdefault(None if adapter.needs_separate_call else key[len(name) :], {})
+            if name in group:
+                raise TypeError(
+                    f"{name!r} has copies of parameters of {_name_of(model, host)} by two methods; use one."
+                )
+            group[name] = adapter
     return sorted(groups.values(), key=lambda group: not any(adapter.needs_separate_call for adapter in group.values()))
 
 

@@ -20,10 +20,11 @@ from .adapted_module import (
     set_active,
 )
 from .check_placed import check_placed
-from .checks import check_not_paused, check_shared_host
+from .checks import check_not_paused
 from .inject import detach
-from .injection_record import InjectionRecord, adapters_of, methods_named, require_record
+from .injection_record import InjectionRecord, adapters_of, get_record, methods_named, require_record
 from .method import Method
+from .shared_hosts import check_shared_host
 from .weight_backup import check_not_merged
 
 
@@ -153,6 +154,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
         RuntimeError: Adapters are merged into the weights, or the context was left in another thread or task.
     """
     check_not_merged(model)
+    if (record := get_record(model)) is not None and record.merged is not None:  # with no adapter in the weights
+        raise RuntimeError("merge(model, keep=True) was called, so that nothing can change; call unmerge(model) first.")
     if not any(adapters(model)):
         raise ValueError(f"This {type(model).__name__} has no adapters that could be disabled.")
     if trained := [name for name, p in base_parameters(model).items() if p.requires_grad]:

@@ -59,14 +59,17 @@ def current_tensor(host: Any, name: str) -> Any:
 
 
 @contextmanager
-def inactive(hosts: Iterable[Any], rows: Iterable[tuple[Any, Adapter]] = ()) -> Iterator[None]:
+def inactive(
+    hosts: Iterable[Any], rows: Iterable[tuple[Any, Adapter]] = (), local: LocalActiveSet | None = None
+) -> Iterator[None]:
     """Context in which these hosts have no active adapters in this thread and task, except temporary ones.
 
     Args:
         hosts: Hosts; those of temporary adapters alone are left out.
         rows: Hosts with the adapter that gives each row of a batch its own.
+        local: That of the record, which is paused even where it has no hosts.
     """
-    hosts_of: dict[LocalActiveSet, list[Any]] = {}
+    hosts_of: dict[LocalActiveSet, list[Any]] = {} if local is None else {local: []}
     for host in hosts:
         if host.peft_local is not None:
             hosts_of.setdefault(host.peft_local, []).append(host)

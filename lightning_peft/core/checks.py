@@ -1,4 +1,4 @@
-"""``check_host``, ``check_selection``, ``check_shared_host``...: each refuses an injection that would fail silently."""
+"""``check_host``, ``check_selection``, ``check_trainable``...: each refuses an injection that would fail silently."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from .adapter import Adapter
 from .check_keys import check_keys
 from .injection_record import InjectionRecord
 from .tensor_parallel import is_split
-from .weight_update import WeightUpdate
 
 
 def check_trainable(model: nn.Module, name: str) -> None:
@@ -137,52 +136,6 @@ def _breaks_fast_path(host: nn.MultiheadAttention, adapter: Adapter) -> bool:
     """Return whether torch's fast path, which takes both biases of attention or none, would get one of them."""
     without = host._parameters["in_proj_bias"] is None and host.batch_first and host.num_heads % 2 == 0
     return without and adapter.effective_bias(None) is not None
-
-
-def check_shared_host(placed: Sequence[tuple[str, Adapter]]) -> None:
-    """Raise where an adapter that rewrites rows of a weight as a whole would share them, or two replace a parameter."""
-    updates, replaced = defaultdict[str, list[Adapter]](list), set[str]()
-    for name, adapter in placed:
-        for key in adapter.replaces:
-            if f"{name}.{key}" in replaced:
-                raise ValueError(f"Two adapters replace {name}.{key}; only one of them can be active at a time.")
-            replaced.add(f"{name}.{key}")
-        if isinstance(adapter, WeightUpdate) or adapter.exclusive or "weight" in adapter.replaces:
-            updates[name].append(adapter)
-    for number, (name, adapter) in enumerate(placed):
-        if not adapter.exclusive:
-            continue
-        on_same_host = [a for a in updates[name] if a is not adapter]
-        on_same_rows = [a for a in on_same_host if "" in (a.part, adapter.part) or a.part == adapter.part]
-        if on_same_rows:
-            raise ValueError(
-                f"{type(adapter).__name__} at {name} rewrites the whole weight and cannot share it with "
-                f"{type(on_same_rows[0]).__name__}; give the methods different targets."
-            )
-        _check_innermost(name, adapter, [inner for host, inner in placed[:number] if host == name])
-
-
-def _check_innermost(name: str, adapter: Adapter, inside: Sequence[Adapter]) -> None:
-    """Raise where an adapter that computes its update from the weight lies outside of one that changes the weight.
-
-    Its update would be that of the base's weight in calls, and that of the changed weight once both are merged.
-    """
-    for inner in inside:
-        bias_alone = inner.merges_bias_alone and not getattr(adapter, "updates_bias", False)
-        merges = type(inner).merge is not Adapter.merge and not (bias_alone or inner.replaces)
-        if merges and not isinstance(inner, WeightUpdate) and _share_rows(inner, adapter):
-            raise ValueError(
-                f"{type(adapter).__name__} at {name} computes its update from the base's weight, and "
-                f"{type(inner).__name__} inside of it changes that weight: name the method of {type(adapter).__name__} "
-                f"first, as in inject(model, [LoRA(decompose=True), IA3()])."
-            )
-
-
-def _share_rows(one: Adapter, other: Adapter) -> bool:
-    """Return whether two adapters change common rows of a weight."""
-    if one.rows is None or other.rows is None:
-        return True
-    return not set(one.rows.numbers()).isdisjoint(other.rows.numbers())
 
 
 def check_not_paused(record: InjectionRecord) -> None:

@@ -15,22 +15,16 @@ from ..structure.bitsandbytes_api import check_not_repacked, keep_differentiable
 from ..structure.selection import select_parameters
 from ..structure.structure_of import measure, structure_of
 from .active_on_host import activate_here, persistent_keys
-from .adapted_module import (
-    active_adapters,
-    adapters,
-    attach,
-    method_name,
-    remove,
-    replaced_names,
-)
+from .adapted_module import active_adapters, adapters, attach, method_name, remove, replaced_names
 from .check_keys import check_keys_differ, check_names
-from .checks import check_host, check_not_paused, check_not_read, check_shared_host, check_trainable
+from .checks import check_host, check_not_paused, check_not_read, check_trainable
 from .coverage import warn_of_untouched_blocks
 from .detach_hooks import run_detach_hooks
 from .fast_path import disable_fast_path, restore_fast_path
 from .injection_record import InjectionRecord, get_record, set_record
 from .method import Method
 from .placements import Placement, copies_of, placements_of
+from .shared_hosts import check_shared_host, check_trains_once
 from .tensor_parallel import check_tensor_parallel_support, mesh_of, shard_adapters
 
 
@@ -163,6 +157,8 @@ class InjectionPlan:
             check_trainable(self.model, name)
         check_keys_differ(self.placements)
         check_shared_host((list(active_adapters(self.model)) if self.active else []) + placed)
+        if self.active and not self.grouped:
+            check_trains_once(self.model, self.record, self.trained, placed)
         if not self.placements and not self.trained:
             raise ValueError("Nothing would train: the methods add no adapter and choose no parameter.")
 

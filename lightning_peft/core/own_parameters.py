@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..structure.base_model import own_tensors, stored_parameter
+from ..structure.quantized import is_quantized
 from ..structure.selection import names_of_shared, select_parameter_names
 from .active_on_host import active_alone, active_keys
 from .adapter import Adapter, Call, parameter_like
@@ -84,7 +85,7 @@ class OwnTensors(BatchableLayerAdapter, Adapter):
             if copies is not None:
                 copies[first_name] = self.own.get_parameter(name)
         for name, buffer in host.named_buffers(recurse=False):
-            if name not in host._non_persistent_buffers_set:
+            if name not in host._non_persistent_buffers_set and not is_quantized(host):  # whose statistics are of codes
                 self.own.register_buffer(name, torch.empty_like(buffer))
         self.replaced_tensors = tuple(name for name, _ in self._values())
         self.reset_parameters(host)

@@ -25,13 +25,12 @@ HOSTS = {
 HOSTS["quantized"] = HOSTS["perceptron"]
 PARAMETERS = {  # patterns of what trains, in the base or as copies
     "perceptron": ("head", "norm", "up.bias", "batch_norm", "conv"),
-    "encoder": ("head", "norm", "down", "embed"),
+    "encoder": ("head", "norm", "down", "attn.in_proj_weight", "embed"),
     "tied": ("up", "down.bias", "down"),
 }
-PARAMETERS["quantized"] = ("head", "norm", "batch_norm", "conv")
+PARAMETERS["quantized"] = PARAMETERS["perceptron"]
 BIASED = {
-    "perceptron": ("up", "head", "conv"),
-    "quantized": ("head", "conv"),
+    **dict.fromkeys(("perceptron", "quantized"), ("up", "head", "conv")),
     "encoder": ("down", "head", "norm"),
     "tied": ("up", "down"),
 }

@@ -109,15 +109,13 @@ def below_a_copy(state, placed, trained):
 def inject(walk, specs, also, seed):
     state = walk.state
     planned = plan(state, specs, also)
-    if planned is not None and below_a_copy(state, *planned):
-        return
     legal = (
         planned is not None and not state.merged and names_are_free(state, planned[0]) and not shared(state, planned[0])
     )
     if legal:
         placed, trained = planned
         known_copies(placed, state)
-        legal = together([*state.active_methods(), *placed])
+        legal = together([*state.active_methods(), *placed]) if not below_a_copy(state, *planned) else False
         if not (trained or any(p.hosts for p in placed)):
             legal = False
     methods = [make(spec) for spec in specs]

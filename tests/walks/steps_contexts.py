@@ -7,7 +7,6 @@ import torch
 import lightning_peft as lp
 from walks.checks import accuracy, check, close, fed
 from walks.nets import inputs
-from walks.state import nothing_is_merged
 from walks.steps_adapters import ADAPTER_STEPS, activate, add, detach, inject, remove
 from walks.steps_files import save
 from walks.steps_weights import merge, merge_and_keep, mergeable
@@ -71,8 +70,6 @@ def merged_for_a_while(walk, inside):
 
 
 def can_be_disabled(state, inside=False):
-    if nothing_is_merged(state) and not inside:
-        return None
     return (
         state.injected
         and (inside or not state.merged)
@@ -103,22 +100,16 @@ def can_be_batched(state, names):
     read = any(host.startswith("attn") for placed in used for host in placed.hosts)
     if read or any(placed.spec["kind"] == "bias" and placed.hosts for placed in used):
         return False
+    copied = [
+        (name, host) for name in {*names} - {None} for p in state.members(name) if p.replaced() for host in p.hosts
+    ]
+    if len(set(copied)) < len(copied):
+        return False  # copies by two methods of one name
     return None if any(placed.spec["kind"] in ("bitfit", "bias") for placed in used) else True
-
-
-def copies_of_two_kinds(state, names):
-    used = [(p, n) for n in dict.fromkeys(names) if n in state.names() for p in state.members(n) if p.replaced()]
-    suffixes = {}
-    for p, n in used:
-        for host in p.hosts:
-            suffixes.setdefault(host, set()).add(p.name[len(n) :])
-    return any(len(found) > 1 for found in suffixes.values())
 
 
 def rows(walk, names, inside):
     state = walk.state
-    if copies_of_two_kinds(state, names):
-        return
     context = lp.row_adapters(walk.model, list(names))
     if walk.attempt(can_be_batched(state, names), lambda: context.__enter__() is None) is None:
         return

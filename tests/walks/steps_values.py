@@ -95,8 +95,13 @@ def cast(walk, to):
     state.base = {n: t.to(dtype) if n in cast_too else t for n, t in state.base.items()}
     for placed in state.methods:
         for tensors in placed.hosts.values():
-            tensors.update({key: widened(t, dtype) for key, t in tensors.items()})
+            tensors.update({key: t.to(dtype) if is_statistic(key) else widened(t, dtype) for key, t in tensors.items()})
     walk.count["cast", "done"] += 1
+
+
+def is_statistic(key):
+    """Whether a tensor is a copy of a norm's statistics, which have the type of those that they stand for."""
+    return key.startswith("own.running")
 
 
 def widened(tensor, dtype):
