@@ -17,6 +17,7 @@ from ..core.method import Method
 from ..ops.sharded_tensors import global_shape
 from ..ops.torch_api import hooks
 from ..structure.base_model import ADAPTERS_ATTRIBUTE, adapter_host, base_modules
+from ..structure.quantized import is_quantized
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|_forward_module)\.")
 
@@ -56,7 +57,8 @@ def _trained_state(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, module in [("", model), *base_modules(model).items()]:
         trained = {k: p for k, p in module.named_parameters(recurse=False) if p.requires_grad}
-        buffers = dict(module.named_buffers(recurse=False)) if trained else {}  # statistics of a trained norm move too
+        moves = bool(trained) and not is_quantized(module)  # as statistics of a trained norm do, not those of codes
+        buffers = dict(module.named_buffers(recurse=False)) if moves else {}
         persistent = {k: b for k, b in buffers.items() if k not in module._non_persistent_buffers_set}
         state |= {f"{name}.{k}".lstrip("."): value for k, value in (trained | persistent).items()}
     return state
@@ -141,7 +143,7 @@ def frozen_names(model: nn.Module) -> set[str]:
     trained = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     names = {n for n, _ in model.named_parameters(remove_duplicate=False)} - trained
     for name, module in base_modules(model).items():
-        if not any(p.requires_grad for p in module.parameters(recurse=False)):
+        if is_quantized(module) or not any(p.requires_grad for p in module.parameters(recurse=False)):
             names |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False)}
     host_of = adapter_host(model)
     return {n for n in names if host_of(n) is None}

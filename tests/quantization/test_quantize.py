@@ -486,3 +486,13 @@ def test_scales_stay_right_when_the_layer_below_is_dequantized(targets):
     lp.dequantize(net)
     torch.testing.assert_close(net(x), before)
     torch.testing.assert_close(lp.merge(net)(x), before)
+
+
+def test_a_bias_that_trains_in_a_quantized_layer_goes_to_the_unquantized_base(tmp_path):
+    base = nn.Sequential(nn.Linear(8, 4))
+    twin = copy.deepcopy(base)
+    net = lp.inject(lp.quantize(base, "int8", ["0"]), lp.BitFit(targets=["0"]))
+    nn.init.ones_(net[0].bias)
+    lp.load_adapter(twin, lp.save_adapter(net, tmp_path / "biases"))
+    assert torch.equal(twin[0].bias, torch.ones(4))
+    assert twin[0].weight.dtype == torch.float32
