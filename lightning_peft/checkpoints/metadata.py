@@ -10,7 +10,7 @@ from torch import nn
 
 from ..core.active_adapters import activate
 from ..core.check_placed import check_placed
-from ..core.fingerprint import fingerprint, trained_or_replaced_names
+from ..core.fingerprint import digest, fingerprint, trained_or_replaced_names
 from ..core.inject import add_inactive, inject
 from ..core.injection_record import get_record, require_record
 from ..core.method import Method, from_dict, to_dict
@@ -131,6 +131,4 @@ def _base_of(model: nn.Module, methods: Sequence[Method]) -> str | None:
     record, left_out = get_record(model), trained_or_replaced_names(model, methods)
     if record is None or record.merged is None:
         return fingerprint(model, left_out)
-    if left_out != record.merged.beside:
-        check_not_merged(model)
-    return record.merged.base
+    return digest(sampled for name, sampled in record.merged.base.items() if name not in left_out)

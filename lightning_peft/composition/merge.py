@@ -14,7 +14,7 @@ from ..core.active_adapters import temporary_adapters
 from ..core.active_on_host import inactive
 from ..core.adapted_module import set_active
 from ..core.checks import check_not_paused
-from ..core.fingerprint import Merged, fingerprint, trained_or_replaced_names
+from ..core.fingerprint import Merged, fingerprint, samples_of
 from ..core.inject import detach
 from ..core.injection_record import InjectionRecord, get_record, require_record
 from ..core.nonfinite import check_finite
@@ -147,8 +147,7 @@ def _merge_and_keep(model: nn.Module, dequantize: bool, allow_nonfinite: bool) -
         )
     if not allow_nonfinite:
         check_finite(tensors_of(adapted), "merged")
-    left_out = trained_or_replaced_names(model, record.methods)
-    base = fingerprint(model, left_out)
+    base = samples_of(model)
     if base is None:
         raise ValueError("This model has no values yet (meta device); load its weights before merging.")
     try:
@@ -158,7 +157,7 @@ def _merge_and_keep(model: nn.Module, dequantize: bool, allow_nonfinite: bool) -
         _restore_hosts(model)
         raise
     forbid_loading(model)
-    record.set_merged(Merged(base, fingerprint(model), left_out))  # what copies overwrite counts while it is there
+    record.set_merged(Merged(base, fingerprint(model)))
     return model
 
 

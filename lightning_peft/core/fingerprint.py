@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,20 +15,20 @@ from ..structure.original_weight import original_of
 from .adapted_module import adapters, method_name, replaced_names
 from .method import Method
 
+Samples = Mapping[str, tuple[tuple[int, ...], torch.Tensor]]  # by parameter: shape and some values
+
 
 @dataclass(frozen=True)
 class Merged:
-    """Fingerprints of a base whose weights hold merged adapters.
+    """What tells a base apart whose weights hold merged adapters.
 
     Args:
-        base: Fingerprint without the adapters.
+        base: Samples of the base without the adapters.
         now: Fingerprint with them.
-        beside: Names of parameters that ``base`` does not count: they train, or adapters replace them.
     """
 
-    base: str | None
+    base: Samples
     now: str | None
-    beside: set[str]
 
 
 def fingerprint(model: nn.Module, trained: Collection[str] | None = None) -> str | None:
@@ -41,16 +41,25 @@ def fingerprint(model: nn.Module, trained: Collection[str] | None = None) -> str
         model: Base model, adapted or not.
         trained: Names of the base parameters to leave out; those that require a gradient if not given.
     """
-    samples: list[tuple[tuple[int, ...], torch.Tensor]] = []
+    if trained is None:
+        trained = {name for name, parameter in base_parameters(model).items() if parameter.requires_grad}
+    samples = samples_of(model, trained)
+    return None if samples is None else digest(samples.values())
+
+
+def samples_of(model: nn.Module, left_out: Collection[str] = ()) -> Samples | None:
+    """Return what ``fingerprint`` is a digest of, for all base parameters but some; None on the meta device."""
+    samples: dict[str, tuple[tuple[int, ...], torch.Tensor]] = {}
     for name, parameter in base_parameters(model).items():
-        if not (parameter.requires_grad if trained is None else name in trained):
-            owner, _, key = name.rpartition(".")
-            original = original_of(model.get_submodule(owner), key)
-            if parameter.is_meta:
-                return None
-            values = sample(parameter) if original is None or original.values is None else original.values
-            samples.append((tuple(original.shape if original else global_shape(parameter)), values))
-    return digest(samples)
+        if name in left_out:
+            continue
+        owner, _, key = name.rpartition(".")
+        original = original_of(model.get_submodule(owner), key)
+        if parameter.is_meta:
+            return None
+        values = sample(parameter) if original is None or original.values is None else original.values
+        samples[name] = tuple(original.shape if original else global_shape(parameter)), values
+    return samples
 
 
 def sample(weight: torch.Tensor) -> torch.Tensor:

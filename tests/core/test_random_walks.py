@@ -10,7 +10,7 @@ from walks.walk import REFUSALS, Walk, as_text, replay, shrink, walk_at_random
 
 import lightning_peft as lp
 
-WALKS, THREADED = 3000, 300
+WALKS, THREADED = 3000, 200
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 

@@ -59,3 +59,15 @@ def test_contexts_where_nothing_is_adapted_or_merged_forbid_the_same():
     with pytest.raises(RuntimeError, match="call unmerge"), lp.disabled(idle):
         pass
     assert lp.unmerge(idle) is idle
+
+
+def test_one_of_several_adapters_is_saved_while_another_is_merged(tmp_path):
+    net = lp.add_adapter(lp.inject(build(), LORA), COPY, "copy")
+    stir(net, 1)
+    lp.merge(net, keep=True)
+    lp.save_adapter(net, tmp_path / "copy", "copy")
+    lp.save_adapter(net, tmp_path / "lora", "lora")
+    lp.unmerge(net)
+    x = torch.randn(3, 4)
+    for name in ("copy", "lora"):
+        torch.testing.assert_close(lp.load_adapter(build(), tmp_path / name)(x), lp.activate(net, name)(x))

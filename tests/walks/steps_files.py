@@ -19,8 +19,6 @@ PACKED = {"kept", "mean", "spread"}  # what only further training of AdaLoRA nee
 def save(walk, name, number):
     state = walk.state
     legal = state.injected and (name is None or (name in state.names() and not state.trained))
-    if name is not None and state.merged and any(placed.replaced() for placed in state.methods):
-        return  # the fingerprint of the base without copies of others is not known while it is merged
     folder = walk.folder / f"saved-{number}"
     if walk.attempt(legal, lambda: lp.save_adapter(walk.model, folder, name)) is None:
         return
