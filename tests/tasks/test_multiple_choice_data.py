@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from lightning_peft.tasks import ChoicesDataModule, MixedDataModule
 
@@ -112,27 +111,6 @@ def test_workers_do_not_draw(texts: str, encoder_tokenizer: str) -> None:
     mixed = MixedDataModule({"a": data, "b": choices(TEMPLATES, ANSWERS, **settings)}, num_workers=1)
     with pytest.raises(ValueError, match="worker processes do not share. Set num_workers=0"):
         drawn(mixed)
-
-
-def test_a_loader_goes_on_with_the_batches_and_wordings_it_had_drawn(encoder_tokenizer: str, write: Write) -> None:
-    path = write("t.jsonl", [{"text": word, "label": "pos"} for word in ["good", "bad", "fine", "film", "plot"]])
-    data = choices(TEMPLATES, ANSWERS, train=path, tokenizer=encoder_tokenizer, validation_fraction=0, batch_size=2)
-    torch.manual_seed(0)
-    loader = data.train_dataloader()
-    for _ in loader:
-        pass
-    seen, rest = iter(loader), []
-    next(seen)
-    state, generator = loader.state_dict(), torch.get_rng_state()
-    assert state["given"] == 1
-    rest = [batch["input_ids"].tolist() for batch in seen] + drawn(data)
-    torch.manual_seed(99)
-    resumed = data.train_dataloader()
-    resumed.load_state_dict(state)
-    batches = iter(resumed)
-    torch.set_rng_state(generator)  # as PEFTStrategy does
-    assert [batch["input_ids"].tolist() for batch in batches] + drawn(data) == rest
-    assert isinstance(resumed, DataLoader)
 
 
 @pytest.mark.parametrize(
