@@ -36,6 +36,7 @@ def test_adapters_of_a_really_trained_llama_change_little_by_little(shared):
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["stories260K", "tinystories-656k"])
 def test_text_of_a_prompt_starts_as_its_embeddings(shared, name):
     from transformers import AutoModelForCausalLM, AutoTokenizer

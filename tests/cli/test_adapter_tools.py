@@ -136,6 +136,7 @@ def test_problems_of_vllm_are_printed(config, tmp_path, capsys):
     assert "vLLM refuses DoRA (use_dora)." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_checkpoints_of_loralib_and_t_few_are_imported(config, tmp_path):
     generator = torch.Generator().manual_seed(1)
     a, b = (torch.randn(size, generator=generator) for size in ((2, 32), (32, 2)))

@@ -139,7 +139,9 @@ MACHINES = {
 }
 
 
-@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.parametrize(
+    "name", [name if name == "fsdp" else pytest.param(name, marks=pytest.mark.slow) for name in MACHINES]
+)
 def test_the_machine_need_not_be_there(name, report, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "32")  # as within a job, which a Trainer of one process refuses
     monkeypatch.setenv("SLURM_JOB_NAME", "train")
@@ -154,6 +156,7 @@ def test_the_machine_need_not_be_there(name, report, tmp_path, monkeypatch):
     assert (found["frozen_weights"], found["trained_weights"]) == (weights, found["trained"] * 4)
 
 
+@pytest.mark.slow
 def test_pretrained_weights_are_not_read(report, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**yaml.safe_load(LLAMA), "dtype": "bfloat16"}))
     arguments = ["--model=CausalLM", f"--model.model={tmp_path}", "--peft.method=IA3", "--tokens=[8]"]
@@ -172,6 +175,7 @@ def test_more_tokens_than_positions_are_refused_before_anything_runs():
         main([*arguments, "--batch_size=-1", "--processes=[1]", "--seed_everything=1"])
 
 
+@pytest.mark.slow
 def test_a_module_without_sample_batch_takes_its_data(report, capsys):
     module = ["--model=cli_models.Net", "--model.late=true", "--peft.method=LoRA", "--peft.method.rank=2",
               "--peft.method.targets=['0', '2']"]  # fmt: skip

@@ -237,6 +237,7 @@ def plain():
     return lp.detach(normed())
 
 
+@pytest.mark.slow
 def test_the_command_merges_files(tmp_path, monkeypatch):
     module = cli_models.Net()
     method = lp.LoRA(rank=2, targets=["net.0", "net.2"])

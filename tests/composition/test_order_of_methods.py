@@ -50,7 +50,7 @@ HOSTS = {
 }
 
 
-SLOW = ("linear", "conv2d", "conv1d of transformers")
+SLOW = ("linear", "linear without bias", "conv2d", "conv1d of transformers")
 QUICK = [pytest.param(host, marks=pytest.mark.slow) if host in SLOW else host for host in HOSTS]
 
 

@@ -223,6 +223,7 @@ def test_what_is_no_product_sees_the_sum():
     torch.testing.assert_close(torch.einsum("eio->oi", adapter.updated(host)), expected.sum(0).T)
 
 
+@pytest.mark.slow
 def test_the_model_compiles_whole_with_batched_and_grouped_products():
     for implementation in ("batched_mm", "grouped_mm"):
         experts = adapted(expert_model("mixtral", implementation)).model.layers[0].mlp.experts

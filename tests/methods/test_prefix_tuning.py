@@ -425,7 +425,8 @@ def test_a_plain_prefix_that_starts_as_words_is_those_words(name, tokenizer):
         torch.testing.assert_close(model.eval()(x).logits, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("base", ["bert", pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["bert", "t5"])
 def test_a_perceptron_is_fitted_to_words(base, tokenizer, tmp_path):
     make = MODELS.get(base, lambda: t5(2))
     settings = {"init": "text", "init_text": "in short", "tokenizer": tokenizer, "length": 4}

@@ -39,6 +39,7 @@ def fit(quantize, epochs, *callbacks, path=None, place="init", net=None):
     return net
 
 
+@pytest.mark.slow
 @diagonal(("place", "quantize"), ["init", "configure_model"], ["nf4", "int8"])
 def test_resuming_ends_with_the_same_weights(width, quantize, place, tmp_path):
     whole = fit(quantize, 2)

@@ -279,7 +279,7 @@ def assert_same_hosts_with_scrambled_names(model):
 
 @needs("transformers")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5"])
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", pytest.param("t5", marks=pytest.mark.slow)])
 def test_scrambled_names_give_the_same_hosts(name, aliases):
     assert_same_hosts_with_scrambled_names(MODELS[name].make())
 

@@ -82,6 +82,7 @@ def test_loss_and_answers_are_those_at_the_mask(
     assert torch.equal(module._answers(logits, {}), logits.argmax(1))
 
 
+@pytest.mark.slow
 def test_a_trained_model_predicts_answers_as_words(
     homes: str, tokenizer: str, masked: dict[str, Any], tmp_path: Path
 ) -> None:

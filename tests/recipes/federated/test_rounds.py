@@ -354,6 +354,7 @@ def test_clients_that_never_come_are_named(tmp_path):
         run(points(tmp_path), change=mute, timeout=0.3)
 
 
+@pytest.mark.slow
 def test_a_part_of_the_clients_is_drawn_by_the_seed(tmp_path):
     def half():
         return FedAvg(fraction_train=0.5, min_train_nodes=2)
