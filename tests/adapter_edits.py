@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lightning_peft as lp
-from lightning_peft.core.checksums import settings_digest
-from lightning_peft.core.safetensors_header import with_metadata
+from lightning_peft.files.checksums import settings_digest
+from lightning_peft.files.safetensors_header import with_metadata
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

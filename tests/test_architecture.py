@@ -30,7 +30,7 @@ def test_the_picture_has_each_room_with_its_sentence_and_a_dot_for_each_arrow():
     found = arrows()
     assert list(found) == [name for name in ORDER if name != "__main__"]
     assert found["ops"] == []
-    assert found["core"] == ["ops", "structure"]
+    assert found["core"] == ["ops", "files", "structure"]
     picture = draw()
     assert picture.count("<circle") == sum(map(len, found.values()))
     assert picture.count('class="room"') == len(found)

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.adapter_folder import CONFIG, read_adapter
-from ..core.checksums import content_digest
-from ..core.storage import Location, is_file, is_folder, joined
+from ..files.checksums import content_digest
+from ..files.storage import Location, is_file, is_folder, joined
 from .adapter_state import adapter_state, check_state, strip_wrapper_names
 from .key_prefix import align_keys
 from .metadata import check_format

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.read_json import MAX_JSON, parse_json
-from ..core.safetensors_header import TensorPlace, read_header
-from ..core.storage import Location, check_local
+from ..files.read_json import MAX_JSON, parse_json
+from ..files.safetensors_header import TensorPlace, read_header
+from ..files.storage import Location, check_local
 
 _CHUNK = 2**20
 _INDEX = "*.safetensors.index.json"

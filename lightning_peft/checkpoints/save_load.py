@@ -9,12 +9,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..core.adapter_folder import located, read_adapter, write_adapter
-from ..core.allocation_limit import limit_allocation
 from ..core.inject import detach
 from ..core.injection_record import get_record, methods_named, require_record
 from ..core.method import Method
 from ..core.nonfinite import warn_of_nonfinite
-from ..core.storage import Location
+from ..files.allocation_limit import limit_allocation
+from ..files.storage import Location
 from ..ops.sharded_tensors import assign, full_tensor, shard_of, writes_files
 from .adapter_state import adapter_state, check_state, strip_wrapper_names, unpacked
 from .key_prefix import align_keys

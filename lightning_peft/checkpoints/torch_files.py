@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.storage import Location, is_remote, local_path, open_file
+from ..files.storage import Location, is_remote, local_path, open_file
 
 
 def read_torch_file(path: Location, mmap: bool = False) -> Any:

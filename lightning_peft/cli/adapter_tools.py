@@ -18,7 +18,7 @@ from ..checkpoints.save_load import load_adapter, save_adapter
 from ..composition.merge import merge
 from ..composition.merge_files import merge_files
 from ..core.console import echo
-from ..core.storage import check_local, is_file, is_folder, is_remote, is_taken
+from ..files.storage import check_local, is_file, is_folder, is_remote, is_taken
 from ..interop import export_peft, import_loralib, import_peft, import_t_few, push_adapter, vllm_problems
 from ..interop.hub import check_hub
 from ..interop.vllm import VERSION

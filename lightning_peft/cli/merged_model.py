@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ..checkpoints.safetensors_files import copy_other_files
-from ..core.atomic_files import new_folder
-from ..core.read_json import parse_json
+from ..files.atomic_files import new_folder
+from ..files.read_json import parse_json
 from ..structure.transformers_api import from_config
 
 _CONFIG = "config.json"

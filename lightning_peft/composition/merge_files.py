@@ -15,12 +15,12 @@ from ..checkpoints.metadata import inject_from_metadata
 from ..checkpoints.reader import read_adapter_file
 from ..checkpoints.safetensors_files import TensorFiles
 from ..core.active_on_host import inactive
-from ..core.allocation_limit import limit_allocation
-from ..core.atomic_files import new_folder
 from ..core.inject import detach
 from ..core.injection_record import get_record
 from ..core.nonfinite import check_finite
-from ..core.storage import Location, check_local, is_taken
+from ..files.allocation_limit import limit_allocation
+from ..files.atomic_files import new_folder
+from ..files.storage import Location, check_local, is_taken
 from ..structure.base_model import ADAPTERS_ATTRIBUTE
 from .mergeable_adapters import mergeable_adapters
 

@@ -13,11 +13,11 @@ from ..checkpoints.save_load import load_values
 from ..core.active_adapters import remove_adapter
 from ..core.adapted_module import adapter_key
 from ..core.adapter_folder import read_adapter
-from ..core.allocation_limit import limit_allocation
 from ..core.inject import add_inactive
 from ..core.injection_record import adapters_of, methods_named, require_record
 from ..core.method import Method, from_dict
 from ..core.own_parameters import COPIES_ATTRIBUTE
+from ..files.allocation_limit import limit_allocation
 from ..structure.base_model import ADAPTERS_ATTRIBUTE, split_adapter_key
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..files.allocation_limit import check_allocation
 from ..structure.rows import Rows
-from .allocation_limit import check_allocation
 
 Call = Callable[..., Any]
 Axes = tuple[str | None, ...]

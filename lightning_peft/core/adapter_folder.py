@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from .atomic_files import replace_file, replace_files
-from .checksums import settings_digest
+from ..files.atomic_files import replace_file, replace_files
+from ..files.checksums import settings_digest
+from ..files.read_json import MAX_JSON, parse_json
+from ..files.safetensors_header import read_header, with_metadata
+from ..files.storage import Location, file_system, is_remote, local_path
+from ..files.temporary_paths import is_partial
 from .method import from_dict
-from .read_json import MAX_JSON, parse_json
-from .safetensors_header import read_header, with_metadata
-from .storage import Location, file_system, is_remote, local_path
-from .temporary_paths import is_partial
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _CHECKSUM, _OF_SETTINGS = (

@@ -15,11 +15,11 @@ from ..checkpoints.adapter_state import strip_wrapper_names
 from ..checkpoints.metadata import adapter_metadata
 from ..checkpoints.save_load import check_known_shards
 from ..core.adapter_folder import WEIGHTS, located
-from ..core.atomic_files import replace_files
 from ..core.injection_record import adapters_of, require_record
 from ..core.method import Method, to_dict
 from ..core.nonfinite import check_finite
-from ..core.storage import Location
+from ..files.atomic_files import replace_files
+from ..files.storage import Location
 from ..ops.sharded_tensors import writes_files
 from ..structure.base_model import stored_parameter
 from ..structure.transformers_api import from_config, is_encoder_decoder

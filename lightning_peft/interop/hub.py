@@ -6,7 +6,7 @@ from typing import Any
 
 from ..core.adapter_folder import CONFIG, WEIGHTS
 from ..core.optional_imports import check_extra
-from ..core.storage import Location, check_local
+from ..files.storage import Location, check_local
 from .model_card import CARD
 
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from torch import nn
 
-from ..core.storage import Location
+from ..files.storage import Location
 from . import modules_to_save as saved
 from .compatibility import check_hosts, check_tensors
 from .experts import NESTED

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.adapter_folder import read_files
-from ..core.storage import Location, joined
+from ..files.storage import Location, joined
 from . import vllm
 from .peft_format import StateDict
 

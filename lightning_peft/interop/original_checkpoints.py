@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..core.storage import Location
+from ..files.storage import Location
 from ..methods import IA3
 from ..structure.fused_rows import fused_rows, is_fused
 from ..structure.layer_of import layer_of

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..checkpoints.torch_files import read_torch_file
 from ..core.adapter_folder import CONFIG, WEIGHTS, json_bytes, parse_weights, read_files
-from ..core.atomic_files import replace_files
-from ..core.checksums import content_digest
-from ..core.read_json import parse_json
-from ..core.safetensors_header import with_metadata
-from ..core.storage import Location, joined
+from ..files.atomic_files import replace_files
+from ..files.checksums import content_digest
+from ..files.read_json import parse_json
+from ..files.safetensors_header import with_metadata
+from ..files.storage import Location, joined
 from .check_peft_config import check_types
 from .peft_format import COMMON_SETTINGS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..core.storage import Location
+from ..files.storage import Location
 from .peft_folder import read_peft_folder
 from .peft_format import StateDict
 

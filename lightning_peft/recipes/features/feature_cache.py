@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ...core.atomic_files import replace_file
+from ...files.atomic_files import replace_file
 
 _DIGEST = 16  # bytes
 

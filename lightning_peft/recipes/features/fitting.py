@@ -17,7 +17,7 @@ from torch import nn
 
 from ...checkpoints.save_load import load_adapter
 from ...core.adapter_folder import write_json
-from ...core.atomic_files import replace_file
+from ...files.atomic_files import replace_file
 from ...tasks.pretrained import build_model
 from .dataset_rows import LabelledSplit, Rows, rows_of
 from .estimators import build_estimator

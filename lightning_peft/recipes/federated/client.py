@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load, save
 
 from lightning_peft.checkpoints.save_load import save_adapter
-from lightning_peft.core.atomic_files import replace_file
+from lightning_peft.files.atomic_files import replace_file
 from lightning_peft.recipes.federated.engine import flower
 from lightning_peft.recipes.federated.local_model import ClientModel, State, client_model
 from lightning_peft.recipes.federated.messages import ARRAYS, CONFIG, METRICS, WEIGHT, record, tensors_of

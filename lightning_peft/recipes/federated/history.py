@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from lightning_peft.core.adapter_folder import write_json
-from lightning_peft.core.atomic_files import replace_file
+from lightning_peft.files.atomic_files import replace_file
 from lightning_peft.recipes.federated.engine import flower
 from lightning_peft.recipes.federated.messages import WEIGHT, Arrays, arrays_of, record
 from lightning_peft.recipes.settings_diff import changes

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from lightning_peft.core import atomic_files
 from lightning_peft.core.adapter_folder import read_files
-from lightning_peft.core.atomic_files import new_folder, replace_file, replace_files
-from lightning_peft.core.temporary_paths import partial_paths, temporary_file, temporary_folder
+from lightning_peft.files import atomic_files
+from lightning_peft.files.atomic_files import new_folder, replace_file, replace_files
+from lightning_peft.files.temporary_paths import partial_paths, temporary_file, temporary_folder
 
 OLD, NEW = {"a": b"old a", "b": b"old b"}, {"a": b"new a", "b": b"new b"}
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from trainer_models import Module, data, trainer
 
 import lightning_peft as lp
-from lightning_peft.core.storage import is_remote, is_taken, local_path
+from lightning_peft.files.storage import is_remote, is_taken, local_path
 
 
 @pytest.fixture

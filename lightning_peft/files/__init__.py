@@ -1,0 +1,1 @@
+"""Files and addresses: written whole or not at all, read within bounds, with checksums."""
