@@ -87,7 +87,7 @@ class Scoped(Generic[T]):
         return (_STACKS.get() or {}).get(self, ())
 
     def _replace(self, stack: _Stack) -> None:
-        others = {scoped: held for scoped, held in (_STACKS.get() or {}).items() if scoped is not self}
+        others = {scoped: each for scoped, each in (_STACKS.get() or {}).items() if scoped is not self}
         _assign({**others, self: stack} if stack else others)
 
 

@@ -57,16 +57,16 @@ def prepend_to_backbone(
     finally:
         hide_virtual_tokens(call.values(), prompt.shape[-2])
     made = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
-    given = {id(value) for value in call.values()}
-    hide_virtual_tokens([value for value in made if id(value) not in given], prompt.shape[-2])
+    passed_in = {id(value) for value in call.values()}
+    hide_virtual_tokens([value for value in made if id(value) not in passed_in], prompt.shape[-2])
     return output
 
 
 def _call_with_prompt(
-    host: Any, inner: Call, given: Mapping[str, Any], prompt: Tensor, keep: bool, stand_in: int | None
+    host: Any, inner: Call, arguments: Mapping[str, Any], prompt: Tensor, keep: bool, stand_in: int | None
 ) -> Any:
     """Return what ``prepend_to_backbone`` returns, with caches that count virtual tokens."""
-    call = dict(given)
+    call = dict(arguments)
     length, mask = prompt.shape[-2], call.get("attention_mask")
     check_extendable(host, call, length)
     where, continued = Insertion(length, mask), is_continued(host, call, length)

@@ -29,18 +29,19 @@ def check_extendable(host: Any, call: Mapping[str, Any], length: int) -> None:
             f"attention_mask must be (batch, tokens) where virtual tokens enter, got {kind}; generate "
             f"makes such a mask for a cache of a fixed size: leave its cache_implementation alone."
         )
-    given = next((name for name in call if name.startswith(_PACKED) and call[name] is not None), None)
+    packed = next((name for name in call if name.startswith(_PACKED) and call[name] is not None), None)
     positions = call.get("position_ids")
-    if given is None and isinstance(positions, Tensor) and _restarts(positions, mask):
-        given = "position_ids that restart within a row"
-    if given is not None:
-        raise ValueError(_packed(host, given))
+    if packed is None and isinstance(positions, Tensor) and _restarts(positions, mask):
+        packed = "position_ids that restart within a row"
+    if packed is not None:
+        raise ValueError(_packed(host, packed))
 
 
-def _packed(host: Any, given: str) -> str:
+def _packed(host: Any, argument: str) -> str:
     return (
-        f"{type(host).__name__} was given {given}: several sequences in one row, of which virtual tokens would reach "
-        f"the first alone. Give each sequence a row of its own, or use PrefixTuning or LoRA, which packed rows suit."
+        f"{type(host).__name__} was given {argument}: several sequences in one row, of which virtual tokens would "
+        f"reach the first alone. Give each sequence a row of its own, or use PrefixTuning or LoRA, which packed rows "
+        f"suit."
     )
 
 
