@@ -49,7 +49,7 @@ def caches(values: Iterable[Any]) -> list[Any]:
     """Return the key-value caches of transformers among some values, each once."""
     package = sys.modules.get("transformers")
     found = [value for value in values if package is not None and isinstance(value, package.Cache)]
-    return list({id(cache): cache for cache in found}.values())
+    return [cache for i, cache in enumerate(found) if not any(cache is earlier for earlier in found[:i])]
 
 
 def has_fixed_size(cache: Any) -> bool:

@@ -97,7 +97,11 @@ def outcome(host, names, seed=0):
         found["switched"] = switched(make, methods, net, x, seed)
         # A weight that is read is the same for all rows, and so are added biases.
         if host != "attention" and not BIASES.keys() & set(names):
-            found["by rows"] = by_rows(make, methods, net, x, seed)
+            if len(COPIES.keys() & set(names)) > 1:
+                with pytest.raises(TypeError, match="copies of parameters of layer by two methods; use one"):
+                    by_rows(make, methods, net, x, seed)
+            else:
+                found["by rows"] = by_rows(make, methods, net, x, seed)
     return found
 
 

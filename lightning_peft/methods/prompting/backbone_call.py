@@ -57,8 +57,9 @@ def prepend_to_backbone(
     finally:
         hide_virtual_tokens(call.values(), prompt.shape[-2])
     made = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
-    passed_in = {id(value) for value in call.values()}
-    hide_virtual_tokens([value for value in made if id(value) not in passed_in], prompt.shape[-2])
+    # Compared by `is`: compiled code would be tied to the very tensors of its first call by their ids.
+    new = [value for value in made if not any(value is passed_in for passed_in in call.values())]
+    hide_virtual_tokens(new, prompt.shape[-2])
     return output
 
 

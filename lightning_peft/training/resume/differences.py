@@ -28,7 +28,7 @@ def differences(loaded: dict[str, Any], now: dict[str, Any]) -> list[str]:
             f"the checkpoint was written by {loaded['processes']} processes and is resumed by {now['processes']}, "
             f"which share rows and draw random numbers in another way"
         )
-    if len(loaded["loaders"]) != len(now["loaders"]):
+    if loaded["loaders"] and len(loaded["loaders"]) != len(now["loaders"]):  # none before training, as a finder saves
         found.append(f"there were {len(loaded['loaders'])} train loaders, and there are {len(now['loaders'])} now")
     for old, new in zip(loaded["loaders"], now["loaders"], strict=False):
         found += [
