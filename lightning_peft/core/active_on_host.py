@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from ..ops.sharded_tensors import is_sharded
 from .active_set import ActiveSet, Keys, LocalActiveSet
 from .adapter import Adapter
 
@@ -51,11 +52,14 @@ def owner_of(host: Any, name: str) -> Adapter | None:
 
 
 def current_tensor(host: Any, name: str) -> Any:
-    """Return the parameter or buffer that a host has in this thread and task: that of an adapter, or its own."""
+    """Return the parameter or buffer that a host has in this thread and task: that of an adapter, or its own.
+
+    It is the host's own while FSDP2 stores that as a shard, which FSDP2 alone reads: during calls it is whole.
+    """
     parameters = host._parameters
     stored = parameters[name] if name in parameters else host._buffers[name]
     owner = owner_of(host, name)
-    return stored if owner is None else owner.replacement(name, stored)
+    return stored if owner is None or is_sharded(stored) else owner.replacement(name, stored)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..ops.sharded_tensors import is_sharded
 from ..structure.base_model import ADAPTERS_ATTRIBUTE, holds_adapters
 from ..structure.read_weights import read_bias_attribute, read_weight_attribute
 from .active_on_host import active_keys, called_adapters, current_tensor, inactive, owner_of
@@ -80,17 +81,20 @@ def _load_stored(self: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _effective_properties(weight_name: str, bias_name: str) -> dict[str, property]:
-    """Return properties in place of a weight and a bias that the parent module reads: with the active adapters."""
+    """Return properties in place of a weight and a bias that the parent module reads: with the active adapters.
+
+    FSDP2, which reads them as it moves and shards parameters, gets the stored ones while they are shards.
+    """
 
     def effective_weight(self: Any) -> Any:
         weight = current_tensor(self, weight_name)
-        for adapter in called_adapters(self):
+        for adapter in () if is_sharded(weight) else called_adapters(self):
             weight = adapter.effective_weight(weight)
         return weight
 
     def effective_bias(self: Any) -> Any:
         bias = current_tensor(self, bias_name)
-        for adapter in called_adapters(self):
+        for adapter in () if is_sharded(bias) else called_adapters(self):
             bias = adapter.effective_bias(bias)
         return bias
 

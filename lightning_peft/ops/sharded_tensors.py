@@ -49,6 +49,11 @@ def writes_files() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def is_sharded(tensor: Tensor | None) -> bool:
+    """Return whether a tensor is a ``DTensor`` of which each process holds a part, as FSDP2 stores between calls."""
+    return isinstance(tensor, DTensor) and not all(placement.is_replicate() for placement in tensor.placements)
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return a tensor with all of its values; for a sharded one, all processes have to call it."""
     if (shard := shard_of(tensor)) is not None:
