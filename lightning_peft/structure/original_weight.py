@@ -18,12 +18,13 @@ class Original:
 
     Args:
         cls: Class of the layer before.
-        dtype: Type of the original weight.
+        dtype: Type of the original weight; it follows casts of the layer.
         shape: Shape of the original weight, as the layer stored it.
         values: Up to 64 of its values, for fingerprints; None while the weight has no values (meta device).
         transposed: Whether the layer stored its weight as (in, out).
         squared_error: Sum of the squared differences between quantized and original weight.
         squared_norm: Sum of the squares of the original weight.
+        dtype_before_casts: Type that the weight is quantized from if it gets its values later; None if it is ``dtype``.
     """
 
     cls: type[nn.Module]
@@ -33,6 +34,7 @@ class Original:
     transposed: bool
     squared_error: float = 0.0
     squared_norm: float = 0.0
+    dtype_before_casts: torch.dtype | None = None
 
 
 def original_of(host: nn.Module, parameter: str = "weight") -> Original | None:
@@ -50,7 +52,8 @@ def cast_originals(host: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
     originals = {name: value for name, value in vars(host).items() if isinstance(value, Original)}
     for name, original in originals.items():
         dtype = fn(torch.empty(0, dtype=original.dtype)).dtype
-        vars(host)[name] = dataclasses.replace(original, dtype=dtype)
+        before = original.dtype_before_casts or original.dtype
+        vars(host)[name] = dataclasses.replace(original, dtype=dtype, dtype_before_casts=before)
 
 
 def _attribute(parameter: str) -> str:

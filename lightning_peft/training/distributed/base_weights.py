@@ -84,7 +84,8 @@ def read_into(unit: nn.Module, name: str, weights: BaseWeightFiles, device: torc
                 complete &= stored
                 values = weights.read(f"{module_name}.{key}") if stored else torch.empty(parameter.shape)
                 original = original_of(module, key)  # quantized from its type, whatever the plugin made
-                _fill(parameter, values, device, None if original is None else original.dtype)
+                dtype = None if original is None else original.dtype_before_casts or original.dtype
+                _fill(parameter, values, device, dtype)
         if not complete:
             _reset(module_name, module)
         quantize_late(module)
