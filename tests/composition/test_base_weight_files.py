@@ -265,8 +265,10 @@ def test_the_command_merges_files(tmp_path, monkeypatch):
 
 
 def test_what_starts_from_weights_waits_for_values_and_does_not_start_without():
-    for method in (lp.LoRA(rank=2, decompose=True), lp.LoRA(rank=2, init="pissa")):
+    computed, copied = "are? computed from the host's weight", "start from those of the base"
+    from_weight = (lp.LoRA(rank=2, decompose=True), lp.LoRA(rank=2, init="pissa"))
+    for method, reason in (*((m, computed) for m in from_weight), (lp.TrainableTokens(tokens=[3]), copied)):
         net = lp.inject(empty(MODELS["llama"]), method)
         assert all(p.is_meta for p in net.parameters())
-        with pytest.raises(TypeError, match="computed from the host's weight: load the base model first"):
+        with pytest.raises(TypeError, match=f"{reason}: load the base model first, then inject"):
             start_adapters(net, torch.device("cpu"))
