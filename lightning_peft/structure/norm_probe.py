@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .base_model import holds_adapters
 from .tracing.bare_copy import bare_copy
 from .tracing.hollow_twin import twin_runs
 
@@ -17,13 +18,15 @@ _measured: dict[Any, bool] = {}
 
 
 def is_norm(module: Any) -> bool:
-    """Return whether a module has vectors alone as parameters, and does not care how large its input is: f(4 x) = f(x).
+    """Return whether a module does not care how large its input is, f(4 x) = f(x), and has vectors as parameters.
 
+    It has no children, and nothing but vectors.
     This is so for LayerNorm, RMSNorm, GroupNorm and InstanceNorm, whoever wrote them, and not for a BatchNorm, which
     normalizes by statistics of its own. Modules of one class and size are measured once.
     """
     own = [p for p in module._parameters.values() if p is not None]
-    if not own or any(p.dim() != 1 for p in own):
+    inside = [name for name, child in module._modules.items() if child is not None and not holds_adapters(module, name)]
+    if inside or not own or any(p.dim() != 1 for p in own):
         return False
     key = (getattr(type(module), "_host_class", type(module)), *(p.numel() for p in own))
     if key not in _measured:

@@ -64,7 +64,7 @@ def test_the_merged_folder_is_read_as_it_is(by_file, base, adapter, tmp_path):
     merge(base, adapter, output, *(["--base", str(base)] if by_file else []))
     plain = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     expected = lp.merge(lp.load_adapter(plain, adapter)).bfloat16()
-    merged = transformers.AutoModelForCausalLM.from_pretrained(output)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(output, dtype="auto")
     assert merged.dtype == torch.bfloat16
     assert merged.config.tie_word_embeddings
     assert all(torch.equal(value, expected.state_dict()[key]) for key, value in merged.state_dict().items())

@@ -49,7 +49,7 @@ def test_rows_keep_their_adapters_in_backward(reentrant):
         results.append(gradients(net))
     assert results[0].keys() == results[1].keys()
     for name, gradient in results[0].items():
-        torch.testing.assert_close(results[1][name], gradient, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(results[1][name], gradient, atol=1e-4, rtol=1e-3)
         assert gradient.any(), name
 
 

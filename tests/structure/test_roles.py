@@ -93,6 +93,15 @@ class ScaleNorm(Vectors):
         return x * self.vector
 
 
+class Around(Vectors):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(6, elementwise_affine=False)
+
+    def forward(self, x):
+        return self.norm(x) + self.vector
+
+
 class ConstantNorm(Vectors):
     def forward(self, x):
         return self.vector.expand_as(x)
@@ -100,7 +109,7 @@ class ConstantNorm(Vectors):
 
 def test_norms_are_found_by_what_they_do_whatever_they_are_called():
     norms = [Equalizer(), Gated(), OneNumber(), ChannelsFirst(), nn.InstanceNorm1d(6, affine=True)]
-    others = [ScaleNorm(), ConstantNorm(), nn.PReLU(6), nn.Linear(6, 1)]
+    others = [ScaleNorm(), Around(), ConstantNorm(), nn.PReLU(6), nn.Linear(6, 1)]
     net = nn.Sequential(*norms, *others)
     assert ROLES["norms"](net) == ["0", "1", "2", "3", "4"]
     with torch.device("meta"):
