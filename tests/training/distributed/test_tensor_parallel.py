@@ -31,7 +31,7 @@ CASES = [
     Case("llama", (lp.LoRA(name="everywhere", rank=2, alpha=2, targets=["all-linear", "lm_head"]), lp.LastLayers())),
     Case("vit", (lp.LoRA(name="stable", rank=4), lp.OutputLayers())),
 ]
-REFUSED = ("AdaLoRA", "LLaMAAdapter", "OwnParameters", "PrefixTuning", "PTuningV2", "dropped")
+REFUSED = ("AdaLoRA", "LLaMAAdapter", "OwnParameters", "PrefixTuning", "PTuningV2", "TrainableTokens", "dropped")
 WAYS = ("inject, split", "split, inject")
 
 
