@@ -180,6 +180,10 @@ class PEFTStrategy(Callback):
         forget_injection(pl_module)
         self._leave()
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Have an epoch that a limit cut short go on."""
+        self._resume.reopen_epoch(checkpoint, checkpoint["callbacks"].get(self.state_key, {}).get("resume", {}))
+
     def state_dict(self) -> dict[str, Any]:
         """Return where training stands, the counts of steps, and what the base is quantized to."""
         return {"resume": self._resume.state_dict(), **self._steps.state_dict(), "quantize": self.quantize}

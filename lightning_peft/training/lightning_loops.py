@@ -11,7 +11,11 @@ from typing import Any, NamedTuple
 
 
 class Position(NamedTuple):
-    """Where training stands: ``phase`` is between epochs, epoch end, batch end, step, validation or after it."""
+    """Where training stands.
+
+    ``phase`` is between epochs, epoch end, batch end, step, validation, validated, or stopped: a limit of steps or
+    time, or early stopping, has cut the epoch short.
+    """
 
     phase: str
     batches: int
@@ -22,6 +26,8 @@ def position(trainer: Any) -> Position:
     """Return where training stands, by Lightning's own counters."""
     epochs, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress.current
     is_last = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+    if 0 < epochs.started == epochs.processed and not is_last and trainer.fit_loop.epoch_loop.done:
+        return Position("stopped", batches.processed, False)
     if epochs.processed == epochs.completed + 1:
         return Position("epoch end", batches.processed, True)
     if epochs.started == epochs.processed:
@@ -34,6 +40,13 @@ def position(trainer: Any) -> Position:
     else:
         phase = "batch end" if batches.processed == batches.completed + 1 else "validated"
     return Position(phase, batches.processed, is_last and phase != "step")
+
+
+def reopen_epoch(checkpoint: dict[str, Any]) -> None:
+    """Have a checkpoint say that its epoch is in work: Lightning counts one that was cut short as completed."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        counts["processed"] = counts["completed"] = counts["started"] - 1
 
 
 def start_next_epoch(trainer: Any, ended: bool) -> None:
@@ -71,6 +84,8 @@ def continue_epoch(trainer: Any, at: Position) -> None:
         _validation(trainer)._restart_stage = "restarted_mid_evaluation"  # the epoch's loop runs it before a batch
     elif at.phase == "batch end" and not epoch._should_accumulate():
         epoch._batches_that_stepped += 1
+    elif at.phase == "stopped" and due and not epoch._should_accumulate():
+        epoch._batches_that_stepped -= 1  # counted when it stopped, and again where validation is left out
     elif at.phase == "step":
         epoch.batch_progress.total.reset_on_restart()  # of the step that is done again, else it counts twice
     loop._restarting = False  # of this loop alone: else what waits for metrics misses the epoch's end

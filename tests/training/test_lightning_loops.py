@@ -14,7 +14,7 @@ from lightning_peft.training import lightning_loops as loops
 ATTRIBUTES = {
     "": "epoch_progress _combined_loader _combined_loader_states_to_load _data_fetcher _data_source _restart_stage "
     "_restarting _resuming_from_checkpoint _last_train_dl_reload_epoch restarted_mid_epoch",
-    "epoch_loop": "batch_progress _restart_stage _batches_that_stepped restarting _num_ready_batches_reached "
+    "epoch_loop": "done batch_progress _restart_stage _batches_that_stepped restarting _num_ready_batches_reached "
     "_should_check_val_fx _should_accumulate _get_monitor_value update_lr_schedulers",
     "epoch_loop.val_loop": "batch_progress _restart_stage restarting _data_source",
 }

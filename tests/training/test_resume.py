@@ -151,6 +151,53 @@ def test_nothing_is_loaded_again_where_a_sampler_can_be_advanced(tmp_path):
     assert rows.loaded == 8
 
 
+class Stop(pl.Callback):
+    """Stops early, after some batches of the second epoch."""
+
+    def on_train_batch_end(self, run, module, *_):
+        run.should_stop = len(module.seen) == 8
+
+
+CUTS = {
+    "steps in the first epoch": (2, {"max_steps": 2}),
+    "steps late in the first epoch": (5, {"max_steps": 5}),
+    "steps": (8, {"max_steps": 8}),
+    "steps at an epoch's end": (6, {"max_steps": 6}),
+    "stopping early": (8, {}),
+}
+
+
+def continuations(folder, kind, cut, settings):
+    """Return what goes on from a run that was cut short comes to, by where the checkpoint was written."""
+    done, limit = CUTS[cut]
+    whole = fit(KINDS[kind], True, **{**settings, "max_steps": 17})
+    ends = [SaveEverywhere(folder), *([] if limit else [Stop()])]
+    short = fit(KINDS[kind], True, *ends, **{"max_steps": 17, **settings, **limit})
+    assert len(short.seen) == done
+    short.trainer.save_checkpoint(folder / f"after {done}.ckpt")
+    files = [*folder.glob(f"* epoch end {done}.ckpt"), folder / f"after {done}.ckpt"]
+    assert len(files) == 2
+    again = [fit(KINDS[kind], True, path=path, seed=99, **{**settings, "max_steps": 17}) for path in files]
+    return [outcome(whole, each, done) for each in again]
+
+
+@pytest.mark.parametrize("cut", ["steps", *(pytest.param(n, marks=pytest.mark.slow) for n in CUTS if n != "steps")])
+def test_an_epoch_that_was_cut_short_goes_on(cut, tmp_path):
+    assert continuations(tmp_path, "shuffled", cut, {}) == ["equal"] * 2
+
+
+@pytest.mark.slow
+def test_an_epoch_of_any_loader_that_was_cut_short_goes_on(tmp_path):
+    checks = {"": {}, "validation": {"valid": validation(), "val_check_interval": 2}}
+    found = {
+        (kind, check, cut): continuations(tmp_path / f"{kind} {check} {cut}", kind, cut, settings)
+        for kind in ("iterable", "own state_dict", "two loaders", "a dict of loaders", "shuffled, 2 persistent workers")
+        for check, settings in checks.items()
+        for cut in ("steps in the first epoch", "steps late in the first epoch")
+    }
+    assert found == dict.fromkeys(found, ["equal"] * 2)
+
+
 @pytest.mark.slow
 def test_two_accumulated_batches_resume_after_their_step(tmp_path):
     whole = fit(KINDS["shuffled"], True, *saving(tmp_path), accumulate_grad_batches=2)

@@ -41,6 +41,12 @@ class ExactResume:
             self._trainer, self._callback = trainer, callback
             loaders.watch_loaders(trainer, self._train, self._validation)
 
+    @staticmethod
+    def reopen_epoch(checkpoint: dict[str, Any], state_dict: dict[str, Any]) -> None:
+        """Have Lightning go on in an epoch that was cut short, as the same run with a later limit does."""
+        if (state_dict.get("position") or [None])[0] == "stopped":
+            loops.reopen_epoch(checkpoint)
+
     def start_fit(self) -> None:
         """Set the global generators, for what draws before training goes on."""
         self._fits = True
