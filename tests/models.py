@@ -106,6 +106,17 @@ def timm_vit() -> nn.Module:
     return model
 
 
+class OneLayer(nn.Module):
+    """A layer alone; attention of torch is to itself."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x, x, x)[0] if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x)
+
+
 class Attention(nn.Module):
     """Attention that somebody wrote for himself."""
 

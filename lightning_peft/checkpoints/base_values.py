@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..structure.base_model import own_tensors
 from .adapter_state import frozen_names, strip_wrapper_names
 
 
@@ -23,8 +24,8 @@ def check_base_values(model: nn.Module, loaded: Mapping[str, Tensor], source: st
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
     owner, _, key = name.rpartition(".")
-    module = model.get_submodule(owner)
-    return module._parameters[key] if key in module._parameters else module._buffers[key]  # type: ignore[return-value]
+    tensor: Tensor = own_tensors(model.get_submodule(owner))[key]
+    return tensor
 
 
 def _is_equal(one: Tensor, other: Tensor) -> bool:

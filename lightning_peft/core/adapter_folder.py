@@ -37,7 +37,7 @@ def write_adapter(folder: Location, description: Mapping[str, Any], state: Mappi
     storages = Counter(map(_storage, state.values()))  # safetensors files hold no two tensors of one storage
     weights = save({name: t.clone() if storages[_storage(t)] > 1 else t for name, t in state.items()})
     config = {"library": "lightning_peft", **{key: value for key, value in description.items() if key != _CHECKSUM}}
-    weights = with_metadata(weights, {_OF_SETTINGS: settings_digest(json.loads(json.dumps(config)))})
+    weights = with_metadata(weights, {_OF_SETTINGS: settings_digest(config)})
     config[_CHECKSUM] = hashlib.sha256(weights).hexdigest()
     replace_files(folder, {WEIGHTS: weights, CONFIG: json_bytes(config)})
     return located(folder)

@@ -21,7 +21,8 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
     """
     covered = {key: value for key, value in settings.items() if key not in _COMPARED}
     try:
-        text = json.dumps(covered, sort_keys=True, separators=(",", ":"))
+        plain = json.loads(json.dumps(covered))  # as it is read from a file, with text for keys
+        text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     except (TypeError, RecursionError) as error:
         raise ValueError(
             f"The settings are no plain data ({error}); the file that they are from is damaged."

@@ -89,11 +89,3 @@ def open_file(path: Location) -> Any:
         return local_path(path).open("rb")
     system, inner = file_system(path)
     return system.open(inner, "rb")
-
-
-def size_of(path: Location) -> int:
-    """Return the size of a file in bytes."""
-    if not is_remote(path):
-        return local_path(path).stat().st_size
-    system, inner = file_system(path)
-    return int(system.size(inner))

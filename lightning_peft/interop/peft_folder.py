@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from ..checkpoints.torch_files import read_torch_file
 from ..core.adapter_folder import CONFIG, WEIGHTS, json_bytes, parse_weights, read_files
-from ..files.atomic_files import replace_files
 from ..files.checksums import content_digest
 from ..files.read_json import parse_json
 from ..files.safetensors_header import with_metadata
@@ -26,13 +24,8 @@ _CHECKSUM = "lightning_peft_sha256"  # in the header of the tensors, of these an
 def peft_files(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, bytes]:
     """Return the files of a folder by name, the settings last."""
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    metadata = {"format": "pt", _CHECKSUM: _digest(json.loads(json.dumps(config)), tensors)}
+    metadata = {"format": "pt", _CHECKSUM: _digest(config, tensors)}
     return {WEIGHTS: with_metadata(save(tensors), metadata), CONFIG: json_bytes(config)}
-
-
-def write_peft_folder(folder: Location, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Write a config and tensors at once, in place of those that the folder holds."""
-    replace_files(folder, peft_files(config, state))
 
 
 def _digest(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from adapter_edits import stir
+from models import OneLayer
 from torch import nn
 
 import lightning_peft as lp
@@ -54,15 +55,6 @@ SLOW = ("linear", "linear without bias", "conv2d", "conv1d of transformers")
 QUICK = [pytest.param(host, marks=pytest.mark.slow) if host in SLOW else host for host in HOSTS]
 
 
-class Net(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x, x, x)[0] if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x)
-
-
 def rule(names):
     """Whether methods, inner before outer, go together on one host; all others are refused."""
     if "dora" not in names:
@@ -75,7 +67,7 @@ def outcome(host, names, seed=0):
     """Return the outputs of all ways to run these methods on one host; None if injection refuses them."""
     make, shape, _ = HOSTS[host]
     torch.manual_seed(seed)
-    net, x = Net(make()).double().eval(), torch.randn(shape, dtype=torch.float64)
+    net, x = OneLayer(make()).double().eval(), torch.randn(shape, dtype=torch.float64)
     methods = [METHODS[name] for name in names]
     before = {k: v.clone() for k, v in net.state_dict().items()}
     try:
@@ -116,7 +108,7 @@ def copied(target, source):
 def switched(make, methods, source, x, seed):
     """The output where the methods were added in another order and activated in this one."""
     torch.manual_seed(seed)
-    net = Net(make()).double().eval()
+    net = OneLayer(make()).double().eval()
     for method in reversed(methods):
         lp.add_adapter(net, method)
     lp.activate(net, *[method.name for method in methods])
@@ -126,7 +118,7 @@ def switched(make, methods, source, x, seed):
 
 def by_rows(make, methods, source, x, seed):
     torch.manual_seed(seed)
-    net = lp.add_adapter(Net(make()).double().eval(), methods)
+    net = lp.add_adapter(OneLayer(make()).double().eval(), methods)
     group = [methods[0].name, *(f"{methods[0].name}_{number}" for number in range(2, len(methods) + 1))]
     values = {key: adapter for _, _, key, adapter in lp.adapters(source)}
     for _, _, key, adapter in lp.adapters(net):
@@ -158,7 +150,7 @@ def test_triples_give_one_result_or_are_refused(host):
 
 
 def test_the_refusal_says_which_order_is_right():
-    net = Net(nn.Linear(4, 6))
+    net = OneLayer(nn.Linear(4, 6))
     with pytest.raises(ValueError, match="name the method of LoRAAdapter first"):
         lp.inject(net, [SCALES["outputs"], DORA["dora"]])
     assert type(net.layer) is nn.Linear

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from models import OneLayer
 from torch import Tensor, nn
 
 import lightning_peft as lp
@@ -99,20 +100,11 @@ CASES = [
 ]
 
 
-class Net(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x, x, x)[0] if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x)
-
-
 def build(layer, bias, method):
     """Return a net without and with adapters, whose tensors all matter, and an input."""
     torch.manual_seed(0)
     make, shape = LAYERS[layer]
-    base = Net(make(bias)).eval()
+    base = OneLayer(make(bias)).eval()
     model = lp.inject(copy.deepcopy(base), METHODS[method])
     for *_, adapter in lp.adapters(model):
         for parameter in adapter.parameters():
@@ -122,7 +114,7 @@ def build(layer, bias, method):
 
 @pytest.mark.parametrize("method", ADDS_BIAS)
 def test_attention_of_torch_without_biases_gets_none(method):
-    model = Net(LAYERS["attention"][0](False))
+    model = OneLayer(LAYERS["attention"][0](False))
     with pytest.raises(TypeError, match="would give layer a bias, and nn.MultiheadAttention with batch_first=True"):
         lp.inject(model, METHODS[method])
     assert type(model.layer) is nn.MultiheadAttention
@@ -166,7 +158,7 @@ def test_the_output_is_that_of_the_formula(layer, bias, method):
 def test_a_bias_of_one_part_of_a_fused_layer_leaves_the_others():
     attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
     nn.init.normal_(attention.in_proj_bias)
-    model = lp.inject(Net(attention), ScaleAndShift(targets=["attention.key"]))
+    model = lp.inject(OneLayer(attention), ScaleAndShift(targets=["attention.key"]))
     ((_, _, _, adapter),) = lp.adapters(model)
     nn.init.constant_(adapter.shift, 3.0)
     expected = attention._parameters["in_proj_bias"].detach().clone()
@@ -175,7 +167,7 @@ def test_a_bias_of_one_part_of_a_fused_layer_leaves_the_others():
 
 
 def test_a_layer_that_has_no_place_for_a_bias_refuses_to_be_merged_and_is_unchanged():
-    model = lp.inject(Net(nn.Embedding(7, WIDTH)), ScaleAndShift(targets=["layer"]))
+    model = lp.inject(OneLayer(nn.Embedding(7, WIDTH)), ScaleAndShift(targets=["layer"]))
     ((_, host, _, adapter),) = lp.adapters(model)
     nn.init.constant_(adapter.shift, 3.0)
     nn.init.constant_(adapter.scale, 2.0)

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
-from trainer_models import trainer
+from trainer_models import Resumable, trainer
 
 import lightning_peft as lp
 
@@ -107,28 +107,6 @@ class Buckets:
         yield from self.numpy.permutation(ROWS).reshape(STEPS, BATCH).tolist()
 
 
-class Stateful(DataLoader):
-    """A loader that goes on by itself, in an order that it draws from torch's global generator."""
-
-    start = given = 0
-
-    def __iter__(self):
-        self.given, self.start = self.start, 0
-        return self.rest(super().__iter__())
-
-    def rest(self, batches):
-        for position, batch in enumerate(batches):
-            if position >= self.given:
-                self.given = position + 1
-                yield batch
-
-    def state_dict(self):
-        return {"given": self.given}
-
-    def load_state_dict(self, state):
-        self.start = state["given"]
-
-
 class OwnIterable:
     """A loader of no class of torch's."""
 
@@ -193,7 +171,7 @@ KINDS = {
     "iterable with a length": loader(SizedStream),
     "iterable, 2 workers": loader(Stream, **TWO),
     "iterable, order drawn by workers": loader(NoisyStream, **TWO),
-    "own state_dict": loader(kind=Stateful, shuffle=True),
+    "own state_dict": loader(kind=Resumable, shuffle=True),
     "no DataLoader": OwnIterable,
     "DataModule": lambda: Data(loader(shuffle=True)),
     "DataModule, made anew in each epoch": lambda: Data(loader(shuffle=True)),
