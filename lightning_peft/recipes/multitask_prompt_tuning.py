@@ -16,9 +16,9 @@ from ..composition.ensemble import join_prompts
 from ..core.adapter_folder import write_json
 from ..core.method import Method
 from ..methods import MultitaskPromptTuning, PromptTuning
-from ..tasks.mixed_data import MixedDataModule
+from ..tasks.data.mixed_data import MixedDataModule
+from ..tasks.data.table_data import TableDataModule
 from ..tasks.module import TaskModule
-from ..tasks.table_data import TableDataModule
 from ..training.callback import PEFTStrategy
 from .distillation import Distillation, twin
 from .stages import Plain, Stage, Training, described

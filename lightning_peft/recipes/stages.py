@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from ..checkpoints.save_load import save_adapter
 from ..core.adapter_folder import CONFIG, write_json
-from ..tasks.mixed_data import MixedDataModule
+from ..tasks.data.mixed_data import MixedDataModule
 from ..tasks.module import TaskModule
 from ..training.callback import PEFTStrategy
 from .settings_diff import changes

@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
+from lightning_peft.tasks.data.mixed_loader import TASK_IDS
 from lightning_peft.tasks.messages import quoted
-from lightning_peft.tasks.mixed_loader import TASK_IDS
 from lightning_peft.tasks.module import TaskModule
 from lightning_peft.tasks.optimization import check_optimization
 from lightning_peft.tasks.pretrained import build_model

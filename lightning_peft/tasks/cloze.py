@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, MetricCollection
 
-from lightning_peft.tasks.mixed_loader import TASK_IDS
+from lightning_peft.tasks.data.mixed_loader import TASK_IDS
 from lightning_peft.tasks.module import TaskModule
 from lightning_peft.tasks.optimization import check_optimization
 from lightning_peft.tasks.pretrained import build_model, build_tokenizer

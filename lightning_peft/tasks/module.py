@@ -16,8 +16,8 @@ from torchmetrics import MetricCollection
 from lightning_peft.checkpoints.reader import CHECKPOINT_KEY
 from lightning_peft.methods.prompting.encoded_prompt import EncodedPrompt
 from lightning_peft.methods.prompting.row_tasks import TaskAdapter, row_tasks
-from lightning_peft.tasks.mixed_data import MixedDataModule
-from lightning_peft.tasks.mixed_loader import TASK_IDS
+from lightning_peft.tasks.data.mixed_data import MixedDataModule
+from lightning_peft.tasks.data.mixed_loader import TASK_IDS
 from lightning_peft.tasks.optimization import adamw
 from lightning_peft.tasks.pretrained import weights_folder
 from lightning_peft.training.lightning_checkpoint import inject_from_checkpoint

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_peft.losses import PADDING, Likelihoods
-from lightning_peft.tasks.mixed_loader import TASK_IDS
+from lightning_peft.tasks.data.mixed_loader import TASK_IDS
 from lightning_peft.tasks.module import TaskModule
 from lightning_peft.tasks.optimization import adafactor, check_optimization
 from lightning_peft.tasks.pretrained import build_model, has_encoder, transformers

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_peft.tasks import InstructionDataModule
-from lightning_peft.tasks.instructions import prompt
+from lightning_peft.tasks.data.instructions import prompt
 from lightning_peft.tasks.pretrained import build_tokenizer
 
 Write = Callable[..., str]

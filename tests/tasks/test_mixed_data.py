@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_peft as lp
 from lightning_peft.tasks import CausalLM, InstructionDataModule, MixedDataModule, TextClassification, TextDataModule
-from lightning_peft.tasks.task_sampling import MAX_ROWS_PER_TASK, Mixture
+from lightning_peft.tasks.data.task_sampling import MAX_ROWS_PER_TASK, Mixture
 
 Write = Callable[..., str]
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
@@ -105,7 +105,7 @@ def test_a_loader_goes_on_where_its_state_was_taken(data: Callable[..., MixedDat
 
 
 def test_two_processes_share_one_stream(data: Callable[..., MixedDataModule]) -> None:
-    from lightning_peft.tasks.mixed_loader import MixedLoader
+    from lightning_peft.tasks.data.mixed_loader import MixedLoader
 
     module = data()
     rows, mixture = module._rows("train"), ([12, 12], 4, "proportional", 5)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lightning_peft.tasks import TextDataModule
+from lightning_peft.tasks.data.table_data import Collator
 from lightning_peft.tasks.pretrained import build_tokenizer
-from lightning_peft.tasks.table_data import Collator
 
 Write = Callable[..., str]
 

@@ -18,7 +18,7 @@ from lightning_peft.recipes.federated.partition import Dirichlet, Files, IndexLi
 from lightning_peft.recipes.federated.server import Server, server_app
 from lightning_peft.recipes.federated.settings import Federation
 from lightning_peft.summary import size
-from lightning_peft.tasks.table_data import TableDataModule
+from lightning_peft.tasks.data.table_data import TableDataModule
 from lightning_peft.training.callback import PEFTStrategy
 
 if TYPE_CHECKING:

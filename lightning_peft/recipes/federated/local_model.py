@@ -19,8 +19,8 @@ from lightning_peft.core.adapted_module import adapters
 from lightning_peft.recipes.federated.settings import Federation
 from lightning_peft.structure.base_model import base_parameters, matches
 from lightning_peft.structure.roles import ROLES
+from lightning_peft.tasks.data.table_data import TableDataModule
 from lightning_peft.tasks.messages import close_names
-from lightning_peft.tasks.table_data import TableDataModule
 
 State = dict[str, Tensor]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lightning_peft.tasks.data.splits import Split, Splits
+from lightning_peft.tasks.data.tables import Table, read_table
 from lightning_peft.tasks.messages import quoted
-from lightning_peft.tasks.splits import Split, Splits
-from lightning_peft.tasks.tables import Table, read_table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ import pytest
 
 from lightning_peft.recipes.federated import Dirichlet, Files, IndexLists
 from lightning_peft.recipes.federated.partition import Shard
-from lightning_peft.tasks.splits import Splits
-from lightning_peft.tasks.tables import Table, read_table
+from lightning_peft.tasks.data.splits import Splits
+from lightning_peft.tasks.data.tables import Table, read_table
 
 
 def table(labels):

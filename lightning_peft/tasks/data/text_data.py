@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from lightning_peft.tasks.data.splits import Split, Splits
+from lightning_peft.tasks.data.table_data import Example, Padding, TableDataModule
+from lightning_peft.tasks.data.tables import Table
 from lightning_peft.tasks.messages import quoted, where
-from lightning_peft.tasks.splits import Split, Splits
-from lightning_peft.tasks.table_data import Example, Padding, TableDataModule
-from lightning_peft.tasks.tables import Table
 
 Classes = list[str] | list[int]
 

@@ -11,12 +11,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import get_worker_info
 
 from lightning_peft.methods.prompting.template import Template
+from lightning_peft.tasks.data.prompt_wordings import check_wordings, plain_template, texts_by_label
+from lightning_peft.tasks.data.splits import Split, Splits
+from lightning_peft.tasks.data.table_data import IGNORED, Collator, Example, TableDataModule
+from lightning_peft.tasks.data.tables import Table
+from lightning_peft.tasks.data.text_data import read_labels
 from lightning_peft.tasks.messages import quoted, where
-from lightning_peft.tasks.prompt_wordings import check_wordings, plain_template, texts_by_label
-from lightning_peft.tasks.splits import Split, Splits
-from lightning_peft.tasks.table_data import IGNORED, Collator, Example, TableDataModule
-from lightning_peft.tasks.tables import Table
-from lightning_peft.tasks.text_data import read_labels
 
 
 class ChoicesDataModule(TableDataModule):

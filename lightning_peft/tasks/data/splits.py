@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from lightning_peft.tasks.tables import Table, read_table
+from lightning_peft.tasks.data.tables import Table, read_table
 
 Split = Literal["train", "validation", "test", "predict"]
 

@@ -9,11 +9,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
+from lightning_peft.tasks.data.mixed_loader import TASK_IDS, MixedLoader, TaskExamples
+from lightning_peft.tasks.data.splits import Split
+from lightning_peft.tasks.data.table_data import Example, PortableDataModule, TableDataModule
+from lightning_peft.tasks.data.task_sampling import Mixture
 from lightning_peft.tasks.messages import quoted
-from lightning_peft.tasks.mixed_loader import TASK_IDS, MixedLoader, TaskExamples
-from lightning_peft.tasks.splits import Split
-from lightning_peft.tasks.table_data import Example, PortableDataModule, TableDataModule
-from lightning_peft.tasks.task_sampling import Mixture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +30,8 @@ class MixedDataModule(PortableDataModule):
             same. Their own batch_size and num_workers do not count.
         batch_size: Rows per batch.
         sampling: ``proportional``: an epoch is every row once, of a task at most 2^18, in shuffled batches.
-            ``stochastic``: as multitask prompt tuning samples tasks, see `lightning_peft.tasks.task_sampling.Mixture`.
+            ``stochastic``: as multitask prompt tuning samples tasks, see
+                `lightning_peft.tasks.data.task_sampling.Mixture`.
         num_workers: Processes that build batches.
         seed: Decides the train batches; None takes that of torch's generator, which ``seed_everything`` sets.
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_peft.tasks.table_data import Example
-from lightning_peft.tasks.task_sampling import Mixture
+from lightning_peft.tasks.data.table_data import Example
+from lightning_peft.tasks.data.task_sampling import Mixture
 
 TASK_IDS = "task_ids"  # of a batch's entry
 

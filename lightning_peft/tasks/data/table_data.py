@@ -12,9 +12,9 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_peft.tasks.data.splits import Split, Splits
+from lightning_peft.tasks.data.tables import Table
 from lightning_peft.tasks.pretrained import build_tokenizer
-from lightning_peft.tasks.splits import Split, Splits
-from lightning_peft.tasks.tables import Table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

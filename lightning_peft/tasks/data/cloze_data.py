@@ -6,10 +6,10 @@ import warnings
 from typing import Literal
 
 from lightning_peft.methods.prompting.template import PLACEHOLDER, Template
+from lightning_peft.tasks.data.splits import Split, Splits
+from lightning_peft.tasks.data.table_data import Example, TableDataModule
+from lightning_peft.tasks.data.tables import Table
 from lightning_peft.tasks.messages import quoted, where
-from lightning_peft.tasks.splits import Split, Splits
-from lightning_peft.tasks.table_data import Example, TableDataModule
-from lightning_peft.tasks.tables import Table
 
 
 class ClozeDataModule(TableDataModule):

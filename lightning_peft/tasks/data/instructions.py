@@ -6,11 +6,11 @@ from typing import Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_peft.tasks.data.splits import Split, Splits
+from lightning_peft.tasks.data.table_data import IGNORED, Example, Padding, TableDataModule
+from lightning_peft.tasks.data.tables import Table
 from lightning_peft.tasks.messages import quoted, where
 from lightning_peft.tasks.pretrained import prompt_ids
-from lightning_peft.tasks.splits import Split, Splits
-from lightning_peft.tasks.table_data import IGNORED, Example, Padding, TableDataModule
-from lightning_peft.tasks.tables import Table
 
 PromptStyle = Literal["alpaca", "plain"]
 

@@ -1,0 +1,1 @@
+"""DataModules of the ready tasks, and what they read rows by."""
