@@ -27,6 +27,7 @@ from typing import Any
 
 import harness
 import torch
+from datasets import concatenate_datasets
 from knowledge_probe import LAMA, MODEL, TOKENIZER, by_hand, lesson, of, read, single_tokens
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -35,6 +36,7 @@ import lightning_peft as lp
 from lightning_peft.recipes.multitask_prompt_tuning import mpt
 from lightning_peft.recipes.stages import Training
 from lightning_peft.tasks import Cloze, ClozeDataModule
+from lightning_peft.tasks.data.examples import Examples
 from lightning_peft.tasks.module import mean_loss
 from lightning_peft.tasks.optimization import multiplier
 from lightning_peft.tasks.pretrained import locate, transformers
@@ -101,8 +103,8 @@ def taught(lessons: list[ClozeDataModule], folder: Path, epochs: int) -> str:
     network.save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
     module = MaskedCloze(model=str(folder)).train()
-    rows = [row for data in lessons for row in data.examples("train")]
-    lessons[0].examples("train")[:] = rows
+    rows = Examples(concatenate_datasets([data.examples("train").rows for data in lessons]))
+    vars(lessons[0])["examples"] = lambda split: rows
     trained(module, lessons[0], epochs * len(rows) // 32, 3e-4, 0, size=32)
     print(f"taught {len(rows)} facts: P@1 {measured(module, lessons[0])[0]:.3f}", flush=True)
     module.network.save_pretrained(folder)

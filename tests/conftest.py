@@ -2,13 +2,17 @@ import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
+import tempfile
 from pathlib import Path
 
 import evaluated
 import pytest
 import torch
 
+_cache = tempfile.TemporaryDirectory(prefix="datasets-")  # removed when the interpreter ends
+os.environ.setdefault("HF_DATASETS_CACHE", _cache.name)  # which child processes share
 evaluated.install()
 gc.disable()  # until tests are collected: what they import stays, so that to look for garbage only takes time
 

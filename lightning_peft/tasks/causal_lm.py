@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_peft.core.eval_mode import evaluating
-from lightning_peft.tasks.data.table_data import IGNORED, Collator
+from lightning_peft.tasks.data.collator import IGNORED, Collator
 from lightning_peft.tasks.module import TaskModule
 from lightning_peft.tasks.optimization import check_optimization
 from lightning_peft.tasks.pretrained import build_model, build_tokenizer, prompt_ids

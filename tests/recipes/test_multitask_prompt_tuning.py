@@ -65,7 +65,8 @@ def run(folder, output, **settings):
     data = {task: ClozeDataModule(**arguments(folder, task)) for task in TASKS}
     target = data.pop("half")
     training = Training(epochs=2, learning_rate=0.3)
-    defaults = {"length": 3, "teachers": training, "multitask": training, "transfer": training, "batch_size": 6}
+    teachers = Training(epochs=6, learning_rate=0.3)  # after two, some are no better than a guess
+    defaults = {"length": 3, "teachers": teachers, "multitask": training, "transfer": training, "batch_size": 6}
     return mpt(
         lambda: Cloze(config=CONFIG, tokenizer=str(folder / "words")),
         data,

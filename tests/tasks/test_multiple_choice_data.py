@@ -30,7 +30,7 @@ def test_rows_hold_each_wording_and_each_answer_once_tokenised(texts: str, encod
     answers = [[BAD, 3], [GOOD, FILM, 3]]
     row = data.examples("train")[1]
     prompts = [[2, THE, WAS, THE, FILM, 3], [2, THE, ENDING, THE, 3], [2, THE, 3]]
-    assert row == {"wordings": [(prompt, answers) for prompt in prompts], "labels": 0}
+    assert row == {"input_ids": prompts, "choices": [answers] * 3, "labels": 0}
     assert data.labels == ["neg", "pos"]
 
 
@@ -73,7 +73,8 @@ def test_a_decoder_continues_the_prompt(texts: str, encoder_tokenizer: str, deco
         data = choices(
             {"bare": "{text} film"}, ANSWERS, test=texts, decoder_only=True, tokenizer=tokenizer
         )  # fmt: skip
-        ((prompt, answers),) = data.examples("test")[1]["wordings"]
+        row = data.examples("test")[1]
+        (prompt,), (answers,) = row["input_ids"], row["choices"]
         assert prompt == [*start, THE + shift, FILM + shift]
         assert answers == [[BAD + shift, end], [GOOD + shift, FILM + shift, end]]
 
@@ -82,7 +83,7 @@ def test_long_prompts_lose_the_end_of_one_field_alone(encoder_tokenizer: str, wr
     path = write("t.jsonl", [{"text": "good film plot ending", "label": "pos"}])
     settings: dict[str, Any] = {"test": path, "tokenizer": encoder_tokenizer, "max_length": 6}
     data = choices({"asked": "the {text} was a"}, ANSWERS, shorten="text", **settings)
-    assert data.examples("test")[0]["wordings"][0][0] == [2, THE, GOOD, WAS, A, 3]
+    assert data.examples("test")[0]["input_ids"][0] == [2, THE, GOOD, WAS, A, 3]
     with pytest.raises(ValueError, match=r"has 9 tokens, more than max_length=6; name the field to cut by shorten"):
         choices({"asked": "the {text} was a"}, ANSWERS, **settings).examples("test")
 

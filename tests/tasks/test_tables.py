@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_peft.tasks.data.tables import read_table
+from lightning_peft.tasks.data.read_table import read_table
 
 ROWS = [{"text": "one, two", "label": "a"}, {"text": 'say "yes"', "label": "b"}]
 PLAIN = {
@@ -64,23 +64,18 @@ def test_a_missing_file_names_close_ones(tmp_path: Path) -> None:
 
 
 BROKEN = [
-    ("t.txt", "text\n", r"suffix '.txt', expected .csv, .tsv, .json, .jsonl, or one of them with .gz"),
+    ("t.doc", "text\n", r"suffix '.doc', expected .csv, .tsv, .json, .jsonl, .parquet, .arrow, .txt, or .gz after"),
     ("t.csv", "", "holds no rows"),
     ("t.csv", "text,label\n", "holds no rows"),
     ("t.jsonl", "", "holds no rows"),
     ("t.json", "[]", "holds no rows"),
-    ("t.csv", "text,label\na,b\n\n,\nc,d\n", "is empty in rows 3, 4. Remove"),
-    ("t.jsonl", '{"a": 1}\n\n{}\n{"a": 1}\n', "is empty in rows 2, 3. Remove"),
-    ("t.csv", "text\n" + "a\n\n" * 7 + "b\n", r"is empty in rows 3, 5, 7, 9, 11 and 2 more\."),
     ("t.csv", "text,label\na,b\nc,d,e\n", "has 3 values in row 3, expected 2 .* 'text', 'label'"),
     ("t.csv", "text,label\na\n", "has 1 values in row 2, expected 2"),
     ("t.csv", 'text,label\na,b\n"c,d\ne,f\n', "cannot be read from row 3 on: unexpected end of data"),
     ("t.csv", "text,text\na,b\n", "has the column 'text' twice"),
     ("t.jsonl", '{"text": "a"}\n{"text": \n', "is not valid JSON in line 2, column 10"),
-    ("t.jsonl", '["a"]\n', "holds a list in row 1, expected an object .* named .json"),
+    ("t.jsonl", '{"a": 1}\n["a"]\n', "holds a list in row 2, expected an object .* named .json"),
     ("t.json", '[{"text": "a"},\n{"text" "b"}]', "is not valid JSON in line 2, column 9"),
-    ("t.json", '{"text": "a"}', r"holds one dict, expected a list of objects"),
-    ("t.json", '{"text": "a"}\n{"text": "b"}', "line 2, column 1: Extra data. A .jsonl file has one object a line"),
     ("t.csv", "text\ngood\ncaf\xe9\n".encode("latin1"), "is not UTF-8: line 3 has the byte 0xe9"),
     ("t.csv.gz", "text\ngood\n", "is not a whole gzip file"),
     ("t.csv.gz", gzip.compress(b"text\n" + b"good\n" * 99, mtime=0)[:-12], "is not a whole gzip file"),

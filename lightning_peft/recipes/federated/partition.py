@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lightning_peft.tasks.data.read_table import read_table
 from lightning_peft.tasks.data.splits import Split, Splits
-from lightning_peft.tasks.data.tables import Table, read_table
+from lightning_peft.tasks.data.tables import Table
 from lightning_peft.tasks.messages import quoted
 
 
@@ -107,9 +108,9 @@ class IndexLists(Partition):
     def rows(self, table: Table, client: int) -> Table:
         lists = self.lists
         largest = max(max(numbers, default=0) for numbers in lists)
-        if largest >= len(table.rows):
+        if largest >= len(table):
             raise ValueError(
-                f"{self.path!r} names row {largest}, but {str(table.path)!r} ends with row {len(table.rows) - 1}. "
+                f"{self.path!r} names row {largest}, but {table.source!r} ends with row {len(table) - 1}. "
                 "The lists belong to another file."
             )
         return table.take(lists[client])
@@ -165,10 +166,10 @@ class Shard(Splits):
 
     def __init__(self, splits: Splits, rows: Table, test_fraction: float, seed: int) -> None:
         super().__init__(splits.files, {}, 0.0)
-        count = max(1, round(len(rows.rows) * test_fraction))
-        if count >= len(rows.rows):
-            raise ValueError(f"{str(rows.path)!r} leaves {len(rows.rows)} rows, too few to train on and to test.")
-        order = np.random.default_rng(seed).permutation(len(rows.rows)).tolist()
+        count = max(1, round(len(rows) * test_fraction))
+        if count >= len(rows):
+            raise ValueError(f"{rows.source!r} leaves {len(rows)} rows, too few to train on and to test.")
+        order = np.random.default_rng(seed).permutation(len(rows)).tolist()
         self._parts = {"train": rows.take(sorted(order[count:])), "test": rows.take(sorted(order[:count]))}
 
     def has(self, split: Split) -> bool:

@@ -74,7 +74,7 @@ class Federation:
         """Return all rows of a client."""
         table = data.splits.file("train")
         limit = data.splits.limits.get("train")
-        return self.partition.rows(table.take(range(len(table.rows))[:limit]), client)
+        return self.partition.rows(table.take(range(len(table))[:limit]), client)
 
     def seeded(self, *what: object) -> int:
         """Return a seed that these names alone decide."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Literal
 
 from lightning_peft.methods.prompting.template import PLACEHOLDER, Template
+from lightning_peft.tasks.data.examples import Example
 from lightning_peft.tasks.data.splits import Split, Splits
-from lightning_peft.tasks.data.table_data import Example, TableDataModule
+from lightning_peft.tasks.data.table_data import TableDataModule
 from lightning_peft.tasks.data.tables import Table
-from lightning_peft.tasks.messages import quoted, where
+from lightning_peft.tasks.messages import quoted
 
 
 class ClozeDataModule(TableDataModule):
@@ -95,14 +95,13 @@ class ClozeDataModule(TableDataModule):
     def encode(self, split: Split, table: Table) -> list[Example]:
         """Token ids, attention mask and, unless it is to be predicted, the id of the answer of each row."""
         fields = self.template.fields
-        columns = zip(*(table.texts(field) for field in fields), strict=True) if fields else [()] * len(table.rows)
+        columns = zip(*(table.texts(field) for field in fields), strict=True) if fields else [()] * len(table)
         rows = [self.template(self.tokenizer, **dict(zip(fields, values, strict=True))) for values in columns]
-        masked = [n for n, row in zip(table.numbers, rows, strict=True) if row.count(self.tokenizer.mask_token_id) != 1]
-        if masked:
-            raise ValueError(
-                f"{str(table.path)!r} has the mask token {self.tokenizer.mask_token!r} in a field in {where(masked)}. "
-                "Remove it there; the template alone says where the answer belongs."
-            )
+        table.refuse(
+            [i for i, row in enumerate(rows) if row.count(self.tokenizer.mask_token_id) != 1],
+            f"{table.source!r} has the mask token {self.tokenizer.mask_token!r} in a field in {{rows}}. Remove it "
+            "there; the template alone says where the answer belongs.",
+        )
         examples: list[Example] = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
         return examples if split == "predict" else self._answered(table, examples)
 
@@ -111,26 +110,28 @@ class ClozeDataModule(TableDataModule):
         answers = table.texts(self.answer) if self.words is None else self._words(table, self.words)
         ids = [self.template.answer(self.tokenizer, text) for text in answers]
         if self.candidates is not None:
-            unknown = [n for n, text in zip(table.numbers, answers, strict=True) if text not in self.candidates]
-            if unknown:
-                raise ValueError(
-                    f"{str(table.path)!r} has an answer in {where(unknown)} that is no candidate. Candidates: "
-                    f"{quoted(self.candidates)}."
-                )
-        long = [number for number, tokens in zip(table.numbers, ids, strict=True) if len(tokens) != 1]
-        if long:
-            message = f"{len(long)} of {len(ids)} answers of {str(table.path)!r} are not one token ({where(long)})"
-            if self.long_answers == "refuse" or len(long) == len(ids):
-                raise ValueError(f"{message}. Remove these rows, or set long_answers=drop to leave them out.")
-            warnings.warn(f"{message}, and are left out.", stacklevel=2)
+            table.refuse(
+                [i for i, text in enumerate(answers) if text not in self.candidates],
+                f"{table.source!r} has an answer in {{rows}} that is no candidate. Candidates: "
+                f"{quoted(self.candidates)}.",
+            )
+        if self.long_answers == "refuse":
+            long = [i for i, tokens in enumerate(ids) if len(tokens) != 1]
+            table.refuse(
+                long,
+                f"{len(long)} of {len(ids)} answers of {table.source!r} are not one token ({{rows}}). Remove these "
+                "rows, or set long_answers=drop to leave them out.",
+            )
         return [e | {"labels": tokens[0]} for e, tokens in zip(examples, ids, strict=True) if len(tokens) == 1]
+
+    def dropped(self, split: Split, source: str, count: int, rows: int) -> str:
+        """The sentence about answers that are left out."""
+        return f"{count} of {rows} answers of {source!r} are not one token, and are left out."
 
     def _words(self, table: Table, words: dict[str, str]) -> list[str]:
         labels = [str(label) for label in table.values(self.answer)]
-        unknown = [n for n, label in zip(table.numbers, labels, strict=True) if label not in words]
-        if unknown:
-            raise ValueError(
-                f"{str(table.path)!r} has a label in {where(unknown)} that no word stands for. Words stand for "
-                f"{quoted(words)}."
-            )
+        table.refuse(
+            [i for i, label in enumerate(labels) if label not in words],
+            f"{table.source!r} has a label in {{rows}} that no word stands for. Words stand for {quoted(words)}.",
+        )
         return [words[label] for label in labels]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lightning.pytorch.utilities import rank_zero_warn
-
+from lightning_peft.tasks.data.collator import IGNORED
+from lightning_peft.tasks.data.examples import Example
 from lightning_peft.tasks.data.splits import Split, Splits
-from lightning_peft.tasks.data.table_data import IGNORED, Example, Padding, TableDataModule
+from lightning_peft.tasks.data.table_data import Padding, TableDataModule
 from lightning_peft.tasks.data.tables import Table
-from lightning_peft.tasks.messages import quoted, where
+from lightning_peft.tasks.messages import quoted
 from lightning_peft.tasks.pretrained import prompt_ids
 
 PromptStyle = Literal["alpaca", "plain"]
@@ -119,21 +119,32 @@ class InstructionDataModule(TableDataModule):
             responses = self.tokenizer(outputs, add_special_tokens=False, verbose=False)["input_ids"]
             end = [self._end()]
             rows = [(tokens, response + end) for tokens, response in zip(prompts, responses, strict=True)]
-        long = [number for number, row in zip(table.numbers, rows, strict=True) if len(row[0]) >= self.max_length]
-        if long:
-            self._report(split, long, table)
+        if split == "predict":  # every row to predict has its prediction
+            long = [index for index, row in enumerate(rows) if len(row[0]) >= self.max_length]
+            filled = self._filled(table.source, len(long), len(table))
+            table.refuse(long, f"{filled}: {{rows}}. Raise max_length, or shorten the prompts.")
         return [self._example(*row) for row in rows if len(row[0]) < self.max_length]
+
+    def dropped(self, split: Split, source: str, count: int, rows: int) -> str:
+        """The sentence about prompts that leave no room for a response."""
+        finding = self._filled(source, count, rows)
+        if count == rows:
+            return f"{finding}: no row is left. Raise max_length, or shorten the prompts."
+        return f"{finding} and leave no room for a response: they are dropped. Raise max_length to keep them."
+
+    def _filled(self, source: str, count: int, rows: int) -> str:
+        return f"The prompts of {count} of {rows} rows of {source!r} fill max_length={self.max_length}"
 
     def prompts(self, table: Table) -> list[str]:
         """The prompt of each row."""
         instructions = table.texts(self.instruction)
         if self.input is None:
             contexts = [""] * len(instructions)
-        elif self.input in table.rows[0]:
+        elif self.input in table.columns:
             contexts = table.texts(self.input, blank=True)
         else:
             raise ValueError(
-                f"{str(table.path)!r} has no column {self.input!r}. Its columns: {quoted(table.rows[0])}. "
+                f"{table.source!r} has no column {self.input!r}. Its columns: {quoted(table.columns)}. "
                 "Set input to the column of the instruction's input, or to null if there is none."
             )
         return [prompt(*pair, self.prompt_style) for pair in zip(instructions, contexts, strict=True)]
@@ -153,13 +164,3 @@ class InstructionDataModule(TableDataModule):
         if response:
             example["labels"] = [IGNORED] * len(tokens) + ids[len(tokens) :]
         return example
-
-    def _report(self, split: Split, long: list[int], table: Table) -> None:
-        """Drop what cannot be learned from with a warning; but every row to predict has its prediction."""
-        count = len(table.rows)
-        finding = f"The prompts of {len(long)} of {count} rows of {str(table.path)!r} fill max_length={self.max_length}"
-        if split == "predict":
-            raise ValueError(f"{finding}: {where(long)}. Raise max_length, or shorten the prompts.")
-        if len(long) == count:
-            raise ValueError(f"{finding}: no row is left. Raise max_length, or shorten the prompts.")
-        rank_zero_warn(f"{finding} and leave no room for a response: they are dropped. Raise max_length to keep them.")

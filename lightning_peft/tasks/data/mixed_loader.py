@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any, cast
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_peft.tasks.data.table_data import Example
+from lightning_peft.tasks.data.examples import Example, Examples
 from lightning_peft.tasks.data.task_sampling import Mixture
 
 TASK_IDS = "task_ids"  # of a batch's entry
@@ -24,7 +24,7 @@ class TaskExamples(Dataset[Example]):
         position: Of the task.
     """
 
-    def __init__(self, examples: Sequence[Example], position: int) -> None:
+    def __init__(self, examples: Examples, position: int) -> None:
         self.examples, self.position = examples, position
 
     def __len__(self) -> int:

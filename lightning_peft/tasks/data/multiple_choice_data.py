@@ -11,12 +11,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import get_worker_info
 
 from lightning_peft.methods.prompting.template import Template
+from lightning_peft.tasks.data.collator import IGNORED, Collator
+from lightning_peft.tasks.data.examples import Example, Examples
 from lightning_peft.tasks.data.prompt_wordings import check_wordings, plain_template, texts_by_label
 from lightning_peft.tasks.data.splits import Split, Splits
-from lightning_peft.tasks.data.table_data import IGNORED, Collator, Example, TableDataModule
+from lightning_peft.tasks.data.table_data import TableDataModule
 from lightning_peft.tasks.data.tables import Table
 from lightning_peft.tasks.data.text_data import read_labels
-from lightning_peft.tasks.messages import quoted, where
+from lightning_peft.tasks.messages import quoted
 
 
 class ChoicesDataModule(TableDataModule):
@@ -90,22 +92,22 @@ class ChoicesDataModule(TableDataModule):
         """Each row's wordings, each with the prompt's and the choices' token ids, and the right choice's number."""
         names = list(self.templates) if split == "train" else [self.evaluated]
         rows: list[Example] = [
-            {"wordings": list(row)} for row in zip(*(self._worded(name, table) for name in names), strict=True)
+            {"input_ids": [ids for ids, _ in row], "choices": [choices for _, choices in row]}
+            for row in zip(*(self._worded(name, table) for name in names), strict=True)
         ]
         if split != "predict":
             for row, gold in zip(rows, self._gold(table), strict=True):
                 row["labels"] = gold
-            blank = [number for number, row in zip(table.numbers, rows, strict=True) if not _has_gold(row)]
-            if blank:
-                raise ValueError(
-                    f"{str(table.path)!r} has no text for the right choice in {where(blank)}. Fill its columns, or "
-                    "correct the label."
-                )
+            table.refuse(
+                [i for i, row in enumerate(rows) if not _has_gold(row)],
+                f"{table.source!r} has no text for the right choice in {{rows}}. Fill its columns, or correct "
+                "the label.",
+            )
         return rows
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
         """The batch: ``input_ids`` and ``attention_mask`` of a drawn wording, ``choices``, and ``labels`` as gold."""
-        drawn = [_draw(example["wordings"]) for example in examples]
+        drawn = [_draw(list(zip(example["input_ids"], example["choices"], strict=True))) for example in examples]
         prompts = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids, _ in drawn]
         batch = Collator(self.tokenizer)(prompts)
         most = max(len(choices) for _, choices in drawn)
@@ -114,6 +116,9 @@ class ChoicesDataModule(TableDataModule):
         if "labels" in examples[0]:
             batch["labels"] = torch.tensor([example["labels"] for example in examples])
         return batch
+
+    def lengths(self, examples: Examples) -> list[int]:
+        return [max(map(len, wordings)) for wordings in examples.rows["input_ids"]]
 
     def _worded(self, name: str, table: Table) -> Iterator[tuple[list[int], list[list[int]]]]:
         """Yield each row's prompt and choices in one wording; an absent choice is padding alone."""
@@ -145,12 +150,13 @@ class ChoicesDataModule(TableDataModule):
 
     def _gold(self, table: Table) -> list[int]:
         given = read_labels(table, self.label)
-        unknown = [(n, label) for n, label in zip(table.numbers, given, strict=True) if label not in self.labels]
-        if unknown:
-            raise ValueError(
-                f"{str(table.path)!r} has a label without an answer in {where([n for n, _ in unknown])}, such as "
-                f"{unknown[0][1]!r}. Labels with an answer: {quoted(self.labels)}. Add it to answers."
-            )
+        unknown = [i for i, label in enumerate(given) if label not in self.labels]
+        example = given[unknown[0]] if unknown else ""
+        table.refuse(
+            unknown,
+            f"{table.source!r} has a label without an answer in {{rows}}, such as {example!r}. Labels with an answer: "
+            f"{quoted(self.labels)}. Add it to answers.",
+        )
         return [self.labels.index(label) for label in given]
 
 
@@ -168,8 +174,8 @@ def _draw(wordings: list[Any]) -> Any:
 def _columns(table: Table, fields: list[str], blank: bool = False) -> list[dict[str, str]]:
     """Return the fields of each row."""
     columns = [table.texts(field, blank=blank) for field in fields]
-    return [dict(zip(fields, values, strict=True)) for values in zip(*columns, strict=True)] or [{}] * len(table.rows)
+    return [dict(zip(fields, values, strict=True)) for values in zip(*columns, strict=True)] or [{}] * len(table)
 
 
 def _has_gold(row: Example) -> bool:
-    return all(choices[row["labels"]] != [IGNORED] for _, choices in row["wordings"])
+    return all(choices[row["labels"]] != [IGNORED] for choices in row["choices"])

@@ -7,7 +7,8 @@ from typing import Literal
 
 import torch
 
-from lightning_peft.tasks.data.tables import Table, read_table
+from lightning_peft.tasks.data.read_table import read_table
+from lightning_peft.tasks.data.tables import Table
 
 Split = Literal["train", "validation", "test", "predict"]
 
@@ -46,7 +47,7 @@ class Splits:
         """The rows of a split, up to its limit."""
         shared = self.files["validation"] is None and split in ("train", "validation") and self.has("validation")
         table = self._part(split) if shared else self.file(split)
-        return table.take(range(len(table.rows))[: self.limits.get(split)])
+        return table.take(range(len(table))[: self.limits.get(split)])
 
     def file(self, split: Split) -> Table:
         """The whole file of a split."""
@@ -59,12 +60,12 @@ class Splits:
 
     def _part(self, split: Split) -> Table:
         table = self.file("train")
-        count = round(len(table.rows) * self.validation_fraction) or 1
-        if count == len(table.rows):
+        count = round(len(table) * self.validation_fraction) or 1
+        if count == len(table):
             raise ValueError(
-                f"{str(table.path)!r} has {count} rows, too few to hold out "
+                f"{table.source!r} has {count} rows, too few to hold out "
                 f"validation_fraction={self.validation_fraction} of them. "
                 "Give a validation file, or set validation_fraction=0 to train without validation."
             )
-        order = torch.randperm(len(table.rows), generator=torch.Generator().manual_seed(0)).tolist()
+        order = torch.randperm(len(table), generator=torch.Generator().manual_seed(0)).tolist()
         return table.take(sorted(order[:count] if split == "validation" else order[count:]))

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, RandomSampler
 
+from lightning_peft.tasks.data.collator import Collator
+from lightning_peft.tasks.data.encoding import encode_table
+from lightning_peft.tasks.data.examples import Example, Examples
+from lightning_peft.tasks.data.length_groups import LengthGroupedBatchSampler
 from lightning_peft.tasks.data.splits import Split, Splits
 from lightning_peft.tasks.data.tables import Table
 from lightning_peft.tasks.pretrained import build_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Example = dict[str, Any]
-
-IGNORED = -100
 
 Padding = Literal["longest", "max_length"]
 
@@ -31,36 +29,6 @@ _SPLITS: dict[str, tuple[Split, ...]] = {
     "test": ("test",),
     "predict": ("predict",),
 }
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Pads the rows of one batch to one length, labels per token with -100.
-
-    Args:
-        tokenizer: Knows the padding token and side.
-        length: Length of all rows; by default that of the longest in the batch.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    length: int | None = None
-
-    def __call__(self, examples: list[Example]) -> dict[str, Tensor]:
-        """The batch."""
-        features = [{name: row[name] for name in row if name != "labels"} for row in examples]
-        padding = "longest" if self.length is None else "max_length"
-        padded = self.tokenizer.pad(features, padding=padding, max_length=self.length, return_tensors="pt")
-        batch: dict[str, Tensor] = dict(padded)
-        if "labels" in examples[0]:
-            batch["labels"] = self._labels([row["labels"] for row in examples], batch["input_ids"].shape[1])
-        return batch
-
-    def _labels(self, labels: list[Any], length: int) -> Tensor:
-        if isinstance(labels[0], int):
-            return torch.tensor(labels)
-        padding = [[IGNORED] * (length - len(row)) for row in labels]
-        left = self.tokenizer.padding_side == "left"
-        return torch.tensor([pad + row if left else row + pad for row, pad in zip(labels, padding, strict=True)])
 
 
 class PortableDataModule(LightningDataModule):
@@ -80,6 +48,7 @@ class TableDataModule(PortableDataModule, ABC):
         batch_size: Rows per batch.
         num_workers: Processes that build batches.
         padding: To the longest row of each batch, or all rows to max_length, so that a row is the same in each batch.
+        group_by_length: Whether rows of about the same length share a train batch, which leaves little padding.
     """
 
     padding_side: str | None = None
@@ -92,6 +61,7 @@ class TableDataModule(PortableDataModule, ABC):
         batch_size: int,
         num_workers: int,
         padding: Padding = "longest",
+        group_by_length: bool = True,
     ) -> None:
         super().__init__()
         if padding not in get_args(Padding):
@@ -105,11 +75,16 @@ class TableDataModule(PortableDataModule, ABC):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.padding = padding
-        self._examples: dict[Split, list[Example]] = {}
+        self.group_by_length = group_by_length
+        self._examples: dict[Split, Examples] = {}
 
     @abstractmethod
     def encode(self, split: Split, table: Table) -> list[Example]:
-        """Token ids, attention mask and labels of each row."""
+        """Token ids, attention mask and labels of each row; the split comes in parts, each with a thousand rows.
+
+        Rows that cannot be used are left out. An example may say ``"cut": True`` where a part of its row did not fit:
+        these are counted, and not passed on.
+        """
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -140,11 +115,24 @@ class TableDataModule(PortableDataModule, ABC):
         """Whether a split can be encoded before a checkpoint is loaded."""
         return True
 
-    def examples(self, split: Split) -> list[Example]:
+    def examples(self, split: Split) -> Examples:
         """The encoded rows of a split."""
         if split not in self._examples:
-            self._examples[split] = self.encode(split, self.splits.rows(split))
+            self._examples[split] = encode_table(self, split, self.splits.rows(split))
         return self._examples[split]
+
+    def lengths(self, examples: Examples) -> list[int]:
+        """The number of tokens of each row, by which train rows are grouped."""
+        return [len(row) for row in examples.rows["input_ids"]]
+
+    def dropped(self, split: Split, source: str, count: int, rows: int) -> str:
+        """The sentence about rows that were left out."""
+        return f"{count} of {rows} rows of {source!r} do not fit max_length={self.max_length} and are left out."
+
+    def was_cut(self, source: str, count: int, rows: int) -> str:
+        """The sentence about rows of which a part did not fit."""
+        limit = f"max_length={self.max_length}"
+        return f"{count} of {rows} rows of {source!r} are cut at {limit}. Raise it to keep more of them."
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
         """The batch of some examples, by `Collator`; a child whose examples are of another form overrides it."""
@@ -168,11 +156,13 @@ class TableDataModule(PortableDataModule, ABC):
         return self._loader("predict")
 
     def _loader(self, split: Split) -> DataLoader[Example]:
-        return DataLoader(
-            cast(Dataset[Example], self.examples(split)),
-            batch_size=self.batch_size,
-            shuffle=split == "train",
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=self.collate,
-        )
+        examples = self.examples(split)
+        shared: dict[str, Any] = {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "collate_fn": self.collate,
+        }
+        if split == "train" and self.group_by_length and self.padding == "longest":
+            groups = LengthGroupedBatchSampler(RandomSampler(examples), self.batch_size, False, self.lengths(examples))
+            return DataLoader(examples, batch_sampler=groups, **shared)
+        return DataLoader(examples, batch_size=self.batch_size, shuffle=split == "train", **shared)

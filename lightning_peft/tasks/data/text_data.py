@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from lightning_peft.tasks.data.examples import Example
 from lightning_peft.tasks.data.splits import Split, Splits
-from lightning_peft.tasks.data.table_data import Example, Padding, TableDataModule
+from lightning_peft.tasks.data.table_data import Padding, TableDataModule
 from lightning_peft.tasks.data.tables import Table
-from lightning_peft.tasks.messages import quoted, where
+from lightning_peft.tasks.messages import quoted
 
 Classes = list[str] | list[int]
 
@@ -75,7 +76,7 @@ class TextDataModule(TableDataModule):
         texts = [table.texts(column) for column in self.columns]
         labels = [] if split == "predict" else self._indices(split, table)
         tokens = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
-        examples = [{name: tokens[name][row] for name in tokens} for row in range(len(table.rows))]
+        examples = [{name: tokens[name][row] for name in tokens} for row in range(len(table))]
         for example, index in zip(examples, labels, strict=False):
             example["labels"] = index
         return examples
@@ -83,14 +84,15 @@ class TextDataModule(TableDataModule):
     def _indices(self, split: Split, table: Table) -> list[int]:
         if split == "train" or self.classes is None:
             train = self.splits.file("train")
-            self._agree(_classes(read_labels(train, self.label)), f"the train file {str(train.path)!r}")
+            self._agree(_classes(read_labels(train, self.label)), f"the train file {train.source!r}")
         index = {str(name): position for position, name in enumerate(self.classes or ())}
         labels = read_labels(table, self.label)
-        for label, number in zip(labels, table.numbers, strict=True):
+        for position, label in enumerate(labels):
             if label not in index:
                 raise ValueError(
-                    f"Row {number} of {str(table.path)!r} has the label {label!r}, which the train file does not have. "
-                    f"Known labels: {quoted(index)}. Correct the row, or add such rows to the train file."
+                    f"Row {table.numbers[position]} of {table.source!r} has the label {label!r}, which the train file "
+                    f"does not have. Known labels: {quoted(index)}. Correct the row, or add such rows to the train "
+                    "file."
                 )
         return [index[label] for label in labels]
 
@@ -130,16 +132,10 @@ def read_labels(table: Table, column: str) -> list[str]:
         ValueError: If a row has none.
     """
     values = table.values(column)
-    wrong = [
-        number
-        for number, value in zip(table.numbers, values, strict=True)
-        if not isinstance(value, (str, int)) or not str(value).strip()
-    ]
-    if wrong:
-        raise ValueError(
-            f"Column {column!r} of {str(table.path)!r} holds no string or whole number in {where(wrong)}. "
-            "Give every row a label."
-        )
+    table.refuse(
+        [i for i, value in enumerate(values) if not isinstance(value, (str, int)) or not str(value).strip()],
+        f"Column {column!r} of {table.source!r} holds no string or whole number in {{rows}}. Give every row a label.",
+    )
     return [str(value) for value in values]
 
 

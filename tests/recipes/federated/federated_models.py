@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_peft as lp
@@ -81,16 +81,19 @@ class PointsData(TableDataModule):
 
     def encode(self, split, table):
         return [
-            {"x": torch.tensor([float(row[f"x{i}"]) for i in range(FEATURES)]), "labels": int(row["label"])}
+            {"x": [float(row[f"x{i}"]) for i in range(FEATURES)], "labels": int(row["label"])}
             | {"trouble": row["trouble"]}
             for row in table.rows
         ]
 
     def train_dataloader(self):
-        return DataLoader(self.examples("train"), batch_size=self.batch_size, shuffle=True)
+        return DataLoader(self.examples("train"), batch_size=self.batch_size, shuffle=True, collate_fn=self.collate)
 
     def test_dataloader(self):
-        return DataLoader(self.examples("test"), batch_size=self.batch_size)
+        return DataLoader(self.examples("test"), batch_size=self.batch_size, collate_fn=self.collate)
+
+    def collate(self, rows):
+        return {**default_collate(rows), "x": torch.tensor([row["x"] for row in rows])}
 
 
 def write_points(path, rows, seed, trouble="no"):

@@ -1,19 +1,21 @@
 """Every row goes to one client at most, and what a client holds out it never trains on."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from lightning_peft.recipes.federated import Dirichlet, Files, IndexLists
 from lightning_peft.recipes.federated.partition import Shard
+from lightning_peft.tasks.data.read_table import read_table
 from lightning_peft.tasks.data.splits import Splits
-from lightning_peft.tasks.data.tables import Table, read_table
+from lightning_peft.tasks.data.tables import Table
 
 
 def table(labels):
-    return Table(path=Path("t.csv"), rows=[{"label": x} for x in labels], numbers=list(range(2, len(labels) + 2)))
+    rows = Dataset.from_dict({"label": list(labels)})
+    return Table(source="t.csv", dataset=rows, positions=range(len(rows)))
 
 
 def labels(count=400, kinds=4, seed=3):
@@ -88,7 +90,7 @@ def test_the_lists_at_hand_fit_their_files(shared):
     rows = read_table(str(shared / "data" / "ag_news" / "train.jsonl.gz"))
     partition = IndexLists(path=str(lists))
     assert partition.count == 10
-    assert sum(len(partition.rows(rows, client).rows) for client in range(10)) == len(rows.rows)
+    assert sum(len(partition.rows(rows, client)) for client in range(10)) == len(rows)
 
 
 def test_each_client_may_have_a_file(tmp_path):
@@ -107,7 +109,7 @@ def test_a_shard_holds_rows_out(rows, fraction, held):
     shard = Shard(splits, table(range(rows)), fraction, seed=5)
     train, test = (shard.rows(split).numbers for split in ("train", "test"))
     assert len(test) == held
-    assert sorted(train + test) == list(range(2, rows + 2))
+    assert sorted(train + test) == list(range(1, rows + 1))
     assert test == Shard(splits, table(range(rows)), fraction, seed=5).rows("test").numbers
     assert not shard.has("validation")
     with pytest.raises(ValueError, match="A client has no rows for 'validation'"):

@@ -149,7 +149,7 @@ def test_clients_differ_by_their_local_part_alone(tmp_path):
     metrics = server.history.rounds[-1]["clients"]
     for client, module in enumerate(personal):
         rows = federation.shard(client).examples("test")
-        right = [module.eval()(row["x"]).argmax().item() == row["labels"] for row in rows]
+        right = [module.eval()(torch.tensor(row["x"])).argmax().item() == row["labels"] for row in rows]
         assert metrics[f"client_{client}"]["test_accuracy"] == pytest.approx(np.mean(right))
 
 
