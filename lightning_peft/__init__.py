@@ -51,6 +51,7 @@ from .summary import summary
 from .training.callback import PEFTStrategy
 from .training.distributed import FSDP1Strategy, FSDP2Strategy, without_values
 from .training.lightning_checkpoint import load_from_checkpoint
+from .training.prediction_writer import PredictionWriter
 
 __version__ = version("lightning-peft")
 
@@ -77,6 +78,7 @@ __all__ = [
     "PTuning",
     "PTuningV2",
     "ParallelAdapter",
+    "PredictionWriter",
     "PrefixTuning",
     "PromptTuning",
     "Template",

@@ -33,12 +33,12 @@ def overrides(module: pl.LightningModule, hook: str) -> bool:
     return any(is_overridden(hook, module, parent) for parent in parents)
 
 
-def make_callback_of_both(cls: type) -> None:
-    """Let a class of callbacks be a ``Callback`` of each name space that the program has imported.
+def make_callback_of_both(cls: type, base: type[pl.Callback] = pl.Callback) -> None:
+    """Let a class of callbacks be a ``Callback``, or one derived from it, of each name space that is imported.
 
     A Trainer of ``pytorch_lightning`` takes a single callback by its class alone. Importing both name spaces takes
     twice the time, so that the other one is looked for when a callback is built.
     """
-    missing = tuple(base for base in counterparts(pl.Callback) if not issubclass(cls, base))
+    missing = tuple(same for same in counterparts(base) if not issubclass(cls, same))
     if missing:
         cls.__bases__ += missing

@@ -1,6 +1,7 @@
 """``import lightning`` and ``import pytorch_lightning``: the callback works under the Trainer of either."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -110,6 +111,17 @@ def test_a_single_callback_is_taken_without_a_list(names):
     assert isinstance(strategy, names.package.Callback)
     assert strategy in tuner.callbacks
     assert module.net[0].peft["lora"].b.abs().min() > 0
+
+
+def test_predictions_are_numbered_as_the_data_set_does(names, tmp_path):
+    order = DataLoader(ROWS, batch_size=2, sampler=[3, 1, 0, 2, 7, 5, 6, 4])
+    quiet = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    tuner = names.package.Trainer(callbacks=lp.PredictionWriter(tmp_path / "out.jsonl"), **quiet)
+    (module := names.Early()).eval()
+    tuner.predict(module, order, return_predictions=False)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(1, 9))
+    torch.testing.assert_close(torch.tensor([line["prediction"] for line in lines]), module.net(ROWS).detach())
 
 
 def test_what_depends_on_classes_of_lightning_is_asked_of_both(names, tmp_path):
