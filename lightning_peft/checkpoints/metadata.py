@@ -15,6 +15,8 @@ from ..core.inject import add_inactive, inject
 from ..core.injection_record import get_record, require_record
 from ..core.method import Method, from_dict, to_dict
 from ..core.weight_backup import check_not_merged
+from ..structure.class_names import class_names
+from .companion_files import CLASS_NAMES
 
 FORMAT = 1
 _MOST = 10_000  # methods, patterns or names in a description
@@ -34,6 +36,12 @@ def adapter_metadata(model: nn.Module, packed: bool = False, only: Sequence[Meth
     if only is None and record.switched:
         description |= {"active": list(record.active), "groups": {k: list(v) for k, v in record.method_groups.items()}}
     return description
+
+
+def with_class_names(description: dict[str, Any], model: nn.Module, whole: bool = True) -> dict[str, Any]:
+    """Return a description with the names of a model's classes; of some adapters, the model's names may be others'."""
+    names = class_names(model) if whole else None
+    return description if names is None else {**description, CLASS_NAMES: names}
 
 
 def inject_from_metadata(model: nn.Module, description: Mapping[str, Any], source: str, strict: bool = True) -> None:
@@ -100,6 +108,7 @@ def check_format(description: Any, source: str) -> None:
         "patterns in also_train": not _are(str, also_train),
         "a fingerprint of its base": not isinstance(description.get("base"), str | None),
         "names in active": not _are(str, active),
+        "names of classes": not _are(str, description.get(CLASS_NAMES, [])),
         "names by group": not isinstance(groups, dict) or not all(_are(str, v) for v in [[*groups], *groups.values()]),
     }
     if damaged := [expected for expected, wrong in problems.items() if wrong]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,9 +17,11 @@ from ..core.nonfinite import warn_of_nonfinite
 from ..files.allocation_limit import limit_allocation
 from ..files.storage import Location
 from ..ops.sharded_tensors import assign, full_tensor, shard_of, writes_files
+from ..structure.class_names import set_class_names
 from .adapter_state import adapter_state, check_state, strip_wrapper_names, unpacked
+from .companion_files import CLASS_NAMES, companion_files
 from .key_prefix import align_keys
-from .metadata import adapter_metadata, inject_from_metadata
+from .metadata import adapter_metadata, inject_from_metadata, with_class_names
 
 _WRAPPED, _FLATTENED = "_fsdp_wrapped_module.", "_flat_param"  # in names that FullyShardedDataParallel gives
 
@@ -39,8 +42,10 @@ def check_known_shards(model: nn.Module) -> None:
         )
 
 
-def save_adapter(model: nn.Module, folder: Location, name: str | None = None) -> Path | str:
+def save_adapter(model: nn.Module, folder: Location, name: str | None = None, tokenizer: Any = None) -> Path | str:
     """Write the adapters and trained base parameters of a model, and what is needed to inject them again.
+
+    The names of a classifier's classes are written, too, where its configuration has some (``id2label``).
 
     Args:
         model: The same module that was given to ``inject`` (with a Trainer: the LightningModule).
@@ -48,28 +53,34 @@ def save_adapter(model: nn.Module, folder: Location, name: str | None = None) ->
             replaced at once: whoever reads meanwhile, or after a kill, finds the old one or the new one. Of several
             processes the first writes; where the model is sharded, all have to call.
         name: Name of the adapters to write where the model has several; all if not given.
+        tokenizer: Tokenizer or processor to write beside the adapter, with its chat template; by default what the
+            module has as ``tokenizer`` or ``processor``, if it has one.
 
     Returns:
         The folder: a path, or the address that was given.
 
     Raises:
         ValueError: The name is unknown, or parameters of the base train, which belong to no name.
-        TypeError: A wrapper shards the model and does not say how; strategies of this package do.
+        TypeError: A wrapper shards the model and does not say how; strategies of this package do. Or what is given as
+            tokenizer is none.
     """
     check_known_shards(model)
     only = None if name is None else methods_named(require_record(model), name)
-    description = adapter_metadata(model, packed=True, only=only)
+    description = with_class_names(adapter_metadata(model, packed=True, only=only), model, only is None)
     if only is not None and (trained := require_record(model).trained):
         raise ValueError(f"{trained[0]} trains in the base itself and belongs to no name; save all, without a name.")
     tensors = adapter_state(model, packed=True, only=only)
     state = {strip_wrapper_names(k): full_tensor(v).detach().contiguous().cpu() for k, v in tensors.items()}
-    return write_adapter(folder, description, state) if writes_files() else located(folder)
+    if not writes_files():
+        return located(folder)
+    return write_adapter(folder, description, state, companion_files(model, tokenizer))
 
 
 def load_adapter(model: nn.Module, folder: Location, strict: bool = True) -> nn.Module:
     """Inject the methods of an adapter folder and load its values; the model is unchanged if anything is wrong.
 
-    The adapter may come from a LightningModule and go to the bare network inside it, or the other way round.
+    The adapter may come from a LightningModule and go to the bare network inside it, or the other way round. Names of
+    classes that the folder has are those of the model's classifier from then on.
 
     Args:
         model: The base model, fresh or adapted by the same methods; in the latter case it may be sharded.
@@ -89,6 +100,7 @@ def load_adapter(model: nn.Module, folder: Location, strict: bool = True) -> nn.
         with limit_allocation(sum(tensor.numel() for tensor in state.values())):
             inject_from_metadata(model, config, str(folder), strict)
         load_values(model, state, str(folder))
+        set_class_names(model, config.get(CLASS_NAMES, ()))
     except Exception:
         if fresh:
             detach(model)

@@ -32,14 +32,16 @@ _CHECKSUM, _OF_SETTINGS = (
 _ATTEMPTS = 50  # to read a folder that is being written
 
 
-def write_adapter(folder: Location, description: Mapping[str, Any], state: Mapping[str, Tensor]) -> Path | str:
-    """Write an adapter's description and tensors at once, in place of those in the folder; return the folder."""
+def write_adapter(
+    folder: Location, description: Mapping[str, Any], state: Mapping[str, Tensor], others: Mapping[str, bytes] = {}
+) -> Path | str:
+    """Write an adapter's description and tensors, and other files, at once in place of those in the folder."""
     storages = Counter(map(_storage, state.values()))  # safetensors files hold no two tensors of one storage
     weights = save({name: t.clone() if storages[_storage(t)] > 1 else t for name, t in state.items()})
     config = {"library": "lightning_peft", **{key: value for key, value in description.items() if key != _CHECKSUM}}
     weights = with_metadata(weights, {_OF_SETTINGS: settings_digest(config)})
     config[_CHECKSUM] = hashlib.sha256(weights).hexdigest()
-    replace_files(folder, {WEIGHTS: weights, CONFIG: json_bytes(config)})
+    replace_files(folder, {**others, WEIGHTS: weights, CONFIG: json_bytes(config)})
     return located(folder)
 
 

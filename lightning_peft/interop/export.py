@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..checkpoints.adapter_state import strip_wrapper_names
+from ..checkpoints.companion_files import class_names_file, companion_files
 from ..checkpoints.metadata import adapter_metadata
 from ..checkpoints.save_load import check_known_shards
 from ..core.adapter_folder import WEIGHTS, located
@@ -22,7 +22,8 @@ from ..files.atomic_files import replace_files
 from ..files.storage import Location
 from ..ops.sharded_tensors import writes_files
 from ..structure.base_model import stored_parameter
-from ..structure.transformers_api import from_config, is_encoder_decoder
+from ..structure.class_names import class_names
+from ..structure.transformers_api import from_config
 from ..summary import BASE, row, summary
 from . import modules_to_save as saved
 from . import trainable_tokens
@@ -31,15 +32,7 @@ from .model_card import CARD, CardFacts, check_card_replaceable, render_card
 from .module_names import find_network
 from .peft_folder import peft_files
 from .peft_format import Base, PeftFormat, StateDict, check_supported
-
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
+from .task_types import task_of
 
 
 def export_peft(
@@ -49,8 +42,11 @@ def export_peft(
     metrics: Mapping[str, float] | None = None,
     model_card: bool = True,
     allow_nonfinite: bool = False,
+    tokenizer: Any = None,
 ) -> Path | str:
     """Write an adapter and what trained beside it as HF PEFT does; nothing is written if it cannot be expressed.
+
+    A classifier's names of classes go into ``class_names.json`` and the model card.
 
     Files of an earlier export are replaced at once; by a checksum ``import_peft`` tells files of two exports apart.
 
@@ -62,6 +58,7 @@ def export_peft(
         metrics: Results by name, for the model card.
         model_card: Whether to write a README.md that says what the adapter is.
         allow_nonfinite: Whether to write an adapter that holds NaN or infinity.
+        tokenizer: Tokenizer or processor to write beside the adapter, as for ``save_adapter``.
 
     Returns:
         The folder.
@@ -90,6 +87,7 @@ def export_peft(
     facts = _card_facts(base, method, metrics or {}) if model_card else None
     if writes_files():
         files = peft_files(config, state)
+        files = companion_files(model, tokenizer) | class_names_file(base.network) | files
         if facts is not None:
             files = {CARD: render_card(facts, config, state, len(files[WEIGHTS])).encode(), **files}
         replace_files(folder, files)
@@ -112,9 +110,10 @@ def _card_facts(base: Base, method: Method, metrics: Mapping[str, float]) -> Car
     return CardFacts(
         method=to_dict(method),
         kind=(cls.__name__, cls.__module__.startswith("transformers.")),
-        classes=num_labels if _task_of(base) in ("SEQ_CLS", "TOKEN_CLS") else None,
+        class_names=class_names(base.network),
+        classes=num_labels if task_of(base) in ("SEQ_CLS", "TOKEN_CLS") else None,
         base=adapter_metadata(base.model, only=methods)["base"],
-        task=_task_of(base),
+        task=task_of(base),
         rows=tuple(line for line in rows if line[2]),
         total=counts.total,
         metrics={key: _as_float(key, value) for key, value in metrics.items()},
@@ -145,7 +144,7 @@ def _config_and_tensors(
     """Return the config and the tensors of a folder."""
     hosts, model_class = _adapters_by_host(base, method), type(base.network).__name__
     check_supported(
-        peft_format.by_task and _task_of(base) is None,
+        peft_format.by_task and task_of(base) is None,
         f"{type(method).__name__} on {model_class}",
         "it is put in for known tasks alone",
     )
@@ -191,16 +190,6 @@ def _adapters_by_host(base: Base, method: Method) -> dict[str, list[Any]]:
 
 def _task(base: Base, peft_format: PeftFormat, trained_settings: Mapping[str, Any]) -> str | None:
     """Return the task's name; for a classifier only where its head is in the file, since HF PEFT expects it there."""
-    task = _task_of(base)
+    task = task_of(base)
     optional = not peft_format.by_task and "modules_to_save" not in trained_settings
     return None if optional and task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else task
-
-
-def _task_of(base: Base) -> str | None:
-    kind: Any = type(base.network)
-    task = next((task for end, task in _TASKS.items() if kind.__name__.endswith(end)), None)
-    if task != "SEQ_2_SEQ_LM":
-        return task
-    # HF PEFT calls a model of a task with input_ids, which models of speech (Whisper) do not take.
-    takes_tokens = "input_ids" in inspect.signature(kind.forward).parameters
-    return (task if is_encoder_decoder(base.network) else "CAUSAL_LM") if takes_tokens else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..checkpoints.companion_files import COMPANIONS
 from ..core.adapter_folder import CONFIG, WEIGHTS
 from ..core.optional_imports import check_extra
 from ..files.storage import Location, check_local
@@ -11,7 +12,7 @@ from .model_card import CARD
 
 
 def push_adapter(folder: Location, repo_id: str, private: bool | None = None, api: Any | None = None) -> str:
-    """Upload an adapter's tensors, settings and card, and nothing else of its folder, to the hub.
+    """Upload an adapter's tensors, settings, card, tokenizer and names of classes, and nothing else of its folder.
 
     Who may write there is huggingface_hub's matter: log in with its own command, ``hf auth login``.
 
@@ -42,7 +43,7 @@ def push_adapter(folder: Location, repo_id: str, private: bool | None = None, ap
         api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            allow_patterns=[WEIGHTS, CONFIG, CARD],
+            allow_patterns=[WEIGHTS, CONFIG, CARD, *COMPANIONS],
             commit_message="Upload an adapter",
         )
     except OSError as error:  # of huggingface_hub: no network, offline mode, not logged in, not allowed

@@ -6,7 +6,9 @@ from collections import defaultdict
 
 from torch import nn
 
+from ..checkpoints.companion_files import read_class_names
 from ..files.storage import Location
+from ..structure.class_names import set_class_names
 from . import modules_to_save as saved
 from .compatibility import check_hosts, check_tensors
 from .experts import NESTED
@@ -53,8 +55,10 @@ def import_peft(model: nn.Module, folder: Location, name: str | None = None) -> 
     check_hosts(base, peft_format, file)
     trained = saved.read_trained(base, file.config, other_tensors)
     plan = list(peft_format.from_peft(base, file, name or peft_format.name))
+    names = read_class_names(folder)
     tied, refusal = bool(file.config.get(saved.TIED)), None if unchanged else changed(folder)
     inject_and_load(base, plan, trained, str(folder), tied=tied, refusal=refusal)
+    set_class_names(model, names)
     return model
 
 

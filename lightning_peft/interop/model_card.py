@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from . import vllm
 from .peft_format import StateDict
 
 CARD = "README.md"
+_MOST_NAMES = 50  # of classes in the code for loading; more are in a file beside the card
 _MARK = "<!-- lightning_peft writes this file; digest "
 _PIPELINES = {
     "CAUSAL_LM": "text-generation",
@@ -38,6 +39,7 @@ class CardFacts:
         rows: (label, number of modules, parameters) of each trained group.
         total: Parameters of the adapted model.
         metrics: Results by name.
+        class_names: Names of these classes, if they have names.
     """
 
     method: Mapping[str, Any]
@@ -48,6 +50,7 @@ class CardFacts:
     rows: tuple[tuple[str, int, int], ...]
     total: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    class_names: Sequence[str] | None = None
 
 
 def check_card_replaceable(folder: Location) -> None:
@@ -142,6 +145,9 @@ def _metrics(facts: CardFacts) -> list[tuple[str, str]]:
 def _loading(facts: CardFacts, name: str | None) -> str:
     class_name, in_transformers = facts.kind
     classes = "" if facts.classes is None else f", num_labels={facts.classes}"
+    if classes and facts.class_names is not None and len(facts.class_names) <= _MOST_NAMES:
+        named = ", ".join(f"{number}: {json.dumps(name)}" for number, name in enumerate(facts.class_names))
+        classes = f", id2label={{{named}}}"
     load_base = [
         f"from transformers import {class_name}",
         "",

@@ -24,22 +24,13 @@ def class_names(model: nn.Module) -> list[str] | None:
     return [by_number[number] for number in range(len(by_number))]
 
 
-def set_class_names(model: nn.Module, names: Iterable[object]) -> None:
-    """Give the one classifier of transformers in a model the names of its classes; others have no place for names.
-
-    Raises:
-        ValueError: It has another number of classes.
-    """
+def set_class_names(model: nn.Module, names: Iterable[object]) -> bool:
+    """Name the classes of the one classifier of transformers in a model; return whether it has so many classes."""
     config, by_number = _config_of_classifier(model), dict(enumerate(map(str, names)))
-    if config is None:
-        return
-    if len(config.id2label) != len(by_number):
-        shown = ", ".join(list(by_number.values())[:5])
-        raise ValueError(
-            f"There are names of {len(by_number)} classes ({shown}), and the network has {len(config.id2label)}. Build "
-            f"it with num_labels={len(by_number)}."
-        )
+    if config is None or len(config.id2label) != len(by_number):
+        return False
     config.id2label, config.label2id = by_number, {name: number for number, name in by_number.items()}
+    return True
 
 
 def _config_of_classifier(model: nn.Module) -> Any:

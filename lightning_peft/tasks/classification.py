@@ -63,13 +63,13 @@ class TextClassification(TaskModule):
         self.classes: list[str] | list[int] | None = None
 
     def setup(self, stage: str) -> None:
-        """Check the data's classes, and pad as its tokenizer does.
+        """Check and take the names of the data's classes, and its tokenizer, both of which travel with the adapter.
 
         Args:
             stage: The Trainer's.
 
         Raises:
-            ValueError: If the data has another number of classes.
+            ValueError: If the data has another number of classes, or others than an adapter that is evaluated.
         """
         data = getattr(self.trainer, "datamodule", None)
         classes = getattr(data, "classes", None)
@@ -79,8 +79,11 @@ class TextClassification(TaskModule):
                 f"Got num_classes={num_classes}, but the data has {len(classes)} classes: {quoted(classes)}. "
                 f"Set num_classes={len(classes)}."
             )
+        if classes is not None:
+            self.name_classes(classes, stage)
         tokenizer = getattr(data, "tokenizer", None)
         if tokenizer is not None:
+            self.tokenizer = tokenizer
             self.network.config.pad_token_id = tokenizer.pad_token_id  # decoders find the last token by it
 
     def forward(self, **batch: Tensor) -> Tensor:
@@ -112,8 +115,11 @@ class TextClassification(TaskModule):
         self.measure(split, batch, logits, labels)
 
     def on_predict_start(self) -> None:
-        """Take the names of the classes, which a checkpoint may have brought."""
-        self.classes = getattr(getattr(self.trainer, "datamodule", None), "classes", None)
+        """Take the names of the classes, which a checkpoint or an adapter may have brought."""
+        classes = getattr(getattr(self.trainer, "datamodule", None), "classes", None)
+        if classes is not None:
+            self.name_classes(classes, "predict")
+        self.classes = self.class_names if classes is None else classes
 
     def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Any]:
         """The most likely class of each text, by name if the data knows it, and the probabilities of all classes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,10 +14,13 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MetricCollection
 
 from lightning_peft.checkpoints.reader import CHECKPOINT_KEY
+from lightning_peft.core.adapted_module import adapters
 from lightning_peft.methods.prompting.encoded_prompt import EncodedPrompt
 from lightning_peft.methods.prompting.row_tasks import TaskAdapter, row_tasks
+from lightning_peft.structure.class_names import class_names, set_class_names
 from lightning_peft.tasks.data.mixed_data import MixedDataModule
 from lightning_peft.tasks.data.mixed_loader import TASK_IDS
+from lightning_peft.tasks.messages import quoted
 from lightning_peft.tasks.optimization import adamw
 from lightning_peft.tasks.pretrained import weights_folder
 from lightning_peft.training.lightning_checkpoint import inject_from_checkpoint
@@ -46,6 +49,29 @@ class TaskModule(LightningModule):
     def base_weights(self) -> str | None:
         """Where ``FSDP2Strategy(base_weights="auto")`` reads a network that was built without values."""
         return weights_folder(self.hparams["model"]) if self.hparams.get("model") else None
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of the classes that the network's configuration has; they travel with adapters and checkpoints."""
+        return class_names(self)
+
+    def name_classes(self, names: Sequence[str] | Sequence[int], stage: str) -> None:
+        """Give the network the names of the data's classes, by number.
+
+        Args:
+            names: As many as the network has classes.
+            stage: The Trainer's.
+
+        Raises:
+            ValueError: An adapter is evaluated that was trained on classes of other names.
+        """
+        trained, given = self.class_names, list(map(str, names))
+        if stage != "fit" and trained not in (None, given) and any(adapters(self)):
+            raise ValueError(
+                f"The adapter was trained on the classes {quoted(trained or ())}, and the data has {quoted(given)}. "
+                "Give the train file that it was trained on, or none where it only predicts."
+            )
+        set_class_names(self, given)
 
     def data_of_tasks(self) -> list[Any]:
         """The data that the Trainer runs on: that of each task where several are mixed, else one, or none."""

@@ -20,7 +20,8 @@ from ..checkpoints.adapter_state import (
     strip_wrapper_names,
 )
 from ..checkpoints.base_values import check_base_values
-from ..checkpoints.metadata import adapter_metadata, inject_from_metadata
+from ..checkpoints.companion_files import CLASS_NAMES
+from ..checkpoints.metadata import adapter_metadata, inject_from_metadata, with_class_names
 from ..checkpoints.reader import CHECKPOINT_KEY, CHECKSUM, check_checksums, check_entries, checksums
 from ..checkpoints.torch_files import read_torch_file
 from ..core.adapted_module import adapters
@@ -29,6 +30,7 @@ from ..core.inject import detach
 from ..core.injection_record import get_record
 from ..core.nonfinite import warn_of_nonfinite
 from ..ops.torch_api import hooks
+from ..structure.class_names import set_class_names
 from .injection import ensure_injected
 from .lightning_api import trainer_of
 from .lightning_namespace import overrides
@@ -57,7 +59,7 @@ def install_checkpoint_hooks(module: pl.LightningModule, check_base: bool) -> No
         original(checkpoint)
         leave_out_modules(module, checkpoint, said)
         check_saved(module, checkpoint.get("state_dict"))
-        description = adapter_metadata(module)
+        description = with_class_names(adapter_metadata(module), module)
         checkpoint[CHECKPOINT_KEY] = {**description, CHECKSUM: checksums(description, checkpoint)}
 
     def load(module: pl.LightningModule, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
@@ -103,6 +105,7 @@ def check_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any], che
         check_base_values(module, checkpoint["state_dict"], "The checkpoint")
         check_checksums(checkpoint, "The checkpoint")
         warn_of_nonfinite(checkpoint["state_dict"], "The checkpoint")
+    set_class_names(module, checkpoint[CHECKPOINT_KEY].get(CLASS_NAMES, ()))
 
 
 def warn_of_untrained(module: pl.LightningModule) -> None:
