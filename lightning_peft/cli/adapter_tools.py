@@ -18,12 +18,14 @@ from ..checkpoints.save_load import load_adapter, save_adapter
 from ..composition.merge import merge
 from ..composition.merge_files import merge_files
 from ..core.console import echo
+from ..files.atomic_files import replace_files
 from ..files.storage import check_local, is_file, is_folder, is_remote, is_taken
 from ..interop import export_peft, import_loralib, import_peft, import_t_few, push_adapter, vllm_problems
 from ..interop.hub import check_hub
 from ..interop.vllm import VERSION
 from ..training.distributed import without_values
 from ..training.lightning_checkpoint import inject_from_checkpoint
+from .adapter_companions import files_beside, files_of_data, name_merged_classes
 from .merged_model import write_model
 from .run_report import metrics_of, read_metrics_file
 
@@ -42,26 +44,29 @@ class AdapterTools:
     ) -> None:
         """Fold an adapter into the base weights and write a plain model.
 
-        Of a transformers model, the folder has the base's tokenizer, templates and type of weights, and is read as it
-        is by transformers, its pipelines and vLLM.
+        Of a transformers model, the folder has the tokenizer of the adapter's folder or else the base's, its templates,
+        the names of classes and the base's type of weights; transformers, pipelines and vLLM read it as it is.
 
         Args:
             model: The module with the base weights, or without them if base is given.
             adapter: Folder that save_adapter wrote, or a checkpoint of a run with PEFTStrategy.
             output: Folder to write: a transformers model if the module holds one, else model.safetensors.
             base: Safetensors file, or folder of the base: merged file by file, one layer in memory at a time.
-            datamodule: Whose tokenizer is written where the base has none.
+            datamodule: Whose tokenizer is written where neither the adapter's folder nor the base has one.
             allow_nonfinite: Whether to merge an adapter that holds NaN or infinity.
         """
         if base is not None:
             with without_values():
                 model.configure_model()
-            echo(f"merged model: {merge_files(model, base, adapter, output, allow_nonfinite=allow_nonfinite)}")
+            folder = merge_files(model, base, adapter, output, allow_nonfinite=allow_nonfinite)
+            name_merged_classes(folder, adapter)
+            replace_files(folder, files_beside(adapter))
+            echo(f"merged model: {folder}")
             return
         target = check_local(_new(output), "a merged model is written into files in place")
         _adapt(model, adapter)
         merge(model, allow_nonfinite=allow_nonfinite)
-        write_model(model, target, datamodule)
+        write_model(model, target, adapter, datamodule)
         echo(f"merged model: {target}")
 
     def export(
@@ -83,7 +88,7 @@ class AdapterTools:
             model: The module with the base weights.
             adapter: Folder that save_adapter wrote, or a checkpoint of a run with PEFTStrategy.
             output: Folder to write.
-            datamodule: Not used.
+            datamodule: Whose tokenizer is written where the adapter's folder has none.
             format: Whose format.
             name: Name of the method, where the adapter has several.
             metrics: JSON file of numbers for the card; by default the report.json of the run that wrote the adapter.
@@ -102,7 +107,9 @@ class AdapterTools:
         found = {} if metrics is not None or is_remote(adapter) else metrics_of(Path(adapter))
         results = found if metrics is None else read_metrics_file(Path(metrics))
         _adapt(model, adapter)
+        companions = files_beside(adapter) or files_of_data(model, datamodule)
         folder = export_peft(model, target, name, results, allow_nonfinite=allow_nonfinite)
+        replace_files(folder, companions)
         said = vllm_problems(folder) or [f"vLLM {VERSION} takes it as it is, if it takes adapters of the base's class."]
         echo("\n".join([f"{format} adapter: {folder}", f"model card: {len(results)} metrics", *said]))
         if push_to is not None:

@@ -18,19 +18,18 @@ from lightning.pytorch.cli import (
     LRSchedulerTypeTuple,
     instantiate_class,
 )
-from lightning.pytorch.utilities import rank_zero_only
 
 from .. import tasks  # noqa: F401  # so that its classes are known by their short names
-from ..checkpoints.save_load import save_adapter
-from ..core.injection_record import get_record
 from ..core.method import methods_by_name
 from ..training.callback import PEFTStrategy
 from ..training.distributed import without_values
 from ..training.saved_arguments import check_names
+from .after_fit import finish_fit
+from .before_run import EVALUATIONS, add_prediction_writer, check_fit, load_adapter_folder
 from .commands import COMMANDS
 from .refusals import find_refusal
-from .run_report import write_report
 from .trainer import PEFTTrainer
+from .validation_metrics import ValidationMetrics
 
 # torch's own come first: bitsandbytes has others of the same names, which would make short names ambiguous.
 _OPTIMIZERS = sorted(
@@ -107,6 +106,8 @@ class PEFTCLI(LightningCLI):
         parser.add_lr_scheduler_args(LRSchedulerTypeTuple)
         parser.add_argument("--adapter_dir", type=str | None, default=None, help="Where fit saves the adapter")
         parser.add_argument("--test_after_fit", type=bool, default=False, help="Whether fit ends with a test")
+        said = "File for predict: .jsonl or .csv; by default predictions.jsonl in the folder of the run's logs"
+        parser.add_argument("--predictions", type=str | None, default=None, help=said)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -147,22 +148,26 @@ class PEFTCLI(LightningCLI):
 
         return configure_optimizers
 
+    def before_fit(self) -> None:
+        """Check what would fail only after the training, and have validation metrics kept with each checkpoint."""
+        tests, checkpoint = bool(self._get(self.config, "test_after_fit")), self.config["fit"]["ckpt_path"]
+        check_fit(self.model, self.datamodule, tests, checkpoint)
+        self.trainer.callbacks.insert(0, ValidationMetrics())  # type: ignore[attr-defined]
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Take the folder of an adapter for a checkpoint, and have predictions written, not returned."""
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand in EVALUATIONS:
+            arguments["ckpt_path"] = load_adapter_folder(self.model, arguments["ckpt_path"])
+        if subcommand == "predict":
+            add_prediction_writer(self.trainer, self._get(self.config, "predictions"))
+            arguments["return_predictions"] = bool(arguments["return_predictions"])
+        return arguments
+
     def after_fit(self) -> None:
         """Save the adapter of the best checkpoint, test it if asked, and report."""
-        if getattr(self.trainer, "fast_dev_run", False) or self.trainer.interrupted:
-            return
-        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        if best:
-            state = self.trainer.strategy.load_checkpoint(best, weights_only=True)
-            self.trainer.strategy.load_model_state_dict(state)
-        results: Any = {}
-        if self._get(self.config, "test_after_fit"):
-            results = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0]
-        logs = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # which processes agree on
-        adapter = None
-        if get_record(self.model) is not None:  # of a sharded model, each process has a part
-            adapter = save_adapter(self.model, self._get(self.config, "adapter_dir") or logs / "adapter")
-        rank_zero_only(write_report)(self.model, logs, best, results, adapter)
+        folder, tests = self._get(self.config, "adapter_dir"), self._get(self.config, "test_after_fit")
+        finish_fit(self.trainer, self.model, self.datamodule, folder, tests)
 
 
 def _without_values(module_class: type[pl.LightningModule], *args: Any, **kwargs: Any) -> pl.LightningModule:

@@ -14,21 +14,23 @@ from ..checkpoints.safetensors_files import copy_other_files
 from ..files.atomic_files import new_folder
 from ..files.read_json import parse_json
 from ..structure.transformers_api import from_config
+from .adapter_companions import files_beside, files_of_data
 
 _CONFIG = "config.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def write_model(module: pl.LightningModule, target: Path, data: pl.LightningDataModule | None = None) -> None:
+def write_model(module: pl.LightningModule, target: Path, adapter: str, data: Any) -> None:
     """Write the transformers model inside a module, else the module's state as ``model.safetensors``; all or nothing.
 
-    Of a transformers model, weights have the type that those of its base have in their files; tokenizer, chat template
-    and whatever else lies beside the base's weights come from there, or the tokenizer from the data.
+    Of a transformers model, weights have the type that those of its base have in their files; what lies beside the
+    base's weights comes from there, but for what was trained with: tokenizer, chat template and names of classes.
 
     Args:
         module: A module without adapters.
         target: Folder to write, which does not exist yet.
-        data: Whose tokenizer is written, where the base has none.
+        adapter: Folder or checkpoint; a tokenizer in the folder takes the place of the base's.
+        data: Whose tokenizer is written where neither has one.
     """
     from safetensors.torch import save_model
 
@@ -44,9 +46,10 @@ def write_model(module: pl.LightningModule, target: Path, data: pl.LightningData
         network.save_pretrained(folder)
         if base is not None:
             copy_other_files(base, folder, index=False)
-        tokenizer: Any = getattr(data, "tokenizer", None)
-        if not any((folder / name).is_file() for name in _TOKENIZERS) and hasattr(tokenizer, "save_pretrained"):
-            tokenizer.save_pretrained(folder)
+        has_tokenizer = any((folder / name).is_file() for name in _TOKENIZERS)
+        companions = files_beside(adapter) or ({} if has_tokenizer else files_of_data(module, data))
+        for name, content in companions.items():
+            (folder / name).write_bytes(content)
 
 
 def _base_folder(network: nn.Module) -> Path | None:

@@ -13,18 +13,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def accuracy_over_parameters(points: Mapping[str, Point] | Iterable[Folder], metric: str = "test_accuracy") -> Figure:
+def accuracy_over_parameters(points: Mapping[str, Point] | Iterable[Folder], metric: str | None = None) -> Figure:
     """Draw accuracy over trained parameters (logarithmic), with the best accuracy for so many parameters or fewer.
 
     Args:
         points: (trained parameters, accuracy) by name; or folders of runs with the report.json of `lightning-peft fit`.
-        metric: What to read from reports, and the title.
+        metric: What to read from reports, and the title; by default test_accuracy, or val_accuracy where a run was not
+            tested.
 
     Raises:
         FileNotFoundError: A folder holds no report.json.
         ValueError: There are no points, or a report has no such metric.
     """
-    by_name = dict(points) if isinstance(points, Mapping) else read_points(points, metric)
+    if isinstance(points, Mapping):
+        title, by_name = metric or "test_accuracy", dict(points)
+    else:
+        title, by_name = read_points(points, metric)
     if not by_name or min(x for x, _ in by_name.values()) <= 0:
         raise ValueError(f"points must be at least one (trained parameters > 0, accuracy), got {by_name!r}.")
     figure = blank(8.2, 4.9)
@@ -40,7 +44,7 @@ def accuracy_over_parameters(points: Mapping[str, Point] | Iterable[Folder], met
         axes.step(*zip(*steps, strict=True), where="post", label="best with so many parameters or fewer", **style)
         axes.legend(frameon=False, fontsize=SMALL, labelcolor=INK, loc="lower right")
     _scale(axes, list(by_name.values()))
-    head(axes, metric.replace("_", " "))
+    head(axes, title.replace("_", " "))
     write_names(figure, axes, by_name, steps)
     return figure
 

@@ -67,14 +67,24 @@ def read_metrics_csv(path: Path) -> dict[str, list[Point]]:
     return curves
 
 
-def read_points(folders: Iterable[Folder], metric: str) -> dict[str, Point]:
-    """Return (trained parameters, metric) of runs by name, as ``lightning-peft fit`` reported them."""
-    points = {}
-    for name, path in find_runs(folders, REPORT).items():
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        values = {k: v for k, v in report.items() if isinstance(v, int | float)}
-        points[name] = (values["trainable_parameters"], metric_value(values, metric, str(path)))
-    return points
+def read_points(folders: Iterable[Folder], metric: str | None = None) -> tuple[str, dict[str, Point]]:
+    """Return a metric, and (trained parameters, metric) of runs by name, as ``lightning-peft fit`` reported them.
+
+    Without a name it is the accuracy of the test, or that of the validation where a run was not tested.
+    """
+    reports = dict[str, dict[str, Any]]()
+    paths = find_runs(folders, REPORT)
+    for name, path in paths.items():
+        report = json.loads(path.read_text(encoding="utf-8"))
+        reports[name] = {key: value for key, value in report.items() if isinstance(value, int | float)}
+    tested = not all("val_accuracy" in report for report in reports.values()) or all(
+        "test_accuracy" in report for report in reports.values()
+    )
+    chosen = metric or ("test_accuracy" if tested else "val_accuracy")
+    return chosen, {
+        name: (report["trainable_parameters"], metric_value(report, chosen, str(paths[name])))
+        for name, report in reports.items()
+    }
 
 
 def metric_value(values: Mapping[str, Any], metric: str, source: str) -> Any:

@@ -58,12 +58,12 @@ def curves(folders: list[str], metric: str = "val_loss", output: str = "curves.p
     return [save(learning_curves(folders, metric), output)]
 
 
-def parameters(folders: list[str], metric: str = "test_accuracy", output: str = "parameters.png") -> list[Path]:
+def parameters(folders: list[str], metric: str | None = None, output: str = "parameters.png") -> list[Path]:
     """Draw accuracy over trained parameters of several runs.
 
     Args:
         folders: Folders of runs with the report.json of `lightning-peft fit`.
-        metric: What to read from the reports.
+        metric: What to read from the reports; by default test_accuracy, or val_accuracy where a run was not tested.
         output: File to write, as PNG, SVG or PDF.
     """
     return [save(accuracy_over_parameters(folders, metric), output)]

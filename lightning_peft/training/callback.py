@@ -34,7 +34,7 @@ class PEFTStrategy(Callback):
 
     Args:
         method: What to train: one method, or a list of which later ones are outer where two share a host. If not given,
-            what the user injected before; of named adapters, those that are active.
+            what the user injected before, of named adapters those that are active; in evaluations, that of ckpt_path.
         also_train: Globs or roles of base modules and parameters that train too, such as a new head.
         lr_factors: Factors of the learning rate, by method name or by glob of parameter names; they survive
             schedulers and the learning-rate finder. A factor of 0 freezes.
@@ -90,7 +90,7 @@ class PEFTStrategy(Callback):
         """Adapt a module now; what ``setup`` does as soon as the network exists. Calling it again changes nothing."""
         if self.quantize is not None:
             quantize_base(pl_module, self.quantize)
-        ensure_injected(pl_module, self.methods, self.also_train)
+        ensure_injected(pl_module, self.methods, self.also_train, may_wait=not self.full_checkpoint)
         widen_trained(pl_module)
         if not self.full_checkpoint:
             install_checkpoint_hooks(pl_module, self.check_base)

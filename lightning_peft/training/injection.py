@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from ..core.adapted_module import adapters
@@ -16,7 +17,7 @@ from ..core.injection_record import InjectionRecord, get_record, set_record
 from ..core.method import Method
 from ..core.weight_backup import check_not_merged
 from ..structure.base_model import base_modules, base_parameters
-from .lightning_api import spawns_processes
+from .lightning_api import spawns_processes, trainer_of
 from .lightning_namespace import is_instance, overrides
 from .module_hooks import call_after, unwrap_hook
 
@@ -81,8 +82,16 @@ def as_methods(method: Method | Sequence[Method] | None) -> list[Method]:
     return methods
 
 
-def ensure_injected(module: pl.LightningModule, methods: Sequence[Method], also_train: Sequence[str]) -> None:
+def ensure_injected(
+    module: pl.LightningModule, methods: Sequence[Method], also_train: Sequence[str], may_wait: bool = False
+) -> None:
     """Inject methods, or take over what the user injected into this module or a module below it.
+
+    Args:
+        module: The module.
+        methods: What to inject; nothing, if something was injected.
+        also_train: Patterns of base parameters that train, too.
+        may_wait: Whether an evaluation without methods may take them from its checkpoint, once that is loaded.
 
     Raises:
         TypeError: The module is sharded already.
@@ -93,6 +102,8 @@ def ensure_injected(module: pl.LightningModule, methods: Sequence[Method], also_
     if record is None:
         below = [inner for part in module.modules() if (inner := get_record(part)) is not None]
         if not below:
+            if may_wait and not methods and _evaluates(module):
+                return  # hooks inject what the checkpoint says; check_injected tells where there was none
             _check_injectable(module, methods)
             inject(module, methods, also_train)
             return
@@ -106,6 +117,23 @@ def ensure_injected(module: pl.LightningModule, methods: Sequence[Method], also_
             f"The model holds {record.methods}, PEFTStrategy was given {list(methods)}. Pass the same methods, or call "
             f"lightning_peft.detach(model) first."
         )
+
+
+def check_injected(module: pl.LightningModule) -> None:
+    """Raise where an evaluation without a method starts, and no checkpoint brought one."""
+    if get_record(module) is None:
+        raise ValueError(
+            "PEFTStrategy without a method evaluates what a checkpoint or the module brings, and nothing was injected: "
+            "give the Trainer ckpt_path, PEFTStrategy a method, or call lightning_peft.load_adapter first."
+        )
+
+
+def _evaluates(module: pl.LightningModule) -> bool:
+    """Whether a module is set up for an evaluation whose checkpoint is loaded before the strategy wraps the module."""
+    trainer = trainer_of(module)
+    if trainer is None or trainer.state.fn not in (TrainerFn.VALIDATING, TrainerFn.TESTING, TrainerFn.PREDICTING):
+        return False
+    return not trainer.strategy.restore_checkpoint_after_setup
 
 
 def _check_injectable(module: pl.LightningModule, methods: Sequence[Method]) -> None:

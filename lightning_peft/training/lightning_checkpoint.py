@@ -31,7 +31,7 @@ from ..core.injection_record import get_record
 from ..core.nonfinite import warn_of_nonfinite
 from ..ops.torch_api import hooks
 from ..structure.class_names import set_class_names
-from .injection import ensure_injected
+from .injection import check_injected, ensure_injected
 from .lightning_api import trainer_of
 from .lightning_namespace import overrides
 from .module_hooks import wrap_hook
@@ -109,7 +109,8 @@ def check_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any], che
 
 
 def warn_of_untrained(module: pl.LightningModule) -> None:
-    """Warn before an evaluation of adapters that nobody trained or loaded."""
+    """Warn before an evaluation of adapters that nobody trained or loaded; raise where there are none."""
+    check_injected(module)
     record = get_record(module)
     if record is not None and record.untrained:
         warnings.warn("Fresh adapters are evaluated: give ckpt_path, or call load_adapter before.", stacklevel=2)

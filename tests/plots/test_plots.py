@@ -372,6 +372,20 @@ def test_reports_are_read_from_the_folders_of_runs(tmp_path):
         plots.accuracy_over_parameters([tmp_path / "lora"], "test_acc")
     with pytest.raises(ValueError, match="at least one"):
         plots.accuracy_over_parameters({})
+    assert figure.axes[0].get_title(loc="left") == "test accuracy"
+
+
+def test_runs_that_were_not_tested_are_drawn_by_their_validation(tmp_path):
+    for name, report in {"a": {"val_accuracy": 0.5}, "b": {"val_accuracy": 0.25, "test_accuracy": 0.75}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps({**report, "trainable_parameters": 10}))
+    runs = [tmp_path / "a", tmp_path / "b"]
+    axes = plots.accuracy_over_parameters(runs).axes[0]
+    assert axes.get_title(loc="left") == "val accuracy"
+    assert sorted(line.get_ydata()[0] for line in axes.lines if line.get_marker() == "o") == [0.25, 0.5]
+    assert plots.accuracy_over_parameters(runs[1:]).axes[0].get_title(loc="left") == "test accuracy"
+    with pytest.raises(ValueError, match=r"a/report.json has no metric 'test_accuracy'. Close names: val_accuracy"):
+        plots.accuracy_over_parameters(runs, "test_accuracy")
 
 
 # The command
