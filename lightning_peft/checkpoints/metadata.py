@@ -63,8 +63,10 @@ def inject_from_metadata(model: nn.Module, description: Mapping[str, Any], sourc
         names = ", ".join(str(data.get("method")) for data in description["methods"])
         is_finalized = [to_dict(method.finalized()) for method in record.methods] == stored
         raise ValueError(
-            f"{source} was written with {names} in other settings than this model's: {record.methods}."
-            + " It holds no encoders for training; call lightning_peft.finalize(model) first." * is_finalized
+            f"{source} was written with {names} in other settings than this model's: {record.methods}. To have both "
+            f"side by side, call lightning_peft.add_adapter(model, folder, name=...)."
+            + " It holds no encoders for training; call lightning_peft.finalize(model) first."
+            * is_finalized
         )
     if strict:
         check_base(model, description, source, require_record(model).methods)

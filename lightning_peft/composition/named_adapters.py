@@ -13,6 +13,7 @@ from ..checkpoints.save_load import load_values
 from ..core.active_adapters import remove_adapter
 from ..core.adapted_module import adapter_key
 from ..core.adapter_folder import read_adapter
+from ..core.check_keys import can_be_name
 from ..core.inject import add_inactive
 from ..core.injection_record import adapters_of, methods_named, require_record
 from ..core.method import Method, from_dict
@@ -37,7 +38,8 @@ def add_adapter(
     Args:
         model: The base model, adapted or not.
         source: A method or several that go under one name, or a folder that ``save_adapter`` wrote.
-        name: Their name in this model; the first method's if not given.
+        name: Their name in this model. If not given, that of the first method; of a folder whose method has the name
+            that its class gives, such as ``lora``, the folder's name: ``adapters/billing`` is activated as ``billing``.
         also_train: With methods, patterns or roles of base modules and parameters of which the adapter gets copies.
         strict: Whether the base must be the one that a folder's adapter was trained on.
 
@@ -57,7 +59,7 @@ def add_adapter(
     if also_train:
         raise ValueError(f"also_train={list(also_train)!r} goes with a method; what {source} trained is in its files.")
     stored = [from_dict(data) for data in config["methods"]]
-    methods = _rename_methods(name, stored)
+    methods = _rename_methods(name or _folder_name(source, stored), stored)
     try:
         with limit_allocation(sum(tensor.numel() for tensor in state.values())):
             add_inactive(model, methods, config["also_train"])
@@ -73,6 +75,13 @@ def add_adapter(
         remove_adapter(model, methods[0].name)
         raise
     return model
+
+
+def _folder_name(folder: str | os.PathLike[str], stored: Sequence[Method]) -> str | None:
+    """Return the name of an adapter's folder where its method was given no name of its own, and it can be a name."""
+    named = {field.name: field.default for field in dataclasses.fields(stored[0])} if stored else {}
+    name = os.path.basename(os.path.normpath(os.fspath(folder)))
+    return name if stored and stored[0].name == named["name"] and can_be_name(name) else None
 
 
 def _rename_methods(name: str | None, methods: Sequence[Method]) -> list[Method]:

@@ -15,16 +15,24 @@ def check_names(names: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
     """Raise where methods share a name, or a name cannot be that of a child module beside the modules of the base."""
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"Two methods are named {name!r}; give one of them another name.")
+            raise ValueError(
+                f"Two methods are named {name!r}; give one of them another name: name=... of add_adapter, of import_peft "
+                f"or of the method."
+            )
         if not isinstance(name, str):
             raise TypeError(f"A method's name is a string, got {name!r}; write name='{name}'.")
-        # Of an instance, since some attributes, such as training, are not those of the class.
-        if not name or "." in name or name.startswith("_") or hasattr(nn.ModuleDict(), name):
+        if not can_be_name(name):
             raise ValueError(
                 f"A method cannot be named {name!r}: choose a name without dots, which does not begin with _ and is "
                 f"not one that torch uses."
             )
     check_base_names(modules, names)
+
+
+def can_be_name(name: str) -> bool:
+    """Whether a name can be that of a child module."""
+    # Of an instance, since some attributes, such as training, are not those of the class.
+    return bool(name) and "." not in name and not name.startswith("_") and not hasattr(nn.ModuleDict(), name)
 
 
 def check_base_names(modules: Mapping[str, nn.Module], methods: Sequence[str]) -> None:

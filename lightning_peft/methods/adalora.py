@@ -102,7 +102,7 @@ class AdaLoRA(Method):
     def budget(self, step: int, total_steps: int, layers: int) -> int:
         """Return how many triplets of all ``layers`` are kept after an optimizer step."""
         start, stop = self._phases(total_steps)
-        left = min(1.0, max(0.0, 1 - (step - start) / (stop - start)))
+        left = min(1.0, max(0.0, 1 - (step - start) / max(1, stop - start)))  # 1: fast_dev_run
         return int(layers * self.target_rank + layers * (self.initial_rank - self.target_rank) * left**3)
 
     def penalty(self, adapters: Sequence[Adapter]) -> Tensor | None:

@@ -79,6 +79,13 @@ class LLaMAAdapter(Method):
     def parameters(self, model: nn.Module) -> Iterable[str]:
         return select_parameters(model, ["norms"], roles_only=True) if self.train_norms else ()
 
+    def check_run(self, total_steps: int) -> None:
+        if 0 <= total_steps <= self.gate_warmup_steps:
+            raise ValueError(
+                f"gate_warmup_steps={self.gate_warmup_steps}, and the run has {total_steps} optimizer steps: the gates "
+                f"would stay at zero, and nothing would change. Give fewer warm-up steps, or train longer."
+            )
+
     def after_step(self, adapters: Sequence[Adapter], step: int, total_steps: int) -> None:
         if step <= self.gate_warmup_steps:
             for adapter in adapters:

@@ -54,7 +54,7 @@ class OptimizerSteps:
         record.mark_trained()
         self._adapters = [(method, adapters_of(module, method)) for method in active_methods(record)]
         self._total = estimated_steps(trainer, module)
-        for method, _ in self._adapters:
+        for method, _ in () if getattr(trainer, "fast_dev_run", False) else self._adapters:  # of a step or so
             method.check_run(self._total)
         self._step, count = trainer.global_step, len(trainer.optimizers)
         if trainer.fit_loop.total_batch_idx < 0 or len(self._counts) != count:  # a new run, or of an earlier version

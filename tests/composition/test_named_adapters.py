@@ -253,6 +253,32 @@ def test_refusals(folders, tmp_path):
     assert [getattr(m, "peft_order", None) for m in net.modules()] == orders
 
 
+def test_folders_of_ordinary_runs_are_named_by_their_folders(folders, tmp_path):
+    for name in ("billing", "complaints"):
+        shutil.copytree(folders["lora" if name == "billing" else "dora"][0], tmp_path / name)
+    shutil.copytree(folders["ia3"][0], tmp_path / "version_0.5")
+    net = MODELS["llama"]()
+    for name in ("billing", "complaints"):
+        lp.add_adapter(net, tmp_path / name)
+    assert torch.equal(out(lp.activate(net, "billing")), folders["lora"][1])
+    assert torch.equal(out(lp.activate(net, "complaints")), folders["dora"][1])
+    assert torch.equal(out(lp.activate(lp.add_adapter(net, f"{tmp_path}/version_0.5/"), "ia3")), folders["ia3"][1])
+    (tmp_path / "other").mkdir()
+    shutil.copytree(tmp_path / "billing", tmp_path / "other/billing")
+    with pytest.raises(ValueError, match="Two methods are named 'billing'.*name=... of add_adapter"):
+        lp.add_adapter(net, tmp_path / "other/billing")
+    lp.add_adapter(net, tmp_path / "other/billing", name="again")
+    own = lp.save_adapter(lp.inject(MODELS["llama"](), lp.LoRA(rank=2, name="mine")), tmp_path / "folder")
+    assert torch.equal(out(lp.activate(lp.add_adapter(net, own), "mine")), out(MODELS["llama"]()))
+
+
+def test_a_second_adapter_is_added_and_not_loaded(folders):
+    net = lp.load_adapter(MODELS["llama"](), folders["lora"][0])
+    with pytest.raises(ValueError, match=r"To have both side by side, call lightning_peft.add_adapter\(model, folder"):
+        lp.load_adapter(net, folders["ia3"][0])
+    assert torch.equal(out(net), folders["lora"][1])
+
+
 def test_a_damaged_folder_leaves_the_model_as_it_was(folders):
     folder = folders["lora"][0].with_name("damaged")
     shutil.copytree(folders["lora"][0], folder)

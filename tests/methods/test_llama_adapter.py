@@ -10,6 +10,7 @@ from families_of_models import copied, disturb
 from models import MODELS, tokens
 from single_layers import fill, only
 from torch import nn
+from trainer_models import Module, data, trainer
 
 import lightning_peft as lp
 from lightning_peft.methods.families.bias_and_scale import BiasAndScale
@@ -121,6 +122,15 @@ def test_a_gate_that_waits_leaves_scales_alone():
     assert all(a.scale.std() > 0.1 for a in adapters if isinstance(a, BiasAndScale))
     named = {name: adapter for name, *_, adapter in lp.adapters(model)}
     assert list(method.metrics(named)) == ["llama_adapter/gate/model.layers.2.self_attn"]
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_run_that_ends_within_the_warm_up_is_refused_before_it_starts(steps):
+    strategy = lp.PEFTStrategy(lp.LLaMAAdapter(gate_warmup_steps=3, length=2), show_summary=False)
+    with pytest.raises(ValueError, match=f"gate_warmup_steps=3, and the run has {steps} optimizer steps"):
+        trainer(strategy, max_steps=steps).fit(Module(), data())
+    trainer(strategy, max_steps=4).fit(net := Module(), data())
+    assert all(adapter.gate.any() for *_, adapter in lp.adapters(net))
 
 
 def rotate(x, cos, sin):
