@@ -16,7 +16,7 @@ def check_names(names: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(
-                f"Two methods are named {name!r}; give one of them another name: name=... of add_adapter, of import_peft "
+                f"Two methods are named {name!r}; give one of them another name: name=... of add_adapter, import_peft, "
                 f"or of the method."
             )
         if not isinstance(name, str):

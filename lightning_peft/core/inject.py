@@ -24,6 +24,7 @@ from .fast_path import disable_fast_path, restore_fast_path
 from .injection_record import InjectionRecord, get_record, set_record
 from .method import Method
 from .placements import Placement, copies_of, placements_of
+from .refuse_saving import refuse_saving
 from .shared_hosts import check_shared_host, check_trains_once
 from .tensor_parallel import check_tensor_parallel_support, mesh_of, shard_adapters
 
@@ -74,9 +75,8 @@ def detach(model: nn.Module) -> nn.Module:
     check_not_paused(get_record(model) or InjectionRecord())
     for _, host, key, _ in list(adapters(model)):
         remove(host, key)
-    for module in model.modules():
-        restore_fast_path(module)
     for part in model.modules():  # outer before inner, whose records know more of their parameters
+        restore_fast_path(part)
         run_detach_hooks(part)
         if (record := get_record(part)) is not None:
             for name, parameter in base_parameters(part).items():
@@ -181,6 +181,7 @@ class InjectionPlan:
             shard_adapters(self.model, mesh)
         disable_fast_path(self.modules.values())
         keep_differentiable(self.modules.values())
+        refuse_saving(self.model)
         warn_of_untouched_blocks(self.model, self.methods, [placement.name for placement in self.placements])
         return self.model
 

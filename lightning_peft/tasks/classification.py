@@ -25,7 +25,7 @@ class TextClassification(TaskModule):
 
     Args:
         model: Pretrained model: a folder, package:name/folder in an installed Python package, or a hub name.
-        config: Settings of a model with random weights, with its model_type.
+        config: Settings of a model with random weights, with its model_type; or a config.json, or its folder.
         num_classes: Number of different labels.
         learning_rate: Highest learning rate.
         weight_decay: Decoupled weight decay of AdamW.
@@ -39,7 +39,7 @@ class TextClassification(TaskModule):
     def __init__(
         self,
         model: str | None = None,
-        config: dict[str, Any] | None = None,
+        config: dict[str, Any] | str | None = None,
         *,
         num_classes: int,
         learning_rate: float = 5e-4,

@@ -28,7 +28,7 @@ class Cloze(TaskModule):
 
     Args:
         model: Pretrained model: a folder, package:name/folder in an installed Python package, or a hub name.
-        config: Settings of a model with random weights, with its model_type.
+        config: Settings of a model with random weights, with its model_type; or a config.json, or its folder.
         tokenizer: Another tokenizer than the data's or the model's, in the same forms.
         learning_rate: Highest learning rate.
         weight_decay: Decoupled weight decay of AdamW.
@@ -42,7 +42,7 @@ class Cloze(TaskModule):
     def __init__(
         self,
         model: str | None = None,
-        config: dict[str, Any] | None = None,
+        config: dict[str, Any] | str | None = None,
         tokenizer: str | None = None,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,

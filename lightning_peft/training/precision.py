@@ -57,8 +57,8 @@ def quantize_base(module: pl.LightningModule, kind: str) -> None:
     quantize_once(module, kind, "torchao" if sharded and kind == "nf4" else None)
 
 
-def check_trained(module: nn.Module) -> None:
-    """Raise if adapters are merged or nothing trains, and warn where base parameters train in 16 bits."""
+def check_trained(module: pl.LightningModule) -> None:
+    """Raise if adapters are merged or nothing trains, and warn where 16 bits lose steps or gradients."""
     check_not_merged(module)
     if not any(p.requires_grad for p in module.parameters()):
         raise ValueError(
@@ -72,4 +72,17 @@ def check_trained(module: nn.Module) -> None:
             f"some {torch.finfo(dtype).eps / 2:.1g} of a value. With precision='bf16-mixed' they train in float32, "
             f"also where the base was loaded in 16 bits and stays so.",
             stacklevel=2,
+        )
+    trainer = trainer_of(module)
+    if trainer is not None and trainer.precision == "32-true":
+        _warn_of_unscaled(module)
+
+
+def _warn_of_unscaled(module: nn.Module) -> None:
+    """Warn where gradients pass a base in float16 as they are; in bfloat16 they have the range of float32."""
+    if any(parameter.dtype == torch.float16 for parameter in base_parameters(module).values()):
+        warnings.warn(
+            "The base is in float16, and precision='32-true' does not scale the loss: gradients below 6e-8 vanish. Train "
+            "with precision='16-mixed' on a GPU, or load the base in bfloat16 or float32 (dtype=...).",
+            stacklevel=3,
         )

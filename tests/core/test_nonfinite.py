@@ -19,10 +19,10 @@ def net(request):
 
 
 def test_loading_warns_and_names_the_tensor(net, tmp_path):
-    lp.save_adapter(net, tmp_path / "adapter")
+    lp.save_adapter(net, tmp_path / "lora")
     for load in (lp.load_adapter, lp.add_adapter):
         with pytest.warns(UserWarning, match=rf"holds NaN or infinity in {KEY} \(1 in all\)"):
-            load(MODELS["llama"](), tmp_path / "adapter")
+            load(MODELS["llama"](), tmp_path / "lora")
     lp.export_peft(net, tmp_path / "peft", allow_nonfinite=True)
     with pytest.warns(UserWarning, match=r"peft holds NaN or infinity in .*v_proj.b \(1 in all\)"):
         back = lp.import_peft(MODELS["llama"](), tmp_path / "peft")

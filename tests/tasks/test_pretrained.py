@@ -127,3 +127,37 @@ def test_weights_of_hub_names_are_fetched_and_folders_are_read_where_they_are(tm
     assert asked == []
     assert weights_folder("someone/model") == "f"
     assert asked == [(("someone/model",), {"allow_patterns": ["*.safetensors*"]})]
+
+
+def test_a_config_may_be_a_file_or_its_folder(tmp_path: Path, llama: dict[str, Any]) -> None:
+    config = build_config(llama)
+    config.dtype, config.architectures = "bfloat16", ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    for reference in (str(tmp_path), str(tmp_path / "config.json")):
+        seed_everything(7, verbose=False)
+        model = build_model("AutoModelForCausalLM", None, reference, "auto")
+        assert model.dtype == torch.bfloat16
+        assert model.config.hidden_size == llama["hidden_size"]
+        assert model.config.name_or_path == ""
+    seed_everything(7, verbose=False)
+    same = build_model("AutoModelForCausalLM", None, llama, "bfloat16").state_dict()
+    assert all(value.shape == same[name].shape for name, value in model.state_dict().items())
+    assert build_model(CLASSIFIER, None, reference, "float32", num_labels=5).score.weight.shape == (5, 32)
+    (tmp_path / "config.jsn").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"config=.*config\.jso' is no file.*config\.json"):
+        build_model(CLASSIFIER, None, str(tmp_path / "config.jso"), "float32")
+
+
+def test_language_models_have_the_type_of_their_files_and_adapters_are_wide(
+    tmp_path: Path, llama: dict[str, Any], t5: dict[str, Any]
+) -> None:
+    import lightning_peft as lp
+    from lightning_peft.tasks import CausalLM, Choices
+
+    for cls, config in ((CausalLM, llama), (Choices, t5)):
+        cls(config={**config, "dtype": "bfloat16"}).network.save_pretrained(tmp_path / cls.__name__)
+        module = cls(str(tmp_path / cls.__name__))
+        assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+        lp.inject(module, [lp.LoRA(rank=2), lp.PromptTuning(length=2)])
+        assert {p.dtype for *_, adapter in lp.adapters(module) for p in adapter.parameters()} == {torch.float32}
+        assert cls(str(tmp_path / cls.__name__), dtype="float32").network.dtype == torch.float32

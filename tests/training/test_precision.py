@@ -171,3 +171,15 @@ def test_adapters_that_were_made_narrow_train(case):
             parameter.data = parameter.data.bfloat16()
     call(model, case).float().square().mean().backward()
     assert all(p.grad.dtype == torch.bfloat16 for p in model.parameters() if p.requires_grad)
+
+
+def test_a_base_in_float16_warns_where_no_gradient_is_scaled():
+    strategy = lp.PEFTStrategy(lp.LoRA(rank=2), show_summary=False)
+    narrow = module()
+    narrow.net.half()
+    with pytest.warns(UserWarning, match="gradients below 6e-8 vanish. Train with precision='16-mixed'"):
+        trainer(strategy, max_steps=1).fit(narrow, data())
+    wide = module()
+    wide.net.bfloat16()
+    trainer(strategy, max_steps=1).fit(wide, data())  # warnings are errors here
+    assert {p.dtype for p in wide.net.parameters() if p.requires_grad} == {torch.float32}
