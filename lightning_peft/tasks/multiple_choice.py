@@ -68,6 +68,11 @@ class Choices(TaskModule):
         self.network = build_model(kind, model, config, dtype)
         self.names: list[list[str] | None] = []  # of each task's choices
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of the choices, where there is one task: predictions have their probabilities by these."""
+        return self.names[0] if len(self.names) == 1 else None
+
     def setup(self, stage: str) -> None:
         """Take the names of the choices, and check that the data fits the model."""
         data = self.data_of_tasks()

@@ -82,7 +82,7 @@ def _warn_of_unscaled(module: nn.Module) -> None:
     """Warn where gradients pass a base in float16 as they are; in bfloat16 they have the range of float32."""
     if any(parameter.dtype == torch.float16 for parameter in base_parameters(module).values()):
         warnings.warn(
-            "The base is in float16, and precision='32-true' does not scale the loss: gradients below 6e-8 vanish. Train "
-            "with precision='16-mixed' on a GPU, or load the base in bfloat16 or float32 (dtype=...).",
+            "The base is in float16, and precision='32-true' does not scale the loss: gradients below 6e-8 vanish. "
+            "Train with precision='16-mixed' on a GPU, or load the base in bfloat16 or float32 (dtype=...).",
             stacklevel=3,
         )

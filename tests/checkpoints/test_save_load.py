@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from trainer_models import Module
 
 import lightning_peft as lp
+from lightning_peft.core import Method, WeightUpdate, parameter_like, select
 from lightning_peft.core.fingerprint import fingerprint
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -103,6 +105,55 @@ def test_an_adapter_moves_between_a_module_and_its_network(tmp_path):
     back = lp.load_adapter(model(), tmp_path / "module")
     for other in (inside.net, back):
         assert torch.equal(logits(other(tokens())), logits(net(tokens())))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeRA(Method):
+    """W + diag(e) B diag(d) A, with a trained A and a fixed B that all layers of one shape share."""
+
+    name: str = "vera"
+
+    def adapters(self, model):
+        shared = {}
+        for name, host, rows in select(model, ["0", "1", "2"]):
+            yield name, VeRAAdapter(host, rows, shared)
+
+
+class VeRAAdapter(WeightUpdate):
+    def __init__(self, host, rows, shared):
+        super().__init__(host, rows)
+        out, inputs = self.shape
+        self.a, b = shared.setdefault((out, inputs), (nn.Parameter(torch.randn(2, inputs)), torch.randn(out, 2)))
+        self.register_buffer("b", b)
+        self.d, self.e = parameter_like(host.weight, 2), parameter_like(host.weight, out)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.ones_(self.d)
+        nn.init.zeros_(self.e)
+
+    def delta(self):
+        return (self.e[:, None] * self.b) @ (self.d[:, None] * self.a)
+
+
+def test_tensors_that_layers_of_one_shape_share_are_saved_once(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))
+
+    net, x = lp.inject(build(), VeRA()), torch.randn(2, 4)
+    for *_, adapter in lp.adapters(net):
+        nn.init.normal_(adapter.e)
+    assert net[0].peft["vera"].a is net[1].peft["vera"].a
+    lp.save_adapter(net, tmp_path)
+    names = {name for name in load_file(tmp_path / WEIGHTS) if name.endswith((".a", ".b"))}
+    assert names == {f"{number}.peft.vera.{tensor}" for number in (0, 2) for tensor in "ab"}
+    for back in (lp.load_adapter(build(), tmp_path), lp.activate(lp.add_adapter(build(), tmp_path, "again"), "again")):
+        assert torch.equal(back(x), net(x))
+        first, second = (list(layer.peft.values())[0] for layer in back[:2])
+        assert first.a is second.a
+        assert first.b.data_ptr() == second.b.data_ptr()
+    assert not torch.equal(net(x), build()(x))
 
 
 def test_loading_into_other_methods_or_settings_is_refused(folder):

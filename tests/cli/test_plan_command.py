@@ -54,6 +54,17 @@ def gigabytes(count):
     return f"{count / 1e9:.1f}"
 
 
+def test_a_config_file_is_planned_in_the_type_that_it_names(report, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings = {"model_type": "llama", "vocab_size": 64, "tie_word_embeddings": False, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "torch_dtype": "bfloat16", "some_other_key": 1}))
+    asked = ["--model=CausalLM", "--tokens=[16]", "--processes=[1]", *METHODS["LoRA"]]
+    narrow = report(*asked, f"--model.config={tmp_path / 'config.json'}")
+    wide = report(*asked, f"--model.config={tmp_path}", "--model.dtype=float32")
+    assert narrow["frozen_weights"] * 2 == wide["frozen_weights"] > 0
+    assert narrow["trained_weights"] == wide["trained_weights"] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_the_page_says_what_the_command_prints(size, report):
