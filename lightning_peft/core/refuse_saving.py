@@ -12,7 +12,7 @@ from torch import nn
 from .adapted_module import adapters
 from .detach_hooks import call_on_detach
 
-_METHODS = ("save_pretrained", "push_to_hub")
+REFUSED = ("save_pretrained", "push_to_hub")  # attributes of adapted models of transformers
 
 
 def refuse_saving(model: nn.Module) -> None:
@@ -20,14 +20,14 @@ def refuse_saving(model: nn.Module) -> None:
     if next(adapters(model), None) is None:  # what trains without adapters is saved as it is
         return
     for part in model.modules():
-        for name in _METHODS:
+        for name in REFUSED:
             if callable(getattr(type(part), name, None)):
                 part.__dict__[name] = _refuse  # a function of this module, which copies and pickles keep
                 call_on_detach(part, _allow_saving)
 
 
 def _allow_saving(part: nn.Module) -> None:
-    for name in _METHODS:
+    for name in REFUSED:
         if part.__dict__.get(name) is _refuse:
             del part.__dict__[name]
 

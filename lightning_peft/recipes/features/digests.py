@@ -11,9 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...core.refuse_saving import REFUSED
 from ...structure.base_model import adapter_host, base_modules
 
-_NO_SETTINGS = {"name_or_path", *vars(nn.Module())}  # the mode is not: features are computed in evaluation mode
+_NO_SETTINGS = {
+    "name_or_path",
+    *REFUSED,
+    *vars(nn.Module()),
+}  # the mode is not: features are computed in evaluation mode
 
 
 def row_digest(inputs: Any) -> bytes:
@@ -58,7 +63,7 @@ def _settings(module: nn.Module) -> dict[str, str]:
         items = value if isinstance(value, (list, tuple)) else [value]
         if name not in _NO_SETTINGS and all(isinstance(item, (bool, int, float, str)) for item in items):
             settings[name] = repr(value)
-        elif hasattr(value, "__qualname__"):
+        elif hasattr(value, "__qualname__") and name not in _NO_SETTINGS:
             settings[name] = value.__qualname__
     return settings
 
