@@ -12,6 +12,7 @@ from torch import Tensor
 PROBABILITIES = "probabilities"
 # Columns whose names say that a batch has many values, and what one value is called.
 _SINGULAR = {"labels": "label", "answers": "answer", "texts": "text", "scores": "score", PROBABILITIES: "probability"}
+PLACE = ("row", "loader")  # columns that say which row of which loader a prediction is for
 _EXPECTED = "Expected a dictionary of columns, each with one entry for each row, a list of texts, or a tensor."
 
 
@@ -28,13 +29,17 @@ def prediction_rows(prediction: Any, names: Sequence[str] | None, source: str) -
 
     Raises:
         TypeError: It is neither a dictionary of columns, nor a list, nor a tensor.
-        ValueError: Columns differ in length.
+        ValueError: Columns differ in length, or one has the name of the row's number.
     """
     columns = {name: _cells(name, column, names, source) for name, column in _columns(prediction, source).items()}
     lengths = {name: len(cells) for name, cells in columns.items()}
     if len(set(lengths.values())) > 1:
         said = ", ".join(f"{length} of {name!r}" for name, length in lengths.items())
         raise ValueError(f"{source}.predict_step returned {said}. {_EXPECTED}")
+    if taken := [name for name in columns if name in PLACE]:
+        raise ValueError(
+            f"{source}.predict_step returned a column {taken[0]!r}, which numbers rows; name it otherwise."
+        )
     renamed = {_column_name(name, cells): cells for name, cells in columns.items()}
     return [dict(zip(renamed, values, strict=True)) for values in zip(*renamed.values(), strict=True)]
 

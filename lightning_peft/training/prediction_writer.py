@@ -92,8 +92,8 @@ class PredictionWriter(BasePredictionWriter):
             raise ValueError(f"{source}.predict_step returned {len(rows)} predictions for {len(indices)} rows.")
         loaders = len(trainer.num_predict_batches)
         for index, row in zip(indices, rows, strict=True):
-            place = {"loader": dataloader_idx, "row": index + 1} if loaders > 1 else {"row": index + 1}
-            line = json.dumps({**place, **row}, ensure_ascii=False, allow_nan=False)
+            place = {"row": index + 1} | ({"loader": dataloader_idx} if loaders > 1 else {})
+            line = json.dumps(place | row, ensure_ascii=False, allow_nan=False)
             self._lines.write(dataloader_idx * _LOADER + index, line)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 import lightning_peft as lp
 from lightning_peft.checkpoints.companion_files import COMPANIONS
-from lightning_peft.tasks import TextClassification, TextDataModule
+from lightning_peft.tasks import Choices, TextClassification, TextDataModule
 
 NEW = [{"text": "a plot was awful"}, {"text": "the ending was good"}, {"text": "fine"}]
 
@@ -131,3 +131,12 @@ def test_names_of_classes_in_damaged_settings_are_refused(tmp_path: Path, traine
     torch.save(training, tmp_path / "damaged.ckpt")
     with pytest.raises(ValueError, match="its settings lack names of classes"):
         lp.load_from_checkpoint(TextClassification, tmp_path / "damaged.ckpt")
+
+
+def test_choices_have_names_where_there_is_one_task(t5: dict[str, Any]) -> None:
+    module = Choices(config=t5)
+    assert module.class_names is None
+    module.names = [["no", "yes"]]
+    assert module.class_names == ["no", "yes"]
+    module.names = [["no", "yes"], ["a", "b"]]
+    assert module.class_names is None

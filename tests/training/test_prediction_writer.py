@@ -134,8 +134,9 @@ def test_an_interrupted_run_leaves_the_old_file_and_nothing_else(tmp_path):
         (lambda batch: {"labels": ["a"], "scores": batch[:, 0]}, "returned 1 of 'labels', 4 of 'scores'"),
         (lambda batch: {"loss": batch.sum()}, "returned a Tensor as 'loss'"),
         (lambda batch: ["a"], "1 predictions for 4 rows"),
+        (lambda batch: {"row": batch}, "a column 'row', which numbers rows; name it otherwise"),
     ],
-    ids=["nothing", "lengths", "scalar", "rows"],
+    ids=["nothing", "lengths", "scalar", "rows", "number"],
 )
 def test_what_is_no_row_by_row_prediction_is_refused(tmp_path, answer, said):
     with pytest.raises((TypeError, ValueError), match=said):
