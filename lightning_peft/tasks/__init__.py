@@ -7,8 +7,10 @@ from lightning_peft.tasks.data.cloze_data import ClozeDataModule
 from lightning_peft.tasks.data.instructions import InstructionDataModule
 from lightning_peft.tasks.data.mixed_data import MixedDataModule
 from lightning_peft.tasks.data.multiple_choice_data import ChoicesDataModule
+from lightning_peft.tasks.data.seq2seq_data import Seq2SeqDataModule
 from lightning_peft.tasks.data.text_data import TextDataModule
 from lightning_peft.tasks.multiple_choice import Choices
+from lightning_peft.tasks.seq2seq import Seq2Seq
 
 __all__ = [
     "CausalLM",
@@ -18,6 +20,8 @@ __all__ = [
     "ClozeDataModule",
     "InstructionDataModule",
     "MixedDataModule",
+    "Seq2Seq",
+    "Seq2SeqDataModule",
     "TextClassification",
     "TextDataModule",
 ]

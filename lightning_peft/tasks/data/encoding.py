@@ -70,7 +70,7 @@ def _fingerprint(data: TableDataModule, split: Split, table: Table) -> str:
     written = [tokenizer.get_vocab(), tokenizer.init_kwargs, getattr(tokenizer, "chat_template", None)]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     written.append(backend.to_str() if backend is not None else "")
-    key = [table.dataset._fingerprint, split == "predict", settings, getattr(data, "classes", None), written, sources]
+    key = [table.dataset._fingerprint, split, settings, getattr(data, "classes", None), written, sources]
     return hashlib.sha256(json.dumps(key, default=str, sort_keys=True).encode()).hexdigest()
 
 
