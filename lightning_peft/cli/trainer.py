@@ -103,6 +103,8 @@ def _lengths(model: nn.Module, data: Any, tokens: list[int] | None) -> list[int]
     Raises:
         ValueError: The model has fewer positions.
     """
+    if not getattr(model, "reads_tokens", True):
+        return [0]  # shown as that of the data
     limits = [from_config(module, "max_position_embeddings") for module in model.modules()]
     limit = min((number for number in limits if isinstance(number, int) and number > 0), default=None)
     longest = getattr(data, "max_length", None) or min(_LONGEST, limit or _LONGEST)

@@ -122,7 +122,7 @@ class Seq2SeqDataModule(TableDataModule):
     def encode(self, split: Split, table: Table) -> list[Example]:
         """Token ids, attention mask and, unless it is to be predicted, labels of each row; to evaluate, its target."""
         sources = self._ids("text", [self.prefix + text for text in table.texts(self.source)], self.max_length)
-        rows = [{"input_ids": ids, "attention_mask": [1] * len(ids), "cut": cut} for ids, cut in sources]
+        rows: list[Example] = [{"input_ids": ids, "attention_mask": [1] * len(ids), "cut": cut} for ids, cut in sources]
         if split == "predict":
             return rows
         targets = table.texts(self.target)
