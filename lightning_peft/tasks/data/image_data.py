@@ -96,13 +96,13 @@ class ImageDataModule(PortableDataModule):
         return build_processor(reference, **own, trained_on=getattr(config, "image_size", None))
 
     def setup(self, stage: str) -> None:
-        """Read what the stage needs; training decides on the classes."""
+        """Read what the stage needs; the train images decide on the classes."""
         self.processor  # noqa: B018  # loaded here, so that what is missing is said before the first batch
         for split in _SPLITS[stage]:
             if stage != "fit" or split == "train" or self.splits.has(split):
                 self.splits.rows(split)
-        if stage == "fit":
-            self._agree(list(self.splits.file("train").classes), f"{self.splits.files['train']!r}")
+        if stage == "fit" or (stage != "predict" and self.classes is None and self.splits.has("train")):
+            self._learn_classes()
 
     def collate(self, rows: list[Row]) -> dict[str, Tensor]:
         """The batch: ``pixel_values`` (rows, 3, height, width) and, unless it is to be predicted, ``labels``."""
@@ -146,7 +146,7 @@ class ImageDataModule(PortableDataModule):
 
     def _indices(self, table: ImageTable) -> list[int]:
         if self.classes is None:
-            self._agree(list(self.splits.file("train").classes), f"{self.splits.files['train']!r}")
+            self._learn_classes()
         index = {name: number for number, name in enumerate(self.classes or ())}
         labels = [(table.labels or ())[position] for position in table.positions]
         unknown = sorted({label for label in labels if label not in index})
@@ -156,6 +156,10 @@ class ImageDataModule(PortableDataModule):
                 f"{quoted(index)}. Correct the labels, or train on such images."
             )
         return [index[label] for label in labels]
+
+    def _learn_classes(self) -> None:
+        train: ImageTable = self.splits.file("train")
+        self._agree(list(train.classes), f"{train.source!r}")
 
     def _agree(self, classes: list[str], source: str) -> None:
         if self.classes not in (None, classes):
