@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_peft.losses import PADDING, Likelihoods
+from lightning_peft.tasks.data.listed_choices import TEXTS
 from lightning_peft.tasks.data.mixed_loader import TASK_IDS
 from lightning_peft.tasks.module import TaskModule
 from lightning_peft.tasks.optimization import adafactor, check_optimization
@@ -157,12 +158,12 @@ class Choices(TaskModule):
         """Log the losses and the accuracy."""
         self._evaluate("test", batch)
 
-    def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Any]:
-        """The label of each row's answer, and a softmax over the choices' scores: 0 where one is absent."""
+    def predict_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Any]:
+        """The label of each answer, or its text if rows list choices; a softmax over scores: 0 where one is absent."""
         scores = Likelihoods(self(**batch), batch["choices"]).scores
         tasks = batch[TASK_IDS].tolist() if TASK_IDS in batch else [0] * len(scores)
         best = scores.argmax(1).tolist()
-        names = [self.names[task] if task < len(self.names) else None for task in tasks]
+        names = batch.get(TEXTS) or [self.names[task] if task < len(self.names) else None for task in tasks]
         labels = [number if choices is None else choices[number] for choices, number in zip(names, best, strict=True)]
         return {"labels": labels, "probabilities": scores.softmax(1)}
 

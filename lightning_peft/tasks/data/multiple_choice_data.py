@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch.utils.data import get_worker_info
 from lightning_peft.methods.prompting.template import Template
 from lightning_peft.tasks.data.collator import IGNORED, Collator
 from lightning_peft.tasks.data.examples import Example, Examples
-from lightning_peft.tasks.data.prompt_wordings import check_wordings, plain_template, texts_by_label
+from lightning_peft.tasks.data.listed_choices import TEXTS, Listed, gold_of, read_choices
+from lightning_peft.tasks.data.prompt_wordings import check_wordings, columns_of, fill, plain_template, texts_by_label
 from lightning_peft.tasks.data.splits import Split, Splits
 from lightning_peft.tasks.data.table_data import TableDataModule
 from lightning_peft.tasks.data.tables import Table
@@ -31,8 +32,10 @@ class ChoicesDataModule(TableDataModule):
     Args:
         templates: Wordings by name: plain text with {column} fields. The others than ``evaluate_with`` train only.
         answers: The answer's text for each label, {column} fields included, in the order of the choices. A choice whose
-            fields are all empty in a row is absent there.
+            fields are all empty in a row is absent there. Where each row has a list of its own, give ``choices``.
         other_answers: Answers that some of the templates have instead, by the template's name.
+        choices: Column with each row's list of choices, of any number: texts, or ``{"text": [...], "label": [...]}``.
+            The label is then the right one's number from 0 on, its text, or its name in that list of labels.
         train: File to train on.
         validation: File to validate on. Without one, a share of the train file is held out.
         test: File to test on.
@@ -54,8 +57,9 @@ class ChoicesDataModule(TableDataModule):
     def __init__(
         self,
         templates: dict[str, str],
-        answers: dict[str, str],
+        answers: dict[str, str] | None = None,
         other_answers: dict[str, dict[str, str]] | None = None,
+        choices: str | None = None,
         train: str | None = None,
         validation: str | None = None,
         test: str | None = None,
@@ -77,13 +81,20 @@ class ChoicesDataModule(TableDataModule):
         splits = Splits(files, limits, validation_fraction)
         super().__init__(splits, tokenizer or model, max_length, batch_size, num_workers=0)
         self.save_hyperparameters(logger=False)
-        answers = texts_by_label(answers)  # YAML reads 0 and 1 as numbers
+        if (answers is None) == (choices is None):
+            raise ValueError(
+                f"Got answers={answers!r} and choices={choices!r}, expected one of them: the answer of each label, or "
+                "the column with each row's list of choices."
+            )
+        answers = None if answers is None else texts_by_label(answers)  # YAML reads 0 and 1 as numbers
         other_texts = {name: texts_by_label(texts) for name, texts in (other_answers or {}).items()}
         check_wordings(templates, answers, other_texts, evaluate_with)
-        self.label, self.decoder_only, self.labels = label, decoder_only, list(answers)
+        self.label, self.decoder_only, self.choices = label, decoder_only, choices
+        self.labels = None if answers is None else list(answers)
         self.templates = {name: plain_template(text, max_length, shorten) for name, text in templates.items()}
         self.answers = {
-            name: [plain_template(other_texts.get(name, answers)[label]) for label in answers] for name in templates
+            name: [plain_template(other_texts.get(name, answers)[label]) for label in answers] if answers else []
+            for name in templates
         }
         self.evaluated = evaluate_with or next(iter(templates))
         self._answer_ids: dict[str, list[int]] = {}
@@ -91,51 +102,62 @@ class ChoicesDataModule(TableDataModule):
     def encode(self, split: Split, table: Table) -> list[Example]:
         """Each row's wordings, each with the prompt's and the choices' token ids, and the right choice's number."""
         names = list(self.templates) if split == "train" else [self.evaluated]
+        listed = None if self.choices is None else read_choices(table, self.choices)
         rows: list[Example] = [
             {"input_ids": [ids for ids, _ in row], "choices": [choices for _, choices in row]}
-            for row in zip(*(self._worded(name, table) for name in names), strict=True)
+            for row in zip(*(self._worded(name, table, listed) for name in names), strict=True)
         ]
-        if split != "predict":
-            for row, gold in zip(rows, self._gold(table), strict=True):
-                row["labels"] = gold
-            table.refuse(
-                [i for i, row in enumerate(rows) if not _has_gold(row)],
-                f"{table.source!r} has no text for the right choice in {{rows}}. Fill its columns, or correct "
-                "the label.",
-            )
+        if split == "predict":
+            for row, choices in zip(rows, listed or (), strict=False):
+                row[TEXTS] = choices.texts
+            return rows
+        gold = self._gold(table) if listed is None else gold_of(table, self.label, listed)
+        for row, number in zip(rows, gold, strict=True):
+            row["labels"] = number
+        table.refuse(
+            [i for i, row in enumerate(rows) if not _has_gold(row)],
+            f"{table.source!r} has no text for the right choice in {{rows}}. Fill its columns, or correct the label.",
+        )
         return rows
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
         """The batch: ``input_ids`` and ``attention_mask`` of a drawn wording, ``choices``, and ``labels`` as gold."""
         drawn = [_draw(list(zip(example["input_ids"], example["choices"], strict=True))) for example in examples]
         prompts = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids, _ in drawn]
-        batch = Collator(self.tokenizer)(prompts)
+        batch: dict[str, Any] = Collator(self.tokenizer)(prompts)
         most = max(len(choices) for _, choices in drawn)
         rows = [torch.tensor(ids) for _, choices in drawn for ids in choices + [[IGNORED]] * (most - len(choices))]
         batch["choices"] = pad_sequence(rows, batch_first=True, padding_value=IGNORED).view(len(drawn), most, -1)
         if "labels" in examples[0]:
             batch["labels"] = torch.tensor([example["labels"] for example in examples])
+        if TEXTS in examples[0]:
+            batch[TEXTS] = [example[TEXTS] for example in examples]
         return batch
 
     def lengths(self, examples: Examples) -> list[int]:
         return [max(map(len, wordings)) for wordings in examples.rows["input_ids"]]
 
-    def _worded(self, name: str, table: Table) -> Iterator[tuple[list[int], list[list[int]]]]:
+    def _worded(
+        self, name: str, table: Table, listed: list[Listed] | None
+    ) -> Iterator[tuple[list[int], list[list[int]]]]:
         """Yield each row's prompt and choices in one wording; an absent choice is padding alone."""
-        template, answers = self.templates[name], self.answers[name]
-        end = self._end()
-        questions = _columns(table, template.fields)
-        texts = [_columns(table, answer.fields, blank=True) for answer in answers]
-        for fields, *values in zip(questions, *texts, strict=True):
+        template, end = self.templates[name], self._end()
+        answers = self._filled(name, table) if listed is None else [row.texts for row in listed]
+        for fields, texts in zip(columns_of(table, template.fields), answers, strict=True):
             prompt = template(self.tokenizer, **fields)
             if self.decoder_only and prompt[-1] == end:
                 prompt = prompt[:-1]
-            yield prompt, [self._ids(answer, own, end) for answer, own in zip(answers, values, strict=True)]
+            yield prompt, [self._ids(text.strip(), end) for text in texts]
 
-    def _ids(self, answer: Template, fields: Mapping[str, str], end: int) -> list[int]:
-        if fields and not any(text.strip() for text in fields.values()):
+    def _filled(self, name: str, table: Table) -> Iterator[list[str]]:
+        """Yield the text of each row's choices in one wording; that of an absent choice is empty."""
+        columns = [columns_of(table, answer.fields, blank=True) for answer in self.answers[name]]
+        for values in zip(*columns, strict=True):
+            yield [fill(answer, fields) for answer, fields in zip(self.answers[name], values, strict=True)]
+
+    def _ids(self, text: str, end: int) -> list[int]:
+        if not text:
             return [IGNORED]
-        text = "".join(fields[piece.value] if piece.kind == "field" else piece.value for piece in answer.pieces).strip()
         if text not in self._answer_ids:
             place = Template("a {mask}" if self.decoder_only else "{mask}")
             self._answer_ids[text] = [*place.answer(self.tokenizer, text), end]
@@ -149,15 +171,15 @@ class ChoicesDataModule(TableDataModule):
         return int(end)
 
     def _gold(self, table: Table) -> list[int]:
-        given = read_labels(table, self.label)
-        unknown = [i for i, label in enumerate(given) if label not in self.labels]
+        given, labels = read_labels(table, self.label), self.labels or []
+        unknown = [i for i, label in enumerate(given) if label not in labels]
         example = given[unknown[0]] if unknown else ""
         table.refuse(
             unknown,
             f"{table.source!r} has a label without an answer in {{rows}}, such as {example!r}. Labels with an answer: "
-            f"{quoted(self.labels)}. Add it to answers.",
+            f"{quoted(labels)}. Add it to answers.",
         )
-        return [self.labels.index(label) for label in given]
+        return [labels.index(label) for label in given]
 
 
 def _draw(wordings: list[Any]) -> Any:
@@ -169,12 +191,6 @@ def _draw(wordings: list[Any]) -> Any:
             "num_workers=0; rows are tokenised already."
         )
     return wordings[int(torch.randint(len(wordings), ()))]
-
-
-def _columns(table: Table, fields: list[str], blank: bool = False) -> list[dict[str, str]]:
-    """Return the fields of each row."""
-    columns = [table.texts(field, blank=blank) for field in fields]
-    return [dict(zip(fields, values, strict=True)) for values in zip(*columns, strict=True)] or [{}] * len(table)
 
 
 def _has_gold(row: Example) -> bool:
