@@ -7,7 +7,16 @@ import pytest
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_peft.tasks import CausalLM, InstructionDataModule, TextClassification, TextDataModule
+from lightning_peft.tasks import (
+    CausalLM,
+    ImageClassification,
+    ImageDataModule,
+    InstructionDataModule,
+    Seq2Seq,
+    Seq2SeqDataModule,
+    TextClassification,
+    TextDataModule,
+)
 from lightning_peft.tasks.pretrained import build_tokenizer
 
 
@@ -51,7 +60,15 @@ def test_the_data_can_take_its_tokenizer_from_the_model(
     assert cli.datamodule.tokenizer("good")["input_ids"] == [2, 4, 3]
 
 
-@pytest.mark.parametrize(("module", "data"), [(TextClassification, TextDataModule), (CausalLM, InstructionDataModule)])
+@pytest.mark.parametrize(
+    ("module", "data"),
+    [
+        (TextClassification, TextDataModule),
+        (CausalLM, InstructionDataModule),
+        (Seq2Seq, Seq2SeqDataModule),
+        (ImageClassification, ImageDataModule),
+    ],
+)
 def test_help_explains_every_argument(module: type, data: type, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         LightningCLI(module, data, args=["--help"], run=False)
