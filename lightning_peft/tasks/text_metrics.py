@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+_KEYS = ("rouge1", "rouge2", "rougeL")
 
 
 class TextMetrics(nn.Module):
-    """ROUGE-1, ROUGE-2 and ROUGE-L (F-measures without stemming) and sacreBLEU, of torchmetrics, from 0 to 1.
+    """ROUGE-1, ROUGE-2 and ROUGE-L (F-measures) and sacreBLEU, as torchmetrics computes them, from 0 to 1.
 
-    ROUGE-Lsum and stemming would need nltk, and the former a download as well.
+    ROUGE counts words of the letters a to z and digits, as its authors' program does, without stemming. Stemming and
+    ROUGE-Lsum would need nltk, and the latter a download as well.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        text = importlib.import_module("torchmetrics.text")  # heavy, so on first use
-        self.rouge = text.ROUGEScore(rouge_keys=("rouge1", "rouge2", "rougeL"))
-        self.bleu = text.SacreBLEUScore()
+        self.rouge = nn.ModuleDict({key: MeanMetric() for key in _KEYS})  # a mean is two numbers, whatever the rows
+        self.bleu = importlib.import_module("torchmetrics.text").SacreBLEUScore()
         self.rows = 0
 
     def update(self, texts: list[str], references: list[str]) -> None:
@@ -28,7 +32,11 @@ class TextMetrics(nn.Module):
             references: What was to be written, for each text.
         """
         targets = [[reference] for reference in references]
-        self.rouge.update(texts, targets)
+        functional = importlib.import_module("torchmetrics.functional.text")
+        scores = functional.rouge_score(texts, targets, rouge_keys=_KEYS)
+        rouge: Any = self.rouge
+        for key, metric in rouge.items():
+            metric.update(scores[f"{key}_fmeasure"], len(texts))
         self.bleu.update(texts, targets)
         self.rows += len(texts)
 
@@ -38,12 +46,9 @@ class TextMetrics(nn.Module):
         Args:
             prefix: Of their names.
         """
-        if not self.rows:
-            return {}
-        scores = {name.removesuffix("_fmeasure"): value for name, value in self.rouge.compute().items()}
-        found = {name: value for name, value in scores.items() if name in self.rouge.rouge_keys}
-        found["bleu"] = self.bleu.compute()
-        self.rouge.reset()
-        self.bleu.reset()
+        metrics: dict[str, Any] = {**dict(self.rouge.items()), "bleu": self.bleu}
+        found = {f"{prefix}{name}": metric.compute() for name, metric in metrics.items()} if self.rows else {}
+        for metric in metrics.values():
+            metric.reset()
         self.rows = 0
-        return {f"{prefix}{name}": value for name, value in found.items()}
+        return found

@@ -84,6 +84,7 @@ def test_models_without_a_method_that_shifts_labels_shift_them_themselves(kind: 
     assert torch.equal(module(**given), wanted)
 
 
+@pytest.mark.parametrize("kind", ["t5", pytest.param("bart", marks=pytest.mark.slow)], indirect=True)
 def test_pairs_are_learned_by_heart_written_and_scored(
     kind: dict[str, Any], pairs: Seq2SeqDataModule, tmp_path: Path
 ) -> None:
@@ -154,7 +155,8 @@ def test_methods_train_and_generate_with_an_encoder_and_a_decoder(
     assert cached == [*module.generate("film one"), *module.generate("a plot two")]
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.filterwarnings(
     "ignore:.*persistent_workers", "ignore:.*fork", "ignore:Checkpoint directory", "ignore:The dirpath"
 )
