@@ -40,11 +40,11 @@ def test_rows_have_lists_of_any_number_and_labels_by_number_or_text(listed: Any)
     assert batch["labels"].tolist() == [2, 1]
     assert "texts" not in batch
     assert len(data.examples("train")[0]["input_ids"]) == 2
-    for label in ("2", "fine"):
-        assert listed([{**rows[0], "label": label}]).examples("test")[0]["labels"] == 2
     (batch,) = data.predict_dataloader()
     assert batch["texts"] == [["good film", "bad", "fine"], ["bad", " good "]]
     assert "labels" not in batch
+    for label in ("2", "fine"):
+        assert listed([{**rows[0], "label": label}]).examples("test")[0]["labels"] == 2
 
 
 def test_choices_may_have_names(listed: Any) -> None:
