@@ -25,7 +25,7 @@ class ImageClassification(TaskModule):
 
     Args:
         model: Pretrained model: a folder, package:name/folder in an installed Python package, or a hub name.
-        config: Settings of a model with random weights, with its model_type.
+        config: Settings of a model with random weights, with its model_type; or a config.json, or its folder.
         num_classes: Number of different labels.
         learning_rate: Highest learning rate.
         weight_decay: Decoupled weight decay of AdamW.
@@ -40,7 +40,7 @@ class ImageClassification(TaskModule):
     def __init__(
         self,
         model: str | None = None,
-        config: dict[str, Any] | None = None,
+        config: dict[str, Any] | str | None = None,
         *,
         num_classes: int,
         learning_rate: float = 5e-4,
@@ -64,17 +64,14 @@ class ImageClassification(TaskModule):
         self.classes: list[str] | None = None
 
     def setup(self, stage: str) -> None:
-        """Check the data's classes, and write their names into the network's config.
+        """Check the data's classes, and take their names, which travel with the adapter.
 
         Args:
             stage: The Trainer's.
 
         Raises:
-            ValueError: If the data has another number of classes.
+            ValueError: If the data has another number of classes, or others than an adapter that is evaluated.
         """
-        self._name_classes()
-
-    def _name_classes(self) -> None:
         classes = getattr(getattr(self.trainer, "datamodule", None), "classes", None)
         if classes is None:
             return
@@ -84,9 +81,7 @@ class ImageClassification(TaskModule):
                 f"Got num_classes={num_classes}, but the data has {len(classes)} classes: {quoted(classes)}. "
                 f"Set num_classes={len(classes)}."
             )
-        self.classes = list(classes)
-        self.network.config.id2label = dict(enumerate(self.classes))
-        self.network.config.label2id = {name: number for number, name in enumerate(self.classes)}
+        self.name_classes(classes, stage)
 
     def forward(self, **batch: Tensor) -> Tensor:
         """Logits, one row per image.
@@ -128,8 +123,9 @@ class ImageClassification(TaskModule):
         self.measure(split, batch, logits, labels)
 
     def on_predict_start(self) -> None:
-        """Take the names of the classes, which a checkpoint may have brought."""
-        self._name_classes()
+        """Take the names of the classes, which a checkpoint or an adapter may have brought."""
+        self.setup("predict")
+        self.classes = self.class_names
 
     def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Any]:
         """The most likely class of each image, by name if it is known, and the probabilities of all classes."""

@@ -34,7 +34,7 @@ class Seq2Seq(TaskModule):
 
     Args:
         model: Pretrained model: a folder, package:name/folder in an installed Python package, or a hub name.
-        config: Settings of a model with random weights, with its model_type.
+        config: Settings of a model with random weights, with its model_type; or a config.json, or its folder.
         tokenizer: Where generate finds its tokenizer, in the same forms; by default the data's or the model's.
         generate_in_validation: Whether validation and test generate texts; without, they only have a loss.
         max_new_tokens: Longest text to generate in tokens; null for what the model's generation_config says.
@@ -43,13 +43,13 @@ class Seq2Seq(TaskModule):
         weight_decay: Decoupled weight decay of AdamW.
         warmup_fraction: Share of all steps in which the learning rate grows.
         schedule: What the learning rate does after the warm-up.
-        dtype: Data type of the weights; auto keeps that of the pretrained file.
+        dtype: Data type of the weights; auto keeps that of the pretrained file. Adapters are in float32 in any case.
     """
 
     def __init__(
         self,
         model: str | None = None,
-        config: dict[str, Any] | None = None,
+        config: dict[str, Any] | str | None = None,
         tokenizer: str | None = None,
         generate_in_validation: bool = True,
         max_new_tokens: int | None = 128,
@@ -58,7 +58,7 @@ class Seq2Seq(TaskModule):
         weight_decay: float = 0.0,
         warmup_fraction: float = 0.06,
         schedule: Literal["linear", "cosine", "constant"] = "linear",
-        dtype: Literal["auto", "bfloat16", "float16", "float32"] = "float32",
+        dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     ) -> None:
         super().__init__(MetricCollection({"loss": MeanMetric()}))
         check_optimization(learning_rate, weight_decay, warmup_fraction)

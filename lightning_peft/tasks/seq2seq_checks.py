@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def check_has_encoder(model: str | None, config: dict[str, Any] | None) -> None:
+def check_has_encoder(model: str | None, config: dict[str, Any] | str | None) -> None:
     """Refuse a model without an encoder.
 
     Args:
         model: A reference as `locate` reads it.
-        config: Settings of the architecture with its ``model_type``, in place of a model.
+        config: As for ``build_model``, in place of a model.
 
     Raises:
         ValueError: It continues texts.
