@@ -13,7 +13,7 @@ from xml.sax.saxutils import escape
 ROOT = Path(__file__).parents[1] / "lightning_peft"
 PICTURE = Path(__file__).with_name("rooms.svg")
 ROOMS = """
-    losses ops files structure core methods quantization checkpoints summary composition training interop analysis tasks
+    ops files structure core losses methods quantization checkpoints summary composition training interop analysis tasks
     plots recipes cli __main__
 """
 ORDER = ROOMS.split()  # each imports only those before it, which tests/test_imports.py holds all files to

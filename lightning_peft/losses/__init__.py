@@ -1,7 +1,7 @@
 """Losses of language models: of the next token, and over several answers, one of them right (T-Few)."""
 
+from .choice_checks import PADDING
 from .choices import (
-    PADDING,
     Likelihoods,
     language_modeling,
     length_normalized,

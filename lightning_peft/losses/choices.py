@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-PADDING = -100
+from .answer_tokens import log_rest
+from .choice_checks import PADDING, check_gold, check_labels
 
 
 def language_modeling(logits: Tensor, labels: Tensor, gold: Tensor) -> Tensor:
@@ -83,25 +85,34 @@ class Likelihoods:
     """What all the losses need, computed once: the log-probability of each token of each choice.
 
     Args:
-        logits: See above, as with ``labels`` and ``gold``.
+        logits: See above, as with ``labels`` and ``gold``; None where ``tokens`` are given.
         labels: Token ids.
         gold: Right choices; ``scores`` alone do without.
+        tokens: In place of logits, log p and log(1 - p) of all tokens of the labels that are no padding, in order
+            (tokens, 2); or log p alone (tokens, 1), with which ``unlikelihood`` needs an epsilon.
     """
 
-    logits: Tensor
+    logits: Tensor | None
     labels: Tensor
     gold: Tensor | None = None
+    tokens: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check_labels(self.logits, self.labels)
+        if (self.logits is None) == (self.tokens is None):
+            raise ValueError("Got logits and tokens, or neither; expected one of the two.")
+        if self.logits is not None:
+            self._check_logits(self.logits)
+        if self.gold is not None:
+            check_gold(self.gold, self.present)
+
+    def _check_logits(self, logits: Tensor) -> None:
+        check_labels(logits, self.labels)
         packed = (int(self.present.sum()), *self.labels.shape[2:])
-        if self.logits.shape[:-1] not in (self.labels.shape, packed):
+        if logits.shape[:-1] not in (self.labels.shape, packed):
             raise ValueError(
-                f"Got logits {tuple(self.logits.shape)} with labels {tuple(self.labels.shape)}, expected logits "
+                f"Got logits {tuple(logits.shape)} with labels {tuple(self.labels.shape)}, expected logits "
                 f"{(*self.labels.shape, 'vocabulary')}, or {(*packed, 'vocabulary')} without the absent choices."
             )
-        if self.gold is not None:
-            _check_gold(self.gold, self.present)
 
     @cached_property
     def present(self) -> Tensor:
@@ -111,8 +122,9 @@ class Likelihoods:
     @cached_property
     def log_probabilities(self) -> Tensor:
         """The log-probability of each token (batch, choices, tokens), 0 at padding."""
-        logits, labels = self._packed
-        return self._spread(-cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels))
+        if self.tokens is not None:
+            return self._spread(self.tokens[:, 0])
+        return self._spread(-cross_entropy(*self._rows, reduction="none"))
 
     @cached_property
     def scores(self) -> Tensor:
@@ -137,7 +149,7 @@ class Likelihoods:
         if epsilon > 0:
             rest = torch.log(epsilon - torch.expm1(self.log_probabilities))
         else:
-            rest = self._spread(_log_rest(*self._packed))
+            rest = self._spread(log_rest(*self._rows) if self.tokens is None else self.tokens[:, 1])
         total = rest.masked_fill(~wrong, 0.0).sum((1, 2))
         return -(total / wrong.sum((1, 2)).clamp(min=1)).mean()
 
@@ -148,45 +160,12 @@ class Likelihoods:
         return self.gold
 
     @cached_property
-    def _packed(self) -> tuple[Tensor, Tensor]:
-        """Logits in a wide type and labels of the present choices."""
-        here = self.logits if self.logits.dim() == 3 else self.logits.flatten(0, 1)
-        if len(here) != int(self.present.sum()):
-            here = here[self.present.flatten()]
-        return here.to(torch.promote_types(here.dtype, torch.float32)), self.labels[self.present]
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """Logits (tokens, vocabulary) in a wide type and the tokens of the labels that are no padding."""
+        logits, known = cast(Tensor, self.logits), self.labels != PADDING
+        here = logits[known if logits.dim() == 4 else known[self.present]]
+        return here.to(torch.promote_types(here.dtype, torch.float32)), self.labels[known]
 
-    def _spread(self, packed: Tensor) -> Tensor:
-        """Return (present choices, tokens) as (batch, choices, tokens), 0 where a choice is absent."""
-        return packed.new_zeros(self.labels.shape).masked_scatter(self.present[..., None], packed)
-
-
-def _log_rest(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return log(1 - p) as the logarithm of all other tokens' sum, so that nothing is lost where p rounds to 1."""
-    others = logits.scatter(-1, labels.clamp(min=0)[..., None], -torch.inf)
-    return others.logsumexp(-1) - logits.logsumexp(-1)
-
-
-def _check_labels(logits: Tensor, labels: Tensor) -> None:
-    if labels.dim() != 3 or labels.is_floating_point() or logits.dim() not in (3, 4):
-        raise ValueError(
-            f"Got logits {tuple(logits.shape)} and {labels.dtype} labels {tuple(labels.shape)}, expected logits "
-            "(batch, choices, tokens, vocabulary) and whole numbers as labels (batch, choices, tokens)."
-        )
-    strange = labels[((labels < 0) & (labels != PADDING)) | (labels >= logits.shape[-1])]
-    if len(strange):
-        raise ValueError(
-            f"Got the label {int(strange[0])}, expected a token from 0 to {logits.shape[-1] - 1}, or -100 for padding."
-        )
-
-
-def _check_gold(gold: Tensor, present: Tensor) -> None:
-    rows, choices = present.shape
-    if gold.shape != (rows,) or gold.dtype != torch.long:
-        raise ValueError(f"Got {gold.dtype} gold {tuple(gold.shape)}, expected torch.int64 of shape ({rows},).")
-    outside = (gold < 0) | (gold >= choices)
-    if outside.any():
-        raise ValueError(f"Got gold={int(gold[outside][0])}, expected the number of a choice from 0 to {choices - 1}.")
-    absent = ~present.gather(1, gold[:, None])[:, 0]
-    if absent.any():
-        row = int(absent.nonzero()[0])
-        raise ValueError(f"Row {row} has gold={int(gold[row])}, but that choice is absent: all its labels are -100.")
+    def _spread(self, values: Tensor) -> Tensor:
+        """Return a value of each token as (batch, choices, tokens), 0 at padding."""
+        return values.new_zeros(self.labels.shape).masked_scatter(self.labels != PADDING, values)

@@ -46,7 +46,7 @@ def token_values(function: TokenFunction, inputs: HeadInputs, tokens: Tensor, ch
     if inputs.head is None:
         return of_rows(inputs.rows, tokens)
     size = chunk or chunk_rows(inputs)
-    parts = list(zip(inputs.rows.split(size), tokens.split(size), strict=True))
+    parts = list(zip(torch.split(inputs.rows, size), torch.split(tokens, size), strict=True))
     trains_more = inputs.first.requires_grad
     if not torch.is_grad_enabled() or not (trains_more or inputs.rows.requires_grad):
         return torch.cat([of_rows(*part) for part in parts])
@@ -82,12 +82,12 @@ def chunk_rows(inputs: HeadInputs) -> int:
 
 
 class _ValuesWithGradients(torch.autograd.Function):
-    """A value of each row, and its gradient, computed in forward: of logits, neither direction has more than a chunk."""
+    """A value of each row, and its gradient, computed in forward, where a chunk of logits exists at a time."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, tokens: Tensor, of_rows: TokenFunction, size: int) -> Tensor:
         gradients, values = torch.empty_like(rows), []
-        for part, out, own in zip(rows.split(size), gradients.split(size), tokens.split(size), strict=True):
+        for part, out, own in zip(*(torch.split(x, size) for x in (rows, gradients, tokens)), strict=True):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
                 found = of_rows(part, own)

@@ -1,7 +1,7 @@
 """``head_inputs`` calls a model so that its output layer sees labelled places alone, and a few rows where it can.
 
-How a model makes logits of hidden states is seen in this call: the input of its ``get_output_embeddings()``, and what is
-done to their output (softcaps, scales, biases). No architecture is known here.
+How a model makes logits of hidden states is seen in this call: the input of its ``get_output_embeddings()``, and what
+is done to their output (softcaps, scales, biases). No architecture is known here.
 """
 
 from __future__ import annotations
@@ -52,6 +52,11 @@ class HeadInputs:
             output = self.head(rows[None])
             rows = (output if self.finish is None else self.finish(output))[0]
         return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def pretrained_of(model: nn.Module) -> Any:
+    """Return the model of transformers inside of its wrappers; None where there is none."""
+    return model if is_pretrained(model) else next((module for _, module in outermost_pretrained(model)), None)
 
 
 def head_inputs(model: nn.Module, inputs: Mapping[str, Any], places: Tensor, whole: bool = False) -> HeadInputs:
@@ -130,7 +135,7 @@ def _selectable_head(model: nn.Module) -> Any:
     """
     if torch.compiler.is_compiling() or is_traced() or _is_compiled(model):
         return None
-    pretrained: Any = model if is_pretrained(model) else next((m for _, m in outermost_pretrained(model)), None)
+    pretrained = pretrained_of(model)
     head = None if pretrained is None or _is_compiled(pretrained) else pretrained.get_output_embeddings()
     if head is None or _is_compiled(head) or head in _CALLED_OTHERWISE:
         return None
@@ -151,7 +156,9 @@ def _is_called_freely(model: nn.Module, head: nn.Module) -> bool:
 
 def _logits(output: Any) -> Any:
     if not isinstance(getattr(output, "logits", None), Tensor):
-        raise TypeError(f"The model returned a {type(output).__name__}, expected an output of transformers with logits.")
+        raise TypeError(
+            f"The model returned a {type(output).__name__}, expected an output of transformers with logits."
+        )
     return output.logits
 
 

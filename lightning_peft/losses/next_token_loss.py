@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..structure.transformers_api import is_encoder_decoder
 from .chunks import cross_entropy_sum, token_losses, token_values
-from .head_inputs import head_inputs
+from .head_inputs import head_inputs, pretrained_of
 
 IGNORED = -100
 
@@ -54,7 +54,7 @@ def next_token(
     if reduction == "none":
         values = token_values(token_losses, found, tokens, chunk)
         losses = values.new_zeros(places.shape).masked_scatter(places, values)
-        return losses if is_encoder_decoder(model) else losses.roll(1, 1)
+        return losses if is_encoder_decoder(pretrained_of(model)) else losses.roll(1, 1)
     total = cross_entropy_sum(found, tokens, chunk)
     return total / max(1, len(tokens)) if reduction == "mean" else total
 
@@ -75,7 +75,7 @@ def labelled_places(model: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Any
     """Return arguments of a call, the places (batch, tokens) that predict a labelled token, and these tokens."""
     inputs: dict[str, Any] = {"use_cache": False, **batch}
     labels, read = inputs.pop("labels", None), _tokens(batch)
-    shifted = not is_encoder_decoder(model)
+    shifted = not is_encoder_decoder(pretrained_of(model))
     if not isinstance(labels, Tensor) or labels.dim() != 2 or (shifted and labels.shape != read):
         raise ValueError(
             f"Got labels {tuple(labels.shape) if isinstance(labels, Tensor) else labels}, expected a label for each "
@@ -86,7 +86,7 @@ def labelled_places(model: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Any
         places = torch.cat([places[:, 1:], torch.zeros_like(places[:, :1])], 1)
         return inputs, places, labels[:, 1:][places[:, :-1]]
     if inputs.get("decoder_input_ids") is None:
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        inputs["decoder_input_ids"] = pretrained_of(model).prepare_decoder_input_ids_from_labels(labels=labels)
     return inputs, places, labels[places]
 
 

@@ -59,7 +59,7 @@ class RecordedLogits(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = super().__torch_function__(func, types, args, kwargs or {})
+        results = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         if any(isinstance(x, Tensor) for x in tree_leaves(results)) or results is None:  # else a shape or the like
             tape = next(x.tape for x in tree_leaves((args, kwargs)) if isinstance(x, cls))
             tape.note(func, args, kwargs or {}, results)

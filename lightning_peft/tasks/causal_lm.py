@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_peft.core.eval_mode import evaluating
+from lightning_peft.losses.next_token_loss import next_token, next_token_logits
 from lightning_peft.tasks.data.collator import IGNORED, Collator
 from lightning_peft.tasks.module import TaskModule
 from lightning_peft.tasks.optimization import check_optimization
@@ -100,9 +100,14 @@ class CausalLM(TaskModule):
 
     def labelled(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The logits (places, vocabulary) before each labelled token, and these tokens (places,)."""
-        targets = batch["labels"][:, 1:]
-        is_labelled = targets != IGNORED
-        return self(**batch)[:, :-1][is_labelled].float(), targets[is_labelled]
+        with self.own_tasks(batch):
+            return next_token_logits(self.network, {**_inputs(batch), "labels": batch["labels"]})
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        """Mean cross entropy of the labelled tokens."""
+        loss = self._next_token(batch, "mean")
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         """Log loss and perplexity."""
@@ -113,12 +118,13 @@ class CausalLM(TaskModule):
         self._evaluate("test", batch)
 
     def _evaluate(self, split: str, batch: dict[str, Tensor]) -> None:
-        is_labelled = batch["labels"][:, 1:] != IGNORED
-        count = is_labelled.sum(1)
-        losses = torch.zeros_like(is_labelled, dtype=torch.float).masked_scatter(
-            is_labelled, cross_entropy(*self.labelled(batch), reduction="none")
-        )
+        count = (batch["labels"][:, 1:] != IGNORED).sum(1)
+        losses = self._next_token(batch, "none")
         self.measure(split, batch, losses.sum(1) / count.clamp(min=1), count)
+
+    def _next_token(self, batch: dict[str, Tensor], reduction: Literal["mean", "none"]) -> Tensor:
+        with self.own_tasks(batch):
+            return next_token(self.network, {**_inputs(batch), "labels": batch["labels"]}, reduction=reduction)
 
     def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> list[str]:
         """The continuation of each prompt."""

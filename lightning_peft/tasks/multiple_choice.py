@@ -10,6 +10,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_peft.losses import PADDING, Likelihoods
+from lightning_peft.losses.choices import answer_likelihoods
+from lightning_peft.tasks.choice_inputs import continued, padded_at_the_end
 from lightning_peft.tasks.data.listed_choices import TEXTS
 from lightning_peft.tasks.data.mixed_loader import TASK_IDS
 from lightning_peft.tasks.module import TaskModule
@@ -95,33 +97,28 @@ class Choices(TaskModule):
         Shape:
             (present choices, tokens, vocabulary)
         """
-        batch = {**batch, **_padded_at_the_end(batch["input_ids"], batch["attention_mask"])}
-        rows, numbers = (batch["choices"] != PADDING).any(-1).nonzero(as_tuple=True)
-        answers = batch["choices"][rows, numbers]
-        return self._decoded(batch, rows, answers) if self.has_encoder else self._continued(batch, rows, answers)
+        inputs, tasks, positions, _ = self._asked(batch)
+        with self.own_tasks(tasks):
+            logits: Tensor = self.network(**inputs, use_cache=False).logits
+        return logits[torch.arange(len(logits), device=logits.device)[:, None], positions]
 
-    def _decoded(self, batch: dict[str, Tensor], rows: Tensor, answers: Tensor) -> Tensor:
-        mask = batch["attention_mask"]
+    def _asked(self, batch: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor], Tensor, Tensor]:
+        """Return the arguments of the call for all choices, their tasks, the positions that predict them, and they."""
+        batch = {**batch, **padded_at_the_end(batch["input_ids"], batch["attention_mask"])}
+        rows, numbers = (batch["choices"] != PADDING).any(-1).nonzero(as_tuple=True)
+        answers, mask = batch["choices"][rows, numbers], batch["attention_mask"]
+        tasks = {TASK_IDS: batch[TASK_IDS][rows]} if TASK_IDS in batch else {}
+        positions = torch.arange(answers.shape[1], device=rows.device).expand_as(answers)
+        if not self.has_encoder:
+            first = mask[rows].sum(1) - 1  # the prompt's last token predicts the answer's first
+            return continued(batch["input_ids"][rows], mask[rows], answers), tasks, first[:, None] + positions, answers
         with self.own_tasks(batch):
             hidden = self.network.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
         outputs = transformers().modeling_outputs.BaseModelOutput(last_hidden_state=hidden.index_select(0, rows))
         start = torch.full_like(answers[:, :1], self._start())
         before = torch.cat([start, answers[:, :-1].clamp(min=0)], 1)  # what stands at padding is not looked at
-        with self.own_tasks(_rows_tasks(batch, rows)):
-            logits: Tensor = self.network(
-                encoder_outputs=outputs, attention_mask=mask[rows], decoder_input_ids=before, use_cache=False
-            ).logits
-        return logits
-
-    def _continued(self, batch: dict[str, Tensor], rows: Tensor, answers: Tensor) -> Tensor:
-        mask = batch["attention_mask"][rows]
-        ids = torch.cat([batch["input_ids"][rows], answers.clamp(min=0)], 1)
-        mask = torch.cat([mask, (answers != PADDING).to(mask.dtype)], 1)
-        with self.own_tasks(_rows_tasks(batch, rows)):
-            logits: Tensor = self.network(**_padded_at_the_end(ids, mask), use_cache=False).logits
-        first = batch["attention_mask"][rows].sum(1) - 1  # the prompt's last token predicts the answer's first
-        positions = first[:, None] + torch.arange(answers.shape[1], device=first.device)
-        return logits[torch.arange(len(rows), device=first.device)[:, None], positions]
+        inputs = {"encoder_outputs": outputs, "attention_mask": mask[rows], "decoder_input_ids": before}
+        return inputs, tasks, positions, answers
 
     def _start(self) -> int:
         """Return the token that stands before every answer; T5's padding token where the config names none."""
@@ -160,7 +157,7 @@ class Choices(TaskModule):
 
     def predict_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Any]:
         """The label of each answer, or its text if rows list choices; a softmax over scores: 0 where one is absent."""
-        scores = Likelihoods(self(**batch), batch["choices"]).scores
+        scores = self._likelihoods(batch).scores
         tasks = batch[TASK_IDS].tolist() if TASK_IDS in batch else [0] * len(scores)
         best = scores.argmax(1).tolist()
         names = batch.get(TEXTS) or [self.names[task] if task < len(self.names) else None for task in tasks]
@@ -172,7 +169,15 @@ class Choices(TaskModule):
         return adafactor(self, **{n: self.hparams[n] for n in ("learning_rate", "warmup_fraction", "schedule")})
 
     def _likelihoods(self, batch: dict[str, Tensor]) -> Likelihoods:
-        return Likelihoods(self(**batch), batch["choices"], batch["labels"])
+        """Return the likelihoods of the choices' tokens: logits exist at these alone, a chunk of them at a time."""
+        inputs, tasks, positions, answers = self._asked(batch)
+        known = answers != PADDING
+        read = inputs["input_ids" if "input_ids" in inputs else "decoder_input_ids"]
+        places = torch.zeros_like(read, dtype=torch.bool).scatter(1, positions, known)
+        needs_rest = self.weights[1] > 0 and self.hparams["epsilon"] == 0
+        with self.own_tasks(tasks):
+            tokens = answer_likelihoods(self.network, inputs, places, answers[known], needs_rest)
+        return Likelihoods(None, batch["choices"], batch.get("labels"), tokens)
 
     def _evaluate(self, split: str, batch: dict[str, Tensor]) -> None:
         likelihoods = self._likelihoods(batch)
@@ -193,14 +198,3 @@ class Choices(TaskModule):
         self.log_dict(losses, **shared)
         self.log(f"{split}_loss", total, prog_bar=True, **shared)
         return total
-
-
-def _padded_at_the_end(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Return rows that start at their first token, so that learned positions are right, too."""
-    order = mask.argsort(dim=1, descending=True, stable=True)
-    return {"input_ids": ids.gather(1, order), "attention_mask": mask.gather(1, order)}
-
-
-def _rows_tasks(batch: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """Return the task of each choice."""
-    return {TASK_IDS: batch[TASK_IDS][rows]} if TASK_IDS in batch else {}
