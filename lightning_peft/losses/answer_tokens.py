@@ -1,4 +1,4 @@
-"""``answer_likelihoods``: log p of the tokens of answers, with logits at these tokens only, a chunk of them at a time."""
+"""``answer_likelihoods``: log p of the tokens of answers, with a chunk of their logits at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``head_inputs`` calls a model so that its output layer sees labelled places alone, and a few rows where it can.
+"""``head_inputs`` calls a model so that its output layer sees one labelled place, or labelled places alone.
 
 How a model makes logits of hidden states is seen in this call: the input of its ``get_output_embeddings()``, and what
 is done to their output (softcaps, scales, biases). No architecture is known here.
@@ -6,27 +6,21 @@ is done to their output (softcaps, scales, biases). No architecture is known her
 
 from __future__ import annotations
 
-import threading
+import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
-from ..core.active_on_host import called_adapters
-from ..core.adapted_module import AdaptedModule
-from ..ops.autograd_function import is_traced
-from ..ops.sharded_tensors import shard_of
-from ..ops.torch_api import is_compiled_in_place
-from ..structure.transformers_api import is_pretrained, outermost_pretrained
-from .recorded_logits import RecordedLogits, Tape
+from .find_head import can_be_called_alone, selectable_head
+from .head_selection import HeadSelection
+from .recorded_logits import RecordedLogits
 
-_CALLED_OTHERWISE = weakref.WeakSet[nn.Module]()  # heads that a call uses in a way that cannot be selected from
+_SHAPE_ERRORS = (IndexError, RuntimeError, ValueError)
+_called_otherwise = weakref.WeakSet[nn.Module]()  # heads whose model fails or answers otherwise with fewer places
 
 
 @dataclass(frozen=True)
@@ -36,8 +30,8 @@ class HeadInputs:
     Args:
         rows: Hidden states (places, width); logits (places, vocabulary) where ``head`` is None.
         head: The output layer, with its adapters; None where the model was called with all labelled places.
-        first: What the model returned for the first row alone, detached before (vocabulary,); needs a gradient where
-            more than hidden states is trained.
+        first: Logits (vocabulary,) that the model returned for the first row, which was detached: they need a gradient
+            where more than hidden states is trained.
         finish: What the model does to the output of its head; None if nothing.
     """
 
@@ -54,11 +48,6 @@ class HeadInputs:
         return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
-def pretrained_of(model: nn.Module) -> Any:
-    """Return the model of transformers inside of its wrappers; None where there is none."""
-    return model if is_pretrained(model) else next((module for _, module in outermost_pretrained(model)), None)
-
-
 def head_inputs(model: nn.Module, inputs: Mapping[str, Any], places: Tensor, whole: bool = False) -> HeadInputs:
     """Call a model once, and return what its logits at some places are made of.
 
@@ -68,102 +57,60 @@ def head_inputs(model: nn.Module, inputs: Mapping[str, Any], places: Tensor, who
         places: Which places are labelled (batch, tokens); the last tokens of a row where the model inserts others.
         whole: Whether to return logits in any case.
     """
-    head = _selectable_head(model)
-    if head is None:
-        return HeadInputs(_logits(model(**inputs))[:, -places.shape[1] :][places])
-    count = int(places.sum())
-    whole = whole or count == 0 or not _is_called_freely(model, head)
-    selection = _Selection(places if count else _first_place(places), whole)
-    with selection.during(head):
-        logits = _logits(model(**inputs))
-    if selection.calls == 0 and logits.shape[1] >= places.shape[1]:
-        return HeadInputs(logits[:, -places.shape[1] :][places])
-    if selection.calls != 1 or not (whole or isinstance(logits, RecordedLogits) or logits is selection.output):
-        _CALLED_OTHERWISE.add(head)
-        return HeadInputs(_logits(model(**inputs))[:, -places.shape[1] :][places])
+    head = selectable_head(model)
+    if head is None or head in _called_otherwise:
+        return HeadInputs(_at_places(_logits(model(**inputs)), places))
+    is_empty = not places.any()
+    whole = whole or is_empty or not can_be_called_alone(model, head)
+    selection = HeadSelection(_with_first_place(places) if is_empty else places, whole)
+    output = _call(model, inputs, head, selection)
+    if selection.calls == 0:
+        return HeadInputs(_at_places(_logits(output), places))
+    logits: Any = getattr(output, "logits", None)
+    if not selection.explains(logits):
+        _called_otherwise.add(head)
+        warnings.warn(
+            f"{type(model).__name__} does not answer for some places alone as it does for all of them, so logits of "
+            f"all places are computed, as by model(**batch). Only memory and time differ.",
+            stacklevel=2,
+        )
+        return HeadInputs(_at_places(_logits(model(**inputs)), places))
     if whole:
-        return HeadInputs(logits[0][:count])
+        return HeadInputs(logits[0][:0] if is_empty else logits[0])
     finish = selection.tape.replayed(logits) if isinstance(logits, RecordedLogits) else None
     return HeadInputs(selection.rows, head, logits.as_subclass(Tensor)[0, 0], finish)
 
 
-class _Selection:
-    """Hooks around a call of a head, in the thread that created them: labelled rows go in, what comes out is recorded.
-
-    Args:
-        places: Which places are labelled.
-        whole: Whether all of them go in, with their gradients; else the first alone, which tells how logits are made.
-    """
-
-    def __init__(self, places: Tensor, whole: bool) -> None:
-        self.places, self.whole, self.thread = places, whole, threading.get_ident()
-        self.calls, self.tape = 0, Tape()
-        self.rows, self.output = places, places  # until the head was called
-
-    @contextmanager
-    def during(self, head: nn.Module) -> Iterator[None]:
-        handles = [head.register_forward_pre_hook(self.select)]
-        if not self.whole:
-            handles.append(head.register_forward_hook(self.record))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def select(self, head: nn.Module, args: Any) -> Any:
-        batch, tokens = self.places.shape
-        if threading.get_ident() != self.thread or not args or args[0].dim() != 3:
-            return None
-        if len(args[0]) != batch or args[0].shape[1] < tokens:
-            return None
-        self.calls += 1
-        self.rows = args[0][:, -tokens:][self.places.to(args[0].device)]
-        return (self.rows[None] if self.whole else self.rows[None, :1].detach(), *args[1:])
-
-    def record(self, head: nn.Module, args: Any, output: Any) -> Any:
-        if threading.get_ident() != self.thread or self.calls == 0:
-            return output
-        self.output = self.tape.record(output) if type(output) is Tensor else output
-        return self.output
-
-
-def _selectable_head(model: nn.Module) -> Any:
-    """Return the output layer of a model; None where its input cannot be selected from.
-
-    Compiled code does not see hooks that come and go, and rows that have adapters of their own have to stay rows.
-    """
-    if torch.compiler.is_compiling() or is_traced() or _is_compiled(model):
+def _call(model: nn.Module, inputs: Mapping[str, Any], head: nn.Module, selection: HeadSelection) -> Any:
+    """Return the output of a model, None if it fails since the output of its head has fewer places than its input."""
+    try:
+        with selection.during(head):
+            return model(**inputs)
+    except _SHAPE_ERRORS as error:
+        if selection.calls == 0 or isinstance(error, torch.OutOfMemoryError):
+            raise
         return None
-    pretrained = pretrained_of(model)
-    head = None if pretrained is None or _is_compiled(pretrained) else pretrained.get_output_embeddings()
-    if head is None or _is_compiled(head) or head in _CALLED_OTHERWISE:
-        return None
-    by_row = isinstance(head, AdaptedModule) and any(not adapter.persistent for adapter in called_adapters(head))
-    return None if by_row else head
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    return "_orig_mod" in module._modules or is_compiled_in_place(module)
+def _logits(output: Any) -> Tensor:
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"The model returned a {type(output).__name__}, expected transformers' output with logits.")
+    return logits
 
 
-def _is_called_freely(model: nn.Module, head: nn.Module) -> bool:
-    """Return whether the head can be called beside the model: no wrapper looks at outputs, and nothing is sharded."""
-    if not is_pretrained(model) or any(isinstance(module, FSDPModule) for module in model.modules()):
-        return False
-    return not any(isinstance(p, DTensor) or shard_of(p) is not None for p in head.parameters())
-
-
-def _logits(output: Any) -> Any:
-    if not isinstance(getattr(output, "logits", None), Tensor):
-        raise TypeError(
-            f"The model returned a {type(output).__name__}, expected an output of transformers with logits."
+def _at_places(logits: Tensor, places: Tensor) -> Tensor:
+    """Return the logits of labelled places among those of all."""
+    if logits.dim() != 3 or len(logits) != len(places) or logits.shape[1] < places.shape[1]:
+        raise ValueError(
+            f"The model returned logits {tuple(logits.shape)} for labels {tuple(places.shape)}, expected logits "
+            f"(batch, tokens, vocabulary) with a place for each label."
         )
-    return output.logits
+    return logits[:, -places.shape[1] :][places]
 
 
-def _first_place(places: Tensor) -> Tensor:
-    """Return the first place of a batch without labels, so that what trains in the head gets a gradient of zero."""
-    first = torch.zeros_like(places)
+def _with_first_place(places: Tensor) -> Tensor:
+    """Return places with the first one, so that what trains in the head gets a gradient of zero without labels."""
+    first = places.clone()
     first[0, 0] = True
     return first

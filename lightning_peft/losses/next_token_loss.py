@@ -7,10 +7,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from ..structure.transformers_api import is_encoder_decoder
 from .chunks import cross_entropy_sum, token_losses, token_values
-from .head_inputs import head_inputs, pretrained_of
+from .find_head import pretrained_of
+from .head_inputs import head_inputs
 
 IGNORED = -100
 
@@ -49,12 +51,14 @@ def next_token(
         raise ValueError(f"Got reduction={reduction!r}, expected 'mean', 'sum' or 'none'.")
     if chunk is not None and chunk < 1:
         raise ValueError(f"Got chunk={chunk}, expected a number of places from 1 on, or None.")
-    inputs, places, tokens = labelled_places(model, batch)
-    found = head_inputs(model, inputs, places)
+    inputs, targets = aligned(model, batch)
+    places = targets != IGNORED
+    if torch.compiler.is_compiling():  # a graph has no shapes that depend on values
+        return _reduced(_at_labels(model, _losses_of_all(model(**inputs).logits, targets)), places, reduction)
+    tokens, found = targets[places], head_inputs(model, inputs, places)
     if reduction == "none":
         values = token_values(token_losses, found, tokens, chunk)
-        losses = values.new_zeros(places.shape).masked_scatter(places, values)
-        return losses if is_encoder_decoder(pretrained_of(model)) else losses.roll(1, 1)
+        return _at_labels(model, values.new_zeros(places.shape).masked_scatter(places, values))
     total = cross_entropy_sum(found, tokens, chunk)
     return total / max(1, len(tokens)) if reduction == "mean" else total
 
@@ -66,13 +70,14 @@ def next_token_logits(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Ten
         model: As for ``next_token``.
         batch: As for ``next_token``.
     """
-    inputs, places, tokens = labelled_places(model, batch)
+    inputs, targets = aligned(model, batch)
+    places = targets != IGNORED
     found = head_inputs(model, inputs, places, whole=True)
-    return found.logits_of(found.rows), tokens
+    return found.logits_of(found.rows), targets[places]
 
 
-def labelled_places(model: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Return arguments of a call, the places (batch, tokens) that predict a labelled token, and these tokens."""
+def aligned(model: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """Return arguments of a call, and the label (batch, tokens) that each place predicts, -100 where there is none."""
     inputs: dict[str, Any] = {"use_cache": False, **batch}
     labels, read = inputs.pop("labels", None), _tokens(batch)
     shifted = not is_encoder_decoder(pretrained_of(model))
@@ -81,13 +86,28 @@ def labelled_places(model: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Any
             f"Got labels {tuple(labels.shape) if isinstance(labels, Tensor) else labels}, expected a label for each "
             f"token {read if shifted else '(batch, tokens)'}, -100 where it does not count."
         )
-    places = labels != IGNORED
     if shifted:
-        places = torch.cat([places[:, 1:], torch.zeros_like(places[:, :1])], 1)
-        return inputs, places, labels[:, 1:][places[:, :-1]]
+        return inputs, torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], 1)
     if inputs.get("decoder_input_ids") is None:
         inputs["decoder_input_ids"] = pretrained_of(model).prepare_decoder_input_ids_from_labels(labels=labels)
-    return inputs, places, labels[places]
+    return inputs, labels
+
+
+def _at_labels(model: Any, losses: Tensor) -> Tensor:
+    """Return losses at the places of the labels, given those at the places that predict them."""
+    return losses if is_encoder_decoder(pretrained_of(model)) else losses.roll(1, 1)
+
+
+def _losses_of_all(logits: Tensor, targets: Tensor) -> Tensor:
+    rows = logits[:, -targets.shape[1] :].flatten(0, 1)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return cross_entropy(rows, targets.flatten(), reduction="none", ignore_index=IGNORED).view_as(targets)
+
+
+def _reduced(losses: Tensor, places: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return losses
+    return losses.sum() / (places.sum().clamp(min=1) if reduction == "mean" else 1)
 
 
 def _tokens(batch: Mapping[str, Any]) -> tuple[int, ...] | None:

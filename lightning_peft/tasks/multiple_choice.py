@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_peft.losses import PADDING, Likelihoods
-from lightning_peft.losses.choices import answer_likelihoods
+from lightning_peft.losses.answer_tokens import answer_likelihoods
 from lightning_peft.tasks.choice_inputs import continued, padded_at_the_end
 from lightning_peft.tasks.data.listed_choices import TEXTS
 from lightning_peft.tasks.data.mixed_loader import TASK_IDS
