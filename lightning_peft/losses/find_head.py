@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..core.active_on_host import called_adapters
-from ..core.adapted_module import AdaptedModule
+from ..core.adapted_module import AdaptedModule, list_base_modules
 from ..ops.autograd_function import is_traced
 from ..ops.sharded_tensors import shard_of
 from ..ops.torch_api import is_compiled_in_place
@@ -31,7 +31,7 @@ def selectable_head(model: nn.Module) -> Any:
         return None
     pretrained = pretrained_of(model)
     head = None if pretrained is None else pretrained.get_output_embeddings()
-    compiled = [module for module in model.modules() if "_orig_mod" in module._modules or is_compiled_in_place(module)]
+    compiled = [m for m in list_base_modules(model) if "_orig_mod" in m._modules or is_compiled_in_place(m)]
     if head is None or any(part is head for module in compiled for part in module.modules()):
         return None
     by_row = isinstance(head, AdaptedModule) and any(not adapter.persistent for adapter in called_adapters(head))
@@ -42,6 +42,6 @@ def can_be_called_alone(model: nn.Module, head: nn.Module) -> bool:
     """Return whether a head can be called beside its model: no wrapper looks at outputs, and nothing is sharded."""
     if not is_pretrained(model):
         return False
-    if any(isinstance(module, FSDPModule) or "_fsdp_wrapped_module" in module._modules for module in model.modules()):
+    if any(isinstance(m, FSDPModule) or "_fsdp_wrapped_module" in m._modules for m in list_base_modules(model)):
         return False
     return not any(isinstance(p, DTensor) or shard_of(p) is not None for p in head.parameters())

@@ -20,6 +20,7 @@ from .head_selection import HeadSelection
 from .recorded_logits import RecordedLogits
 
 _SHAPE_ERRORS = (IndexError, RuntimeError, ValueError)
+_FEW = 2**20  # logits
 _called_otherwise = weakref.WeakSet[nn.Module]()  # heads whose model fails or answers otherwise with fewer places
 
 
@@ -48,35 +49,38 @@ class HeadInputs:
         return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
-def head_inputs(model: nn.Module, inputs: Mapping[str, Any], places: Tensor, whole: bool = False) -> HeadInputs:
+def head_inputs(
+    model: nn.Module, inputs: Mapping[str, Any], places: Tensor, chunk: int | None = None, whole: bool = False
+) -> HeadInputs:
     """Call a model once, and return what its logits at some places are made of.
 
     Args:
         model: Model of transformers, adapted or not, or a wrapper of one.
         inputs: Arguments of its call.
         places: Which places are labelled (batch, tokens); the last tokens of a row where the model inserts others.
-        whole: Whether to return logits in any case.
+        chunk: Number of places whose logits may exist at a time; by default as many as have a million logits.
+        whole: Whether to return logits, however many.
     """
     head = selectable_head(model)
     if head is None or head in _called_otherwise:
-        return HeadInputs(_at_places(_logits(model(**inputs)), places))
-    is_empty = not places.any()
-    whole = whole or is_empty or not can_be_called_alone(model, head)
-    selection = HeadSelection(_with_first_place(places) if is_empty else places, whole)
+        return _of_all(model(**inputs), places)
+    count = int(places.sum())
+    whole = whole or count <= (chunk or _few_rows(head)) or not can_be_called_alone(model, head)
+    selection = HeadSelection(places if count else _with_first_place(places), whole)
     output = _call(model, inputs, head, selection)
     if selection.calls == 0:
-        return HeadInputs(_at_places(_logits(output), places))
+        return _of_all(output, places)
     logits: Any = getattr(output, "logits", None)
     if not selection.explains(logits):
         _called_otherwise.add(head)
         warnings.warn(
             f"{type(model).__name__} does not answer for some places alone as it does for all of them, so logits of "
             f"all places are computed, as by model(**batch). Only memory and time differ.",
-            stacklevel=2,
+            stacklevel=3,
         )
-        return HeadInputs(_at_places(_logits(model(**inputs)), places))
+        return _of_all(model(**inputs), places)
     if whole:
-        return HeadInputs(logits[0][:0] if is_empty else logits[0])
+        return HeadInputs(logits[0][:count])
     finish = selection.tape.replayed(logits) if isinstance(logits, RecordedLogits) else None
     return HeadInputs(selection.rows, head, logits.as_subclass(Tensor)[0, 0], finish)
 
@@ -92,21 +96,22 @@ def _call(model: nn.Module, inputs: Mapping[str, Any], head: nn.Module, selectio
         return None
 
 
-def _logits(output: Any) -> Tensor:
+def _of_all(output: Any, places: Tensor) -> HeadInputs:
+    """Return the logits of labelled places among those of all."""
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise TypeError(f"The model returned a {type(output).__name__}, expected transformers' output with logits.")
-    return logits
-
-
-def _at_places(logits: Tensor, places: Tensor) -> Tensor:
-    """Return the logits of labelled places among those of all."""
     if logits.dim() != 3 or len(logits) != len(places) or logits.shape[1] < places.shape[1]:
         raise ValueError(
             f"The model returned logits {tuple(logits.shape)} for labels {tuple(places.shape)}, expected logits "
             f"(batch, tokens, vocabulary) with a place for each label."
         )
-    return logits[:, -places.shape[1] :][places]
+    return HeadInputs(logits[:, -places.shape[1] :][places])
+
+
+def _few_rows(head: Any) -> int:
+    """Return for how many places chunks are not worth their calls."""
+    return _FEW // int(getattr(head, "out_features", _FEW))
 
 
 def _with_first_place(places: Tensor) -> Tensor:

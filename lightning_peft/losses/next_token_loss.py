@@ -38,7 +38,7 @@ def next_token(
             the ``input_ids``, not shifted; that of the first token does not count. ``decoder_input_ids`` are made of
             the labels where they are absent.
         reduction: ``mean`` over labelled tokens, 0 where there is none; ``sum``; or ``none``.
-        chunk: Places at a time.
+        chunk: Places at a time; by default as many as make a few million logits.
 
     Shape:
         (), or for ``none`` that of the labels, with 0 where there is none
@@ -55,7 +55,7 @@ def next_token(
     places = targets != IGNORED
     if torch.compiler.is_compiling():  # a graph has no shapes that depend on values
         return _reduced(_at_labels(model, _losses_of_all(model(**inputs).logits, targets)), places, reduction)
-    tokens, found = targets[places], head_inputs(model, inputs, places)
+    tokens, found = targets[places], head_inputs(model, inputs, places, chunk)
     if reduction == "none":
         values = token_values(token_losses, found, tokens, chunk)
         return _at_labels(model, values.new_zeros(places.shape).masked_scatter(places, values))
