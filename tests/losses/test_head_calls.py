@@ -55,6 +55,7 @@ def compiled_backbone(net):
     return net
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma2 with a softcap"])
 @pytest.mark.parametrize("wrap", [compiled_whole, compiled_in_place, compiled_backbone])
 def test_compiled_models(name, wrap):
@@ -69,6 +70,7 @@ def test_compiled_models(name, wrap):
         same(net, given, (wanted[0], {f"{prefix}{parameter}": g for parameter, g in wanted[1].items()}))
 
 
+@pytest.mark.slow
 def test_a_compiled_step():
     torch.compiler.reset()
     net, given = adapted(), batch()
@@ -175,6 +177,19 @@ def test_a_head_that_is_used_in_another_way(kind):
     messages = [str(each.message) for each in caught]
     assert len(messages) == (kind in ("twice", "counts"))
     assert all("Odd does not answer for some places alone" in message for message in messages)
+
+
+@pytest.mark.parametrize("wrap", [compiled_whole, compiled_in_place])
+def test_compiled_code_has_all_logits_since_it_sees_no_hook(wrap):
+    torch.compiler.reset()
+    net, given = Odd("plain"), batch()
+    wanted = expected(net, given)
+    net = wrap(net)
+    for _ in range(2):
+        loss = next_token(net, given, chunk=2)
+        assert loss.item() == pytest.approx(wanted[0], abs=1e-5)
+        found = {name.removeprefix("_orig_mod."): g for name, g in gradients(loss, net).items()}
+        assert difference(found, wanted[1]) < 1e-5
 
 
 def largest(call):
