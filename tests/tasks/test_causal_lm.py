@@ -10,6 +10,7 @@ import torch
 from lightning import LightningDataModule, Trainer, seed_everything
 from torch.nn.functional import cross_entropy
 
+import lightning_peft as lp
 from lightning_peft.tasks import CausalLM, InstructionDataModule
 from lightning_peft.tasks.module import mean_loss
 
@@ -75,7 +76,54 @@ def test_two_steps_train_every_parameter(tmp_path: Path, llama: dict[str, Any], 
 def test_a_batch_without_labelled_tokens_has_loss_zero(llama: dict[str, Any]) -> None:
     ids = torch.tensor([[1, 5, 6]])
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, -100)}
-    assert mean_loss(*CausalLM(config=llama).labelled(batch)) == 0
+    module = quiet(llama)
+    assert mean_loss(*module.labelled(batch)) == 0
+    loss = module.training_step(batch, 0)
+    assert loss == 0
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in module.network.parameters())
+
+
+def quiet(config: dict[str, Any]) -> CausalLM:
+    seed_everything(0, verbose=False)
+    module = CausalLM(config=config)
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]
+    return module
+
+
+def test_the_loss_of_a_step_is_that_of_transformers_and_its_output_layer_sees_labelled_places(
+    llama: dict[str, Any],
+) -> None:
+    module, shapes = quiet(llama), list[Any]()
+    ids = torch.randint(3, 12, (2, 7))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone(), "other": ids}
+    batch["labels"][:, :4] = -100
+    wanted = module.network(input_ids=ids, labels=batch["labels"]).loss
+    module.network.lm_head.register_forward_hook(lambda *args: shapes.append(tuple(args[2].shape)))
+    loss = module.training_step(batch, 0)
+    logits, labels = module.labelled(batch)
+    assert shapes == [(1, 6, module.network.config.vocab_size)] * 2
+    assert labels.tolist() == ids[:, 4:].flatten().tolist()
+    parameters = list(module.network.parameters())
+    expected = torch.autograd.grad(wanted, parameters)
+    for found in (loss, mean_loss(logits, labels)):
+        assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
+        for a, b in zip(torch.autograd.grad(found, parameters), expected, strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_rows_of_several_tasks_have_the_losses_of_their_prompts(llama: dict[str, Any]) -> None:
+    module = quiet(llama).eval()
+    lp.inject(module, lp.PromptTuning(length=2, tasks=2))
+    ids = torch.randint(3, 12, (2, 5))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    together = module.training_step({**batch, "task_ids": torch.tensor([1, 0])}, 0)
+    alone = []
+    for row, task in enumerate((1, 0)):
+        with lp.row_tasks(module, task):
+            alone.append(module.network(input_ids=ids[row : row + 1], labels=ids[row : row + 1]).loss.item())
+    assert abs(alone[0] - alone[1]) > 1e-4
+    assert together.item() == pytest.approx(sum(alone) / 2, rel=1e-5)
 
 
 def test_generation_does_not_depend_on_the_side_of_padding_and_restores_modes(

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from sampling import diagonal
 
 import lightning_peft as lp
-from lightning_peft.losses import Likelihoods
+from lightning_peft.losses import Likelihoods, chunks, head_inputs
 from lightning_peft.tasks import Choices, ChoicesDataModule, MixedDataModule
 
 Write = Callable[..., str]
@@ -82,6 +82,33 @@ def test_gradients_equal_those_of_one_call_for_each_choice(kind: dict[str, Any])
     for name, a, b in zip(parameters, *used, strict=True):
         assert (a is None) == (b is None), name
         assert a is None or torch.allclose(a, b, atol=1e-6), name
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.01])
+@pytest.mark.parametrize("several", [False, True])
+def test_likelihoods_are_those_of_all_logits_and_the_output_layer_sees_tokens_of_choices_alone(
+    kind: dict[str, Any], epsilon: float, several: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if several:  # chunks of two tokens
+        monkeypatch.setattr(head_inputs, "_FEW", 1)
+        monkeypatch.setattr(chunks, "chunk_rows", lambda _: 2)
+    seed_everything(0, verbose=False)
+    module, gold = Choices(config=kind, epsilon=epsilon).eval().double(), torch.tensor([1, 2])
+    if "final_logits_bias" in dict(module.network.named_buffers()):
+        module.network.final_logits_bias.normal_()
+    given = batch() | {"labels": gold}
+    wanted, places = Likelihoods(module(**given), given["choices"], gold), list[int]()
+    module.network.get_output_embeddings().register_forward_hook(lambda *args: places.append(args[2][..., 0].numel()))
+    found = module._likelihoods(given)
+    pairs = [(x.language_modeling(), x.length_normalized(), x.unlikelihood(epsilon)) for x in (found, wanted)]
+    assert places == ([1, *[2] * 6] if several else [12])
+    assert found.scores.isinf().sum() == 1  # that of the absent choice
+    assert torch.allclose(found.scores, wanted.scores, atol=1e-12)
+    parameters = list(module.network.parameters())
+    for a, b in zip(*pairs, strict=True):
+        assert a.item() == pytest.approx(b.item(), abs=1e-12)
+        for x, y in zip(*(torch.autograd.grad(z, parameters, retain_graph=True) for z in (a, b)), strict=True):
+            assert torch.allclose(x, y, atol=1e-12)
 
 
 def trainer(folder: Path, *callbacks: Any, **settings: Any) -> Trainer:
