@@ -2,6 +2,9 @@
 
 import torch
 import transformers
+from adapter_edits import stir
+
+import lightning_peft as lp
 
 VOCABULARY, WIDTH = 50, 16
 _LIKE_LLAMA = {
@@ -60,3 +63,14 @@ def difference(found, wanted):
     pairs = [(found[name], g) for name, g in wanted.items() if g is not None]
     assert max(g.abs().max() for _, g in pairs) > 1e-2
     return max((a - g).abs().max().item() for a, g in pairs)
+
+
+def adapted(name="llama", targets=("*q_proj", "lm_head")):
+    net = lp.inject(decoder(name), lp.LoRA(rank=2, targets=list(targets)))
+    stir(net, 1)
+    return net
+
+
+def expected(net, given):
+    loss = full(net, given)
+    return loss.item(), gradients(loss, net)

@@ -1,84 +1,20 @@
-"""``next_token`` on models that are compiled, wrapped, sharded, shared by threads, or use their head in other ways."""
+"""``next_token`` where threads share a model, rows have adapters of their own, or a head is used in other ways."""
 
-import functools
 import threading
 import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
 from adapter_edits import stir
-from decoders import VOCABULARY, WIDTH, batch, decoder, difference, full, gradients
-from processes import together
+from decoders import VOCABULARY, WIDTH, adapted, batch, decoder, difference, expected, full, gradients
+from documents import blocks, execute
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from transformers.modeling_outputs import CausalLMOutput
 
 import lightning_peft as lp
 
 next_token = lp.losses.next_token
-
-
-def adapted(name="llama", targets=("*q_proj", "lm_head")):
-    net = lp.inject(decoder(name), lp.LoRA(rank=2, targets=list(targets)))
-    stir(net, 1)
-    return net
-
-
-def expected(net, given):
-    loss = full(net, given)
-    return loss.item(), gradients(loss, net)
-
-
-def same(net, given, wanted, call=next_token):
-    loss = call(net, given)
-    assert loss.item() == pytest.approx(wanted[0], abs=1e-5)
-    assert difference(gradients(loss, net), wanted[1]) < 1e-5
-    head = getattr(net, "_orig_mod", net).lm_head
-    assert not head._forward_hooks
-    assert not head._forward_pre_hooks
-
-
-def compiled_whole(net):
-    return torch.compile(net, backend="eager")
-
-
-def compiled_in_place(net):
-    net.compile(backend="eager")
-    return net
-
-
-def compiled_backbone(net):
-    net.model.compile(backend="eager")
-    return net
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "gemma2 with a softcap"])
-@pytest.mark.parametrize("wrap", [compiled_whole, compiled_in_place, compiled_backbone])
-def test_compiled_models(name, wrap):
-    torch.compiler.reset()
-    net, given = adapted(name), batch()
-    wanted = expected(net, given)
-    net = wrap(net)
-    with torch.no_grad():  # what was compiled before has no hooks
-        net(**{k: v for k, v in given.items() if k != "labels"})
-    prefix = "_orig_mod." if wrap is compiled_whole else ""
-    for _ in range(2):
-        same(net, given, (wanted[0], {f"{prefix}{parameter}": g for parameter, g in wanted[1].items()}))
-
-
-@pytest.mark.slow
-def test_a_compiled_step():
-    torch.compiler.reset()
-    net, given = adapted(), batch()
-    wanted = expected(net, given)
-    for reduction in ("mean", "none"):
-        step = torch.compile(functools.partial(next_token, reduction=reduction), backend="eager", fullgraph=True)
-        same(net, given, wanted, lambda *args, step=step: step(*args).sum() / (9 if step(*args).dim() else 1))
-    same(net, given, wanted)
 
 
 def test_rows_with_adapters_of_their_own_on_the_head():
@@ -125,7 +61,9 @@ def test_a_failure_leaves_no_hook():
     for call in ({"input_ids": given["input_ids"] + VOCABULARY}, {"position_ids": "none"}):
         with pytest.raises((IndexError, AttributeError, TypeError, RuntimeError)):
             next_token(net, given | call)
-    same(net, given, wanted)
+    assert difference(gradients(next_token(net, given), net), wanted[1]) < 1e-5
+    assert not net.lm_head._forward_hooks
+    assert not net.lm_head._forward_pre_hooks
 
 
 class Odd(nn.Module):
@@ -179,12 +117,15 @@ def test_a_head_that_is_used_in_another_way(kind):
     assert all("Odd does not answer for some places alone" in message for message in messages)
 
 
-@pytest.mark.parametrize("wrap", [compiled_whole, compiled_in_place])
+@pytest.mark.parametrize("wrap", ["whole", "in place"])
 def test_compiled_code_has_all_logits_since_it_sees_no_hook(wrap):
     torch.compiler.reset()
     net, given = Odd("plain"), batch()
     wanted = expected(net, given)
-    net = wrap(net)
+    if wrap == "whole":
+        net = torch.compile(net, backend="eager")
+    else:
+        net.compile(backend="eager")
     for _ in range(2):
         loss = next_token(net, given, chunk=2)
         assert loss.item() == pytest.approx(wanted[0], abs=1e-5)
@@ -214,32 +155,13 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(name, targets):
     assert largest(lambda: full(net, given).backward()) == 12 * 16 * 4000 * 4
 
 
-def sharded(kind):
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    net, given = adapted(), batch()
-    wanted = expected(net, given)
-    if kind == "ddp":
-        wrapped = DistributedDataParallel(net, find_unused_parameters=True)
-        loss = next_token(wrapped, given, chunk=2)
-        loss.backward()
-        return loss.item() - wanted[0], difference(
-            {n: p.grad for n, p in net.named_parameters() if p.requires_grad}, wanted[1]
-        )
-    for part in [*net.model.layers, *([net.lm_head] if kind == "head apart" else [])]:
-        fully_shard(part)
-    fully_shard(net)
-    for _ in range(2):
-        net.zero_grad()
-        loss = next_token(net, given, chunk=2)
-        loss.backward()
-    found = {n: p.grad.full_tensor() for n, p in net.named_parameters() if p.requires_grad}
-    return loss.item() - wanted[0], difference(found, wanted[1])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "whole", "head apart"])
-def test_sharded_and_wrapped_models(kind):
-    for loss, gradient in together(sharded, kind):
-        assert abs(loss) < 1e-5
-        assert gradient < 1e-5
+def test_the_page_shows_a_module_that_trains():
+    (text,) = blocks("docs/losses.md", "python")
+    module = execute(text, "losses").Tuned()
+    module.log = lambda name, value: logged.update({name: value.item()})
+    logged, given = {}, batch()
+    wanted = full(module.model, given).item()
+    module.training_step(given, 0).backward()
+    module.validation_step(given, 0)
+    assert logged == {"train_loss": pytest.approx(wanted, rel=1e-5), "val_loss": pytest.approx(wanted, rel=1e-5)}
+    assert module.model.lm_head.weight.grad.any()
