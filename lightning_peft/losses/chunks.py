@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy, linear_cross_entropy
 from torch.utils.checkpoint import checkpoint
 
@@ -16,9 +17,9 @@ from .head_inputs import HeadInputs
 
 TokenFunction = Callable[[Tensor, Tensor], Tensor]  # logits (n, vocabulary) and tokens (n,) -> values (n, ...)
 
-# Numbers in a chunk of logits. A CPU takes as long for chunks of this size as for whole logits; torch's own choice of
-# chunks takes ten times as long (benchmarks/next_token.py). Other devices, where launching kernels costs, were not
-# measured: their chunks are larger.
+# Numbers in a chunk of logits. On a CPU, chunks of this size take no longer than whole logits, and torch's own choice of
+# chunks makes a step 5 to 10 times as long (benchmarks/next_token.py). Other devices, where launching kernels costs, were
+# not measured: their chunks are larger.
 _ON_CPU, _ELSEWHERE, _FEWEST_ROWS = 2**22, 2**26, 64
 
 
@@ -88,7 +89,7 @@ class _ValuesWithGradients(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, tokens: Tensor, of_rows: TokenFunction, size: int) -> Tensor:
         gradients, values = torch.empty_like(rows), []
         for part, out, own in zip(*(torch.split(x, size) for x in (rows, gradients, tokens)), strict=True):
-            with torch.enable_grad():
+            with torch.enable_grad(), saved_tensors_hooks(_unchanged, _unchanged):  # a chunk is not kept for backward
                 part = part.detach().requires_grad_()
                 found = of_rows(part, own)
                 (gradient,) = torch.autograd.grad(found.sum(), part)
@@ -103,6 +104,10 @@ class _ValuesWithGradients(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (gradients,) = ctx.saved_tensors
         return (gradient[:, None] * gradients).to(gradients.dtype), None, None, None
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def _of_rows(function: TokenFunction, inputs: HeadInputs, rows: Tensor, tokens: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.modeling_outputs import CausalLMOutput
 
 import lightning_peft as lp
+from lightning_peft.analysis.memory_plan import plan_memory
 
 next_token = lp.losses.next_token
 
@@ -153,6 +154,17 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(name, targets):
     with torch.no_grad():
         assert largest(lambda: next_token(net, given, chunk=20, reduction="none")) == 20 * 4000 * 4
     assert largest(lambda: full(net, given).backward()) == 12 * 16 * 4000 * 4
+
+
+@pytest.mark.parametrize("targets", [["*q_proj"], ["*q_proj", "lm_head"]])
+@pytest.mark.parametrize("name", ["llama", "gemma2 with a softcap"])
+def test_a_plan_of_memory_counts_no_logits_that_are_not_kept(name, targets):
+    net, given = adapted(name, targets), batch()
+    planned = [
+        plan_memory(net, lambda net, given, chunk=chunk: next_token(net, given, chunk=chunk), {8: given}).activations[8]
+        for chunk in (2, 9)
+    ]
+    assert planned[1] - planned[0] > 9 * (VOCABULARY - 2 * WIDTH) * 4  # chunks keep hidden states and their gradients
 
 
 def test_the_page_shows_a_module_that_trains():
