@@ -17,9 +17,9 @@ from .head_inputs import HeadInputs
 
 TokenFunction = Callable[[Tensor, Tensor], Tensor]  # logits (n, vocabulary) and tokens (n,) -> values (n, ...)
 
-# Numbers in a chunk of logits. On a CPU, chunks of this size take no longer than whole logits, and torch's own choice of
-# chunks makes a step 5 to 10 times as long (benchmarks/next_token.py). Other devices, where launching kernels costs, were
-# not measured: their chunks are larger.
+# Numbers in a chunk of logits. On a CPU, chunks of this size take no longer than whole logits; with torch's own choice
+# of chunks a step takes 5 to 10 times as long (benchmarks/next_token.py). Other devices, where launching kernels costs,
+# were not measured: their chunks are larger.
 _ON_CPU, _ELSEWHERE, _FEWEST_ROWS = 2**22, 2**26, 64
 
 
