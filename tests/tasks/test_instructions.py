@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_peft.tasks import InstructionDataModule
 from lightning_peft.tasks.data.instructions import prompt
@@ -69,21 +70,41 @@ def test_an_empty_response_is_the_end_alone(decoder_tokenizer: str, write: Write
     assert data.examples("test")[0]["labels"][-2:] == [-100, 2]
 
 
-def test_long_responses_are_cut_and_prompts_without_room_dropped_with_one_warning(
+def test_rows_that_do_not_fit_are_left_out_or_cut_with_the_end_token_and_counted(
     decoder_tokenizer: str, write: Write
 ) -> None:
     long = [{"instruction": "one two " * 4, "output": "good"}] * 2
-    path = write("t.jsonl", [*rows("good plot", "good"), *long])
-    data = InstructionDataModule(
-        path, tokenizer=decoder_tokenizer, prompt_style="plain", max_length=5, validation_fraction=0
-    )
-    with pytest.warns(UserWarning, match=r"2 of 4 rows of '.*t.jsonl' fill max_length=5 .* Raise max_length") as caught:
+    path = write("t.jsonl", [*rows("good plot", "good", "the film was good"), *long])
+    settings = {"tokenizer": decoder_tokenizer, "prompt_style": "plain", "validation_fraction": 0}
+    data = InstructionDataModule(path, max_length=6, **settings)
+    with pytest.warns(UserWarning, match=r"4 of 5 rows of '.*t.jsonl' do not fit max_length=6 .*long_rows=cut"):
         data.setup("fit")
-    assert len(caught) == 1
-    assert [row["input_ids"] for row in data.examples("train")] == [[1, 13, 11, 7, 3]] * 2
-    assert [row["labels"] for row in data.examples("train")] == [[-100] * 4 + [3]] * 2  # cut before the end token
-    data = InstructionDataModule(path, tokenizer=decoder_tokenizer, max_length=4, validation_fraction=0)
-    with pytest.raises(ValueError, match=r"4 of 4 rows .* no row is left. Raise max_length"):
+    assert [row["labels"] for row in data.examples("train")] == [[-100] * 4 + [3, 2]]
+    data = InstructionDataModule(path, max_length=6, long_rows="cut", **settings)
+    with pytest.warns(UserWarning, match="rows of") as caught:
+        data.setup("fit")
+    said = [str(warning.message) for warning in caught]
+    assert len(said) == 2
+    assert "2 of 5 rows of" in said[0]
+    assert "do not fit max_length=6 and are left out" in said[0]
+    assert "The responses of 2 of 5 rows of" in said[1]
+    assert "are cut at max_length=6" in said[1]
+    assert [row["labels"] for row in data.examples("train")] == [[-100] * 4 + [t, 2] for t in (3, 3, 10)]
+    assert [row["input_ids"][-2:] for row in data.examples("train")] == [[3, 2], [3, 2], [10, 2]]
+    data = InstructionDataModule(path, max_length=4, **settings)
+    with pytest.raises(ValueError, match=r"5 of 5 rows .* no row is left. Raise max_length, or set long_rows=cut"):
+        data.setup("fit")
+    with pytest.raises(ValueError, match="Got long_rows='pad', expected 'drop' or 'cut'"):
+        InstructionDataModule(path, long_rows="pad", **settings)
+
+
+def test_held_out_rows_that_are_all_too_long_are_called_so(decoder_tokenizer: str, write: Write) -> None:
+    short, long = {"instruction": "name", "output": "good"}, {"instruction": "name", "output": "good " * 50}
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
+    path = write("long.jsonl", [long if row in order[:2] else short for row in range(40)])
+    data = InstructionDataModule(path, tokenizer=decoder_tokenizer, input=None, prompt_style="plain", max_length=20)
+    message = "2 of 2 rows of '.*long.jsonl' that are held out for validation do not fit max_length=20: no row is left"
+    with pytest.raises(ValueError, match=message):
         data.setup("fit")
 
 

@@ -66,7 +66,10 @@ class InstructionDataModule(TableDataModule):
         model: The model whose tokenizer to use: a folder, package:name/folder, or a hub name; by default the one that
             is trained.
         tokenizer: Another tokenizer than the model's, in the same forms.
-        max_length: Longest row in tokens; longer responses are cut, rows whose prompt leaves no room are dropped.
+        max_length: Longest row in tokens.
+        long_rows: ``drop``: rows over max_length are left out. ``cut``: their responses are cut, with the end token at
+            the cut, so that a model learns to stop there; rows whose prompt leaves no room are left out. Both are
+            counted in a warning.
         batch_size: Rows per batch.
         num_workers: Processes that build batches.
         limit_train: Train on the first rows only, for a quick trial.
@@ -90,6 +93,7 @@ class InstructionDataModule(TableDataModule):
         model: str | None = None,
         tokenizer: str | None = None,
         max_length: int = 512,
+        long_rows: Literal["drop", "cut"] = "drop",
         batch_size: int = 8,
         num_workers: int = 0,
         limit_train: int | None = None,
@@ -104,6 +108,9 @@ class InstructionDataModule(TableDataModule):
         self.save_hyperparameters(logger=False)
         if prompt_style not in _TEMPLATES:
             raise ValueError(f"Got prompt_style={prompt_style!r}, expected 'alpaca' or 'plain'.")
+        if long_rows not in ("drop", "cut"):
+            raise ValueError(f"Got long_rows={long_rows!r}, expected 'drop' or 'cut'.")
+        self.long_rows = long_rows
         self.instruction = instruction
         self.input = input
         self.output = output
@@ -112,28 +119,32 @@ class InstructionDataModule(TableDataModule):
     def encode(self, split: Split, table: Table) -> list[Example]:
         """Token ids, attention mask and, unless it is to be predicted, labels of each row that fits."""
         prompts = prompt_ids(self.tokenizer, self.prompts(table))
-        if split == "predict":
-            rows: list[tuple[list[int], list[int]]] = [(tokens, []) for tokens in prompts]
-        else:
-            outputs = table.texts(self.output, blank=True)
-            responses = self.tokenizer(outputs, add_special_tokens=False, verbose=False)["input_ids"]
-            end = [self._end()]
-            rows = [(tokens, response + end) for tokens, response in zip(prompts, responses, strict=True)]
         if split == "predict":  # every row to predict has its prediction
-            long = [index for index, row in enumerate(rows) if len(row[0]) >= self.max_length]
-            filled = self._filled(table.source, len(long), len(table))
-            table.refuse(long, f"{filled}: {{rows}}. Raise max_length, or shorten the prompts.")
-        return [self._example(*row) for row in rows if len(row[0]) < self.max_length]
+            long = [index for index, tokens in enumerate(prompts) if len(tokens) >= self.max_length]
+            filled = f"The prompts of {len(long)} of {len(table)} rows of {table.source!r} fill max_length"
+            table.refuse(long, f"{filled}={self.max_length}: {{rows}}. Raise max_length, or shorten the prompts.")
+            return [{"input_ids": tokens, "attention_mask": [1] * len(tokens)} for tokens in prompts]
+        outputs = table.texts(self.output, blank=True)
+        responses = self.tokenizer(outputs, add_special_tokens=False, verbose=False)["input_ids"]
+        room = self.max_length - 1 if self.long_rows == "cut" else 0
+        pairs = zip(prompts, responses, strict=True)
+        return [self._example(*pair) for pair in pairs if len(pair[0]) < room or self._fits(*pair)]
+
+    def _fits(self, tokens: list[int], response: list[int]) -> bool:
+        return len(tokens) + len(response) < self.max_length  # the end token comes after them
 
     def dropped(self, split: Split, source: str, count: int, rows: int) -> str:
-        """The sentence about prompts that leave no room for a response."""
-        finding = self._filled(source, count, rows)
+        """The sentence about rows that do not fit."""
+        finding = f"{count} of {rows} {self.rows_of(split, source)} do not fit max_length={self.max_length}"
+        cut = "" if self.long_rows == "cut" else ", or set long_rows=cut to cut their responses"
         if count == rows:
-            return f"{finding}: no row is left. Raise max_length, or shorten the prompts."
-        return f"{finding} and leave no room for a response: they are dropped. Raise max_length to keep them."
+            return f"{finding}: no row is left. Raise max_length{cut}."
+        return f"{finding} and are left out. Raise max_length to keep them{cut}."
 
-    def _filled(self, source: str, count: int, rows: int) -> str:
-        return f"The prompts of {count} of {rows} rows of {source!r} fill max_length={self.max_length}"
+    def was_cut(self, source: str, count: int, rows: int) -> str:
+        """The sentence about rows whose responses are cut."""
+        cut = f"The responses of {count} of {rows} rows of {source!r} are cut at max_length={self.max_length}"
+        return f"{cut}, and a model learns to stop there. Raise it to keep them whole."
 
     def prompts(self, table: Table) -> list[str]:
         """The prompt of each row."""
@@ -159,8 +170,8 @@ class InstructionDataModule(TableDataModule):
         return end
 
     def _example(self, tokens: list[int], response: list[int]) -> Example:
-        ids = (tokens + response)[: self.max_length]
-        example = {"input_ids": ids, "attention_mask": [1] * len(ids)}
-        if response:
-            example["labels"] = [IGNORED] * len(tokens) + ids[len(tokens) :]
-        return example
+        kept = response[: self.max_length - 1 - len(tokens)] + [self._end()]
+        ids = tokens + kept
+        labels = [IGNORED] * len(tokens) + kept
+        cut = not self._fits(tokens, response)
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels, "cut": cut}

@@ -125,9 +125,21 @@ class TableDataModule(PortableDataModule, ABC):
         """The number of tokens of each row, by which train rows are grouped."""
         return [len(row) for row in examples.rows["input_ids"]]
 
+    def longest(self) -> int:
+        """The number of tokens of the longest row that was encoded, padding to max_length included."""
+        if self.padding == "max_length":
+            return self.max_length
+        return max((max(self.lengths(examples)) for examples in self._examples.values()), default=0)
+
     def dropped(self, split: Split, source: str, count: int, rows: int) -> str:
         """The sentence about rows that were left out."""
-        return f"{count} of {rows} rows of {source!r} do not fit max_length={self.max_length} and are left out."
+        where = f"{count} of {rows} {self.rows_of(split, source)}"
+        return f"{where} do not fit max_length={self.max_length} and are left out."
+
+    def rows_of(self, split: Split, source: str) -> str:
+        """What messages call the rows of a split: those that are held out for validation are a part of a file."""
+        held_out = split == "validation" and self.splits.files["validation"] is None
+        return f"rows of {source!r}" + " that are held out for validation" * held_out
 
     def was_cut(self, source: str, count: int, rows: int) -> str:
         """The sentence about rows of which a part did not fit."""
