@@ -10,27 +10,24 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 
+from lightning_peft.core.adapted_module import adapters
 from lightning_peft.core.eval_mode import evaluating
 from lightning_peft.losses.next_token_loss import next_token, next_token_logits
-from lightning_peft.tasks.data.collator import IGNORED, Collator
-from lightning_peft.tasks.module import TaskModule
+from lightning_peft.methods.families.vocabulary import grow_vocabulary
+from lightning_peft.tasks.data.collator import IGNORED
+from lightning_peft.tasks.decoder_checks import check_causal, check_decoder, check_positions
+from lightning_peft.tasks.generation import chat_batch, generation_settings, left_padded, prompt_batch
 from lightning_peft.tasks.optimization import check_optimization
-from lightning_peft.tasks.pretrained import build_model, build_tokenizer, prompt_ids
+from lightning_peft.tasks.pretrained import build_model, build_tokenizer
+from lightning_peft.tasks.text_metrics import Perplexity
+from lightning_peft.tasks.throughput import ThroughputModule
+from lightning_peft.tasks.token_rows_check import check_new_rows, check_tokens, count_rows, count_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Perplexity(MeanMetric):
-    """exp of the mean loss per token, over all batches."""
-
-    def compute(self) -> Tensor:
-        """The perplexity so far."""
-        mean: Tensor = super().compute()
-        return mean.exp()
-
-
-class CausalLM(TaskModule):
+class CausalLM(ThroughputModule):
     """Predicts each next token; logs the loss, and in validation and test also ``val_perplexity`` and the like.
 
     Validation and test losses are means over tokens, whatever the batches. Labels of -100 do not count. Give exactly
@@ -41,6 +38,8 @@ class CausalLM(TaskModule):
         config: Settings of a model with random weights, with its model_type; or a config.json, or its folder.
         tokenizer: Where generate finds its tokenizer, in the same forms; by default the data's or the model's.
         max_new_tokens: Longest continuation in tokens.
+        resize_embeddings: Whether the model gets embeddings for tokens that the tokenizer has and it lacks, each the
+            mean of the others; or how many it shall have. The method must train them, as ``TrainableTokens`` does.
         learning_rate: Highest learning rate.
         weight_decay: Decoupled weight decay of AdamW.
         warmup_fraction: Share of all steps in which the learning rate grows.
@@ -54,6 +53,7 @@ class CausalLM(TaskModule):
         config: dict[str, Any] | str | None = None,
         tokenizer: str | None = None,
         max_new_tokens: int = 64,
+        resize_embeddings: bool | int = False,
         learning_rate: float = 5e-4,
         weight_decay: float = 0.0,
         warmup_fraction: float = 0.06,
@@ -63,7 +63,12 @@ class CausalLM(TaskModule):
         super().__init__(MetricCollection({"loss": MeanMetric(), "perplexity": Perplexity()}))
         check_optimization(learning_rate, weight_decay, warmup_fraction)
         self.save_hyperparameters()
+        check_decoder(model, config)
         self.network = build_model("AutoModelForCausalLM", model, config, dtype)
+        self._base_rows = count_rows(self.network)
+        if resize_embeddings:  # a number, where a checkpoint says how many rows there were
+            known = tokenizer is not None and resize_embeddings is True
+            self._grow(count_tokens(self.tokenizer) if known else int(resize_embeddings))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -74,10 +79,27 @@ class CausalLM(TaskModule):
         return build_tokenizer(reference)
 
     def setup(self, stage: str) -> None:
-        """Take the tokenizer of the data, unless one was named."""
+        """Take the tokenizer of the data, unless one was named, and check that the model fits it."""
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None and self.hparams["tokenizer"] is None:
             self.tokenizer = tokenizer
+        if tokenizer is not None and count_tokens(tokenizer) > count_rows(self.network) > 0:
+            if self.hparams["resize_embeddings"] is not True:
+                check_tokens(self.network, tokenizer)
+            self._grow(count_tokens(tokenizer))
+        if stage == "fit" and not any(adapters(self)):
+            check_causal(self.network)
+
+    def _grow(self, rows: int) -> None:
+        """Give the network rows for tokens, and have checkpoints say how many."""
+        grow_vocabulary(self.network, rows)
+        if rows > self._base_rows:
+            self.hparams["resize_embeddings"] = rows
+
+    def on_fit_start(self) -> None:
+        """Check that new rows train, and that the data's rows fit the model."""
+        check_new_rows(self.network, range(self._base_rows, count_rows(self.network)))
+        check_positions(self.network, self.data_of_tasks())
 
     def forward(self, **batch: Tensor) -> Tensor:
         """Logits of the token after each.
@@ -130,9 +152,21 @@ class CausalLM(TaskModule):
         """The continuation of each prompt."""
         return self.generate(batch)
 
+    def chat(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **settings: object
+    ) -> str:
+        """Answer a conversation, which the tokenizer's chat template writes.
+
+        Args:
+            messages: Turns, each with ``role`` and ``content``.
+            tools: JSON schemas of functions that the assistant may call.
+            settings: Of transformers' ``generate``, such as ``do_sample=True``.
+        """
+        return self.generate(chat_batch(self.tokenizer, messages, tools), **settings)[0]
+
     @torch.no_grad()
     def generate(self, prompts: str | list[str] | Mapping[str, Tensor], **settings: object) -> list[str]:
-        """Continue prompts, without dropout; greedily unless the settings say otherwise.
+        """Continue prompts, without dropout; greedily unless the settings, or those of the model, say otherwise.
 
         Args:
             prompts: Texts, or a batch with ``input_ids`` and ``attention_mask``, padded on either side, and
@@ -143,11 +177,13 @@ class CausalLM(TaskModule):
             The new text of each prompt, without the prompt.
         """
         if not isinstance(prompts, Mapping):
-            prompts = _prompt_batch(self.tokenizer, [prompts] if isinstance(prompts, str) else prompts)
-        inputs = {name: value.to(self.device) for name, value in _left_padded(_inputs(prompts)).items()}
-        defaults = {"max_new_tokens": self.hparams["max_new_tokens"], "do_sample": False}
-        defaults |= {"pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": self.tokenizer.eos_token_id}
+            prompts = prompt_batch(self.tokenizer, [prompts] if isinstance(prompts, str) else prompts)
+        inputs = {name: value.to(self.device) for name, value in left_padded(_inputs(prompts)).items()}
         network: Any = self.network
+        config = self.hparams["config"]
+        is_chosen = not isinstance(config, dict) or "eos_token_id" in config
+        defaults = generation_settings(network, self.tokenizer, is_chosen)
+        defaults["max_new_tokens"] = self.hparams["max_new_tokens"]
         with evaluating(network), self.own_tasks(prompts):
             tokens = network.generate(**inputs, **(defaults | settings))
         new = tokens[:, inputs["input_ids"].shape[1] :]
@@ -157,13 +193,3 @@ class CausalLM(TaskModule):
 
 def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
-
-
-def _prompt_batch(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> dict[str, Tensor]:
-    rows = prompt_ids(tokenizer, texts)
-    return Collator(tokenizer)([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows])
-
-
-def _left_padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    order = batch["attention_mask"].argsort(dim=1, stable=True)
-    return {name: value.gather(1, order) for name, value in batch.items()}

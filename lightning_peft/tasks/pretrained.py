@@ -20,8 +20,10 @@ __all__ = [
     "build_model",
     "build_tokenizer",
     "has_encoder",
+    "is_encoder",
     "locate",
     "prompt_ids",
+    "read_config",
     "transformers",
     "weights_folder",
 ]
@@ -77,17 +79,33 @@ def has_encoder(model: str | None, config: dict[str, Any] | str | None) -> bool:
     """
     if (model is None) == (config is None):
         return False  # build_model says what is wrong
-    built: PretrainedConfig
-    built = build_config(config) if config else transformers().AutoConfig.from_pretrained(locate(model or ""))
-    masked_types = transformers().models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    built = read_config(model, config)
     if built.is_encoder_decoder:
         return True
-    if built.model_type in masked_types and not getattr(built, "is_decoder", False):
+    if is_encoder(built):
         raise ValueError(
             f"{model or config!r} is an encoder ({built.model_type}), which sees all tokens of an answer at once. Take "
             "a model with encoder and decoder, such as T5, or a decoder, or ask with Cloze."
         )
     return False
+
+
+def read_config(model: str | None, config: dict[str, Any] | str | None) -> PretrainedConfig:
+    """The transformers config of a model.
+
+    Args:
+        model: A reference as `locate` reads it.
+        config: As for ``build_model``, in place of a model.
+    """
+    built: PretrainedConfig
+    built = build_config(config) if config else transformers().AutoConfig.from_pretrained(locate(model or ""))
+    return built
+
+
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Whether a model of this config sees a text all at once, as BERT does."""
+    masked_types = transformers().models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return config.model_type in masked_types and not getattr(config, "is_decoder", False)
 
 
 def build_config(config: dict[str, Any] | str, **settings: object) -> PretrainedConfig:

@@ -1,4 +1,4 @@
-"""``TextMetrics``: ROUGE and BLEU of generated texts."""
+"""``TextMetrics``: ROUGE and BLEU of generated texts; ``Perplexity`` of their tokens."""
 
 from __future__ import annotations
 
@@ -52,3 +52,12 @@ class TextMetrics(nn.Module):
             metric.reset()
         self.rows = 0
         return found
+
+
+class Perplexity(MeanMetric):
+    """exp of the mean loss per token, over all batches."""
+
+    def compute(self) -> Tensor:
+        """The perplexity so far."""
+        mean: Tensor = super().compute()
+        return mean.exp()

@@ -40,7 +40,7 @@ def test_facts_are_learned_by_heart_and_generated(
     module = CausalLM(config=llama, learning_rate=1e-2, max_new_tokens=6)
     training = trainer(tmp_path, max_epochs=40, check_val_every_n_epoch=40)
     training.fit(module, facts)
-    assert set(training.callback_metrics) == {"train_loss", "val_loss", "val_perplexity"}
+    assert set(training.callback_metrics) == {"tokens_per_second", "train_loss", "val_loss", "val_perplexity"}
     assert training.callback_metrics["val_loss"] < 0.05
     predictions = trainer(tmp_path).predict(module, facts)
     assert predictions == [["red film good", "blue"], ["bad plot"]]

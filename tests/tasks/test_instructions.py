@@ -161,9 +161,13 @@ def test_columns_and_styles_are_checked(decoder_tokenizer: str, write: Write) ->
 @pytest.mark.skipif(not (ALPACA.is_dir() and STORIES.is_dir()), reason="the shared data and models are not here")
 def test_real_alpaca_rows_read_back_as_prompt_and_response() -> None:
     files = {"train": str(ALPACA / "train.jsonl.gz"), "validation": str(ALPACA / "dev.jsonl.gz")}
-    data = InstructionDataModule(**files, model=str(STORIES), limit_validation=5)
-    with pytest.warns(UserWarning, match="The prompts of 5 of 4500 rows"):
+    data = InstructionDataModule(**files, model=str(STORIES), limit_validation=5, long_rows="cut")
+    with pytest.warns(UserWarning, match="of 4500 rows") as caught:
         data.setup("fit")
+    left_out, cut = (str(warning.message).split(" rows ")[0] for warning in caught)
+    assert (left_out, cut) == ("5 of 4500", "The responses of 530 of 4500")
+    assert len(data.examples("train")) == 4495
+    assert all(row["labels"][-1] == 2 for row in data.examples("train"))  # the end token, also of cut ones
     tokenizer = build_tokenizer(str(STORIES))
     text = tokenizer.decode([token for token in data.examples("train")[0]["labels"] if token != -100])
     assert text.endswith("complete the project ahead of schedule.</s>")

@@ -70,14 +70,28 @@ def add_tokens(
         >>> ids = add_tokens(model, tokenizer, ["<call>", "<result>"])  # doctest: +SKIP
         >>> inject(model, [LoRA(), TrainableTokens(tokens=ids)])  # doctest: +SKIP
     """
-    network = _network(model)
+    _network(model)  # raises where it cannot get rows, before the tokenizer changes
     tokenizer.add_tokens(list(tokens))
     ids: list[int] = tokenizer.convert_tokens_to_ids([str(token) for token in tokens])
     needed, multiple = max(len(tokenizer), max(ids, default=-1) + 1), pad_to_multiple_of or 1
-    rows = -(-needed // multiple) * multiple
+    grow_vocabulary(model, -(-needed // multiple) * multiple)
+    return ids
+
+
+def grow_vocabulary(model: nn.Module, rows: int) -> None:
+    """Give the embeddings of a model rows for more tokens where they have fewer; see ``add_tokens``.
+
+    Args:
+        model: Model of transformers, or a module that holds one, not adapted yet.
+        rows: Number of rows to have.
+
+    Raises:
+        RuntimeError: The model is adapted.
+        TypeError: It is no model of transformers, or its embeddings are stored in few bits.
+    """
+    network = _network(model)
     if rows > len(input_embeddings(network).weight):  # type: ignore[union-attr, arg-type]
         _resize(network, rows)
-    return ids
 
 
 def _network(model: nn.Module) -> Any:
