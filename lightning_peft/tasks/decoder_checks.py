@@ -1,4 +1,4 @@
-"""``check_decoder``, ``check_causal`` and ``check_positions``: what a model must be like to train on some rows of text."""
+"""``check_decoder``, ``check_causal``, ``check_positions``: what a model must be like to train on some rows of text."""
 
 from __future__ import annotations
 
