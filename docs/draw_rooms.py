@@ -42,10 +42,11 @@ def imports(source: str, package: str) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
 
 
-def imported(name: str) -> list[str]:
+@functools.cache
+def imported(name: str) -> tuple[str, ...]:
     """Return the names of the modules that a module of the package imports."""
     path = FILES[name]
-    return list(imports(path.read_text(), name if path.name == "__init__.py" else name.rpartition(".")[0]))
+    return tuple(imports(path.read_text(), name if path.name == "__init__.py" else name.rpartition(".")[0]))
 
 
 def room(name: str) -> str:

@@ -1,8 +1,10 @@
 """Parameter-efficient fine-tuning of any PyTorch model, as one Lightning callback."""
 
+import importlib
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-from . import losses, plots
+from . import losses
 from .analysis.inspect import compare_adapters, inspect_adapter
 from .analysis.targets import targets
 from .checkpoints.adapter_state import full_state_dict, global_state, local_state
@@ -52,6 +54,9 @@ from .training.callback import PEFTStrategy
 from .training.distributed import FSDP1Strategy, FSDP2Strategy, without_values
 from .training.lightning_checkpoint import load_from_checkpoint
 from .training.prediction_writer import PredictionWriter
+
+if TYPE_CHECKING:
+    from . import plots
 
 __version__ = version("lightning-peft")
 
@@ -126,3 +131,10 @@ __all__ = [
     "vllm_problems",
     "without_values",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Import ``plots`` where it is first asked for: who only trains draws nothing."""
+    if name == "plots":
+        return importlib.import_module(".plots", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,7 @@
-"""``COMMANDS``: commands of ``lightning-peft`` that need no Trainer, by name."""
+"""``COMMANDS``: commands of ``lightning-peft`` that need no Trainer, by name.
+
+Each imports what it does when it is called: of all commands, a start of the program runs one.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,16 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, auto_cli
 
-from ..analysis.inspect import compare_adapters, inspect_adapter
-from ..analysis.inspect.format_text import difference_text, report_text
 from ..core.console import echo
-from ..plots.save import adapter, curves, parameters
-from ..recipes.features import features
-from ..recipes.federated import federated
-from ..recipes.multitask_prompt_tuning import mpt
 
 Command = Callable[[list[str]], Any]
 
 
 def inspect(arguments: list[str]) -> None:
     """Print the content of an adapter file, or the differences of two."""
+    from ..analysis.inspect import compare_adapters, inspect_adapter
+    from ..analysis.inspect.format_text import difference_text, report_text
+
     parser = ArgumentParser(
         prog="lightning-peft inspect", description="Show what an adapter holds, or in what it differs from another."
     )
@@ -39,6 +39,8 @@ def inspect(arguments: list[str]) -> None:
 
 def plot(arguments: list[str]) -> None:
     """Draw runs or an adapter, and print which files were written."""
+    from ..plots.save import adapter, curves, parameters
+
     parser = ArgumentParser(prog="lightning-peft plot", description="Draw runs, or what an adapter holds.")
     kinds, drawn = parser.add_subcommands(dest="picture"), {}
     for function, first, count, description in (
@@ -56,15 +58,32 @@ def plot(arguments: list[str]) -> None:
         echo(str(path))
 
 
-def recipe(function: Callable[..., Any]) -> Command:
-    """Return the command of a recipe, with the function's arguments and ``--config``; prints a dict that it returns."""
+def features(arguments: list[str]) -> None:
+    """Fit a classifier on features of a frozen model, which are computed once and kept on disk."""
+    from ..recipes.features import features as function
 
-    def run(arguments: list[str]) -> None:
-        report = auto_cli(function, args=arguments, as_positional=False, prog=f"lightning-peft {function.__name__}")
-        if isinstance(report, dict):
-            echo(_lines(report))
+    run_recipe(function, arguments)
 
-    return run
+
+def federated(arguments: list[str]) -> None:
+    """Train one adapter over clients that keep their rows, in rounds that Flower simulates on this machine."""
+    from ..recipes.federated import federated as function
+
+    run_recipe(function, arguments)
+
+
+def mpt(arguments: list[str]) -> None:
+    """Train a prompt for each source task, one shared prompt by their example, and transfer it to target tasks."""
+    from ..recipes.multitask_prompt_tuning import mpt as function
+
+    run_recipe(function, arguments)
+
+
+def run_recipe(function: Callable[..., Any], arguments: list[str]) -> None:
+    """Call a recipe with its arguments from the command line or from ``--config``; prints a dict that it returns."""
+    report = auto_cli(function, args=arguments, as_positional=False, prog=f"lightning-peft {function.__name__}")
+    if isinstance(report, dict):
+        echo(_lines(report))
 
 
 def _lines(report: dict[str, Any], prefix: str = "") -> str:
@@ -81,9 +100,15 @@ def _short(value: Any) -> str:
 
 
 COMMANDS: dict[str, Command] = {
-    "features": recipe(features),
-    "federated": recipe(federated),
+    "features": features,
+    "federated": federated,
     "inspect": inspect,
-    "mpt": recipe(mpt),
+    "mpt": mpt,
     "plot": plot,
 }
+
+
+def list_commands(subcommands: Any) -> None:
+    """Add the commands to those that the help of the program lists."""
+    for name, command in COMMANDS.items():
+        subcommands.add_subcommand(name, ArgumentParser(), help=(command.__doc__ or "").partition("\n")[0])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import types
-from argparse import SUPPRESS
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -20,13 +18,13 @@ from lightning.pytorch.cli import (
 )
 
 from .. import tasks  # noqa: F401  # so that its classes are known by their short names
-from ..core.method import methods_by_name
 from ..training.callback import PEFTStrategy
 from ..training.distributed import without_values
 from ..training.saved_arguments import check_names
 from .after_fit import finish_fit
 from .before_run import EVALUATIONS, add_prediction_writer, check_fit, load_adapter_folder
-from .commands import COMMANDS
+from .commands import COMMANDS, list_commands
+from .parser import TOOLS, PEFTParser
 from .refusals import find_refusal
 from .trainer import PEFTTrainer
 from .validation_metrics import ValidationMetrics
@@ -47,28 +45,6 @@ _WITHOUT_TRAINING = {
 }
 
 _SHAPES_ALONE = ("plan", "targets")
-_TOOLS, _FIT_ONLY_KEYS = ("merge", "export", "import", "plan", "targets"), ("ckpt_path", "weights_only")
-
-
-class PEFTParser(LightningArgumentParser):
-    """A parser whose complaints about a method name the methods and their fields."""
-
-    def add_method_arguments(self, theclass: Any, themethod: str, *args: Any, **kwargs: Any) -> Any:
-        """Add the arguments of a Trainer method; a tool also accepts the keys that ``fit`` alone has in its config."""
-        added = super().add_method_arguments(theclass, themethod, *args, **kwargs)
-        for key in _FIT_ONLY_KEYS if themethod in _TOOLS else ():
-            self.add_argument(f"--{key}", type=Any, help=SUPPRESS)
-        return added
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End with a message."""
-        if "method" in message:
-            methods = methods_by_name()
-            named = next((cls for name, cls in methods.items() if f"{name}'" in message or f"={name}" in message), None)
-            message += f"\nMethods: {', '.join(methods)}."
-            if named is not None:
-                message += f"\nFields of {named.__name__}: {', '.join(f.name for f in dataclasses.fields(named))}."
-        super().error(message, ex)
 
 
 class PEFTCLI(LightningCLI):
@@ -88,7 +64,15 @@ class PEFTCLI(LightningCLI):
         kwargs.setdefault("parser_class", PEFTParser)
         kwargs.setdefault("save_config_kwargs", {"overwrite": True})
         kwargs["auto_configure_optimizers"] = False
+        arguments = sys.argv[1:] if kwargs.get("args") is None else kwargs["args"]
+        self._first = arguments[0] if isinstance(arguments, list) and arguments else None
         super().__init__(*args, **kwargs)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Leave out the arguments of what is not called: to add those of all subcommands takes most of the start."""
+        if self._first != subcommand and self._first in ("-h", "--help", *self.subcommands()):
+            return self.init_parser(**kwargs)
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     def _parse_ckpt_path(self) -> None:
         """Take the arguments of a checkpoint, as LightningCLI does, which imports what they name."""
@@ -112,7 +96,7 @@ class PEFTCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Add the tools that need a model to what a Trainer does."""
-        return {**LightningCLI.subcommands(), **dict.fromkeys(_TOOLS, {"model", "datamodule"})}
+        return {**LightningCLI.subcommands(), **dict.fromkeys(TOOLS, {"model", "datamodule"})}
 
     def before_instantiate_classes(self) -> None:
         """Build the model without memory if its weights come later, or not at all; then ask for no GPU."""
@@ -170,6 +154,22 @@ class PEFTCLI(LightningCLI):
         finish_fit(self.trainer, self.model, self.datamodule, folder, tests)
 
 
+class Program(PEFTCLI):
+    """What ``main`` runs: ``PEFTCLI`` whose help also lists the commands that need no Trainer."""
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """Add the commands to the help."""
+        super().setup_parser(*args, **kwargs)
+        parser: Any = self.parser
+        list_commands(parser.subcommands)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Refuse a command behind options, where ``main`` does not look for it."""
+        super().parse_arguments(parser, args)
+        if (name := self.config.get("subcommand")) in COMMANDS:
+            parser.error(f"{name} has to be the first argument: lightning-peft {name} ...")
+
+
 def _without_values(module_class: type[pl.LightningModule], *args: Any, **kwargs: Any) -> pl.LightningModule:
     with without_values():
         return module_class(*args, **kwargs)
@@ -182,7 +182,7 @@ def main(args: ArgsType = None) -> None:
         if isinstance(arguments, list) and arguments and arguments[0] in COMMANDS:
             COMMANDS[arguments[0]](arguments[1:])
         else:
-            PEFTCLI(args=args)
+            Program(args=args)
     except Exception as error:
         refusal = find_refusal(error)
         if refusal is None:

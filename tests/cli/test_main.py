@@ -13,6 +13,9 @@ import lightning_peft as lp
 from lightning_peft.checkpoints.key_prefix import align_keys
 from lightning_peft.cli.main import COMMANDS, PEFTCLI, main
 from lightning_peft.core.adapted_module import method_name
+from lightning_peft.recipes.features import features
+from lightning_peft.recipes.federated import federated
+from lightning_peft.recipes.multitask_prompt_tuning import mpt
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +153,35 @@ def test_a_bug_of_this_package_keeps_its_traceback(monkeypatch):
     monkeypatch.setitem(COMMANDS, "inspect", lambda arguments: align_keys(arguments, None))
     with pytest.raises(TypeError, match="'NoneType' object is not iterable"):
         main(["inspect", "key"])
+
+
+def test_the_help_lists_all_commands_with_what_they_do(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    names = [*PEFTCLI.subcommands(), *COMMANDS]
+    assert f"{{{','.join(names)}}}" in printed
+    assert [name for name in names if printed.count(f" {name} ") == 0] == []
+    for function in (features, federated, mpt):
+        said = (function.__doc__ or "").partition("\n")[0]
+        assert f"{function.__name__} {said}" in printed
+        assert COMMANDS[function.__name__].__doc__ == said
+    with pytest.raises(SystemExit):
+        main(["plots"])
+    assert f"choose from {', '.join(map(repr, names))}" in capsys.readouterr().err
+
+
+def test_a_command_behind_options_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--config", "{}", "inspect"])
+    assert "inspect has to be the first argument: lightning-peft inspect ..." in capsys.readouterr().err
+
+
+def test_a_start_builds_the_arguments_of_its_own_subcommand_alone(arguments):
+    cli = PEFTCLI(args=["fit", *arguments, "--trainer.fast_dev_run", "1"])
+    sizes = {name: len(parser._actions) for name, parser in cli._subcommand_parsers.items()}
+    assert {name for name, size in sizes.items() if size > 10} == {"fit"}
+    assert set(sizes) == set(PEFTCLI.subcommands())
 
 
 @pytest.mark.slow

@@ -53,3 +53,6 @@ def test_saved_arguments_stand_where_they_are_looked_for():
     source = inspect.getsource(saving._load_state)
     assert f'pop("{api.INSTANTIATOR}", None)' in source, "Lightning looks for what builds a module under another key"
     assert callable(PEFTCLI.__mro__[1]._parse_ckpt_path), "LightningCLI reads arguments of checkpoints elsewhere"
+    assert callable(PEFTCLI.__mro__[1]._prepare_subcommand_parser), (
+        "LightningCLI adds arguments of subcommands elsewhere"
+    )

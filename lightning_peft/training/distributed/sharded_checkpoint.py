@@ -8,10 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor import empty as empty_rows
@@ -24,6 +20,8 @@ _MODEL = "state_dict"
 
 def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a Lightning checkpoint; each process writes its part of tensors that are DTensors."""
+    from torch.distributed.checkpoint.state_dict_saver import save  # here: it takes long to import
+
     rest = dict(checkpoint)
     tensors: dict[str, Any] = {_MODEL: rest.pop(_MODEL)}
     states = rest.pop("optimizer_states", [])
@@ -46,6 +44,9 @@ def read_folder(path: Path, device: torch.device, weights_only: bool | None, wit
     Raises:
         ValueError: Something else wrote the folder.
     """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     rest: dict[str, Any] = torch.load(path / _REST, map_location="cpu", weights_only=weights_only)
     states = rest.get("optimizer_states")
     if with_optimizers and states is None:
@@ -64,6 +65,8 @@ def read_folder(path: Path, device: torch.device, weights_only: bool | None, wit
 
 def _empty(entry: Any, mesh: DeviceMesh) -> Tensor | None:
     """Return a tensor to load an entry of a folder into, of which each process holds some rows; None for other data."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     if not isinstance(entry, TensorStorageMetadata):
         return None
     dtype = entry.properties.dtype
