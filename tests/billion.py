@@ -10,13 +10,17 @@ import lightning_peft as lp
 
 
 class Billion(pl.LightningModule):
-    """TinyLlama's shape, in bfloat16, without values."""
+    """TinyLlama's shape, in bfloat16, without values.
 
-    def __init__(self):
+    Args:
+        layers: Number of blocks.
+    """
+
+    def __init__(self, layers=22):
         super().__init__()
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        config = LlamaConfig(vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
+        config = LlamaConfig(vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers,
                              num_attention_heads=32, num_key_value_heads=4, dtype="bfloat16")  # fmt: skip
         with lp.without_values():
             self.net = LlamaForCausalLM(config).to(torch.bfloat16)

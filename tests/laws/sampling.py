@@ -37,14 +37,15 @@ class Laws:
         cases = [case for case in cases if where(case)]
 
         def over_cases(law):
-            self.cases[law.__name__], self.quick[law.__name__] = cases, self._sample(cases)
+            self.cases[law.__name__], self.quick[law.__name__] = cases, self.sample(cases)
             quick = set(map(id, self.quick[law.__name__]))
             values = [case if id(case) in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
             return pytest.mark.parametrize("case", values, ids=str)(law)
 
         return over_cases
 
-    def _sample(self, cases):
+    def sample(self, cases):
+        """Return one case of each method and of each model."""
         chosen, met = [], Counter()
         for kind in (method_of, lambda case: case.model):
             known = set(map(kind, chosen))

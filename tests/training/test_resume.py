@@ -38,11 +38,9 @@ def test_a_sample_resumes_with_the_same_rows_and_weights(kind, tmp_path):
 @pytest.mark.slow
 def test_every_loader_resumes_with_the_same_rows_and_weights_wherever_it_stopped(tmp_path, capsys):
     """Run with ``-s`` to see the matrix."""
-    found = {
-        (kind, reads): resumed(tmp_path / f"{i}{reads}", kind, reads)
-        for i, kind in enumerate(KINDS)
-        for reads in (0, 1)
-    }
+    pairs = [(i, kind, reads) for i, kind in enumerate(KINDS) for reads in (0, 1)]
+    pairs = [pair for pair in pairs if "workers" not in pair[1] or pair[0] % 2 == pair[2]]  # they take longest
+    found = {(kind, reads): resumed(tmp_path / f"{i}{reads}", kind, reads) for i, kind, reads in pairs}
     with capsys.disabled():
         print(f"\n{'loader':38} reads the schedule  inside | last batch | end | in the second | its end")
         for (kind, reads), cells in found.items():

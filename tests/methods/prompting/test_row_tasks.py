@@ -170,7 +170,7 @@ def test_compiles_whole_and_only_once_for_all_tasks(name, method):
 
     torch._dynamo.reset()
     model = adapted(name, method)
-    count = CompileCounterWithBackend("aot_eager")
+    count = CompileCounterWithBackend("aot_eager" if name == "llama" else "eager")  # which is faster, for the larger
     compiled = torch.compile(model, fullgraph=True, backend=count)
     for ids in (IDS, torch.tensor([1, 1]), torch.tensor([0, 2])):
         with lp.row_tasks(model, ids):

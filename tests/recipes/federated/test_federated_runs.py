@@ -99,9 +99,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert len(rounds(killed)) == 1
-    ended(start("--config", path, "--folder", killed, "--rounds", 3))
     monkeypatch.setattr(importlib.import_module("lightning_peft.recipes.federated"), "simulate", in_this_process)
-    main(["federated", "--config", path, "--folder", str(whole), "--rounds", "3"])
+    for folder in (killed, whole):
+        main(["federated", "--config", path, "--folder", str(folder), "--rounds", "3"])
     files = [sorted(p.relative_to(f) for p in f.rglob("*") if p.is_file()) for f in (killed, whole)]
     assert files[0] == files[1]
     assert [f for f in files[0] if (killed / f).read_bytes() != (whole / f).read_bytes()] == []
