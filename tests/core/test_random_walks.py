@@ -43,7 +43,7 @@ def test_many_random_walks_agree_with_the_oracle(tmp_path):
     report(count)
     assert not failed, "\n\n".join(failed[:5])
     assert {kind for kind, end in count if end == "done"} >= {"inject", "add_adapter", "merge", "unmerge", "step"}
-    assert min(count[kind, "done"] for kind, _ in count if not kind.endswith("inside") and kind not in REFUSED) >= 20
+    assert min(count[kind, "done"] for kind, _ in count if not kind.endswith("inside") and kind not in REFUSED) >= 5
 
 
 REFUSED = ("quantize", "ensemble", "edit while merged")  # of models with adapters, and without prompts, always
