@@ -91,6 +91,11 @@ class TaskModule(LightningModule):
         """The logits (places, choices) wherever a batch has a label, and the labels (places,)."""
         return self(**batch).float(), batch["labels"]
 
+    def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Log ``train_padding``, the share of the batch's tokens that are padding; no device has to wait for it."""
+        if "attention_mask" in batch:
+            self.log("train_padding", 1 - batch["attention_mask"].float().mean())
+
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         """Mean cross entropy of the labels."""
         loss = mean_loss(*self.labelled(batch))

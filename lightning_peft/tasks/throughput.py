@@ -63,6 +63,7 @@ class ThroughputModule(TaskModule):
 
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Let the time of tokens run."""
+        super().on_train_batch_start(batch, batch_idx)
         self._counter.start()
 
     def on_train_batch_end(self, outputs: Any, batch: Mapping[str, Tensor], batch_idx: int) -> None:

@@ -40,12 +40,30 @@ def test_facts_are_learned_by_heart_and_generated(
     module = CausalLM(config=llama, learning_rate=1e-2, max_new_tokens=6)
     training = trainer(tmp_path, max_epochs=40, check_val_every_n_epoch=40)
     training.fit(module, facts)
-    assert set(training.callback_metrics) == {"tokens_per_second", "train_loss", "val_loss", "val_perplexity"}
+    logged = {"tokens_per_second", "train_loss", "train_padding", "val_loss", "val_perplexity"}
+    assert set(training.callback_metrics) == logged
     assert training.callback_metrics["val_loss"] < 0.05
     predictions = trainer(tmp_path).predict(module, facts)
     assert predictions == [["red film good", "blue"], ["bad plot"]]
     assert module.generate("name two") == ["blue"]
     assert module.generate(["name two", "name one"], max_new_tokens=1) == ["blue", "red"]
+
+
+def test_the_share_of_padding_is_logged_and_no_device_waits_for_it(
+    tmp_path: Path, llama: dict[str, Any], facts: LightningDataModule
+) -> None:
+    module, facts.batch_size = CausalLM(config=llama), 3
+    training = trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    training.fit(module, facts)
+    (mask,) = [batch["attention_mask"] for batch in facts.train_dataloader()]
+    assert float(training.callback_metrics["train_padding"]) == pytest.approx(1 - float(mask.sum()) / mask.numel())
+    assert 0.1 < training.callback_metrics["train_padding"] < 0.9
+    logged: dict[str, torch.Tensor] = {}
+    module.log = logged.__setitem__  # type: ignore[method-assign, assignment]
+    module.on_train_batch_start({"attention_mask": torch.ones(2, 3, device="meta")}, 0)
+    assert logged["train_padding"].is_meta
+    module.on_train_batch_start({"pixel_values": torch.ones(2, 3)}, 0)
+    assert list(logged) == ["train_padding"]
 
 
 def test_losses_are_means_over_tokens_whatever_the_batches(

@@ -26,7 +26,8 @@ def test_a_separable_problem_is_learned_and_a_checkpoint_predicts_names(
     module = TextClassification(config=bert, num_classes=2, learning_rate=5e-3)
     training = trainer(tmp_path, max_epochs=24, check_val_every_n_epoch=24)
     training.fit(module, data)
-    assert set(training.callback_metrics) == {"train_loss", "val_loss", "val_accuracy", "val_macro_f1"}
+    logged = {"train_loss", "train_padding", "val_loss", "val_accuracy", "val_macro_f1"}
+    assert set(training.callback_metrics) == logged
     assert training.callback_metrics["val_accuracy"] == training.callback_metrics["val_macro_f1"] == 1.0
     assert training.callback_metrics["val_loss"] < 0.1
     training.save_checkpoint(tmp_path / "trained.ckpt")

@@ -13,7 +13,7 @@ from lightning_peft.tasks.messages import quoted
 
 
 class ClozeDataModule(TableDataModule):
-    """Rows of a template with one ``{mask}``, from CSV, TSV, JSONL or JSON files, plain or gzipped (.gz).
+    """Rows of a template with one ``{mask}``, from files, folders or the hub, as ``docs/data.md`` lists them.
 
     The label of a row is the id of its answer, which must be one token in place of the mask.
 
@@ -41,6 +41,7 @@ class ClozeDataModule(TableDataModule):
         limit_train: Train on the first rows only, for a quick trial.
         limit_validation: Validate on the first rows only.
         validation_fraction: Share of the train file to validate on when there is no validation file; 0 for none.
+        group_by_length: Whether rows of about the same length share a train batch, which leaves little padding.
     """
 
     def __init__(
@@ -64,11 +65,13 @@ class ClozeDataModule(TableDataModule):
         limit_train: int | None = None,
         limit_validation: int | None = None,
         validation_fraction: float = 0.1,
+        group_by_length: bool = True,
     ) -> None:
         files: dict[Split, str | None] = {"train": train, "validation": validation, "test": test, "predict": predict}
         limits: dict[Split, int | None] = {"train": limit_train, "validation": limit_validation}
+        splits = Splits(files, limits, validation_fraction)
         super().__init__(
-            Splits(files, limits, validation_fraction), tokenizer or model, max_length, batch_size, num_workers
+            splits, tokenizer or model, max_length, batch_size, num_workers, group_by_length=group_by_length
         )
         self.save_hyperparameters(logger=False)
         self.template = Template(template, max_length, shorten, placeholder)

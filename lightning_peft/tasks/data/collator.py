@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,17 +31,28 @@ class Collator:
 
     def __call__(self, examples: list[Example]) -> dict[str, Tensor]:
         """The batch."""
-        features = [{name: row[name] for name in row if name != "labels"} for row in examples]
-        padding = "longest" if self.length is None else "max_length"
-        padded = self.tokenizer.pad(features, padding=padding, max_length=self.length, return_tensors="pt")
-        batch: dict[str, Tensor] = dict(padded)
+        tokenizer = self.tokenizer
+        longest = max(len(row["input_ids"]) for row in examples)
+        length = longest if self.length is None else max(self.length, longest)
+        padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+        rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in examples]
+        batch = {
+            name: self._padded([row[name] for row in rows], padding.get(name, 0), length)
+            for name in rows[0]
+            if name != "labels"
+        }
         if "labels" in examples[0]:
-            batch["labels"] = self._labels([row["labels"] for row in examples], batch["input_ids"].shape[1])
+            batch["labels"] = self._labels([row["labels"] for row in examples], length)
         return batch
 
     def _labels(self, labels: list[Any], length: int) -> Tensor:
-        if isinstance(labels[0], int):
-            return torch.tensor(labels)
-        padding = [[IGNORED] * (length - len(row)) for row in labels]
+        return self._padded(labels, IGNORED, length)
+
+    def _padded(self, rows: list[Any], value: int, length: int) -> Tensor:
+        if not isinstance(rows[0], list):
+            return torch.tensor(rows)
+        padded = np.full((len(rows), length), value, dtype=np.int64)
         left = self.tokenizer.padding_side == "left"
-        return torch.tensor([pad + row if left else row + pad for row, pad in zip(labels, padding, strict=True)])
+        for place, row in zip(padded, rows, strict=True):
+            place[length - len(row) if left else 0 :][: len(row)] = row
+        return torch.from_numpy(padded)

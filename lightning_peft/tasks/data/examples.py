@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, overload
 
+import numpy as np
 from torch.utils.data import Dataset
 
 if TYPE_CHECKING:
@@ -41,5 +42,20 @@ class Examples(Dataset[Example]):
         columns = self.rows[list(indices)]
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
+    def lengths(self, name: str) -> list[int]:
+        """The length of the list that each row has under a name; of the longest, where it has a list of lists."""
+        chunks = self.rows.with_format("arrow")[:][name].chunks
+        return [length for chunk in chunks for length in _longest(chunk).tolist()]
+
     def __iter__(self) -> Iterator[Example]:
         return iter(self.rows)
+
+
+def _longest(lists: Any) -> Any:
+    """Return the length of each list of an arrow array, or of the longest list in it."""
+    offsets = np.asarray(lists.offsets)
+    lengths = np.diff(offsets)
+    if hasattr(lists.values, "offsets"):
+        filled = lengths > 0
+        lengths[filled] = np.maximum.reduceat(_longest(lists.values), offsets[:-1][filled])
+    return lengths

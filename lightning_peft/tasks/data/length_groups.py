@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, Sampler
 
-_WINDOW = 64  # batches
+WINDOW = 64  # batches that are sorted together
 
 
 class LengthGroupedBatchSampler(BatchSampler):
@@ -33,13 +33,12 @@ class LengthGroupedBatchSampler(BatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         generator = self._generator()
         indices = iter(self.sampler)
-        while window := list(islice(indices, _WINDOW * self.batch_size)):
-            full = len(window) // self.batch_size * self.batch_size
-            ordered = sorted(window[:full], key=self.lengths.__getitem__)
-            starts = torch.randperm(full // self.batch_size, generator=generator) * self.batch_size
-            yield from (ordered[start : start + self.batch_size] for start in starts.tolist())
-            if full < len(window) and not self.drop_last:  # rows of any length, as random as the sampler's
-                yield window[full:]
+        while window := list(islice(indices, WINDOW * self.batch_size)):
+            lengths = [self.lengths[index] for index in window]
+            *batches, rest = group_by_length(lengths, self.batch_size, generator)
+            yield from ([window[place] for place in batch] for batch in batches)
+            if rest and not self.drop_last:  # rows of any length, as random as the sampler's
+                yield [window[place] for place in rest]
 
     def _generator(self) -> torch.Generator:
         """Return the generator of the batches' order: the same in all processes of an epoch."""
@@ -47,3 +46,20 @@ class LengthGroupedBatchSampler(BatchSampler):
         epoch = getattr(sampler, "epoch", None)
         seed = int(torch.empty((), dtype=torch.int64).random_()) if epoch is None else sampler.seed + epoch
         return torch.Generator().manual_seed(seed)
+
+
+def group_by_length(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> list[list[int]]:
+    """Places of rows, in batches of about the same length and in random order, and what is left over at the end.
+
+    Args:
+        lengths: The length of each row.
+        batch_size: Rows per batch.
+        generator: Draws the order of batches.
+
+    Returns:
+        Whole batches, and then one list of fewer places, which may be empty.
+    """
+    full = len(lengths) // batch_size * batch_size
+    ordered = sorted(range(full), key=lengths.__getitem__)
+    starts = (torch.randperm(full // batch_size, generator=generator) * batch_size).tolist()
+    return [*(ordered[start : start + batch_size] for start in starts), list(range(full, len(lengths)))]

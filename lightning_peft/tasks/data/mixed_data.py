@@ -35,6 +35,8 @@ class MixedDataModule(PortableDataModule):
                 `lightning_peft.tasks.data.task_sampling.Mixture`.
         num_workers: Processes that build batches.
         seed: Decides the train batches; None takes that of torch's generator, which ``seed_everything`` sets.
+        group_by_length: Whether rows of about the same length share a train batch, which leaves little padding; where
+            tasks are sampled proportionally.
 
     Raises:
         ValueError: The tasks do not belong together.
@@ -47,6 +49,7 @@ class MixedDataModule(PortableDataModule):
         sampling: Literal["proportional", "stochastic"] = "proportional",
         num_workers: int = 0,
         seed: int | None = None,
+        group_by_length: bool = True,
     ) -> None:
         super().__init__()
         kinds = {name: type(task) for name, task in tasks.items()}
@@ -55,7 +58,7 @@ class MixedDataModule(PortableDataModule):
             raise ValueError(f"Got the tasks {listed}, expected two or more of one class.")
         Mixture([1] * len(tasks), batch_size, sampling, 0)  # refuses what cannot be sampled
         self.tasks, self.batch_size, self.sampling = tasks, batch_size, sampling
-        self.num_workers, self.seed = num_workers, seed
+        self.num_workers, self.seed, self.group_by_length = num_workers, seed, group_by_length
         self._train: MixedLoader | None = None
         self._stopped: dict[str, Any] | None = None  # where a checkpoint stopped, until the train batches are built
 
@@ -97,7 +100,7 @@ class MixedDataModule(PortableDataModule):
             rank, world = self.trainer.global_rank, self.trainer.world_size
             seed = self.trainer.strategy.broadcast(seed)  # each process takes its share of one stream
         mixture = ([len(task.examples("train")) for task in self.tasks.values()], self.batch_size, self.sampling, seed)
-        self._train = MixedLoader(rows, mixture, self.collate, self.num_workers, rank, world)
+        self._train = MixedLoader(rows, mixture, self.collate, self.num_workers, rank, world, self._lengths())
         if self._stopped is not None:
             self._train.load_state_dict(self._stopped)
             self._stopped = None
@@ -166,6 +169,11 @@ class MixedDataModule(PortableDataModule):
                 "classifier cannot serve both. Give them the same labels, or ask with ClozeDataModule."
             )
         return ConcatDataset(rows)
+
+    def _lengths(self) -> list[int] | None:
+        if not self.group_by_length or self.sampling == "stochastic" or self._first.padding == "max_length":
+            return None
+        return [length for task in self.tasks.values() for length in task.lengths(task.examples("train"))]
 
     def _loader(self, split: Split) -> DataLoader[Example]:
         rows = self._rows(split)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, cast
 
@@ -44,23 +44,28 @@ class MixedLoader:
         num_workers: Processes that do so.
         rank: Which of ``world`` processes this is; each takes one of so many batches.
         world: Number of processes.
+        lengths: The length of each row, if rows of about the same length are to share a batch.
     """
 
     def __init__(
         self,
         rows: Dataset[Example],
-        mixture: tuple[Any, ...],
+        mixture: tuple[Any, Any, Any, Any],
         collate: Callable[[list[Example]], dict[str, Tensor]],
         num_workers: int = 0,
         rank: int = 0,
         world: int = 1,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         self.rows, self.mixture, self.collate, self.num_workers = rows, mixture, collate, num_workers
-        self.rank, self.world, self.num_yielded = rank, world, 0
-        self.stream = Mixture(*mixture)
+        self.rank, self.world, self.num_yielded, self.lengths = rank, world, 0, lengths
+        self.stream = self._start()
 
     def __len__(self) -> int:
         return len(self.stream) // self.world
+
+    def _start(self) -> Mixture:
+        return Mixture(*self.mixture, self.lengths, self.world)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         self._fast_forward()
@@ -83,7 +88,7 @@ class MixedLoader:
         """Move the stream to the first batch that was not yielded; worker processes have drawn ahead of it."""
         target = self.num_yielded * self.world
         if self.stream.position > target:
-            self.stream = Mixture(*self.mixture)
+            self.stream = self._start()
         for _ in range(target - self.stream.position):
             next(self.stream)
 
@@ -91,6 +96,7 @@ class MixedLoader:
         """The number of batches that were yielded, and the settings that they depend on."""
         sizes, batch_size, sampling, seed = self.mixture
         settings = {"sizes": list(sizes), "batch_size": batch_size, "sampling": sampling, "world": self.world}
+        settings["group_by_length"] = self.lengths is not None
         return {**settings, "seed": seed, "given": self.num_yielded}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -103,9 +109,9 @@ class MixedLoader:
             ValueError: If it is of other data or settings.
         """
         expected, seed = self.state_dict(), state_dict["seed"]
-        differ = [name for name in expected if name not in ("seed", "given") and expected[name] != state_dict[name]]
+        differ = [name for name in expected if name not in ("seed", "given") and expected[name] != state_dict.get(name)]
         if differ:
-            pairs = ", ".join(f"{name}={state_dict[name]!r}, here {expected[name]!r}" for name in differ)
+            pairs = ", ".join(f"{name}={state_dict.get(name)!r}, here {expected[name]!r}" for name in differ)
             raise ValueError(f"The checkpoint was trained with other batches: {pairs}. Go on with the same data.")
         self.mixture, self.num_yielded = (*self.mixture[:3], seed), state_dict["given"]
-        self.stream = Mixture(*self.mixture)
+        self.stream = self._start()

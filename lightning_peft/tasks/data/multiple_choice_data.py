@@ -12,7 +12,7 @@ from torch.utils.data import get_worker_info
 
 from lightning_peft.methods.prompting.template import Template
 from lightning_peft.tasks.data.collator import IGNORED, Collator
-from lightning_peft.tasks.data.examples import Example, Examples
+from lightning_peft.tasks.data.examples import Example
 from lightning_peft.tasks.data.listed_choices import TEXTS, Listed, gold_of, read_choices
 from lightning_peft.tasks.data.prompt_wordings import check_wordings, columns_of, fill, plain_template, texts_by_label
 from lightning_peft.tasks.data.splits import Split, Splits
@@ -23,7 +23,7 @@ from lightning_peft.tasks.messages import quoted
 
 
 class ChoicesDataModule(TableDataModule):
-    """Prompts with answers to choose from, from CSV, TSV, JSONL or JSON files, plain or gzipped (.gz).
+    """Prompts with answers to choose from, from files, folders or the hub, as ``docs/data.md`` lists them.
 
     Rows are tokenised once in each wording. At each visit of a train row, one of its wordings is drawn from torch's
     global generator, which ``PEFTStrategy`` keeps in checkpoints: a run that goes on draws as one that never stopped.
@@ -133,9 +133,6 @@ class ChoicesDataModule(TableDataModule):
         if TEXTS in examples[0]:
             batch[TEXTS] = [example[TEXTS] for example in examples]
         return batch
-
-    def lengths(self, examples: Examples) -> list[int]:
-        return [max(map(len, wordings)) for wordings in examples.rows["input_ids"]]
 
     def _worded(
         self, name: str, table: Table, listed: list[Listed] | None

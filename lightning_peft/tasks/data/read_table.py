@@ -1,122 +1,123 @@
-"""``read_table`` reads rows by HF ``datasets``, so that they lie in memory-mapped files and are read once."""
+"""``read_table`` reads rows from files, saved folders or the Hugging Face hub into memory-mapped files, once."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
+import glob
+import hashlib
+import json
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
-from lightning_peft.core.optional_imports import check_extra
-from lightning_peft.tasks.data.parse_rows import Row, parse_rows
-from lightning_peft.tasks.data.tables import Table
-from lightning_peft.tasks.messages import close_paths
+from lightning_peft.tasks.data.named_sets import is_hub_name, load_named, load_saved
+from lightning_peft.tasks.data.parse_rows import PARSED, parse_rows, suffix
+from lightning_peft.tasks.data.row_cache import cached_rows
+from lightning_peft.tasks.data.tables import Table, TablePart
+from lightning_peft.tasks.data.write_rows import FORMAT, WRITTEN, write_rows
+from lightning_peft.tasks.messages import close_paths, quoted
 
-if TYPE_CHECKING:
-    from datasets import Dataset, Features
-
-_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
-_DELIMITED = (".csv", ".tsv")
-_CHANGED = ("timestamp", "date", "time", "duration")  # what the JSON reader makes of texts that look like them
+BINARY = (".parquet", ".arrow")
 
 
-def hf_datasets() -> ModuleType:
-    """The module ``datasets``, imported on first use because it is an optional dependency.
-
-    Raises:
-        ImportError: If it is not installed.
-    """
-    check_extra("datasets", "Reading rows needs datasets", "text")
-    return importlib.import_module("datasets")
-
-
-def read_table(name: str) -> Table:
-    """The table in a file.
+def read_table(name: str, split: str = "train") -> Table:
+    """The rows that a name means.
 
     Args:
-        name: The file, whose suffix says what it is: .csv, .tsv, .json, .jsonl, .txt (a row a line, column ``text``),
-            and .gz after any of them, .parquet or .arrow. Texts are UTF-8.
+        name: A file, whose suffix says what it is: .csv, .tsv, .json, .jsonl or .txt (a row a line, column ``text``),
+            and .gz after any of them, .parquet or .arrow. Texts are UTF-8. A pattern (``data/*.jsonl``) means all such
+            files in the order of their names. A folder is one that the library's ``save_to_disk`` has written. Else it
+            is a data set of the hub: ``owner/name``. Its split, and its configuration, follow after colons:
+            ``owner/name:validation``, ``owner/name:config:validation``.
+        split: Which of several splits is meant if the name does not say so.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If there is no such file, and no such data set that can be reached.
         ValueError: If any part of it cannot be read.
     """
     path = Path(name).expanduser()
-    suffix = _suffix(path)
-    if suffix not in (*_DELIMITED, *_BUILDERS):
-        raise ValueError(
-            f"{name!r} has the suffix {suffix!r}, expected {', '.join((*_DELIMITED, *_BUILDERS))}, or .gz after one "
-            "of text."
-        )
-    if not path.is_file():
-        siblings = (child for child in path.parent.glob("*") if child.is_file())
-        raise FileNotFoundError(f"The file {name!r} does not exist. {close_paths(path, siblings)}")
-    dataset = _parsed(path) if suffix in _DELIMITED else _loaded(path, _BUILDERS[suffix])
+    if path.is_dir():
+        return load_saved(name, path, split)
+    if path.is_file():
+        return _read_files(name, [path])
+    if is_pattern(name) or suffix(path) in (*PARSED, *BINARY):
+        return _read_files(name, find_files(name))
+    return load_named(name, split)
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name means all files that it matches; brackets also ask for a part of a split on the hub.
+
+    Args:
+        name: Of the rows.
+    """
+    return glob.has_magic(name) and not is_hub_name(name)
+
+
+def find_files(name: str) -> list[Path]:
+    """The files that a pattern means, or the one of this name, in the order of their names.
+
+    Args:
+        name: A pattern, or a path.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    path = Path(name).expanduser()
+    found = [path] if path.is_file() else [Path(each) for each in sorted(glob.glob(str(path), recursive=True))]
+    if files := [each for each in found if each.is_file()]:
+        return files
+    if is_pattern(name):
+        raise FileNotFoundError(f"No file matches {name!r}. * stands for any letters of a name, ** for any folders.")
+    siblings = (child for child in path.parent.glob("*") if child.is_file())
+    raise FileNotFoundError(f"The file {name!r} does not exist. {close_paths(path, siblings)}")
+
+
+def check_kinds(name: str, paths: list[Path]) -> None:
+    """Refuse files that cannot be read, or not together.
+
+    Args:
+        name: As errors name them.
+        paths: The files.
+
+    Raises:
+        ValueError: If their suffixes are unknown, or not the same.
+    """
+    for path in paths:
+        if suffix(path) not in (*PARSED, *BINARY) or (suffix(path) in BINARY and path.suffix == ".gz"):
+            raise ValueError(
+                f"{str(path)!r} has the suffix {path.suffix!r}, expected {', '.join((*PARSED, *BINARY))}, or .gz after "
+                "one of text."
+            )
+    if len(kinds := {suffix(path) for path in paths}) > 1:
+        raise ValueError(f"{name!r} matches files of several kinds: {quoted(sorted(kinds))}. Give those of one kind.")
+
+
+def _read_files(name: str, paths: list[Path]) -> Table:
+    check_kinds(name, paths)
+    version = json.dumps([FORMAT, *map(_version, paths)])
+    key = hashlib.sha256(version.encode()).hexdigest()
+    dataset, folder = cached_rows(key, partial(write_rows, paths))
     if not len(dataset):
         raise ValueError(f"{name!r} holds no rows. Give a file with at least one.")
-    numbered = partial(_numbers, path) if suffix in (*_DELIMITED, ".jsonl") else None
-    return Table(source=str(path), dataset=dataset, positions=range(len(dataset)), numbered=numbered)
+    written = json.loads((folder / WRITTEN).read_text())
+    return Table(
+        source=str(paths[0]) if len(paths) == 1 else name,
+        dataset=dataset,
+        positions=range(len(dataset)),
+        parts=[_part(path, rows) for path, rows in zip(paths, written["rows"], strict=True)],
+        json_columns=frozenset(written["json_columns"]),
+        version=version,
+    )
 
 
-def _loaded(path: Path, builder: str) -> Dataset:
-    """Return the rows as the library reads them; JSON that it cannot read or would change is parsed by hand."""
-    datasets = hf_datasets()
-    try:
-        dataset: Dataset = datasets.load_dataset(builder, data_files=str(path), split="train")
-    except (datasets.exceptions.DatasetGenerationError, StopIteration, ValueError):
-        if builder != "json":
-            raise
-        return _parsed(path)
-    changed = builder == "json" and _is_changed(dataset.features)
-    return _parsed(path) if changed else dataset
-
-
-def _is_changed(feature: Any) -> bool:
-    """Whether any value of a JSON file has become another: texts that look like dates are read as dates."""
-    if isinstance(feature, dict):
-        return any(map(_is_changed, feature.values()))
-    inner = getattr(feature, "feature", None)
-    return _is_changed(inner) if inner is not None else str(getattr(feature, "dtype", "")).startswith(_CHANGED)
-
-
-def _parsed(path: Path) -> Dataset:
-    """Return the rows of a file as they stand there; the library keeps them for the next time."""
+def _version(path: Path) -> list[str | int]:
+    """Return what differs from an earlier time if the content of a file does."""
     stat = path.stat()
-    version = {"path": str(path.resolve()), "size": stat.st_size, "modified": stat.st_mtime_ns}
-    datasets = hf_datasets()
-    features = _features(path, _suffix(path) not in _DELIMITED)
-    if not features:
-        return datasets.Dataset.from_dict({})
-    columns = tuple(features)  # of a list, the library would make a part of the data from each entry
-    try:
-        return datasets.Dataset.from_generator(_rows, features=features, gen_kwargs={**version, "columns": columns})
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise error.__cause__ or error from None
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def _rows(path: str, size: int, modified: int, columns: tuple[str, ...]) -> Iterator[Row]:
-    """Yield all rows; the size and the time of the last change are in the key that the library keeps them by."""
-    names = dict.fromkeys(columns)
-    for _, row in parse_rows(Path(path)):
-        yield {**names, **row}
-
-
-def _features(path: Path, is_json: bool) -> Features | None:
-    """Return text for each column that holds nothing else, and for the others JSON, which holds anything."""
-    datasets = hf_datasets()
-    kinds: dict[str, set[type]] = {}
-    for _, row in parse_rows(path) if is_json else islice(parse_rows(path), 1):  # CSV has the same columns in each row
-        for name, value in row.items():
-            kinds.setdefault(name, set()).add(type(value))
-    text, anything = datasets.Value("string"), datasets.Json()
-    return datasets.Features({name: text if found <= {str, type(None)} else anything for name, found in kinds.items()})
-
-
-def _suffix(path: Path) -> str:
-    return Path(path.name.lower().removesuffix(".gz")).suffix
+def _part(path: Path, rows: int) -> TablePart:
+    by_position = suffix(path) in (".json", *BINARY)
+    return TablePart(str(path), rows, None if by_position else partial(_numbers, path))
 
 
 def _numbers(path: Path) -> list[int]:

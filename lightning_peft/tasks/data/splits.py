@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from lightning_peft.tasks.data.read_table import read_table
+from lightning_peft.tasks.data.table_stream import TableStream
 from lightning_peft.tasks.data.tables import Table
 
 Split = Literal["train", "validation", "test", "predict"]
@@ -17,7 +18,7 @@ class Splits:
     """The rows of each split, each file read once.
 
     Args:
-        files: The file of each split; None where there is none.
+        files: The file of each split, or what else `read_table` reads; None where there is none.
         limits: How many rows to keep of a split; None keeps all.
         validation_fraction: Share of the train file that is held out when there is no validation file.
     """
@@ -35,7 +36,7 @@ class Splits:
         self.files = files
         self.limits = limits
         self.validation_fraction = validation_fraction
-        self._tables: dict[str, Table] = {}
+        self._tables: dict[tuple[str, Split], Table] = {}
 
     def has(self, split: Split) -> bool:
         """Whether there are rows for it."""
@@ -49,14 +50,30 @@ class Splits:
         table = self._part(split) if shared else self.file(split)
         return table.take(range(len(table))[: self.limits.get(split)])
 
+    def check_streaming(self) -> None:
+        """Refuse to hold out validation rows from a file that is read as it comes."""
+        if self.files["train"] is not None and self.files["validation"] is None and self.validation_fraction:
+            raise ValueError(
+                f"Got streaming=True, validation_fraction={self.validation_fraction} and no validation file, but rows "
+                "that are read as they come cannot be held out. Give a validation file, or set validation_fraction=0."
+            )
+
+    def stream(self) -> TableStream:
+        """The train rows as they come, up to their limit."""
+        return TableStream(self._name("train"), "train", self.limits.get("train"))
+
     def file(self, split: Split) -> Table:
         """The whole file of a split."""
+        name = self._name(split)
+        if (name, split) not in self._tables:
+            self._tables[name, split] = read_table(name, split)
+        return self._tables[name, split]
+
+    def _name(self, split: Split) -> str:
         name = self.files[split]
         if name is None:
             raise ValueError(f"Got {split}=None, expected a file. Set {split} to the path of the {split} file.")
-        if name not in self._tables:
-            self._tables[name] = read_table(name)
-        return self._tables[name]
+        return name
 
     def _part(self, split: Split) -> Table:
         table = self.file("train")
@@ -67,5 +84,6 @@ class Splits:
                 f"validation_fraction={self.validation_fraction} of them. "
                 "Give a validation file, or set validation_fraction=0 to train without validation."
             )
-        order = torch.randperm(len(table), generator=torch.Generator().manual_seed(0)).tolist()
-        return table.take(sorted(order[:count] if split == "validation" else order[count:]))
+        order = torch.randperm(len(table), generator=torch.Generator().manual_seed(0))
+        indices: Any = (order[:count] if split == "validation" else order[count:]).sort().values.numpy()
+        return table.take(indices)

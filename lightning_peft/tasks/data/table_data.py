@@ -15,6 +15,7 @@ from lightning_peft.tasks.data.encoding import encode_table
 from lightning_peft.tasks.data.examples import Example, Examples
 from lightning_peft.tasks.data.length_groups import LengthGroupedBatchSampler
 from lightning_peft.tasks.data.splits import Split, Splits
+from lightning_peft.tasks.data.streaming import check_stream, stream_examples
 from lightning_peft.tasks.data.tables import Table
 from lightning_peft.tasks.pretrained import build_tokenizer
 
@@ -49,9 +50,16 @@ class TableDataModule(PortableDataModule, ABC):
         num_workers: Processes that build batches.
         padding: To the longest row of each batch, or all rows to max_length, so that a row is the same in each batch.
         group_by_length: Whether rows of about the same length share a train batch, which leaves little padding.
+        streaming: Whether train rows are read and tokenised as they come, so that a run starts at once and no file is
+            too large. The Trainer needs max_steps.
     """
 
     padding_side: str | None = None
+    # Settings and attributes that encoded rows do not depend on: which rows there are, and how they become batches.
+    batching_settings: frozenset[str] = frozenset(
+        {"train", "validation", "test", "predict", "splits", "tokenizer", "batch_size", "num_workers", "padding"}
+        | {"limit_train", "limit_validation", "validation_fraction", "group_by_length", "streaming"}
+    )
 
     def __init__(
         self,
@@ -62,6 +70,7 @@ class TableDataModule(PortableDataModule, ABC):
         num_workers: int,
         padding: Padding = "longest",
         group_by_length: bool = True,
+        streaming: bool = False,
     ) -> None:
         super().__init__()
         if padding not in get_args(Padding):
@@ -76,6 +85,9 @@ class TableDataModule(PortableDataModule, ABC):
         self.num_workers = num_workers
         self.padding = padding
         self.group_by_length = group_by_length
+        self.streaming = streaming
+        if streaming:
+            splits.check_streaming()
         self._examples: dict[Split, Examples] = {}
 
     @abstractmethod
@@ -107,6 +119,9 @@ class TableDataModule(PortableDataModule, ABC):
     def setup(self, stage: str) -> None:
         """Read and tokenise what the stage needs, unless the labels' meaning is still to come from a checkpoint."""
         for split in _SPLITS[stage]:
+            if split == "train" and self.streaming:
+                check_stream(self)
+                continue
             optional = stage == "fit" and split == "validation" and not self.splits.has(split)
             if self.ready(split) and not optional:
                 self.examples(split)
@@ -115,15 +130,26 @@ class TableDataModule(PortableDataModule, ABC):
         """Whether a split can be encoded before a checkpoint is loaded."""
         return True
 
+    def learn(self, split: Split) -> None:
+        """Learn what `encode` needs to know beside the rows themselves, such as the classes.
+
+        It is called before each split is encoded, also if its encoded rows are kept from an earlier run and ``encode``
+        is not called. What is learnt belongs into ``state_dict``.
+        """
+
     def examples(self, split: Split) -> Examples:
         """The encoded rows of a split."""
         if split not in self._examples:
-            self._examples[split] = encode_table(self, split, self.splits.rows(split))
+            if split == "train" and self.streaming:
+                raise ValueError("Got streaming=True, but all train rows are asked for. Set streaming=False here.")
+            table = self.splits.rows(split)
+            self.learn(split)
+            self._examples[split] = encode_table(self, split, table)
         return self._examples[split]
 
     def lengths(self, examples: Examples) -> list[int]:
         """The number of tokens of each row, by which train rows are grouped."""
-        return [len(row) for row in examples.rows["input_ids"]]
+        return examples.lengths("input_ids")
 
     def longest(self) -> int:
         """The number of tokens of the longest row that was encoded, padding to max_length included."""
@@ -168,12 +194,11 @@ class TableDataModule(PortableDataModule, ABC):
         return self._loader("predict")
 
     def _loader(self, split: Split) -> DataLoader[Example]:
+        shared: dict[str, Any] = {"num_workers": self.num_workers, "collate_fn": self.collate}
+        if split == "train" and self.streaming:  # workers start anew in each pass: their seeds decide the order of rows
+            return DataLoader(stream_examples(self), batch_size=self.batch_size, **shared)
+        shared["persistent_workers"] = self.num_workers > 0
         examples = self.examples(split)
-        shared: dict[str, Any] = {
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "collate_fn": self.collate,
-        }
         if split == "train" and self.group_by_length and self.padding == "longest":
             groups = LengthGroupedBatchSampler(RandomSampler(examples), self.batch_size, False, self.lengths(examples))
             return DataLoader(examples, batch_sampler=groups, **shared)

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import json
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lightning_peft.tasks.messages import did_you_mean, quoted, where
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class TablePart:
+    """One of the files that a table is read from.
+
+    Args:
+        source: The file.
+        rows: How many rows it has.
+        numbered: Returns the number of each row as a person counts them; by default 1, 2, and so on.
+    """
+
+    source: str
+    rows: int
+    numbered: Callable[[], list[int]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -20,13 +40,17 @@ class Table:
         source: Where they come from, as errors name it.
         dataset: The rows; what a JSON row lacks is None.
         positions: Of each row, its position in the source, from 0 on.
-        numbered: Returns the number of each row of the source as a person counts them; by default 1, 2, and so on.
+        parts: The files of the source, in order; none where rows are simply counted.
+        json_columns: Names of columns whose values are stored as JSON.
+        version: What changes whenever the source does; None if that is not known.
     """
 
     source: str
     dataset: Dataset
     positions: Sequence[int]
-    numbered: Callable[[], list[int]] | None = None
+    parts: Sequence[TablePart] = ()
+    json_columns: frozenset[str] = field(default_factory=frozenset)
+    version: str | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -40,25 +64,21 @@ class Table:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """All rows in memory."""
-        rows: list[dict[str, Any]] = self.dataset.to_list()
-        return rows
+        columns = [self.values(name) for name in self.columns]
+        return [dict(zip(self.columns, values, strict=True)) for values in zip(*columns, strict=True)]
 
     @property
     def numbers(self) -> list[int]:
-        """The number of each row: the line it starts on, or its position; both start at 1."""
-        if self.numbered is None:
-            return [position + 1 for position in self.positions]
-        numbers = self.numbered()
-        return [numbers[position] for position in self.positions]
+        """The number of each row in its file: the line it starts on, or its position; both start at 1."""
+        return [number for _, number in self._places(range(len(self)))]
 
     def take(self, indices: Sequence[int]) -> Table:
         """Some of the rows."""
-        return Table(
-            source=self.source,
-            dataset=self.dataset.select(indices),
-            positions=[self.positions[index] for index in indices],
-            numbered=self.numbered,
-        )
+        whole = isinstance(indices, range) and isinstance(self.positions, range)
+        positions: Any = self.positions[indices.start : indices.stop : indices.step] if whole else None  # type: ignore[attr-defined]
+        if positions is None:
+            positions = np.asarray(self.positions)[np.asarray(indices, dtype=np.int64)]
+        return replace(self, dataset=self.dataset.select(indices), positions=positions)
 
     def values(self, column: str) -> list[Any]:
         """One column."""
@@ -67,7 +87,10 @@ class Table:
                 f"{self.source!r} has no column {column!r}. Its columns: {quoted(self.columns)}."
                 f"{did_you_mean(column, self.columns)} Give the name of one of them."
             )
-        return list(self.dataset[column])
+        values = list(self.dataset[column])
+        if column in self.json_columns:
+            return [None if value is None else json.loads(value) for value in values]
+        return values
 
     def texts(self, column: str, *, blank: bool = False) -> list[str]:
         """One column of text.
@@ -96,5 +119,27 @@ class Table:
             ValueError: If there are rows at fault.
         """
         if wrong:
-            numbers = self.numbers
-            raise ValueError(message.replace("{rows}", where([numbers[index] for index in wrong])))
+            places = self._places(wrong)
+            first = places[0][0]
+            rows = where([number for part, number in places if part == first])
+            if len(self.parts) > 1:
+                more = len(places) - sum(part == first for part, _ in places)
+                rows += f" of {self.parts[first].source!r}" + (f" and {more} of other files" if more else "")
+            raise ValueError(message.replace("{rows}", rows))
+
+    def _places(self, indices: Sequence[int]) -> list[tuple[int, int]]:
+        """Return which file each row is from, and its number there."""
+        ends = list(accumulate(part.rows for part in self.parts))
+        numbers: dict[int, list[int]] = {}
+        found = []
+        for position in (int(self.positions[index]) for index in indices):
+            part = bisect_right(ends, position)
+            if part == len(ends):  # of no file
+                found.append((part, position + 1))
+                continue
+            first = ends[part] - self.parts[part].rows
+            numbered = self.parts[part].numbered
+            if numbered is not None and part not in numbers:
+                numbers[part] = numbered()
+            found.append((part, numbers[part][position - first] if numbered else position - first + 1))
+        return found

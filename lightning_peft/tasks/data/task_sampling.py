@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 
 from lightning_peft.core.method import check_setting
+from lightning_peft.tasks.data.length_groups import WINDOW, group_by_length
+from lightning_peft.tasks.data.write_rows import in_parts
 
 Sampling = Literal["proportional", "stochastic"]
 
@@ -45,19 +47,29 @@ class Mixture:
     """Batches of row numbers in which tasks mix; rows are numbered through all tasks.
 
     ``proportional``: each pass takes n_k = min(size, 2^18) rows of task k, all shuffled together; with smaller tasks
-    a pass is every row once. ``stochastic`` (multitask prompt tuning, https://arxiv.org/abs/2303.02861): for each batch
-    n is drawn from 2 to K tasks, then n tasks with replacement and probability n_k / sum n, and each gives
-    batch_size // n rows, the first drawn also the remainder. A pass is as many batches as a proportional one. Each
-    task's rows come in an order of its own that wraps around.
+    a pass is every row once, and rows of about the same length may share a batch. ``stochastic`` (multitask prompt
+    tuning, https://arxiv.org/abs/2303.02861): for each batch n is drawn from 2 to K tasks, then n tasks with
+    replacement and probability n_k / sum n, and each gives batch_size // n rows, the first drawn also the remainder.
+    A pass is as many batches as a proportional one. Each task's rows come in an order of its own that wraps around.
 
     Args:
         sizes: Number of rows of each task.
         batch_size: Rows of a batch; with ``stochastic`` at least one for each task.
         sampling: How tasks share batches.
         seed: Decides every batch.
+        lengths: The length of each row, if rows of about the same length are to share a proportional batch.
+        world: How many batches in a row, one for each process, are then to be of about the same length.
     """
 
-    def __init__(self, sizes: Sequence[int], batch_size: int, sampling: Sampling, seed: int) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        batch_size: int,
+        sampling: Sampling,
+        seed: int,
+        lengths: Sequence[int] | None = None,
+        world: int = 1,
+    ) -> None:
         kinds: dict[Sampling, Callable[[], Iterator[list[int]]]]
         kinds = {"proportional": self._proportional, "stochastic": self._stochastic}
         check_setting(sampling in kinds, "sampling", sampling, "'proportional' or 'stochastic'")
@@ -69,6 +81,7 @@ class Mixture:
         seeds = torch.randint(2**62, (len(sizes),), generator=self.generator).tolist()
         firsts = [0, *accumulate(sizes)]
         self.rows = [TaskRows(*task) for task in zip(sizes, firsts, seeds, strict=False)]
+        self.lengths, self.world = lengths, world
         self.position = 0  # of the next batch
         self._stream = kinds[sampling]()
 
@@ -87,8 +100,18 @@ class Mixture:
         while True:
             rows = torch.tensor([i for task, n in zip(self.rows, self.counts, strict=True) for i in task.take(n)])
             order = torch.randperm(len(rows), generator=self.generator)
-            rows = rows[order]
-            yield from (rows[i : i + self.batch_size].tolist() for i in range(0, len(rows), self.batch_size))
+            for group in self._groups(rows[order].tolist()):
+                yield from (group[i : i + self.batch_size] for i in range(0, len(group), self.batch_size))
+
+    def _groups(self, rows: list[int]) -> Iterator[list[int]]:
+        """Yield rows of about the same length, enough for one batch of each process; else all rows as they are."""
+        if self.lengths is None:
+            yield rows
+            return
+        size = self.batch_size * self.world
+        for window in in_parts(rows, WINDOW * size):
+            for places in group_by_length([self.lengths[row] for row in window], size, self.generator):
+                yield [window[place] for place in places]
 
     def _stochastic(self) -> Iterator[list[int]]:
         weights = torch.tensor(self.counts, dtype=torch.double)

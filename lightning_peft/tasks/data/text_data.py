@@ -15,7 +15,7 @@ Classes = list[str] | list[int]
 
 
 class TextDataModule(TableDataModule):
-    """Rows of text with a label, from CSV, TSV, JSONL or JSON files, plain or gzipped (.gz).
+    """Rows of text with a label, from files, folders or the hub, as ``docs/data.md`` lists them.
 
     The labels of the train file, sorted, are the `classes`; checkpoints keep them, so that a prediction has names.
 
@@ -36,6 +36,7 @@ class TextDataModule(TableDataModule):
         limit_validation: Validate on the first rows only.
         validation_fraction: Share of the train file to validate on when there is no validation file; 0 for none.
         padding: To the longest row of each batch, or all rows to max_length, which cache_frozen=True asks for.
+        group_by_length: Whether rows of about the same length share a train batch, which leaves little padding.
     """
 
     def __init__(
@@ -55,11 +56,12 @@ class TextDataModule(TableDataModule):
         limit_validation: int | None = None,
         validation_fraction: float = 0.1,
         padding: Padding = "longest",
+        group_by_length: bool = True,
     ) -> None:
         files: dict[Split, str | None] = {"train": train, "validation": validation, "test": test, "predict": predict}
         limits: dict[Split, int | None] = {"train": limit_train, "validation": limit_validation}
         splits = Splits(files, limits, validation_fraction)
-        super().__init__(splits, tokenizer or model, max_length, batch_size, num_workers, padding)
+        super().__init__(splits, tokenizer or model, max_length, batch_size, num_workers, padding, group_by_length)
         self.save_hyperparameters(logger=False)
         self.columns = [text] if isinstance(text, str) else text
         if len(self.columns) not in (1, 2):
@@ -74,17 +76,20 @@ class TextDataModule(TableDataModule):
     def encode(self, split: Split, table: Table) -> list[Example]:
         """Token ids, attention mask and, unless it is to be predicted, the label's index of each row."""
         texts = [table.texts(column) for column in self.columns]
-        labels = [] if split == "predict" else self._indices(split, table)
+        labels = [] if split == "predict" else self._indices(table)
         tokens = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
         examples = [{name: tokens[name][row] for name in tokens} for row in range(len(table))]
         for example, index in zip(examples, labels, strict=False):
             example["labels"] = index
         return examples
 
-    def _indices(self, split: Split, table: Table) -> list[int]:
-        if split == "train" or self.classes is None:
+    def learn(self, split: Split) -> None:
+        """Read the classes from the train file."""
+        if split == "train" or (split != "predict" and self.classes is None):
             train = self.splits.file("train")
             self._agree(_classes(read_labels(train, self.label)), f"the train file {train.source!r}")
+
+    def _indices(self, table: Table) -> list[int]:
         index = {str(name): position for position, name in enumerate(self.classes or ())}
         labels = read_labels(table, self.label)
         for position, label in enumerate(labels):
