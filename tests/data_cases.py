@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+from lightning_peft.tasks.data.chat_data import ChatDataModule
 from lightning_peft.tasks.data.cloze_data import ClozeDataModule
 from lightning_peft.tasks.data.instructions import InstructionDataModule
 from lightning_peft.tasks.data.mixed_data import MixedDataModule
@@ -37,6 +38,7 @@ def save_rows(path, count=48, seed=0):
     for number in range(count):
         text = " ".join(draw.choices(WORDS, k=draw.randint(1, 30)))
         row = {"text": text, "label": ["neg", "pos"][number % 2], "answer": draw.choice(WORDS), "instruction": text}
+        row |= {"choices": draw.sample(WORDS, 2), "number": number % 2}
         rows.append({**row, "output": " ".join(draw.choices(WORDS, k=draw.randint(1, 9)))})
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -67,6 +69,13 @@ def _streamed(folder, **settings):
     return _instructions(folder, streaming=True, **settings)
 
 
+def _streamed_text(folder, **settings):
+    """Plain text, of which a row becomes several examples."""
+    tokenizer = {**SIZES, "max_length": 12}
+    named = {"train": "train.jsonl", "text": "text", "streaming": True}
+    return ChatDataModule(**_paths(folder, {**named, **tokenizer, **settings}))
+
+
 def _cloze(folder, **settings):
     return ClozeDataModule(**_paths(folder, {"train": "train.jsonl", "template": "{text} {mask}", **SIZES, **settings}))
 
@@ -86,6 +95,7 @@ DATA = {
     "text": _text,
     "instructions": _instructions,
     "instructions, streamed": _streamed,
+    "text in pieces, streamed": _streamed_text,
     "cloze": _cloze,
     "choices": _choices,
     "mixed": _mixed,

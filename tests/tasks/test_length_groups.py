@@ -78,7 +78,9 @@ def test_train_batches_of_each_kind_of_data_are_grouped(name, tmp_path):
     batches = list(data.train_dataloader())
     masks = [batch["attention_mask"] for batch in batches]
     assert 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks) < 0.12
-    assert len(batches) == len({tuple(map(int, batch["input_ids"].flatten())) for batch in batches}) >= 75
+    different = {tuple(map(int, batch["input_ids"].flatten())) for batch in batches}
+    assert len(batches) >= 75
+    assert len(different) == len(batches) or "pieces" in name  # of a few tokens, some are the same
 
 
 def test_lengths_are_those_of_the_longest_list_of_each_row(tmp_path):

@@ -84,6 +84,8 @@ def test_processes_share_the_rows_and_make_the_same_number_of_steps(folder):
     assert sorted(set(found[0])) == list(range(1, 30, 3))
     with pytest.raises(ValueError, match="67 of 67 left out"):
         shares(folder, 3, lambda table: [])
+    with pytest.raises(ValueError, match="become several examples each, of which processes would have different"):
+        shares(folder, 3, lambda table: whole(table) * 2)
 
 
 class Steps:

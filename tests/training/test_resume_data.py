@@ -29,14 +29,15 @@ def resume(folder, name, workers, **settings):
     folder, place = Path(folder), Path(folder, f"{name} {workers}")
     settings = {"task": TokenTask, "epochs": 2, "limit_val_batches": 0, **settings}
     if "streamed" in name:
-        settings["max_steps"] = 16
+        settings["max_steps"] = 60
     make = lambda: DATA[name](folder, num_workers=workers)  # noqa: E731
     whole = fit(make, True, *saving(place, EVERY), **settings)
     files = {path.stem: path for path in place.glob("*.ckpt")}
     steps = torch.load(files["end-epoch=0"], weights_only=True)["global_step"]
     found = {}
     inside = steps - steps % EVERY + EVERY
-    for stop, done in ((f"step={EVERY}", EVERY), ("end-epoch=0", steps), (f"step={inside}", inside)):
+    stops = {f"step={EVERY}": EVERY, "end-epoch=0": steps, f"step={inside}": inside}
+    for stop, done in list(stops.items())[:: 2 if "devices" in settings else 1]:
         again = fit(make, True, path=files[stop], seed=99, **settings)
         found[name, workers, stop] = outcome(whole, again, done)
     return found, whole.seen[:steps]
@@ -86,7 +87,7 @@ def test_two_processes_resume_and_share_the_rows_of_an_epoch(tmp_path):
     widths = [
         [len(batch["input_ids"][0]) for batch in (mine, other)] for mine, other in zip(first, second, strict=True)
     ]
-    assert max(abs(mine - other) for mine, other in widths) <= 6  # of 3 to 32 tokens
+    assert sum(abs(mine - other) for mine, other in widths) / len(widths) < 4  # of 3 to 32 tokens
     assert max(widths)[0] - min(widths)[0] > 15
     streamed = [epochs["instructions, streamed", 0] for _, epochs in results]
     assert len({*contents(streamed[0]), *contents(streamed[1])}) == ROWS

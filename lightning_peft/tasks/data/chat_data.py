@@ -58,6 +58,9 @@ class ChatDataModule(TableDataModule):
         limit_validation: Validate on the first rows only.
         validation_fraction: Share of the train file to validate on when there is no validation file; 0 for none.
         padding: To the longest row of each batch, or all rows to max_length, which cache_frozen=True asks for.
+        group_by_length: Whether rows of about the same length share a train batch, which leaves little padding.
+        streaming: Whether train rows are read and tokenised as they come: a run starts at once, and no file is too
+            large. The Trainer needs max_steps; validation needs a file of its own.
     """
 
     padding_side = "right"
@@ -86,11 +89,14 @@ class ChatDataModule(TableDataModule):
         limit_validation: int | None = None,
         validation_fraction: float = 0.05,
         padding: Padding = "longest",
+        group_by_length: bool = True,
+        streaming: bool = False,
     ) -> None:
         files: dict[Split, str | None] = {"train": train, "validation": validation, "test": test, "predict": predict}
         limits: dict[Split, int | None] = {"train": limit_train, "validation": limit_validation}
         splits = Splits(files, limits, validation_fraction)
-        super().__init__(splits, tokenizer or model, max_length, batch_size, num_workers, padding)
+        loading = (max_length, batch_size, num_workers, padding, group_by_length, streaming)
+        super().__init__(splits, tokenizer or model, *loading)
         self.save_hyperparameters(logger=False)
         for name, value, known in (("loss", loss, get_args(Loss)), ("long_rows", long_rows, get_args(LongRows))):
             if value not in known:

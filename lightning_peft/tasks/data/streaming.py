@@ -122,7 +122,7 @@ class StreamedExamples(IterableDataset[Example]):
                 waiting = [waiting[place] for place in rest]
         yield from waiting
         for sentence, count in zip(self.sentences, (share.rows - kept, cut), strict=True):
-            if count and kept:
+            if count > 0 and kept:
                 rank_zero_warn(sentence(count, share.rows))
 
 
