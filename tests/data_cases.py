@@ -9,7 +9,9 @@ from lightning_peft.tasks.data.cloze_data import ClozeDataModule
 from lightning_peft.tasks.data.instructions import InstructionDataModule
 from lightning_peft.tasks.data.mixed_data import MixedDataModule
 from lightning_peft.tasks.data.multiple_choice_data import ChoicesDataModule
+from lightning_peft.tasks.data.seq2seq_data import Seq2SeqDataModule
 from lightning_peft.tasks.data.text_data import TextDataModule
+from lightning_peft.tasks.data.token_data import TokenDataModule
 
 WORDS = ["good", "bad", "film", "plot", "the", "a", "was", "ending", "red", "blue"]
 SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask", "eos")}
@@ -27,7 +29,7 @@ def save_tokenizer(folder, words=tuple(WORDS), **settings):
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128, **SPECIAL, **settings)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128, **{**SPECIAL, **settings})
     fast.save_pretrained(folder)
 
 
@@ -38,7 +40,9 @@ def save_rows(path, count=48, seed=0):
     for number in range(count):
         text = " ".join(draw.choices(WORDS, k=draw.randint(1, 30)))
         row = {"text": text, "label": ["neg", "pos"][number % 2], "answer": draw.choice(WORDS), "instruction": text}
-        row |= {"choices": draw.sample(WORDS, 2), "number": number % 2}
+        row |= {"choices": draw.sample(WORDS, 2), "number": number % 2, "tokens": text.split()}
+        row |= {"tags": ["B" if word in WORDS[:4] else "O" for word in text.split()], "half": number / 2}
+        row |= {"more_tokens": row["tokens"][::-1], "more_tags": row["tags"][::-1]}
         rows.append({**row, "output": " ".join(draw.choices(WORDS, k=draw.randint(1, 9)))})
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -46,6 +50,7 @@ def save_rows(path, count=48, seed=0):
 def prepare(folder):
     """Save a tokenizer and tables."""
     save_tokenizer(f"{folder}/tokenizer")
+    save_tokenizer(f"{folder}/ending", eos_token=SPECIAL["sep_token"])  # which it writes at the end
     save_rows(f"{folder}/train.jsonl")
     save_rows(f"{folder}/other.jsonl", 24, seed=1)
 
@@ -76,6 +81,26 @@ def _streamed_text(folder, **settings):
     return ChatDataModule(**_paths(folder, {**named, **tokenizer, **settings}))
 
 
+def _scores(folder, **settings):
+    return _text(folder, **{"problem_type": "regression", "label": "number", **settings})
+
+
+def _tokens(folder, **settings):
+    return TokenDataModule(**_paths(folder, {"train": "train.jsonl", **SIZES, **settings}))
+
+
+def _seq2seq(folder, **settings):
+    lengths = {
+        "max_source_length": 64,
+        "max_target_length": 16,
+        "source": "text",
+        "target": "output",
+        "tokenizer": "ending",
+    }
+    sizes = {name: size for name, size in SIZES.items() if name != "max_length"}
+    return Seq2SeqDataModule(**_paths(folder, {"train": "train.jsonl", **sizes, **lengths, **settings}))
+
+
 def _cloze(folder, **settings):
     return ClozeDataModule(**_paths(folder, {"train": "train.jsonl", "template": "{text} {mask}", **SIZES, **settings}))
 
@@ -93,6 +118,9 @@ def _mixed(folder, **settings):
 
 DATA = {
     "text": _text,
+    "scores": _scores,
+    "tokens": _tokens,
+    "seq2seq": _seq2seq,
     "instructions": _instructions,
     "instructions, streamed": _streamed,
     "text in pieces, streamed": _streamed_text,

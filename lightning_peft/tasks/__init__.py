@@ -11,9 +11,11 @@ from lightning_peft.tasks.data.mixed_data import MixedDataModule
 from lightning_peft.tasks.data.multiple_choice_data import ChoicesDataModule
 from lightning_peft.tasks.data.seq2seq_data import Seq2SeqDataModule
 from lightning_peft.tasks.data.text_data import TextDataModule
+from lightning_peft.tasks.data.token_data import TokenDataModule
 from lightning_peft.tasks.image_classification import ImageClassification
 from lightning_peft.tasks.multiple_choice import Choices
 from lightning_peft.tasks.seq2seq import Seq2Seq
+from lightning_peft.tasks.token_classification import TokenClassification
 
 __all__ = [
     "CausalLM",
@@ -30,4 +32,6 @@ __all__ = [
     "Seq2SeqDataModule",
     "TextClassification",
     "TextDataModule",
+    "TokenClassification",
+    "TokenDataModule",
 ]

@@ -6,19 +6,20 @@ import inspect
 from typing import Any, Literal
 
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lightning_peft.tasks.data.mixed_loader import TASK_IDS
 from lightning_peft.tasks.messages import quoted
 from lightning_peft.tasks.module import TaskModule
 from lightning_peft.tasks.optimization import check_optimization
 from lightning_peft.tasks.pretrained import build_model
+from lightning_peft.tasks.problems import problem_of
 
 
 class TextClassification(TaskModule):
-    """Classifies texts or pairs of texts; logs loss, accuracy and macro F1 as ``val_accuracy`` and the like.
+    """Classifies or scores texts or pairs of texts; logs ``val_loss``, ``val_accuracy`` and the like.
+
+    With one class for each text, metrics are accuracy and macro F1; with any number of them, micro and macro F1 and the
+    share of exact matches; for scores, mean squared error and the correlations of Pearson and Spearman.
 
     Give exactly one of ``model`` and ``config``. The network is built in train mode (transformers loads in eval mode
     and Lightning does not change that), its new layers from torch's global generator, which ``seed_everything`` seeds.
@@ -26,7 +27,9 @@ class TextClassification(TaskModule):
     Args:
         model: Pretrained model: a folder, package:name/folder in an installed Python package, or a hub name.
         config: Settings of a model with random weights, with its model_type; or a config.json, or its folder.
-        num_classes: Number of different labels.
+        num_classes: Number of different labels; 1 for regression, where labels are numbers.
+        multi_label: Whether a text may have any number of labels.
+        threshold: Probability above which a text has a label, where it may have several.
         learning_rate: Highest learning rate.
         weight_decay: Decoupled weight decay of AdamW.
         warmup_fraction: Share of all steps in which the learning rate grows.
@@ -34,31 +37,27 @@ class TextClassification(TaskModule):
         dtype: Data type of the weights; auto keeps that of the pretrained file.
     """
 
-    accuracy = "accuracy"
-
     def __init__(
         self,
         model: str | None = None,
         config: dict[str, Any] | str | None = None,
         *,
         num_classes: int,
+        multi_label: bool = False,
+        threshold: float = 0.5,
         learning_rate: float = 5e-4,
         weight_decay: float = 0.0,
         warmup_fraction: float = 0.06,
         schedule: Literal["linear", "cosine", "constant"] = "linear",
         dtype: Literal["auto", "bfloat16", "float16", "float32"] = "float32",
     ) -> None:
-        if num_classes < 2:
-            raise ValueError(f"Got num_classes={num_classes}, expected 2 or more, one for each label of the data.")
-        metrics: dict[str, Metric | MetricCollection] = {
-            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-            "macro_f1": MulticlassF1Score(num_classes, average="macro"),
-        }
-        super().__init__(MetricCollection(metrics))
+        problem = problem_of(num_classes, multi_label, threshold)
+        super().__init__(problem.metrics())
+        self.problem, self.accuracy = problem, problem.accuracy
         check_optimization(learning_rate, weight_decay, warmup_fraction)
         self.save_hyperparameters()
-        problem = {"num_labels": num_classes, "problem_type": "single_label_classification"}
-        self.network = build_model("AutoModelForSequenceClassification", model, config, dtype, **problem)
+        settings = {"num_labels": num_classes, "problem_type": problem.problem_type}
+        self.network = build_model("AutoModelForSequenceClassification", model, config, dtype, **settings)
         self.has_token_types = "token_type_ids" in inspect.signature(self.network.forward).parameters
         self.classes: list[str] | list[int] | None = None
 
@@ -71,6 +70,7 @@ class TextClassification(TaskModule):
         Raises:
             ValueError: If the data has another number of classes, or others than an adapter that is evaluated.
         """
+        self._check_problem()
         data = getattr(self.trainer, "datamodule", None)
         classes = getattr(data, "classes", None)
         num_classes = self.hparams["num_classes"]
@@ -86,6 +86,24 @@ class TextClassification(TaskModule):
             self.tokenizer = tokenizer
             self.network.config.pad_token_id = tokenizer.pad_token_id  # decoders find the last token by it
 
+    def _check_problem(self) -> None:
+        """Refuse data whose labels mean something else."""
+        own = self.problem.problem_type
+        for task in self.data_of_tasks():
+            given = getattr(task, "problem_type", own)
+            if given != own:
+                count = len(getattr(task, "classes", None) or ()) or "the number of classes"
+                changes = {
+                    "regression": "num_classes: 1, and leave multi_label out,",
+                    "multi_label_classification": f"num_classes: {count} and multi_label: true",
+                    "single_label_classification": f"num_classes: {count}, and leave multi_label out,",
+                }
+                raise ValueError(
+                    f"The data has problem_type={given!r}, but num_classes={self.hparams['num_classes']} and "
+                    f"multi_label={self.hparams['multi_label']} mean {own!r}. Set problem_type: {own} in the data, or "
+                    f"{changes[given]} in TextClassification."
+                )
+
     def forward(self, **batch: Tensor) -> Tensor:
         """Logits, one row per text.
 
@@ -100,6 +118,16 @@ class TextClassification(TaskModule):
             logits: Tensor = self.network(**{name: batch[name] for name in batch if name not in ignored}).logits
         return logits
 
+    def sample_batch(self, rows: int, tokens: int) -> dict[str, Tensor]:
+        """A batch of this shape, with labels as the problem has them."""
+        return {**super().sample_batch(rows, tokens), "labels": self.problem.sample_labels(rows)}
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        """Mean loss of the rows."""
+        loss = self.problem.loss(*self.labelled(batch))
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         """Log loss and metrics."""
         self._evaluate("val", batch)
@@ -110,9 +138,9 @@ class TextClassification(TaskModule):
 
     def _evaluate(self, split: str, batch: dict[str, Tensor]) -> None:
         logits, labels = self.labelled(batch)
-        loss = cross_entropy(logits, labels)
+        loss = self.problem.loss(logits, labels)
         self.log(f"{split}_loss", loss, prog_bar=True, batch_size=len(labels), sync_dist=True)
-        self.measure(split, batch, logits, labels)
+        self.measure(split, batch, *self.problem.measured(logits, labels))
 
     def on_predict_start(self) -> None:
         """Take the names of the classes, which a checkpoint or an adapter may have brought."""
@@ -122,8 +150,6 @@ class TextClassification(TaskModule):
         self.classes = self.class_names if classes is None else classes
 
     def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Any]:
-        """The most likely class of each text, by name if the data knows it, and the probabilities of all classes."""
-        probabilities = self(**batch).float().softmax(dim=-1)
-        indices = probabilities.argmax(dim=-1).tolist()
-        labels = indices if self.classes is None else [self.classes[index] for index in indices]
-        return {"labels": labels, "probabilities": probabilities}
+        """What the problem predicts for each text: classes by name if they are known, or scores."""
+        logits = self(**batch).float()
+        return self.problem.predict(logits, self.classes or range(logits.shape[-1]))

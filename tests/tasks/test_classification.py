@@ -89,8 +89,8 @@ def test_the_number_of_classes_must_be_the_datas(
     module = TextClassification(config=bert, num_classes=3)
     with pytest.raises(ValueError, match=r"num_classes=3, but the data has 2 classes: 'neg', 'pos'. Set num_classes=2"):
         trainer(tmp_path, max_steps=1).fit(module, data)
-    with pytest.raises(ValueError, match="num_classes=1, expected 2 or more"):
-        TextClassification(config=bert, num_classes=1)
+    with pytest.raises(ValueError, match="num_classes=0, expected 2 or more"):
+        TextClassification(config=bert, num_classes=0)
     with pytest.raises(ValueError, match="learning_rate=0, expected a number above 0"):
         TextClassification(config=bert, num_classes=2, learning_rate=0)
 

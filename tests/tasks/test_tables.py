@@ -64,7 +64,7 @@ def test_a_missing_file_names_close_ones(tmp_path: Path) -> None:
 
 
 BROKEN = [
-    ("t.doc", "text\n", r"suffix '.doc', expected .csv, .tsv, .json, .jsonl, .txt, .parquet, .arrow, or .gz after"),
+    ("t.doc", "text\n", r"suffix '.doc', expected .csv, .tsv, .json, .jsonl, .txt, .conll, .parquet, .arrow, or .gz"),
     ("t.csv", "", "holds no rows"),
     ("t.csv", "text,label\n", "holds no rows"),
     ("t.jsonl", "", "holds no rows"),

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import get_worker_info
 
 from lightning_peft.methods.prompting.template import Template
+from lightning_peft.tasks.data.class_labels import read_labels
 from lightning_peft.tasks.data.collator import IGNORED, Collator
 from lightning_peft.tasks.data.examples import Example
 from lightning_peft.tasks.data.listed_choices import TEXTS, Listed, gold_of, read_choices
@@ -18,7 +19,6 @@ from lightning_peft.tasks.data.prompt_wordings import check_wordings, columns_of
 from lightning_peft.tasks.data.splits import Split, Splits
 from lightning_peft.tasks.data.table_data import TableDataModule
 from lightning_peft.tasks.data.tables import Table
-from lightning_peft.tasks.data.text_data import read_labels
 from lightning_peft.tasks.messages import quoted
 
 

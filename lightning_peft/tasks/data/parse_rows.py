@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from lightning_peft.tasks.data.read_conll import read_conll
 from lightning_peft.tasks.messages import quoted
 
 Row = dict[str, Any]
 
-PARSED = (".csv", ".tsv", ".json", ".jsonl", ".txt")
+PARSED = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".conll")
 _LONGEST_FIELD = 2**31 - 1  # of a CSV file; the module's own limit is 131,072 characters
 
 
@@ -175,4 +176,5 @@ _PARSERS: dict[str, Callable[[Path, TextIO], Iterator[tuple[int, Row]]]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".txt": _read_lines,
+    ".conll": read_conll,
 }

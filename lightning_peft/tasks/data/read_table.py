@@ -22,7 +22,7 @@ def read_table(name: str, split: str = "train") -> Table:
     """The rows that a name means.
 
     Args:
-        name: A file, whose suffix says what it is: .csv, .tsv, .json, .jsonl or .txt (a row a line, column ``text``),
+        name: A file, whose suffix says what it is: .csv, .tsv, .json, .jsonl, .conll or .txt (a row a line, ``text``),
             and .gz after any of them, .parquet or .arrow. Texts are UTF-8. A pattern (``data/*.jsonl``) means all such
             files in the order of their names. A folder is one that the library's ``save_to_disk`` has written. Else it
             is a data set of the hub: ``owner/name``. Its split, and its configuration, follow after colons:

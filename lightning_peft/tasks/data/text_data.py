@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from torch import Tensor
 
+from lightning_peft.tasks.data.class_labels import Classes
 from lightning_peft.tasks.data.examples import Example
+from lightning_peft.tasks.data.labelled_data import LabelledDataModule
+from lightning_peft.tasks.data.labels import ProblemType, labels_of
 from lightning_peft.tasks.data.splits import Split, Splits
-from lightning_peft.tasks.data.table_data import Padding, TableDataModule
+from lightning_peft.tasks.data.table_data import Padding
 from lightning_peft.tasks.data.tables import Table
-from lightning_peft.tasks.messages import quoted
-
-Classes = list[str] | list[int]
 
 
-class TextDataModule(TableDataModule):
-    """Rows of text with a label, from files, folders or the hub, as ``docs/data.md`` lists them.
+class TextDataModule(LabelledDataModule):
+    """Rows of text with a label, several labels or a score, from files, folders or the hub; see ``docs/data.md``.
 
     The labels of the train file, sorted, are the `classes`; checkpoints keep them, so that a prediction has names.
 
@@ -25,7 +24,9 @@ class TextDataModule(TableDataModule):
         test: File to test on.
         predict: File to predict; it needs no labels.
         text: Column of the text, or a list of two columns for pairs of sentences.
-        label: Column of the label: strings or whole numbers.
+        label: Column of the label: strings or whole numbers; numbers for regression; lists where rows have several.
+        problem_type: Whether a row has one class, any number of classes, or a score.
+        label_separator: What stands between the labels of a row that is text, where rows have several; null for lists.
         model: The model whose tokenizer to use: a folder, package:name/folder, or a hub name; by default the one that
             is trained.
         tokenizer: Another tokenizer than the model's, in the same forms.
@@ -47,6 +48,8 @@ class TextDataModule(TableDataModule):
         predict: str | None = None,
         text: str | list[str] = "text",
         label: str = "label",
+        problem_type: ProblemType = "single_label_classification",
+        label_separator: str | None = None,
         model: str | None = None,
         tokenizer: str | None = None,
         max_length: int = 128,
@@ -67,86 +70,30 @@ class TextDataModule(TableDataModule):
         if len(self.columns) not in (1, 2):
             raise ValueError(f"Got text={text!r}, expected one column or a list of two.")
         self.label = label
-        self.classes: Classes | None = None
+        self.problem_type = problem_type
+        self.labels = labels_of(problem_type, label_separator)
+
+    def train_classes(self, table: Table) -> Classes | None:
+        """The different labels of the train file, in order; None for scores."""
+        return self.labels.classes(table, self.label)
 
     def ready(self, split: Split) -> bool:
-        """Labels can be encoded once the classes are known, or can be read from the train file."""
-        return split in ("train", "predict") or self.classes is not None or self.splits.has("train")
+        """Scores can be encoded at once; classes once they are known, or can be read from the train file."""
+        return self.problem_type == "regression" or super().ready(split)
 
     def encode(self, split: Split, table: Table) -> list[Example]:
-        """Token ids, attention mask and, unless it is to be predicted, the label's index of each row."""
+        """Token ids, attention mask and, unless it is to be predicted, the label of each row."""
         texts = [table.texts(column) for column in self.columns]
-        labels = [] if split == "predict" else self._indices(table)
+        labels = [] if split == "predict" else self.labels.encode(table, self.label, self.classes)
         tokens = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
         examples = [{name: tokens[name][row] for name in tokens} for row in range(len(table))]
-        for example, index in zip(examples, labels, strict=False):
-            example["labels"] = index
+        for example, label in zip(examples, labels, strict=False):
+            example["labels"] = label
         return examples
 
-    def learn(self, split: Split) -> None:
-        """Read the classes from the train file."""
-        if split == "train" or (split != "predict" and self.classes is None):
-            train = self.splits.file("train")
-            self._agree(_classes(read_labels(train, self.label)), f"the train file {train.source!r}")
-
-    def _indices(self, table: Table) -> list[int]:
-        index = {str(name): position for position, name in enumerate(self.classes or ())}
-        labels = read_labels(table, self.label)
-        for position, label in enumerate(labels):
-            if label not in index:
-                raise ValueError(
-                    f"Row {table.numbers[position]} of {table.source!r} has the label {label!r}, which the train file "
-                    f"does not have. Known labels: {quoted(index)}. Correct the row, or add such rows to the train "
-                    "file."
-                )
-        return [index[label] for label in labels]
-
-    def _agree(self, classes: Classes, source: str) -> None:
-        if self.classes not in (None, classes):
-            raise ValueError(
-                f"{source} has the classes {quoted(classes)}, but {quoted(self.classes or ())} are in use already. "
-                "A trained classifier keeps its classes: use the train file and the checkpoint that belong together."
-            )
-        self.classes = classes
-
-    def state_dict(self) -> dict[str, Any]:
-        """The classes."""
-        return {"classes": self.classes}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the classes of a checkpoint.
-
-        Args:
-            state_dict: As `state_dict` returned it.
-
-        Raises:
-            ValueError: If the train file has others.
-        """
-        if state_dict["classes"] is not None:
-            self._agree(state_dict["classes"], "The checkpoint")
-
-
-def read_labels(table: Table, column: str) -> list[str]:
-    """The labels of a table as text.
-
-    Args:
-        table: Its rows.
-        column: Of strings or whole numbers.
-
-    Raises:
-        ValueError: If a row has none.
-    """
-    values = table.values(column)
-    table.refuse(
-        [i for i, value in enumerate(values) if not isinstance(value, (str, int)) or not str(value).strip()],
-        f"Column {column!r} of {table.source!r} holds no string or whole number in {{rows}}. Give every row a label.",
-    )
-    return [str(value) for value in values]
-
-
-def _classes(labels: Iterable[str]) -> Classes:
-    """Whole numbers in order if all labels are, else strings in order: the same for a CSV and a JSONL file."""
-    names = set(labels)
-    if all(name.removeprefix("-").isdecimal() and str(int(name)) == name for name in names):
-        return sorted(map(int, names))
-    return sorted(names)
+    def collate(self, examples: list[Example]) -> dict[str, Tensor]:
+        """The batch, with ``labels`` of shape (rows,), or (rows, classes) where a row may have several."""
+        batch = super().collate([{name: row[name] for name in row if name != "labels"} for row in examples])
+        if "labels" in examples[0]:
+            batch["labels"] = self.labels.tensor([row["labels"] for row in examples])
+        return batch
