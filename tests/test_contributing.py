@@ -54,7 +54,8 @@ def test_the_example_of_a_method_obeys_the_laws(law, model, example):
 
 
 @pytest.mark.parametrize(
-    "model", ["encoder", *[pytest.param(name, marks=needs("transformers")) for name in ("bert", "gpt2")]]
+    "model",
+    ["encoder", *[pytest.param(name, marks=[needs("transformers"), pytest.mark.slow]) for name in ("bert", "gpt2")]],
 )
 @pytest.mark.parametrize("law", [law for law in LAWS if "merge" not in law and "delta" not in law] + REFUSED)
 @pytest.mark.usefixtures("ordinary_path")

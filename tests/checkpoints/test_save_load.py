@@ -108,7 +108,7 @@ def test_an_adapter_moves_between_a_module_and_its_network(tmp_path):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VeRA(Method):
+class SharedVeRA(Method):
     """W + diag(e) B diag(d) A, with a trained A and a fixed B that all layers of one shape share."""
 
     name: str = "vera"
@@ -141,13 +141,14 @@ def test_tensors_that_layers_of_one_shape_share_are_saved_once(tmp_path):
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))
 
-    net, x = lp.inject(build(), VeRA()), torch.randn(2, 4)
+    net, x = lp.inject(build(), SharedVeRA()), torch.randn(2, 4)
     for *_, adapter in lp.adapters(net):
         nn.init.normal_(adapter.e)
-    assert net[0].peft["vera"].a is net[1].peft["vera"].a
+    (name,) = net[0].peft
+    assert net[0].peft[name].a is net[1].peft[name].a
     lp.save_adapter(net, tmp_path)
-    names = {name for name in load_file(tmp_path / WEIGHTS) if name.endswith((".a", ".b"))}
-    assert names == {f"{number}.peft.vera.{tensor}" for number in (0, 2) for tensor in "ab"}
+    saved = {key for key in load_file(tmp_path / WEIGHTS) if key.endswith((".a", ".b"))}
+    assert saved == {f"{number}.peft.{name}.{tensor}" for number in (0, 2) for tensor in "ab"}
     for back in (lp.load_adapter(build(), tmp_path), lp.activate(lp.add_adapter(build(), tmp_path, "again"), "again")):
         assert torch.equal(back(x), net(x))
         first, second = (list(layer.peft.values())[0] for layer in back[:2])

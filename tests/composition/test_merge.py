@@ -49,6 +49,9 @@ def now(model):
     return bits(dict(model.named_parameters()) | dict(model.named_buffers()))
 
 
+WIDE = pytest.param(torch.float64, marks=pytest.mark.slow)
+
+
 @torch.no_grad()
 def run(model, case):
     dtype = next(model.parameters()).dtype
@@ -57,7 +60,7 @@ def run(model, case):
 
 
 @pytest.mark.usefixtures("ordinary_path")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, WIDE], ids=str)
 @Laws()(cases=MERGEABLE)
 def test_unmerging_gives_back_the_very_bits(case, dtype):
     model = stirred(case, dtype)

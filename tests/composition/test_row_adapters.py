@@ -7,6 +7,7 @@ import pytest
 import torch
 from adapter_edits import stir
 from models import MODELS, logits, tokens
+from sampling import diagonal
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -54,8 +55,7 @@ def alone(net, inputs, names):
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("base", ["llama", "bert", "gpt2", "fused_vit", "plain"])
+@diagonal(("base", "kind"), ["llama", "bert", "gpt2", "fused_vit", "plain"], KINDS)
 def test_each_row_is_what_it_is_alone(base, kind):
     net, inputs = model(base, KINDS[kind]).double(), batch(base)
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}

@@ -46,9 +46,9 @@ def test_adapters_go_to_addresses_and_come_back(memory, net, tmp_path, monkeypat
         "/some/adapter/adapter_config.json",
         "/some/adapter/adapter_model.safetensors",
     ]
-    for load in (lp.load_adapter, lp.add_adapter):
+    for load, name in ((lp.load_adapter, "lora"), (lp.add_adapter, "adapter")):  # which is the folder's name
         back = load(MODELS["llama"](), "memory://some/adapter")
-        lp.activate(back, "lora")
+        lp.activate(back, name)
         assert torch.equal(output(back), output(net))
     assert lp.inspect_adapter("memory://some/adapter")["methods"][0]["method"] == "LoRA"
     assert is_taken("memory://some/adapter")

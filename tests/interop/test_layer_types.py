@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from peft_models import disturbed
+from sampling import diagonal
 from torch import nn
 
 import lightning_peft as lp
@@ -118,8 +119,7 @@ THEIRS = {
 }
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("name", THEIRS)
+@diagonal(("name", "kind"), THEIRS, LAYERS)
 def test_what_peft_wrote_is_the_same_here_or_refused(name, kind, tmp_path):
     import peft
 

@@ -10,6 +10,7 @@ import torch
 from models import MODELS, logits
 from peft_models import BASES, adapted, disturbed
 from safetensors.torch import load_file
+from sampling import diagonal
 from torch import nn
 
 import lightning_peft as lp
@@ -138,8 +139,7 @@ LORAS = {
 }
 
 
-@pytest.mark.parametrize("kind", LORAS)
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@diagonal(("name", "kind"), TRANSFORMERS, LORAS)
 def test_lora_computes_the_same_there_and_comes_back(name, kind, tmp_path):
     method, exact = LORAS[kind]
     parts = name == "gpt2" and kind in ("plain", "all-linear")  # which become one pair of higher rank
@@ -265,8 +265,7 @@ KIN = {
 }
 
 
-@pytest.mark.parametrize("kind", KIN)
-@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+@diagonal(("name", "kind"), ["bert", "llama", "t5"], KIN)
 def test_products_compute_the_same_there_and_come_back(name, kind, tmp_path):
     several = kind in ("fedpara by gamma", "krona")  # ranks or shapes, each of which becomes a method
     back = require_round_trip(name, KIN[kind], tmp_path, exact=False)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import BEFORE_5, MODELS, logits
+from sampling import diagonal
 from torch import nn
 
 import lightning_peft as lp
@@ -67,9 +68,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("weights", [False, True], ids=["", "weights"])
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("kind", KINDS)
+@diagonal(("kind", "mask", "weights"), KINDS, MASKS, [False, True])
 def test_torchs_attention_is_the_same_when_nothing_is_changed(kind, mask, weights):
     attention = nn.MultiheadAttention(8, 2, **KINDS[kind])
     for cross, unbatched, average in itertools.product((False, True), (False, True), (False, True)):

@@ -84,8 +84,7 @@ def test_gradients_equal_those_of_one_call_for_each_choice(kind: dict[str, Any])
         assert a is None or torch.allclose(a, b, atol=1e-6), name
 
 
-@pytest.mark.parametrize("epsilon", [0.0, 0.01])
-@pytest.mark.parametrize("several", [False, True])
+@diagonal(("epsilon", "several"), [0.0, 0.01], [False, True])
 def test_likelihoods_are_those_of_all_logits_and_the_output_layer_sees_tokens_of_choices_alone(
     kind: dict[str, Any], epsilon: float, several: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import MODELS, VOCABULARY, WIDTH, list_of_blocks, logits, tokens
+from sampling import diagonal
 from torch import nn
 from trainer_models import Module, trainer
 
@@ -87,8 +88,7 @@ def test_a_batch_of_several_tasks_equals_its_rows_one_by_one(name, side, method)
         assert (found[key][IDS].flatten(1).abs().sum(1) > 0).all()
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart"])
+@diagonal(("name", "method"), ["llama", "gpt2", "t5", "bart"], METHODS)
 def test_a_batch_of_several_tasks_generates_what_its_rows_do(name, method):
     model = adapted(name, method)
     inputs, rows, _ = padded(name, "right" if name == "bart" else "left")

@@ -202,7 +202,10 @@ BAD |= {
 }
 
 
-@pytest.mark.parametrize("kind", BAD)
+_QUICK = ("NaN", "rows", "bytes", "error")
+
+
+@pytest.mark.parametrize("kind", [k if k in _QUICK else pytest.param(k, marks=pytest.mark.slow) for k in BAD])
 def test_nothing_of_a_refused_client_enters_the_average(tmp_path, kind, caplog):
     change, reason = BAD[kind]
     federation = points(tmp_path, test_fraction=0.5)
