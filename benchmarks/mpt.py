@@ -36,7 +36,7 @@ import lightning_peft as lp
 from lightning_peft.recipes.multitask_prompt_tuning import mpt
 from lightning_peft.recipes.stages import Training
 from lightning_peft.tasks import Cloze, ClozeDataModule
-from lightning_peft.tasks.data.examples import Examples
+from lightning_peft.tasks.data.encoding.examples import Examples
 from lightning_peft.tasks.module import mean_loss
 from lightning_peft.tasks.optimization import multiplier
 from lightning_peft.tasks.pretrained import locate, transformers

@@ -14,7 +14,7 @@ from lightning_peft.core.adapted_module import adapters
 from lightning_peft.core.eval_mode import evaluating
 from lightning_peft.losses.next_token_loss import next_token, next_token_logits
 from lightning_peft.methods.families.vocabulary import grow_vocabulary
-from lightning_peft.tasks.data.collator import IGNORED
+from lightning_peft.tasks.data.encoding.collator import IGNORED
 from lightning_peft.tasks.decoder_checks import check_causal, check_decoder, check_positions
 from lightning_peft.tasks.generation import chat_batch, generation_settings, left_padded, prompt_batch
 from lightning_peft.tasks.optimization import check_optimization

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_peft.tasks.data.collator import IGNORED
+from lightning_peft.tasks.data.encoding.collator import IGNORED
 
 _OUTSIDE = "O"
 _BEGINS, _ENDS = frozenset("BSU"), frozenset("ESLU")

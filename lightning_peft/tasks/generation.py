@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lightning_peft.tasks.chat_template import chat_ids, end_token, render_chat
-from lightning_peft.tasks.data.chat_turns import read_turns
-from lightning_peft.tasks.data.collator import Collator
+from lightning_peft.tasks.data.chat.chat_turns import read_turns
+from lightning_peft.tasks.data.encoding.collator import Collator
 from lightning_peft.tasks.pretrained import prompt_ids
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_peft.core.eval_mode import evaluating
-from lightning_peft.tasks.data.collator import IGNORED
+from lightning_peft.tasks.data.encoding.collator import IGNORED
 from lightning_peft.tasks.data.seq2seq_data import REFERENCES
 from lightning_peft.tasks.module import TaskModule
 from lightning_peft.tasks.optimization import check_optimization

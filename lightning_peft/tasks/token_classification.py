@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_peft.tasks.data.collator import IGNORED
+from lightning_peft.tasks.data.encoding.collator import IGNORED
 from lightning_peft.tasks.data.mixed_data import MixedDataModule
 from lightning_peft.tasks.data.mixed_loader import TASK_IDS
 from lightning_peft.tasks.data.token_data import WORD_COUNTS, WORDS

@@ -17,8 +17,8 @@ from lightning_peft.tasks.chat_template import (
     read_template,
     render_chat,
 )
-from lightning_peft.tasks.data.chat_encoder import ChatEncoder, Loss
-from lightning_peft.tasks.data.chat_rows import Conversation
+from lightning_peft.tasks.data.chat.chat_encoder import ChatEncoder, Loss
+from lightning_peft.tasks.data.chat.chat_rows import Conversation
 
 CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>

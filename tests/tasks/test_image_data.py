@@ -10,7 +10,7 @@ import torch
 from installed import needs
 
 from lightning_peft.tasks import ImageDataModule
-from lightning_peft.tasks.data.image_pixels import augment, build_processor, pixels
+from lightning_peft.tasks.data.images.image_pixels import augment, build_processor, pixels
 
 pytestmark = needs("PIL")
 PLAIN = {"horizontal_flip": False, "crop_padding": 0.0, "validation_fraction": 0.0}

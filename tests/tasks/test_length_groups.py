@@ -8,7 +8,7 @@ from data_cases import DATA, prepare, save_rows
 from torch.utils.data import RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_peft.tasks.data.length_groups import LengthGroupedBatchSampler
+from lightning_peft.tasks.data.encoding.length_groups import LengthGroupedBatchSampler
 from lightning_peft.tasks.data.task_sampling import Mixture
 
 DRAW = random.Random(0)  # noqa: S311

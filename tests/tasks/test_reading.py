@@ -10,10 +10,10 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from lightning_peft.tasks.data import row_cache
-from lightning_peft.tasks.data.read_table import read_table
-from lightning_peft.tasks.data.splits import Splits
-from lightning_peft.tasks.data.table_stream import TableStream
+from lightning_peft.tasks.data.reading import row_cache
+from lightning_peft.tasks.data.reading.read_table import read_table
+from lightning_peft.tasks.data.reading.splits import Splits
+from lightning_peft.tasks.data.reading.table_stream import TableStream
 
 ROWS = [{"text": "one", "label": "a"}, {"text": "two", "label": "b"}, {"text": "three", "label": "a"}]
 
@@ -201,7 +201,7 @@ def test_a_hub_name_has_a_configuration_and_a_split(monkeypatch):
 def test_the_file_is_read_once_and_its_cache_forgets_nothing(tmp_path, monkeypatch):
     path = save(tmp_path / "t.jsonl", lines(ROWS))
     assert read_table(path).rows == ROWS
-    monkeypatch.setattr("lightning_peft.tasks.data.write_rows.parse_rows", None)
+    monkeypatch.setattr("lightning_peft.tasks.data.reading.write_rows.parse_rows", None)
     assert read_table(path).rows == ROWS
 
 
@@ -231,7 +231,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, other_cache, monkeypat
         save(folder / "rows.arrow", "part of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lightning_peft.tasks.data.read_table.write_rows", full)
+    monkeypatch.setattr("lightning_peft.tasks.data.reading.read_table.write_rows", full)
     with pytest.raises(OSError, match="The disk of .*cache.* is full, where rows are kept. Free some space"):
         read_table(save(tmp_path / "t.jsonl", lines(ROWS)))
     assert [path.suffix for path in (tmp_path / "cache" / "lightning_peft").iterdir()] == [".lock"]

@@ -7,9 +7,9 @@ import pytest
 import torch
 from data_cases import DATA, prepare, save_rows
 
-from lightning_peft.tasks.data import streaming
-from lightning_peft.tasks.data.streaming import StreamedExamples
-from lightning_peft.tasks.data.table_stream import TableStream
+from lightning_peft.tasks.data.encoding import streaming
+from lightning_peft.tasks.data.encoding.streaming import StreamedExamples
+from lightning_peft.tasks.data.reading.table_stream import TableStream
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_peft.tasks.data.read_table import read_table
+from lightning_peft.tasks.data.reading.read_table import read_table
 
 ROWS = [{"text": "one, two", "label": "a"}, {"text": 'say "yes"', "label": "b"}]
 PLAIN = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_peft.tasks import TextDataModule
-from lightning_peft.tasks.data.collator import Collator
+from lightning_peft.tasks.data.encoding.collator import Collator
 from lightning_peft.tasks.pretrained import build_tokenizer
 
 Write = Callable[..., str]

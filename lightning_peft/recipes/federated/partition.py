@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lightning_peft.tasks.data.read_table import read_table
-from lightning_peft.tasks.data.splits import Split, Splits
-from lightning_peft.tasks.data.tables import Table
+from lightning_peft.tasks.data.reading.read_table import read_table
+from lightning_peft.tasks.data.reading.splits import Split, Splits
+from lightning_peft.tasks.data.reading.tables import Table
 from lightning_peft.tasks.messages import quoted
 
 

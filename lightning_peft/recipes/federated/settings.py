@@ -15,8 +15,8 @@ from lightning.pytorch import LightningModule
 
 from lightning_peft.core.method import Method, to_dict
 from lightning_peft.recipes.federated.partition import Partition, Shard
+from lightning_peft.tasks.data.reading.tables import Table
 from lightning_peft.tasks.data.table_data import TableDataModule
-from lightning_peft.tasks.data.tables import Table
 from lightning_peft.training.callback import PEFTStrategy
 
 

@@ -9,14 +9,14 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lightning_peft.core.console import echo
 from lightning_peft.tasks.chat_template import check_template, read_template
-from lightning_peft.tasks.data.chat_encoder import ChatEncoder, LongRows, Loss, encode_each
-from lightning_peft.tasks.data.chat_rows import ChatColumns
-from lightning_peft.tasks.data.examples import Example, Examples
-from lightning_peft.tasks.data.plain_text import text_pieces
-from lightning_peft.tasks.data.row_display import display_row
-from lightning_peft.tasks.data.splits import Split, Splits
+from lightning_peft.tasks.data.chat.chat_encoder import ChatEncoder, LongRows, Loss, encode_each
+from lightning_peft.tasks.data.chat.chat_rows import ChatColumns
+from lightning_peft.tasks.data.chat.plain_text import text_pieces
+from lightning_peft.tasks.data.chat.row_display import display_row
+from lightning_peft.tasks.data.encoding.examples import Example, Examples
+from lightning_peft.tasks.data.reading.splits import Split, Splits
+from lightning_peft.tasks.data.reading.tables import Table
 from lightning_peft.tasks.data.table_data import Padding, TableDataModule
-from lightning_peft.tasks.data.tables import Table
 from lightning_peft.tasks.pretrained import prompt_ids
 
 if TYPE_CHECKING:

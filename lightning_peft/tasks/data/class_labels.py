@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lightning_peft.tasks.data.tables import Table
+from lightning_peft.tasks.data.reading.tables import Table
 from lightning_peft.tasks.messages import quoted
 
 Classes = list[str] | list[int]

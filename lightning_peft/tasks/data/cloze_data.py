@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 from lightning_peft.methods.prompting.template import PLACEHOLDER, Template
-from lightning_peft.tasks.data.examples import Example
-from lightning_peft.tasks.data.splits import Split, Splits
+from lightning_peft.tasks.data.encoding.examples import Example
+from lightning_peft.tasks.data.reading.splits import Split, Splits
+from lightning_peft.tasks.data.reading.tables import Table
 from lightning_peft.tasks.data.table_data import TableDataModule
-from lightning_peft.tasks.data.tables import Table
 from lightning_peft.tasks.messages import quoted
 
 

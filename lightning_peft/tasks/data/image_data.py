@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_peft.tasks.data.image_pixels import augment, build_processor, pixels
-from lightning_peft.tasks.data.image_splits import ImageRows, ImageSplits, Row
-from lightning_peft.tasks.data.image_tables import ImageTable
-from lightning_peft.tasks.data.splits import Split
+from lightning_peft.tasks.data.images.image_pixels import augment, build_processor, pixels
+from lightning_peft.tasks.data.images.image_splits import ImageRows, ImageSplits, Row
+from lightning_peft.tasks.data.images.image_tables import ImageTable
+from lightning_peft.tasks.data.reading.splits import Split
 from lightning_peft.tasks.data.table_data import PortableDataModule
 from lightning_peft.tasks.messages import quoted
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lightning_peft.tasks.data.collator import IGNORED
-from lightning_peft.tasks.data.examples import Example
-from lightning_peft.tasks.data.splits import Split, Splits
+from lightning_peft.tasks.data.encoding.collator import IGNORED
+from lightning_peft.tasks.data.encoding.examples import Example
+from lightning_peft.tasks.data.reading.splits import Split, Splits
+from lightning_peft.tasks.data.reading.tables import Table
 from lightning_peft.tasks.data.table_data import Padding, TableDataModule
-from lightning_peft.tasks.data.tables import Table
 from lightning_peft.tasks.messages import quoted
 from lightning_peft.tasks.pretrained import prompt_ids
 

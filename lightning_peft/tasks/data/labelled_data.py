@@ -6,9 +6,9 @@ from abc import abstractmethod
 from typing import Any
 
 from lightning_peft.tasks.data.class_labels import Classes
-from lightning_peft.tasks.data.splits import Split
+from lightning_peft.tasks.data.reading.splits import Split
+from lightning_peft.tasks.data.reading.tables import Table
 from lightning_peft.tasks.data.table_data import TableDataModule
-from lightning_peft.tasks.data.tables import Table
 from lightning_peft.tasks.messages import quoted
 
 

@@ -20,7 +20,7 @@ from lightning_peft.tasks.data.class_labels import (
     label_values,
     sorted_classes,
 )
-from lightning_peft.tasks.data.tables import Table
+from lightning_peft.tasks.data.reading.tables import Table
 from lightning_peft.tasks.messages import quoted
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]  # as transformers has

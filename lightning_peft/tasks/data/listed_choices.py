@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from lightning_peft.tasks.data.tables import Table
+from lightning_peft.tasks.data.reading.tables import Table
 from lightning_peft.tasks.messages import quoted
 
 TEXTS = "texts"  # of a batch's entry: the choices as each row lists them

@@ -9,9 +9,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
-from lightning_peft.tasks.data.examples import Example
+from lightning_peft.tasks.data.encoding.examples import Example
 from lightning_peft.tasks.data.mixed_loader import TASK_IDS, MixedLoader, TaskExamples
-from lightning_peft.tasks.data.splits import Split
+from lightning_peft.tasks.data.reading.splits import Split
 from lightning_peft.tasks.data.table_data import PortableDataModule, TableDataModule
 from lightning_peft.tasks.data.task_sampling import Mixture
 from lightning_peft.tasks.messages import quoted

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_peft.tasks.data.examples import Example, Examples
+from lightning_peft.tasks.data.encoding.examples import Example, Examples
 from lightning_peft.tasks.data.task_sampling import Mixture
 
 TASK_IDS = "task_ids"  # of a batch's entry

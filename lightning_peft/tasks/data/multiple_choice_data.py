@@ -12,13 +12,13 @@ from torch.utils.data import get_worker_info
 
 from lightning_peft.methods.prompting.template import Template
 from lightning_peft.tasks.data.class_labels import read_labels
-from lightning_peft.tasks.data.collator import IGNORED, Collator
-from lightning_peft.tasks.data.examples import Example
+from lightning_peft.tasks.data.encoding.collator import IGNORED, Collator
+from lightning_peft.tasks.data.encoding.examples import Example
 from lightning_peft.tasks.data.listed_choices import TEXTS, Listed, gold_of, read_choices
 from lightning_peft.tasks.data.prompt_wordings import check_wordings, columns_of, fill, plain_template, texts_by_label
-from lightning_peft.tasks.data.splits import Split, Splits
+from lightning_peft.tasks.data.reading.splits import Split, Splits
+from lightning_peft.tasks.data.reading.tables import Table
 from lightning_peft.tasks.data.table_data import TableDataModule
-from lightning_peft.tasks.data.tables import Table
 from lightning_peft.tasks.messages import quoted
 
 

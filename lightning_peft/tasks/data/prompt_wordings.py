@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lightning_peft.methods.prompting.template import Template
-from lightning_peft.tasks.data.tables import Table
+from lightning_peft.tasks.data.reading.tables import Table
 from lightning_peft.tasks.messages import did_you_mean, quoted
 
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from lightning_peft.tasks.data.collator import IGNORED, Collator
-from lightning_peft.tasks.data.examples import Example
-from lightning_peft.tasks.data.splits import Split, Splits
+from lightning_peft.tasks.data.encoding.collator import IGNORED, Collator
+from lightning_peft.tasks.data.encoding.examples import Example
+from lightning_peft.tasks.data.reading.splits import Split, Splits
+from lightning_peft.tasks.data.reading.tables import Table
 from lightning_peft.tasks.data.table_data import Padding, TableDataModule
-from lightning_peft.tasks.data.tables import Table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

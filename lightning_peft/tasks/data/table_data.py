@@ -10,13 +10,13 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
-from lightning_peft.tasks.data.collator import Collator
-from lightning_peft.tasks.data.encoding import encode_table
-from lightning_peft.tasks.data.examples import Example, Examples
-from lightning_peft.tasks.data.length_groups import LengthGroupedBatchSampler
-from lightning_peft.tasks.data.splits import Split, Splits
-from lightning_peft.tasks.data.streaming import check_stream, stream_examples
-from lightning_peft.tasks.data.tables import Table
+from lightning_peft.tasks.data.encoding.collator import Collator
+from lightning_peft.tasks.data.encoding.encode_table import encode_table
+from lightning_peft.tasks.data.encoding.examples import Example, Examples
+from lightning_peft.tasks.data.encoding.length_groups import LengthGroupedBatchSampler
+from lightning_peft.tasks.data.encoding.streaming import check_stream, stream_examples
+from lightning_peft.tasks.data.reading.splits import Split, Splits
+from lightning_peft.tasks.data.reading.tables import Table
 from lightning_peft.tasks.pretrained import build_tokenizer
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 
 from lightning_peft.core.method import check_setting
-from lightning_peft.tasks.data.length_groups import WINDOW, group_by_length
-from lightning_peft.tasks.data.write_rows import in_parts
+from lightning_peft.tasks.data.encoding.length_groups import WINDOW, group_by_length
+from lightning_peft.tasks.data.reading.write_rows import in_parts
 
 Sampling = Literal["proportional", "stochastic"]
 

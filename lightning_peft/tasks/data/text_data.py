@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_peft.tasks.data.class_labels import Classes
-from lightning_peft.tasks.data.examples import Example
+from lightning_peft.tasks.data.encoding.examples import Example
 from lightning_peft.tasks.data.labelled_data import LabelledDataModule
 from lightning_peft.tasks.data.labels import ProblemType, labels_of
-from lightning_peft.tasks.data.splits import Split, Splits
+from lightning_peft.tasks.data.reading.splits import Split, Splits
+from lightning_peft.tasks.data.reading.tables import Table
 from lightning_peft.tasks.data.table_data import Padding
-from lightning_peft.tasks.data.tables import Table
 
 
 class TextDataModule(LabelledDataModule):

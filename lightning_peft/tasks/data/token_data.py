@@ -16,12 +16,12 @@ from lightning_peft.tasks.data.class_labels import (
     label_values,
     sorted_classes,
 )
-from lightning_peft.tasks.data.collator import IGNORED
-from lightning_peft.tasks.data.examples import Example
+from lightning_peft.tasks.data.encoding.collator import IGNORED
+from lightning_peft.tasks.data.encoding.examples import Example
 from lightning_peft.tasks.data.labelled_data import LabelledDataModule
-from lightning_peft.tasks.data.splits import Split, Splits
+from lightning_peft.tasks.data.reading.splits import Split, Splits
+from lightning_peft.tasks.data.reading.tables import Table
 from lightning_peft.tasks.data.table_data import Padding
-from lightning_peft.tasks.data.tables import Table
 from lightning_peft.tasks.messages import quoted
 
 WORDS, WORD_COUNTS = "words", "word_counts"  # of a batch to predict: the word that begins at each token; of each row

@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_peft as lp
 from lightning_peft.recipes.federated import Federation, Files, Server, client_app
-from lightning_peft.tasks.data.splits import Splits
+from lightning_peft.tasks.data.reading.splits import Splits
 from lightning_peft.tasks.data.table_data import TableDataModule
 
 FEATURES, CLASSES = 6, 3

@@ -8,9 +8,9 @@ from datasets import Dataset
 
 from lightning_peft.recipes.federated import Dirichlet, Files, IndexLists
 from lightning_peft.recipes.federated.partition import Shard
-from lightning_peft.tasks.data.read_table import read_table
-from lightning_peft.tasks.data.splits import Splits
-from lightning_peft.tasks.data.tables import Table
+from lightning_peft.tasks.data.reading.read_table import read_table
+from lightning_peft.tasks.data.reading.splits import Splits
+from lightning_peft.tasks.data.reading.tables import Table
 
 
 def table(labels):

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.tasks.data.row_cache import hf_datasets
-from lightning_peft.tasks.data.tables import Table
+from lightning_peft.tasks.data.reading.row_cache import hf_datasets
+from lightning_peft.tasks.data.reading.tables import Table
 from lightning_peft.tasks.messages import close_paths, did_you_mean, quoted
 
 _PART = r"[A-Za-z0-9_.\-]+"

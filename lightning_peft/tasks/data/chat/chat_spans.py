@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from os.path import commonprefix
 
 from lightning_peft.tasks.chat_template import ChatError
-from lightning_peft.tasks.data.chat_turns import Turn
+from lightning_peft.tasks.data.chat.chat_turns import Turn
 
 Write = Callable[[Sequence[Turn], bool], str]  # turns, and whether the assistant's next one begins -> text
 

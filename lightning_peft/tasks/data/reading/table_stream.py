@@ -8,12 +8,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_peft.tasks.data.named_sets import open_saved, stream_named
-from lightning_peft.tasks.data.parse_rows import PARSED, Row, parse_rows, suffix
-from lightning_peft.tasks.data.read_table import BINARY, check_kinds, find_files, is_pattern
-from lightning_peft.tasks.data.row_cache import hf_datasets
-from lightning_peft.tasks.data.tables import Table, TablePart
-from lightning_peft.tasks.data.write_rows import column_texts, json_columns, typed_batches
+from lightning_peft.tasks.data.reading.named_sets import open_saved, stream_named
+from lightning_peft.tasks.data.reading.parse_rows import PARSED, Row, parse_rows, suffix
+from lightning_peft.tasks.data.reading.read_table import BINARY, check_kinds, find_files, is_pattern
+from lightning_peft.tasks.data.reading.row_cache import hf_datasets
+from lightning_peft.tasks.data.reading.tables import Table, TablePart
+from lightning_peft.tasks.data.reading.write_rows import column_texts, json_columns, typed_batches
 
 
 class StreamedRow(NamedTuple):

@@ -14,8 +14,8 @@ import numpy as np
 
 from lightning_peft.core.optional_imports import check_extra
 from lightning_peft.tasks.data.class_labels import read_labels
-from lightning_peft.tasks.data.splits import Split
-from lightning_peft.tasks.data.tables import Table
+from lightning_peft.tasks.data.reading.splits import Split
+from lightning_peft.tasks.data.reading.tables import Table
 from lightning_peft.tasks.messages import did_you_mean, quoted
 
 if TYPE_CHECKING:

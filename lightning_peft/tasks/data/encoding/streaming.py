@@ -12,12 +12,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lightning_peft.tasks.data.encoding import CUT, ROWS
-from lightning_peft.tasks.data.examples import Example
-from lightning_peft.tasks.data.length_groups import group_by_length
-from lightning_peft.tasks.data.table_stream import StreamedRow, TableStream
-from lightning_peft.tasks.data.tables import Table
-from lightning_peft.tasks.data.write_rows import in_parts
+from lightning_peft.tasks.data.encoding.encode_table import CUT, ROWS
+from lightning_peft.tasks.data.encoding.examples import Example
+from lightning_peft.tasks.data.encoding.length_groups import group_by_length
+from lightning_peft.tasks.data.reading.table_stream import StreamedRow, TableStream
+from lightning_peft.tasks.data.reading.tables import Table
+from lightning_peft.tasks.data.reading.write_rows import in_parts
 
 if TYPE_CHECKING:
     from lightning_peft.tasks.data.table_data import TableDataModule

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lightning_peft.tasks.data.examples import Example
+from lightning_peft.tasks.data.encoding.examples import Example
 from lightning_peft.tasks.pretrained import prompt_ids
 
 if TYPE_CHECKING:

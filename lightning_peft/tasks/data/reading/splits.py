@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_peft.tasks.data.read_table import read_table
-from lightning_peft.tasks.data.table_stream import TableStream
-from lightning_peft.tasks.data.tables import Table
+from lightning_peft.tasks.data.reading.read_table import read_table
+from lightning_peft.tasks.data.reading.table_stream import TableStream
+from lightning_peft.tasks.data.reading.tables import Table
 
 Split = Literal["train", "validation", "test", "predict"]
 

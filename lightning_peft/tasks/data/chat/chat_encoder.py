@@ -8,13 +8,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_peft.tasks.chat_template import ChatError, chat_ids, end_of_turn, own_tokens, render_chat
-from lightning_peft.tasks.data.chat_rows import Conversation, refuse
-from lightning_peft.tasks.data.chat_spans import assistant_spans
-from lightning_peft.tasks.data.chat_turns import Turn
-from lightning_peft.tasks.data.collator import IGNORED
-from lightning_peft.tasks.data.examples import Example
-from lightning_peft.tasks.data.span_tokens import span_tokens
-from lightning_peft.tasks.data.tables import Table
+from lightning_peft.tasks.data.chat.chat_rows import Conversation, refuse
+from lightning_peft.tasks.data.chat.chat_spans import assistant_spans
+from lightning_peft.tasks.data.chat.chat_turns import Turn
+from lightning_peft.tasks.data.chat.span_tokens import span_tokens
+from lightning_peft.tasks.data.encoding.collator import IGNORED
+from lightning_peft.tasks.data.encoding.examples import Example
+from lightning_peft.tasks.data.reading.tables import Table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

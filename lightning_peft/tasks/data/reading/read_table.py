@@ -8,11 +8,11 @@ import json
 from functools import partial
 from pathlib import Path
 
-from lightning_peft.tasks.data.named_sets import is_hub_name, load_named, load_saved
-from lightning_peft.tasks.data.parse_rows import PARSED, parse_rows, suffix
-from lightning_peft.tasks.data.row_cache import cached_rows
-from lightning_peft.tasks.data.tables import Table, TablePart
-from lightning_peft.tasks.data.write_rows import FORMAT, WRITTEN, write_rows
+from lightning_peft.tasks.data.reading.named_sets import is_hub_name, load_named, load_saved
+from lightning_peft.tasks.data.reading.parse_rows import PARSED, parse_rows, suffix
+from lightning_peft.tasks.data.reading.row_cache import cached_rows
+from lightning_peft.tasks.data.reading.tables import Table, TablePart
+from lightning_peft.tasks.data.reading.write_rows import FORMAT, WRITTEN, write_rows
 from lightning_peft.tasks.messages import close_paths, quoted
 
 BINARY = (".parquet", ".arrow")

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from lightning_peft.tasks.data.image_arrays import read_arrays
-from lightning_peft.tasks.data.image_tables import ImageTable, is_folder_of_images, of_dataset, read_folder
-from lightning_peft.tasks.data.splits import Split, Splits
+from lightning_peft.tasks.data.images.image_arrays import read_arrays
+from lightning_peft.tasks.data.images.image_tables import ImageTable, is_folder_of_images, of_dataset, read_folder
+from lightning_peft.tasks.data.reading.splits import Split, Splits
 
 Row = tuple[Any, int | None]  # an image and the number of its class
 

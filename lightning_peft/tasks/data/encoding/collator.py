@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_peft.tasks.data.examples import Example
+from lightning_peft.tasks.data.encoding.examples import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning_peft.tasks.chat_template import ChatError, chat_ids
-from lightning_peft.tasks.data.chat_spans import Span
+from lightning_peft.tasks.data.chat.chat_spans import Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

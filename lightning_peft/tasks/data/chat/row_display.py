@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from lightning_peft.tasks.data.collator import IGNORED
-from lightning_peft.tasks.data.examples import Example
+from lightning_peft.tasks.data.encoding.collator import IGNORED
+from lightning_peft.tasks.data.encoding.examples import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,13 +12,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from lightning_peft.tasks.data.encoding_key import encoding_key
-from lightning_peft.tasks.data.examples import Example, Examples
-from lightning_peft.tasks.data.row_cache import cached_rows, write_batches
-from lightning_peft.tasks.data.tables import Table
+from lightning_peft.tasks.data.encoding.encoding_key import encoding_key
+from lightning_peft.tasks.data.encoding.examples import Example, Examples
+from lightning_peft.tasks.data.reading.row_cache import cached_rows, write_batches
+from lightning_peft.tasks.data.reading.tables import Table
 
 if TYPE_CHECKING:
-    from lightning_peft.tasks.data.splits import Split
+    from lightning_peft.tasks.data.reading.splits import Split
     from lightning_peft.tasks.data.table_data import TableDataModule
 
 ROWS = 1000  # that are encoded at a time

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from lightning.pytorch import LightningDataModule
 
-from lightning_peft.tasks.data.code_version import code_version
-from lightning_peft.tasks.data.row_cache import hf_datasets
-from lightning_peft.tasks.data.tables import Table
+from lightning_peft.tasks.data.encoding.code_version import code_version
+from lightning_peft.tasks.data.reading.row_cache import hf_datasets
+from lightning_peft.tasks.data.reading.tables import Table
 
 if TYPE_CHECKING:
     from lightning_peft.tasks.data.table_data import TableDataModule

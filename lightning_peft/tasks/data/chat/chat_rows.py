@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning_peft.tasks.chat_template import ChatError
-from lightning_peft.tasks.data.chat_turns import Turn, parse_json, read_turns, turns_or_text
-from lightning_peft.tasks.data.tables import Table
+from lightning_peft.tasks.data.chat.chat_turns import Turn, parse_json, read_turns, turns_or_text
+from lightning_peft.tasks.data.reading.tables import Table
 from lightning_peft.tasks.messages import quoted
 
 Kind = Literal["messages", "prompt", "text"]

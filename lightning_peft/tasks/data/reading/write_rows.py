@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning_peft.tasks.data.parse_rows import Row, parse_rows, suffix
-from lightning_peft.tasks.data.row_cache import write_batches
+from lightning_peft.tasks.data.reading.parse_rows import Row, parse_rows, suffix
+from lightning_peft.tasks.data.reading.row_cache import write_batches
 from lightning_peft.tasks.messages import quoted
 
 FORMAT = 1  # of what is written; another number leaves what earlier versions wrote alone

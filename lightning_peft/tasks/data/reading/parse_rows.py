@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from lightning_peft.tasks.data.read_conll import read_conll
+from lightning_peft.tasks.data.reading.read_conll import read_conll
 from lightning_peft.tasks.messages import quoted
 
 Row = dict[str, Any]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_peft.tasks.data.image_tables import ImageTable, ordered, pil
-from lightning_peft.tasks.data.splits import Split
+from lightning_peft.tasks.data.images.image_tables import ImageTable, ordered, pil
+from lightning_peft.tasks.data.reading.splits import Split
 from lightning_peft.tasks.messages import quoted
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_peft.tasks.data.image_tables import pil
+from lightning_peft.tasks.data.images.image_tables import pil
 from lightning_peft.tasks.pretrained import locate, transformers
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Reads conversations, and turns them into tokens with labels."""

@@ -1,0 +1,1 @@
+"""Reads images, and makes pixels of them."""

@@ -1,0 +1,1 @@
+"""Reads rows from files, folders and the hub into files that are mapped into memory."""
