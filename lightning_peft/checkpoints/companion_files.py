@@ -42,7 +42,7 @@ def companion_files(model: nn.Module, tokenizer: Any = None) -> dict[str, bytes]
             f"tokenizer must have save_pretrained, as tokenizers and processors of transformers have, got a "
             f"{type(tokenizer).__name__}."
         )
-    found = held_tokenizer(model) if tokenizer is None else tokenizer
+    found = tokenizer_of(model) if tokenizer is None else tokenizer
     if found is None:
         return {}
     with tempfile.TemporaryDirectory() as name:
@@ -74,11 +74,11 @@ def read_class_names(folder: Location) -> list[str]:
     return names
 
 
-def held_tokenizer(holder: Any) -> Any:
+def tokenizer_of(owner: Any) -> Any:
     """Return the tokenizer or processor that a module or its data has as an attribute, None if it has none yet."""
     for name in _NAMES:
-        lazy = isinstance(getattr(type(holder), name, None), functools.cached_property)
-        found = vars(holder).get(name) if lazy else getattr(holder, name, None)
+        lazy = isinstance(getattr(type(owner), name, None), functools.cached_property)
+        found = vars(owner).get(name) if lazy else getattr(owner, name, None)
         if _is_savable(found) and not isinstance(found, nn.Module):
             return found
     return None

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
-from ..checkpoints.companion_files import held_tokenizer
+from ..checkpoints.companion_files import tokenizer_of
 from ..checkpoints.save_load import save_adapter
 from ..core.injection_record import get_record
 from .run_report import write_report
@@ -34,7 +34,7 @@ def finish_fit(trainer: pl.Trainer, model: pl.LightningModule, data: Any, adapte
     results = ValidationMetrics.of(trainer, state)
     logs, adapter = Path(trainer.log_dir or trainer.default_root_dir), None  # which processes agree on
     if get_record(model) is not None:  # of a sharded model, each process has a part
-        tokenizer = held_tokenizer(model) or held_tokenizer(data)
+        tokenizer = tokenizer_of(model) or tokenizer_of(data)
         adapter = save_adapter(model, adapter_dir or logs / "adapter", tokenizer=tokenizer)
     if tests:
         results |= trainer.test(model, datamodule=data, verbose=False)[0]

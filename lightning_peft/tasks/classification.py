@@ -8,7 +8,6 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightning_peft.tasks.data.mixed_loader import TASK_IDS
-from lightning_peft.tasks.messages import quoted
 from lightning_peft.tasks.module import TaskModule
 from lightning_peft.tasks.optimization import check_optimization
 from lightning_peft.tasks.pretrained import build_model
@@ -71,16 +70,8 @@ class TextClassification(TaskModule):
             ValueError: If the data has another number of classes, or others than an adapter that is evaluated.
         """
         self._check_problem()
+        self.take_classes(stage)
         data = getattr(self.trainer, "datamodule", None)
-        classes = getattr(data, "classes", None)
-        num_classes = self.hparams["num_classes"]
-        if classes is not None and len(classes) != num_classes:
-            raise ValueError(
-                f"Got num_classes={num_classes}, but the data has {len(classes)} classes: {quoted(classes)}. "
-                f"Set num_classes={len(classes)}."
-            )
-        if classes is not None:
-            self.name_classes(classes, stage)
         tokenizer = getattr(data, "tokenizer", None)
         if tokenizer is not None:
             self.tokenizer = tokenizer
@@ -144,9 +135,8 @@ class TextClassification(TaskModule):
 
     def on_predict_start(self) -> None:
         """Take the names of the classes, which a checkpoint or an adapter may have brought."""
+        self.take_classes("predict")
         classes = getattr(getattr(self.trainer, "datamodule", None), "classes", None)
-        if classes is not None:
-            self.name_classes(classes, "predict")
         self.classes = self.class_names if classes is None else classes
 
     def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Any]:

@@ -78,9 +78,9 @@ def check_causal(network: Any) -> None:
 
 def virtual_tokens(network: nn.Module) -> int:
     """How many positions the adapters of a network take before a text."""
-    held = [adapter for *_, adapter in adapters(network)]
-    lengths = [adapter.length for adapter in held if isinstance(adapter, ShiftedPositions)]
-    for adapter in held:
+    found = [adapter for *_, adapter in adapters(network)]
+    lengths = [adapter.length for adapter in found if isinstance(adapter, ShiftedPositions)]
+    for adapter in found:
         if isinstance(adapter, Prompt) and getattr(adapter, "placeholder", None) is None:  # else they are in the text
             lengths.append(adapter.get_parameter("prompt").shape[-2])
     return max(lengths, default=0)

@@ -10,7 +10,6 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from lightning_peft.tasks.messages import quoted
 from lightning_peft.tasks.module import TaskModule
 from lightning_peft.tasks.optimization import check_optimization
 from lightning_peft.tasks.pretrained import build_model
@@ -72,16 +71,7 @@ class ImageClassification(TaskModule):
         Raises:
             ValueError: If the data has another number of classes, or others than an adapter that is evaluated.
         """
-        classes = getattr(getattr(self.trainer, "datamodule", None), "classes", None)
-        if classes is None:
-            return
-        num_classes = self.hparams["num_classes"]
-        if len(classes) != num_classes:
-            raise ValueError(
-                f"Got num_classes={num_classes}, but the data has {len(classes)} classes: {quoted(classes)}. "
-                f"Set num_classes={len(classes)}."
-            )
-        self.name_classes(classes, stage)
+        self.take_classes(stage)
 
     def forward(self, **batch: Tensor) -> Tensor:
         """Logits, one row per image.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -55,16 +55,24 @@ class TaskModule(LightningModule):
         """The names of the classes that the network's configuration has; they travel with adapters and checkpoints."""
         return class_names(self)
 
-    def name_classes(self, names: Sequence[str] | Sequence[int], stage: str) -> None:
-        """Give the network the names of the data's classes, by number.
+    def take_classes(self, stage: str) -> None:
+        """Give the network the names of the data's classes, by number, if the data has some.
 
         Args:
-            names: As many as the network has classes.
             stage: The Trainer's.
 
         Raises:
-            ValueError: An adapter is evaluated that was trained on classes of other names.
+            ValueError: The data has another number of classes, or an adapter is evaluated that was trained on others.
         """
+        names = getattr(getattr(self.trainer, "datamodule", None), "classes", None)
+        if names is None:
+            return
+        count = self.hparams["num_classes"]
+        if len(names) != count:
+            raise ValueError(
+                f"Got num_classes={count}, but the data has {len(names)} classes: {quoted(names)}. "
+                f"Set num_classes={len(names)}."
+            )
         trained, given = self.class_names, list(map(str, names))
         if stage != "fit" and trained not in (None, given) and any(adapters(self)):
             raise ValueError(

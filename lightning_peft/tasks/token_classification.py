@@ -14,7 +14,6 @@ from lightning_peft.tasks.data.mixed_data import MixedDataModule
 from lightning_peft.tasks.data.mixed_loader import TASK_IDS
 from lightning_peft.tasks.data.token_data import WORD_COUNTS, WORDS
 from lightning_peft.tasks.entity_metrics import EntityF1, EntityMetric, EntityPrecision, EntityRecall
-from lightning_peft.tasks.messages import quoted
 from lightning_peft.tasks.module import TaskModule, mean_loss
 from lightning_peft.tasks.optimization import check_optimization
 from lightning_peft.tasks.pretrained import build_model
@@ -75,14 +74,14 @@ class TokenClassification(TaskModule):
         Raises:
             ValueError: If the data has another number of tags, or others than an adapter that is evaluated.
         """
-        self._take_tags(stage)
+        self.take_classes(stage)
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None:
             self.tokenizer = tokenizer
 
     def on_predict_start(self) -> None:
         """Take the names of the tags, which a checkpoint may have brought."""
-        self._take_tags("predict")
+        self.take_classes("predict")
 
     def on_validation_start(self) -> None:
         """Check that entities can be told, and tell the metrics how."""
@@ -90,19 +89,8 @@ class TokenClassification(TaskModule):
 
     def on_test_start(self) -> None:
         """Check that entities can be told, and tell the metrics how."""
-        self._take_tags("test")
+        self.take_classes("test")
         self._read_tags("test")
-
-    def _take_tags(self, stage: str) -> None:
-        tags = getattr(getattr(self.trainer, "datamodule", None), "classes", None)
-        num_classes = self.hparams["num_classes"]
-        if tags is not None and len(tags) != num_classes:
-            raise ValueError(
-                f"Got num_classes={num_classes}, but the data has {len(tags)} tags: {quoted(tags)}. "
-                f"Set num_classes={len(tags)}."
-            )
-        if tags is not None:
-            self.name_classes(tags, stage)
 
     def _read_tags(self, split: str) -> None:
         tags = self.class_names

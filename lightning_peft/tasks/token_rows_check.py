@@ -71,7 +71,7 @@ def check_new_rows(network: nn.Module, tokens: Sequence[int]) -> None:
 
 
 def _trains(network: nn.Module, layer: Any, tokens: set[int]) -> bool:
-    held = [adapter for _, host, _, adapter in adapters(network) if host is layer]
+    found = [adapter for _, host, _, adapter in adapters(network) if host is layer]
     if any(parameter.requires_grad for parameter in layer._parameters.values() if parameter is not None):
         return True
-    return any(tokens <= set(adapter.ids) if isinstance(adapter, TokenLayer) else True for adapter in held)
+    return any(tokens <= set(adapter.ids) if isinstance(adapter, TokenLayer) else True for adapter in found)

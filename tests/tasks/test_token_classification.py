@@ -121,7 +121,7 @@ def test_the_number_of_tags_must_be_the_datas(
     data = TokenDataModule(write("t.jsonl", ROWS), tokenizer=encoder_tokenizer)
     module = TokenClassification(config=bert, num_classes=4)
     with pytest.raises(
-        ValueError, match=r"num_classes=4, but the data has 3 tags: 'B-x', 'I-x', 'O'. Set num_classes=3"
+        ValueError, match=r"num_classes=4, but the data has 3 classes: 'B-x', 'I-x', 'O'. Set num_classes=3"
     ):
         trainer(tmp_path, max_steps=1).fit(module, data)
     with pytest.raises(ValueError, match="num_classes=1, expected 2 or more, one for each tag"):
