@@ -89,7 +89,9 @@ def aligned(model: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tenso
     if shifted:
         return inputs, torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], 1)
     if inputs.get("decoder_input_ids") is None:
-        inputs["decoder_input_ids"] = pretrained_of(model).prepare_decoder_input_ids_from_labels(labels=labels)
+        shift = getattr(pretrained_of(model), "prepare_decoder_input_ids_from_labels", None)
+        made = {"labels": labels} if shift is None else {"decoder_input_ids": shift(labels=labels)}
+        inputs |= made  # models without such a method (M2M100) make them in their call
     return inputs, labels
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_peft.core.eval_mode import evaluating
+from lightning_peft.losses.next_token_loss import next_token, next_token_logits
 from lightning_peft.tasks.data.encoding.collator import IGNORED
 from lightning_peft.tasks.data.seq2seq_data import REFERENCES
 from lightning_peft.tasks.module import TaskModule
@@ -112,8 +112,15 @@ class Seq2Seq(TaskModule):
 
     def labelled(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The logits (places, vocabulary) of each labelled token, and these tokens (places,)."""
-        is_labelled = batch["labels"] != IGNORED
-        return self(**batch)[is_labelled].float(), batch["labels"][is_labelled]
+        with self.own_tasks(batch):
+            return next_token_logits(self.network, _with_labels(batch))
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        """Mean cross entropy of the tokens of the targets."""
+        with self.own_tasks(batch):
+            loss = next_token(self.network, _with_labels(batch))
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Log the loss; compare generated texts with the targets."""
@@ -124,11 +131,9 @@ class Seq2Seq(TaskModule):
         self._evaluate("test", batch)
 
     def _evaluate(self, split: str, batch: dict[str, Any]) -> None:
-        is_labelled = batch["labels"] != IGNORED
-        count = is_labelled.sum(1)
-        losses = torch.zeros_like(is_labelled, dtype=torch.float).masked_scatter(
-            is_labelled, cross_entropy(*self.labelled(batch), reduction="none")
-        )
+        count = (batch["labels"] != IGNORED).sum(1)
+        with self.own_tasks(batch):
+            losses = next_token(self.network, _with_labels(batch), reduction="none")
         self.measure(split, batch, losses.sum(1) / count.clamp(min=1), count)
         if self.hparams["generate_in_validation"]:
             getattr(self, f"{split}_text").update(self.generate(batch), self._references(batch))
@@ -178,6 +183,10 @@ class Seq2Seq(TaskModule):
 
 def _sources(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def _with_labels(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {**_sources(batch), "labels": batch["labels"]}
 
 
 def _start_as_padding(network: Any) -> None:
