@@ -98,7 +98,7 @@ def rows_of(data: LightningDataModule, split: LabelledSplit, label: str) -> Rows
             "iterated over. Rows are found again by their content: give a DataLoader of a dataset with __getitem__ "
             "and __len__."
         )
-    if loader.batch_size is None:
+    if loader.batch_sampler is None:  # one that is given leaves batch_size at None, too
         raise TypeError(f"The {split} DataLoader has batch_size=None, so its dataset gives no single rows. Set one.")
     return Rows(split, dataset, loader.collate_fn, label)
 
