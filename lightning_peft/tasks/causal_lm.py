@@ -131,14 +131,6 @@ class CausalLM(ThroughputModule):
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
-        """Log loss and perplexity."""
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
-        """Log loss and perplexity."""
-        self._evaluate("test", batch)
-
     def _evaluate(self, split: str, batch: dict[str, Tensor]) -> None:
         count = (batch["labels"][:, 1:] != IGNORED).sum(1)
         losses = self._next_token(batch, "none")

@@ -119,14 +119,6 @@ class TextClassification(TaskModule):
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
-        """Log loss and metrics."""
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
-        """Log loss and metrics."""
-        self._evaluate("test", batch)
-
     def _evaluate(self, split: str, batch: dict[str, Tensor]) -> None:
         logits, labels = self.labelled(batch)
         loss = self.problem.loss(logits, labels)
@@ -135,8 +127,7 @@ class TextClassification(TaskModule):
 
     def on_predict_start(self) -> None:
         """Take the names of the classes, which a checkpoint or an adapter may have brought."""
-        self.take_classes("predict")
-        classes = getattr(getattr(self.trainer, "datamodule", None), "classes", None)
+        classes = self.take_classes("predict")
         self.classes = self.class_names if classes is None else classes
 
     def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Any]:

@@ -87,14 +87,6 @@ class Cloze(TaskModule):
         mask_position = (ids == self.tokenizer.mask_token_id).int().argmax(dim=1)
         return logits[torch.arange(len(ids), device=ids.device), mask_position]
 
-    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
-        """Log loss and P@1."""
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
-        """Log loss and P@1."""
-        self._evaluate("test", batch)
-
     def _evaluate(self, split: str, batch: dict[str, Tensor]) -> None:
         logits, labels = self.labelled(batch)
         loss = cross_entropy(logits, labels)

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
@@ -97,20 +96,6 @@ class ImageClassification(TaskModule):
         height, width = (size, size) if isinstance(size, int) else size
         images = torch.zeros(rows, getattr(self.network.config, "num_channels", 3), height, width)
         return {"pixel_values": images, "labels": torch.zeros(rows, dtype=torch.long)}
-
-    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
-        """Log loss and metrics."""
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
-        """Log loss and metrics."""
-        self._evaluate("test", batch)
-
-    def _evaluate(self, split: str, batch: dict[str, Tensor]) -> None:
-        logits, labels = self.labelled(batch)
-        loss = cross_entropy(logits, labels)
-        self.log(f"{split}_loss", loss, prog_bar=True, batch_size=len(labels), sync_dist=True)
-        self.measure(split, batch, logits, labels)
 
     def on_predict_start(self) -> None:
         """Take the names of the classes, which a checkpoint or an adapter may have brought."""

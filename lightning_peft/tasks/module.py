@@ -55,8 +55,8 @@ class TaskModule(LightningModule):
         """The names of the classes that the network's configuration has; they travel with adapters and checkpoints."""
         return class_names(self)
 
-    def take_classes(self, stage: str) -> None:
-        """Give the network the names of the data's classes, by number, if the data has some.
+    def take_classes(self, stage: str) -> list[str] | list[int] | None:
+        """Give the network the names of the data's classes, by number, if the data has some; return what they are.
 
         Args:
             stage: The Trainer's.
@@ -64,9 +64,9 @@ class TaskModule(LightningModule):
         Raises:
             ValueError: The data has another number of classes, or an adapter is evaluated that was trained on others.
         """
-        names = getattr(getattr(self.trainer, "datamodule", None), "classes", None)
+        names: list[str] | list[int] | None = getattr(getattr(self.trainer, "datamodule", None), "classes", None)
         if names is None:
-            return
+            return None
         count = self.hparams["num_classes"]
         if len(names) != count:
             raise ValueError(
@@ -80,6 +80,7 @@ class TaskModule(LightningModule):
                 "Give the train file that it was trained on, or none where it only predicts."
             )
         set_class_names(self, given)
+        return names
 
     def data_of_tasks(self) -> list[Any]:
         """The data that the Trainer runs on: that of each task where several are mixed, else one, or none."""
@@ -109,6 +110,21 @@ class TaskModule(LightningModule):
         loss = mean_loss(*self.labelled(batch))
         self.log("train_loss", loss, prog_bar=True)
         return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        """Log loss and metrics."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        """Log loss and metrics."""
+        self._evaluate("test", batch)
+
+    def _evaluate(self, split: str, batch: dict[str, Any]) -> None:
+        """Log the loss of a batch, and update the metrics by its logits and labels."""
+        logits, labels = self.labelled(batch)
+        loss = cross_entropy(logits, labels)
+        self.log(f"{split}_loss", loss, prog_bar=True, batch_size=len(labels), sync_dist=True)
+        self.measure(split, batch, logits, labels)
 
     def measure(self, split: str, batch: Mapping[str, Tensor], *rows: Tensor) -> None:
         """Update and log the metrics of an evaluation.

@@ -147,14 +147,6 @@ class Choices(TaskModule):
             batch = {**batch, "choices": right[:, None], "labels": torch.zeros_like(gold)}
         return self._loss("train", batch, self._likelihoods(batch))
 
-    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
-        """Log the losses and the accuracy."""
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
-        """Log the losses and the accuracy."""
-        self._evaluate("test", batch)
-
     def predict_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Any]:
         """The label of each answer, or its text if rows list choices; a softmax over scores: 0 where one is absent."""
         scores = self._likelihoods(batch).scores

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_peft.core.eval_mode import evaluating
-from lightning_peft.losses.next_token_loss import next_token, next_token_logits
+from lightning_peft.losses.next_token_loss import aligned, next_token, next_token_logits
 from lightning_peft.tasks.data.encoding.collator import IGNORED
 from lightning_peft.tasks.data.seq2seq_data import REFERENCES
 from lightning_peft.tasks.module import TaskModule
@@ -97,12 +97,9 @@ class Seq2Seq(TaskModule):
         Shape:
             (batch, tokens of targets, vocabulary)
         """
-        # Where the model says how, its decoder's inputs are made here, so that it computes no loss beside ours.
-        shift = getattr(self.network, "prepare_decoder_input_ids_from_labels", None)
-        labels = batch["labels"]
-        decoder = {"labels": labels} if shift is None else {"decoder_input_ids": shift(labels)}
+        inputs, _ = aligned(self.network, _with_labels(batch))
         with self.own_tasks(batch):
-            logits: Tensor = self.network(**_sources(batch), **decoder, use_cache=False).logits
+            logits: Tensor = self.network(**inputs).logits
         return logits
 
     def sample_batch(self, rows: int, tokens: int) -> dict[str, Tensor]:
@@ -121,14 +118,6 @@ class Seq2Seq(TaskModule):
             loss = next_token(self.network, _with_labels(batch))
         self.log("train_loss", loss, prog_bar=True)
         return loss
-
-    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        """Log the loss; compare generated texts with the targets."""
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        """Log the loss; compare generated texts with the targets."""
-        self._evaluate("test", batch)
 
     def _evaluate(self, split: str, batch: dict[str, Any]) -> None:
         count = (batch["labels"] != IGNORED).sum(1)

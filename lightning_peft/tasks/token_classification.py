@@ -128,14 +128,6 @@ class TokenClassification(TaskModule):
         is_labelled = batch["labels"] != IGNORED
         return self(**batch)[is_labelled].float(), batch["labels"][is_labelled]
 
-    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
-        """Log loss and metrics."""
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
-        """Log loss and metrics."""
-        self._evaluate("test", batch)
-
     def on_test_epoch_end(self) -> None:
         """Log the F1 of each type of entity, or the metrics of each task where data has several."""
         super().on_test_epoch_end()

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.tasks.data.reading.row_cache import hf_datasets
+from lightning_peft.tasks.data.reading.row_cache import file_version, hf_datasets
 from lightning_peft.tasks.data.reading.tables import Table
 from lightning_peft.tasks.messages import close_paths, did_you_mean, quoted
 
@@ -37,8 +37,7 @@ def load_saved(name: str, folder: Path, split: str) -> Table:
     """
     dataset = open_saved(name, folder, split)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in (".arrow", ".json"))
-    version = [[str(p.resolve()), (s := p.stat()).st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for p in files]
-    return _table(name, dataset, json.dumps([version, split]))
+    return _table(name, dataset, json.dumps([[file_version(path) for path in files], split]))
 
 
 def open_saved(name: str, folder: Path, split: str) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning_peft.tasks.data.reading.named_sets import is_hub_name, load_named, load_saved
 from lightning_peft.tasks.data.reading.parse_rows import PARSED, parse_rows, suffix
-from lightning_peft.tasks.data.reading.row_cache import cached_rows
+from lightning_peft.tasks.data.reading.row_cache import cached_rows, file_version
 from lightning_peft.tasks.data.reading.tables import Table, TablePart
 from lightning_peft.tasks.data.reading.write_rows import FORMAT, WRITTEN, write_rows
 from lightning_peft.tasks.messages import close_paths, quoted
@@ -93,7 +93,7 @@ def check_kinds(name: str, paths: list[Path]) -> None:
 
 def _read_files(name: str, paths: list[Path]) -> Table:
     check_kinds(name, paths)
-    version = json.dumps([FORMAT, *map(_version, paths)])
+    version = json.dumps([FORMAT, *map(file_version, paths)])
     key = hashlib.sha256(version.encode()).hexdigest()
     dataset, folder = cached_rows(key, partial(write_rows, paths))
     if not len(dataset):
@@ -107,12 +107,6 @@ def _read_files(name: str, paths: list[Path]) -> Table:
         json_columns=frozenset(written["json_columns"]),
         version=version,
     )
-
-
-def _version(path: Path) -> list[str | int]:
-    """Return what differs from an earlier time if the content of a file does."""
-    stat = path.stat()
-    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def _part(path: Path, rows: int) -> TablePart:

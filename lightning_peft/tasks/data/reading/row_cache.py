@@ -73,6 +73,16 @@ def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
         os.replace(part, folder)
 
 
+def file_version(path: Path) -> list[str | int]:
+    """What differs from an earlier time if the content of a file does.
+
+    Args:
+        path: The file.
+    """
+    stat = path.stat()
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
 def write_batches(folder: Path, batches: Iterable[Any], source: str) -> bool:
     """Write record batches into the folder's one file, all with the types of the first.
 
