@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+
+from .torch_api import in_function_transform
 
 
 def is_traced() -> bool:
@@ -21,12 +25,33 @@ def records_gradients() -> bool:
     return torch.is_grad_enabled() and not is_traced()
 
 
-def apply_function(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+def apply_function(function: type[Function], *args: Any) -> Tensor:
     """Return what an autograd function, with ``setup_context``, returns for these arguments.
 
     Where it is not recorded, its ``forward`` is called as it is: without gradients, ``torch.compile`` fails to trace
     the function.
     """
-    apply: Any = function.apply if records_gradients() else function.forward
+    apply: Any = function.forward
+    if records_gradients():
+        keeps_apply = torch.compiler.is_compiling() or in_function_transform()
+        apply = function.apply if keeps_apply else _apply_without_binding(function)
     result: Tensor = apply(*args)
     return result
+
+
+@functools.cache
+def _apply_without_binding(function: type[Function]) -> Any:
+    """Return the ``apply`` of the same function with the context in its ``forward``.
+
+    ``apply`` of a function that has ``setup_context`` binds the signature of ``forward`` in each call, which takes as
+    long as several products of small matrices. Transforms of ``torch.func`` need ``setup_context``.
+    """
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    namespace = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    combined = type(function.__name__, (Function,), namespace | {"__module__": function.__module__})
+    return cast(Any, combined).apply

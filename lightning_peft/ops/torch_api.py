@@ -83,6 +83,12 @@ def function_modes() -> list[TorchFunctionMode]:
     return modes
 
 
+def in_function_transform() -> bool:
+    """Return whether this runs inside of a transform of ``torch.func``, such as ``vmap`` or ``grad``."""
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active
+
+
 @contextmanager
 def without_onednn() -> Iterator[None]:
     """Context without the kernels of oneDNN, whose LSTM does not tell what it saves for backward."""

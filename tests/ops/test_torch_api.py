@@ -123,6 +123,14 @@ def test_functions_of_torch_can_be_called_inside_of_a_mode_that_intercepts_them(
     assert seen == [torch.add]
 
 
+def test_a_transform_of_a_function_is_seen_while_it_runs():
+    """Else transforms of ``torch.func`` refuse adapted layers, or each call of a layer binds a signature."""
+    seen = []
+    torch.func.grad(lambda x: (seen.append(api.in_function_transform()), x.sum())[1])(torch.ones(2))
+    assert seen == [True]
+    assert not api.in_function_transform()
+
+
 def test_onednn_is_off_inside_and_as_before_outside():
     """Else the memory planner misses what an LSTM saves for backward."""
     before = torch._C._get_mkldnn_enabled()
