@@ -79,7 +79,13 @@ def train_step(loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module, 
     return step
 
 
-def paired(functions: dict[str, Callable], rounds: int, budget_s: float, setup: Callable | None = None) -> dict:
+def paired(
+    functions: dict[str, Callable],
+    rounds: int,
+    budget_s: float,
+    setup: Callable | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict:
     """Return seconds by name of calls that take turns, in reversed order every other round, after one warm-up each.
 
     Stops once ``budget_s`` is spent, but not before three rounds. What ``setup`` returns, untimed, goes into the call.
@@ -90,10 +96,10 @@ def paired(functions: dict[str, Callable], rounds: int, budget_s: float, setup: 
         gc.disable()
         for name in list(functions)[:: -1 if turn % 2 else 1]:
             arguments = () if setup is None else (setup(),)
-            begin = time.perf_counter()
+            begin = clock()
             functions[name](*arguments)
             if turn >= 0:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(clock() - begin)
         gc.enable()
         if turn >= 2 and time.perf_counter() - start > budget_s:
             break

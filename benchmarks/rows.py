@@ -43,7 +43,17 @@ def beside_goals(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
                     yield {"part": part, "model": kind, "method": method, "of": name, "value": value} | reached
 
 
-def main(name: str, description: str, choices: dict[str, list[str]], run: Callable[[Namespace], Iterator[Row]]) -> None:
+COLUMNS = ["part", "model", "method", "of", "value", "goal", "reached"]
+
+
+def main(
+    name: str,
+    description: str,
+    choices: dict[str, list[str]],
+    run: Callable[[Namespace], Iterator[Row]],
+    lines: Callable[[dict[str, Any]], Iterator[dict[str, Any]]] = beside_goals,
+    columns: list[str] = COLUMNS,
+) -> None:
     """Run a benchmark from the command line.
 
     Args:
@@ -51,9 +61,12 @@ def main(name: str, description: str, choices: dict[str, list[str]], run: Callab
         description: Help.
         choices: By option, what a comma-separated list may choose from; by default everything.
         run: Yields what it finds.
+        lines: Yields the lines of the table, of results by part, model and method.
+        columns: Of the table.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs; nothing is written")
+    parser.add_argument("--print-only", action="store_true", help="write nothing")
     parser.add_argument("--rounds", type=int, default=9, help="of every paired measurement")
     parser.add_argument("--budget", type=float, default=90.0, help="seconds after which a measurement stops early")
     parser.add_argument("--threads", type=int, default=1, help="of torch; more than one is unsteady on shared cores")
@@ -68,10 +81,11 @@ def main(name: str, description: str, choices: dict[str, list[str]], run: Callab
     results = {}
     for part, kind, method, row in run(options):
         new = {part: {kind: {method: row}}}
-        results = harness.merge(results, new) if options.small else harness.write(new, name)
-        for line in beside_goals(new):
+        unwritten = options.small or options.print_only
+        results = harness.merge(results, new) if unwritten else harness.write(new, name)
+        for line in lines(new):
             print(*line.values(), flush=True)
-    print(harness.table(list(beside_goals(results)), ["part", "model", "method", "of", "value", "goal", "reached"]))
+    print(harness.table(list(lines(results)), columns))
 
 
 def _some_of(known: list[str]) -> Callable[[str], list[str]]:

@@ -1,0 +1,148 @@
+"""Each method as the fewest lines of torch that train it: what a user would write in place of a library."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+RANK, SCALE, DROPOUT = 8, 2.0, 0.05
+
+
+def filled(*shape: int) -> nn.Parameter:
+    return nn.Parameter(0.02 * torch.randn(shape))
+
+
+class LoRA(nn.Module):
+    """W x + b + s B A x."""
+
+    def __init__(self, base: nn.Linear, rank: int = RANK) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a, self.b = filled(rank, base.in_features), filled(base.out_features, rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + F.linear(F.linear(x, self.a) * SCALE, self.b)
+
+
+class LoRADropout(LoRA):
+    """The same, with dropout on the way into A."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + F.linear(F.linear(F.dropout(x, DROPOUT, self.training), self.a) * SCALE, self.b)
+
+
+class DoRA(LoRA):
+    """m V / |V| x + b, with V = W + s B A and a norm that gets no gradient."""
+
+    def __init__(self, base: nn.Linear, rank: int = RANK) -> None:
+        super().__init__(base, rank)
+        self.magnitude = nn.Parameter(torch.linalg.vector_norm(base.weight.detach(), dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = torch.addmm(self.base.weight, self.b, self.a, alpha=SCALE)
+        factor = self.magnitude / torch.linalg.vector_norm(v.detach(), dim=1)
+        return F.linear(x, v * factor[:, None], self.base.bias)
+
+
+class AdaLoRA(LoRA):
+    """W x + b + s P diag(l) Q x, without the schedule, which is the same for all."""
+
+    def __init__(self, base: nn.Linear, rank: int = RANK) -> None:
+        super().__init__(base, rank)
+        self.values = filled(rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + F.linear(F.linear(x, self.a) * (self.values * SCALE), self.b)
+
+
+class FedPara(nn.Module):
+    """(W + (B1 A1) o (B2 A2)) x + b."""
+
+    def __init__(self, base: nn.Linear, rank: int = RANK) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a1, self.a2 = filled(rank, base.in_features), filled(rank, base.in_features)
+        self.b1, self.b2 = filled(base.out_features, rank), filled(base.out_features, rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.base.weight + (self.b1 @ self.a1) * (self.b2 @ self.a2), self.base.bias)
+
+
+class KronA(nn.Module):
+    """(W + s A (x) B) x + b, with A as square as it gets."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        rows, columns = (closest_divisor(n) for n in base.weight.shape)
+        self.a = filled(rows, columns)
+        self.b = filled(base.out_features // rows, base.in_features // columns)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.base.weight + SCALE * torch.kron(self.a, self.b), self.base.bias)
+
+
+def closest_divisor(n: int) -> int:
+    return max(d for d in range(1, int(n**0.5) + 1) if n % d == 0)
+
+
+class ScaledOutput(nn.Module):
+    """l o (W x + b): IA3 on keys and values."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.scales = base.requires_grad_(False), nn.Parameter(torch.ones(base.out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) * self.scales
+
+
+class ScaledInput(ScaledOutput):
+    """W (l o x) + b: IA3 on what enters a down-projection, for a square layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x * self.scales)
+
+
+class TrainedBias(nn.Module):
+    """W x + b, of which b alone trains: BitFit."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.bias = base.requires_grad_(False), filled(base.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.base.weight, self.bias)
+
+
+class Bottleneck(nn.Module):
+    """y + U f(D y), with y = W x + b."""
+
+    def __init__(self, base: nn.Linear, size: int = RANK) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down, self.up = nn.Linear(base.out_features, size), nn.Linear(size, base.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        return y + self.up(F.gelu(self.down(y)))
+
+
+class Prefix(nn.Module):
+    """Trained keys and values before those of each attention layer, given as a cache of earlier tokens."""
+
+    def __init__(self, model: nn.Module, length: int) -> None:
+        super().__init__()
+        config = model.config
+        heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        self.model, self.length = model.requires_grad_(False), length
+        self.keys_values = filled(config.num_hidden_layers, 2, 1, heads, length, width)
+
+    def cache(self, rows: int) -> DynamicCache:
+        cache, shape = DynamicCache(config=self.model.config), (rows, -1, -1, -1)
+        for layer, (key, value) in enumerate(self.keys_values):
+            cache.update(key.expand(shape), value.expand(shape), layer)
+        return cache
+
+    def forward(self, input_ids: Tensor) -> object:
+        return self.model(input_ids=input_ids, past_key_values=self.cache(len(input_ids)))

@@ -1,0 +1,165 @@
+"""One adapted layer, or a small Llama, on each side: this package, HF peft, and a hand-written form."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import hand_written
+import harness
+import peft
+import torch
+from hand_written import DROPOUT, RANK
+from rows import Goals
+from sides import called, ours, peer, wrapped
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lightning_peft as lp
+
+LENGTH = 8  # of prefixes and prompts
+Method = Callable[[Any], lp.Method]  # of the configuration of a model; a single layer has none
+Peer = Callable[[Any], peft.PeftConfig]
+
+
+class SmallCase(NamedTuple):
+    """A method on each side."""
+
+    ours: Method
+    peer: Peer | None
+    hand: Callable[..., nn.Module] | None  # of a linear layer with its rank; of a model, if there are no targets
+    targets: tuple[str, ...] = ()
+
+
+# Ratios to reach: of a training step to peft and to the hand-written form, and of a decoded token to peft.
+TRAIN: dict[str, Goals] = {
+    "lora": {"ours/peft": 0.98, "ours/hand": 1.03},
+    "lora_dropout": {"ours/peft": 0.98, "ours/hand": None},
+    "dora": {"ours/peft": 0.82, "ours/hand": None},
+    "ia3": {"ours/peft": 0.96, "ours/hand": None},
+    "prefix_tuning": {"ours/peft": 1.01, "ours/hand": None},
+}
+OTHERS: Goals = {"ours/peft": 1.0, "ours/hand": None}
+DECODE: dict[str, float] = dict.fromkeys(TRAIN, 0.98)
+
+
+def low_rank(targets: Iterable[str], rank: int = RANK) -> dict[str, SmallCase]:
+    """Return the methods that update the weights of these layers, as W x + b becomes W' x + b."""
+    on, at = {"targets": [*targets]}, {"target_modules": [*targets]}
+    lora = on | {"rank": rank, "alpha": 2 * rank}
+    peft_lora = at | {"r": rank, "lora_alpha": 2 * rank}
+    adalora = at | {"init_r": rank, "target_r": rank // 2, "lora_alpha": 2 * rank, "total_step": 1000}
+    lokr = at | {"decompose_factor": -1, "r": 4096, "alpha": 4096}  # a rank above every side keeps both factors whole
+    cases = {
+        "lora": (ours("LoRA", **lora), peer("LoraConfig", **peft_lora), hand_written.LoRA),
+        "lora_dropout": (
+            ours("LoRA", **lora, dropout=DROPOUT),
+            peer("LoraConfig", **peft_lora, lora_dropout=DROPOUT),
+            hand_written.LoRADropout,
+        ),
+        "dora": (
+            ours("LoRA", **lora, decompose=True),
+            peer("LoraConfig", **peft_lora, use_dora=True),
+            hand_written.DoRA,
+        ),
+        "adalora": (
+            ours("AdaLoRA", **on, initial_rank=rank, target_rank=rank // 2),
+            peer("AdaLoraConfig", **adalora),
+            hand_written.AdaLoRA,
+        ),
+        "fedpara": (
+            ours("FedPara", **on, rank=rank),
+            peer("LoHaConfig", **at, r=rank, alpha=rank),
+            hand_written.FedPara,
+        ),
+        "krona": (ours("KronA", **on), peer("LoKrConfig", **lokr), hand_written.KronA),
+    }
+    return {name: SmallCase(*case, tuple(targets)) for name, case in cases.items()}
+
+
+NO_MORE = {"train_norms": False, "train_head": False}  # of bottlenecks, so that the figures are those of the adapters
+LAYER = ("layer",)
+ON_LAYER = low_rank(LAYER) | {
+    "ia3": SmallCase(
+        ours("IA3", targets=[*LAYER], feedforward_targets=[]),
+        peer("IA3Config", target_modules=[*LAYER], feedforward_modules=[]),
+        hand_written.ScaledOutput,
+        LAYER,
+    ),
+    "ia3_input": SmallCase(
+        ours("IA3", targets=[], feedforward_targets=[*LAYER]),
+        peer("IA3Config", target_modules=[*LAYER], feedforward_modules=[*LAYER]),
+        hand_written.ScaledInput,
+        LAYER,
+    ),
+    "bitfit": SmallCase(ours("BitFit", targets=["layer.*"]), None, hand_written.TrainedBias, LAYER),
+    "bottleneck": SmallCase(
+        ours("Bottleneck", targets=[*LAYER], size=RANK, **NO_MORE), None, hand_written.Bottleneck, LAYER
+    ),
+}
+TOKENS = {"num_virtual_tokens": LENGTH, "task_type": "CAUSAL_LM"}
+QUERY_VALUE = ("q_proj", "v_proj")
+IN_MODEL = low_rank(QUERY_VALUE) | {
+    "ia3": SmallCase(
+        ours("IA3"),
+        peer("IA3Config", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        hand_written.ScaledOutput,
+        ("k_proj", "v_proj", "up_proj"),
+    ),
+    "prefix_tuning": SmallCase(
+        ours("PrefixTuning", length=LENGTH, reparameterize=False),
+        peer("PrefixTuningConfig", **TOKENS),
+        hand_written.Prefix,
+    ),
+}
+
+
+def layer_sides(name: str, width: int) -> dict[str, nn.Module]:
+    """Return the adapted linear layer of each side."""
+    case, sides = ON_LAYER[name], {}
+    torch.manual_seed(0)
+    base = nn.Linear(width, width).requires_grad_(False)
+    sides["ours"] = lp.inject(nn.ModuleDict({"layer": copy_of(base)}), case.ours(None))
+    if case.peer is not None:
+        sides["peft"] = peft.inject_adapter_in_model(case.peer(None), nn.ModuleDict({"layer": copy_of(base)}))
+    sides["hand"] = {"layer": case.hand(copy_of(base))}
+    return {who: filled(side["layer"]) for who, side in sides.items()}
+
+
+def copy_of(layer: nn.Linear) -> nn.Linear:
+    new = nn.Linear(layer.in_features, layer.out_features)
+    new.load_state_dict(layer.state_dict())
+    return new.requires_grad_(False)
+
+
+def small_llama(layers: int, width: int = 64) -> nn.Module:
+    sizes = harness.shape(layers, width, 43 * width // 16, max(4, width // 64)) | {"vocab_size": 256}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+
+
+def model_sides(case: SmallCase, build: Callable[[], nn.Module]) -> dict[str, nn.Module]:
+    """Return the adapted model of each side, all from the same base."""
+    model = build()
+    sides = {"ours": lp.inject(model, case.ours(model.config))}
+    if case.peer is not None:
+        sides["peft"] = called(wrapped(build(), case.peer(model.config)))
+    if case.hand is not None:
+        sides["hand"] = by_hand(case, build().requires_grad_(False))
+    return {who: filled(side) for who, side in sides.items()}
+
+
+def by_hand(case: SmallCase, model: nn.Module) -> nn.Module:
+    if not case.targets:
+        return case.hand(model, LENGTH)
+    for name, module in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if child in case.targets:
+            setattr(model.get_submodule(parent), child, case.hand(module))
+    return model
+
+
+def filled(model: nn.Module) -> nn.Module:
+    """Fill what starts at zero."""
+    for parameter in harness.trained(model):
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return model

@@ -1,0 +1,167 @@
+"""python benchmarks/small_sizes.py: each method where overhead counts; writes results/small_sizes.json.
+
+Operators (dispatched, exact), Python frames, saved bytes and CPU time of a training step (forward and backward) and of
+an eval forward, on one layer and on small Llamas: this package, HF peft and a hand-written form, in turns, in one
+process. With --small the sizes are tiny, the numbers mean nothing, and nothing is written.
+
+    python benchmarks/small_sizes.py --methods lora,dora --only layer --widths 64 --tokens 1,128 --print-only
+"""
+
+import gc
+import itertools
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import counting
+import harness
+import rows
+import torch
+from rows import Goals, Row, found
+from sides import known
+from small_sides import IN_MODEL, ON_LAYER, OTHERS, TRAIN, layer_sides, model_sides, small_llama
+from torch import Tensor, nn
+
+SIZES = {  # of which --small takes the first
+    "widths": [64, 512, 2048],
+    "tokens": [1, 16, 128, 2048],
+    "depths": [2, 6, 16],
+    "model_tokens": [1, 2, 48],
+}
+TURN_S = 0.01  # of calls of one side before it is another's turn
+SIDES = ("ours", "peft", "hand")
+METHODS = list(ON_LAYER | IN_MODEL)
+
+
+def measured(sides: dict[str, nn.Module], x: Tensor, train: bool, goals: Goals, options: Namespace) -> dict[str, Any]:
+    """Return counts, times and ratios of a training step or of an eval forward."""
+    calls = {who: (train_call if train else eval_call)(module, x) for who, module in sides.items()}
+    counts = {who: counting.operators(call) for who, call in calls.items()}
+    more = {
+        "operators": {who: count[0] for who, count in counts.items()},
+        "kernels": {who: count[1] for who, count in counts.items()},
+        "frames": {who: counting.frames(call) for who, call in calls.items()},
+    }
+    if train:
+        loss = lambda module, batch: output_of(module, x).square().sum()  # noqa: E731
+        more["bytes"] = {who: harness.saved_bytes(loss, module, {}) for who, module in sides.items()}
+    return timed(known(goals, sides), options, calls) | more
+
+
+def timed(goals: Goals, options: Namespace, calls: dict[str, Callable[[], None]]) -> dict[str, Any]:
+    """Time calls of microseconds: many of one side, then as many of another, by the CPU time of this thread."""
+    number = 1 if options.small else max(1, int(TURN_S / seconds(next(iter(calls.values())))))
+    turns = {who: partial(repeat, call, number) for who, call in calls.items()}
+    times = harness.paired(turns, options.rounds, options.budget, clock=time.thread_time)
+    each = {who: round(1e6 * statistics.median(of_turns) / number, 1) for who, of_turns in times.items()}
+    return found({pair: harness.ratio(times, *pair.split("/")) for pair in goals}, goals, microseconds=each)
+
+
+def seconds(call: Callable[[], None]) -> float:
+    call()
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def repeat(call: Callable[[], None], number: int) -> None:
+    for _ in range(number):
+        call()
+
+
+def output_of(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x) if x.is_floating_point() else module(input_ids=x).logits
+
+
+def train_call(module: nn.Module, x: Tensor) -> Callable[[], None]:
+    """Return forward and backward, with gradients that the next call does not add to."""
+    trained, gradient = harness.trained(module.train()), torch.randn_like(output_of(module, x))
+    leaves = [*trained, x] if x.requires_grad else trained
+
+    def call() -> None:
+        output_of(module, x).backward(gradient)
+        for leaf in leaves:
+            leaf.grad = None
+
+    return call
+
+
+def eval_call(module: nn.Module, x: Tensor) -> Callable[[], None]:
+    return torch.no_grad()(partial(output_of, module.eval(), x))
+
+
+def on_layer(name: str, options: Namespace) -> Iterator[Row]:
+    for width, tokens in itertools.product(options.widths, options.tokens):
+        x = torch.randn(1, int(tokens), int(width), requires_grad=True)
+        sides = layer_sides(name, int(width))
+        yield from both_modes("layer", f"{width} wide, {tokens} tokens", name, sides, x, options)
+
+
+def in_model(name: str, options: Namespace) -> Iterator[Row]:
+    for depth in options.depths:
+        sides = model_sides(IN_MODEL[name], partial(small_llama, int(depth)))
+        for tokens in options.model_tokens:
+            ids = torch.randint(0, 256, (1, int(tokens)))
+            yield from both_modes("model", f"{depth} blocks, {tokens} tokens", name, sides, ids, options)
+
+
+def both_modes(
+    part: str, kind: str, name: str, sides: dict[str, nn.Module], x: Tensor, options: Namespace
+) -> Iterator[Row]:
+    goals = {True: TRAIN.get(name, OTHERS), False: OTHERS}
+    for train in (True, False):
+        mode = "train" if train else "eval"
+        if mode in options.modes:
+            yield f"{part} {mode}", kind, name, measured(sides, x, train, goals[train], options)
+
+
+def run(options: Namespace) -> Iterator[Row]:
+    gc.freeze()  # else each round looks for garbage among all that was imported
+    for option in SIZES if options.small else ():
+        setattr(options, option, getattr(options, option)[:1])
+    for name in options.methods:
+        if name in ON_LAYER and "layer" in options.only:
+            yield from on_layer(name, options)
+        if name in IN_MODEL and "model" in options.only:
+            yield from in_model(name, options)
+
+
+def lines(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a line of the table for each measurement: costs of ours / peft / hand, where they are."""
+    for part, kinds in results.items():
+        for kind, methods in kinds.items():
+            for method, row in methods.items():
+                costs = ("operators", "kernels", "frames", "microseconds", "bytes")
+                cells = {
+                    cost: " / ".join(str(row[cost][who]) for who in SIDES if who in row.get(cost, {})) for cost in costs
+                }
+                ratios = {pair: beside(value, row["goals"].get(pair)) for pair, value in row["values"].items()}
+                yield {"part": part, "size": kind, "method": method} | cells | ratios
+
+
+def beside(value: float, goal: float | None) -> str:
+    if goal is None:
+        return f"{value:.2f}"
+    return f"{value:.2f} {'<=' if value <= goal else '>'} {goal}"
+
+
+COLUMNS = [
+    "part",
+    "size",
+    "method",
+    "operators",
+    "kernels",
+    "frames",
+    "bytes",
+    "microseconds",
+    "ours/peft",
+    "ours/hand",
+]
+
+if __name__ == "__main__":
+    sizes = {name: [str(size) for size in each] for name, each in SIZES.items()}
+    choices = {"only": ["layer", "model"], "modes": ["train", "eval"], "methods": METHODS} | sizes
+    rows.main("small_sizes", __doc__, choices, run, lines, COLUMNS)
