@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 RANK, SCALE, DROPOUT = 8, 2.0, 0.05
 
@@ -126,23 +125,3 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         return y + self.up(F.gelu(self.down(y)))
-
-
-class Prefix(nn.Module):
-    """Trained keys and values before those of each attention layer, given as a cache of earlier tokens."""
-
-    def __init__(self, model: nn.Module, length: int) -> None:
-        super().__init__()
-        config = model.config
-        heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-        self.model, self.length = model.requires_grad_(False), length
-        self.keys_values = filled(config.num_hidden_layers, 2, 1, heads, length, width)
-
-    def cache(self, rows: int) -> DynamicCache:
-        cache, shape = DynamicCache(config=self.model.config), (rows, -1, -1, -1)
-        for layer, (key, value) in enumerate(self.keys_values):
-            cache.update(key.expand(shape), value.expand(shape), layer)
-        return cache
-
-    def forward(self, input_ids: Tensor) -> object:
-        return self.model(input_ids=input_ids, past_key_values=self.cache(len(input_ids)))

@@ -1,4 +1,4 @@
-"""One adapted layer, or a small Llama, on each side: this package, HF peft, and a hand-written form."""
+"""One adapted layer on each side: this package, HF peft and a hand-written form; and the ratios to reach."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -9,13 +9,11 @@ import peft
 import torch
 from hand_written import DROPOUT, RANK
 from rows import Goals
-from sides import called, ours, peer, wrapped
+from sides import ours, peer
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lightning_peft as lp
 
-LENGTH = 8  # of prefixes and prompts
 Method = Callable[[Any], lp.Method]  # of the configuration of a model; a single layer has none
 Peer = Callable[[Any], peft.PeftConfig]
 
@@ -95,21 +93,6 @@ ON_LAYER = low_rank(LAYER) | {
         ours("Bottleneck", targets=[*LAYER], size=RANK, **NO_MORE), None, hand_written.Bottleneck, LAYER
     ),
 }
-TOKENS = {"num_virtual_tokens": LENGTH, "task_type": "CAUSAL_LM"}
-QUERY_VALUE = ("q_proj", "v_proj")
-IN_MODEL = low_rank(QUERY_VALUE) | {
-    "ia3": SmallCase(
-        ours("IA3"),
-        peer("IA3Config", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
-        hand_written.ScaledOutput,
-        ("k_proj", "v_proj", "up_proj"),
-    ),
-    "prefix_tuning": SmallCase(
-        ours("PrefixTuning", length=LENGTH, reparameterize=False),
-        peer("PrefixTuningConfig", **TOKENS),
-        hand_written.Prefix,
-    ),
-}
 
 
 def layer_sides(name: str, width: int) -> dict[str, nn.Module]:
@@ -128,33 +111,6 @@ def copy_of(layer: nn.Linear) -> nn.Linear:
     new = nn.Linear(layer.in_features, layer.out_features)
     new.load_state_dict(layer.state_dict())
     return new.requires_grad_(False)
-
-
-def small_llama(layers: int, width: int = 64) -> nn.Module:
-    sizes = harness.shape(layers, width, 43 * width // 16, max(4, width // 64)) | {"vocab_size": 256}
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
-
-
-def model_sides(case: SmallCase, build: Callable[[], nn.Module]) -> dict[str, nn.Module]:
-    """Return the adapted model of each side, all from the same base."""
-    model = build()
-    sides = {"ours": lp.inject(model, case.ours(model.config))}
-    if case.peer is not None:
-        sides["peft"] = called(wrapped(build(), case.peer(model.config)))
-    if case.hand is not None:
-        sides["hand"] = by_hand(case, build().requires_grad_(False))
-    return {who: filled(side) for who, side in sides.items()}
-
-
-def by_hand(case: SmallCase, model: nn.Module) -> nn.Module:
-    if not case.targets:
-        return case.hand(model, LENGTH)
-    for name, module in list(model.named_modules()):
-        parent, _, child = name.rpartition(".")
-        if child in case.targets:
-            setattr(model.get_submodule(parent), child, case.hand(module))
-    return model
 
 
 def filled(model: nn.Module) -> nn.Module:

@@ -9,20 +9,17 @@ process. With --small the sizes are tiny, the numbers mean nothing, and nothing 
 
 import gc
 import itertools
-import statistics
-import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import counting
-import harness
 import rows
 import torch
-from rows import Goals, Row, found
-from sides import known
-from small_sides import IN_MODEL, ON_LAYER, OTHERS, TRAIN, layer_sides, model_sides, small_llama
+from overhead import measured
+from rows import Row
+from small_models import CASES, model_sides, small_llama
+from small_sides import ON_LAYER, OTHERS, TRAIN, layer_sides
 from torch import Tensor, nn
 
 SIZES = {  # of which --small takes the first
@@ -31,66 +28,8 @@ SIZES = {  # of which --small takes the first
     "depths": [2, 6, 16],
     "model_tokens": [1, 2, 48],
 }
-TURN_S = 0.01  # of calls of one side before it is another's turn
-SIDES = ("ours", "peft", "hand")
-METHODS = list(ON_LAYER | IN_MODEL)
-
-
-def measured(sides: dict[str, nn.Module], x: Tensor, train: bool, goals: Goals, options: Namespace) -> dict[str, Any]:
-    """Return counts, times and ratios of a training step or of an eval forward."""
-    calls = {who: (train_call if train else eval_call)(module, x) for who, module in sides.items()}
-    counts = {who: counting.operators(call) for who, call in calls.items()}
-    more = {
-        "operators": {who: count[0] for who, count in counts.items()},
-        "kernels": {who: count[1] for who, count in counts.items()},
-        "frames": {who: counting.frames(call) for who, call in calls.items()},
-    }
-    if train:
-        loss = lambda module, batch: output_of(module, x).square().sum()  # noqa: E731
-        more["bytes"] = {who: harness.saved_bytes(loss, module, {}) for who, module in sides.items()}
-    return timed(known(goals, sides), options, calls) | more
-
-
-def timed(goals: Goals, options: Namespace, calls: dict[str, Callable[[], None]]) -> dict[str, Any]:
-    """Time calls of microseconds: many of one side, then as many of another, by the CPU time of this thread."""
-    number = 1 if options.small else max(1, int(TURN_S / seconds(next(iter(calls.values())))))
-    turns = {who: partial(repeat, call, number) for who, call in calls.items()}
-    times = harness.paired(turns, options.rounds, options.budget, clock=time.thread_time)
-    each = {who: round(1e6 * statistics.median(of_turns) / number, 1) for who, of_turns in times.items()}
-    return found({pair: harness.ratio(times, *pair.split("/")) for pair in goals}, goals, microseconds=each)
-
-
-def seconds(call: Callable[[], None]) -> float:
-    call()
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
-
-
-def repeat(call: Callable[[], None], number: int) -> None:
-    for _ in range(number):
-        call()
-
-
-def output_of(module: nn.Module, x: Tensor) -> Tensor:
-    return module(x) if x.is_floating_point() else module(input_ids=x).logits
-
-
-def train_call(module: nn.Module, x: Tensor) -> Callable[[], None]:
-    """Return forward and backward, with gradients that the next call does not add to."""
-    trained, gradient = harness.trained(module.train()), torch.randn_like(output_of(module, x))
-    leaves = [*trained, x] if x.requires_grad else trained
-
-    def call() -> None:
-        output_of(module, x).backward(gradient)
-        for leaf in leaves:
-            leaf.grad = None
-
-    return call
-
-
-def eval_call(module: nn.Module, x: Tensor) -> Callable[[], None]:
-    return torch.no_grad()(partial(output_of, module.eval(), x))
+SIDES = ("ours", "peft", "hand", "adapters")
+METHODS = list(ON_LAYER | CASES)
 
 
 def on_layer(name: str, options: Namespace) -> Iterator[Row]:
@@ -102,7 +41,7 @@ def on_layer(name: str, options: Namespace) -> Iterator[Row]:
 
 def in_model(name: str, options: Namespace) -> Iterator[Row]:
     for depth in options.depths:
-        sides = model_sides(IN_MODEL[name], partial(small_llama, int(depth)))
+        sides = model_sides(name, partial(small_llama, int(depth)))
         for tokens in options.model_tokens:
             ids = torch.randint(0, 256, (1, int(tokens)))
             yield from both_modes("model", f"{depth} blocks, {tokens} tokens", name, sides, ids, options)
@@ -125,7 +64,7 @@ def run(options: Namespace) -> Iterator[Row]:
     for name in options.methods:
         if name in ON_LAYER and "layer" in options.only:
             yield from on_layer(name, options)
-        if name in IN_MODEL and "model" in options.only:
+        if name in CASES and "model" in options.only:
             yield from in_model(name, options)
 
 
