@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.autograd_function import is_traced, records_gradients
-from ..ops.fused_linear import WeightUpdateSpec, rebuilding_is_cheaper, updated_linear, updated_weight
+from ..ops.fused_linear import WeightUpdateSpec
 from ..structure.layer_of import layer_of
 from ..structure.rows import Rows
 from .adapter import Adapter, Call, InnerCall
 from .per_row import BatchableLayerAdapter
+from .updated_product import updated_product
 from .weight_cache import WeightCache
 
 
@@ -118,59 +117,27 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
         return self.rows.pad(update, self.host_rows)
 
     def _fused_forward(self, host: Any, inner: Call, x: Tensor) -> Tensor | None:
-        """Return the output of the host with this adapter and the remaining ones; None unless one product is cheaper.
+        """Return the output of the host with this adapter and the others; None to add to what ``inner`` returns.
 
-        That needs a host whose forward is a plain product, weight updates only, and a frozen base weight.
+        That needs a host whose forward is a plain product.
         """
         if not isinstance(inner, InnerCall) or not self.layer.is_plain_matmul(host, inner.forward):
             return None
+        if not inner.adapters:
+            if (y := self.few_tokens_forward(host, x)) is not None:
+                return y
+            return updated_product(host, (self,), x)
         adapters = [*inner.adapters, self]
-        if not all(isinstance(adapter, WeightUpdate) for adapter in adapters):
-            return None
-        if records_gradients() and host.weight.requires_grad:
-            return None
-        if self._may_cache() and host.weight.is_cpu:
-            return self._cached_forward(host, adapters, x)
-        updates = self._parametrizations(host, adapters)
-        if updates and rebuilding_is_cheaper(updates, x, self.layer.read(host)):
-            return updated_linear(x, self.layer.read(host), host.bias, updates)
+        if all(isinstance(adapter, WeightUpdate) for adapter in adapters):
+            return updated_product(host, adapters, x)
         return None
 
-    def _may_cache(self) -> bool:
-        """Return whether an updated weight can be kept for later calls; compiled or traced code would bake it in."""
-        written_down = torch.compiler.is_compiling() or is_traced()
-        return not (torch.is_grad_enabled() or self.training or written_down)
+    def few_tokens_forward(self, host: Any, x: Tensor) -> Tensor | None:
+        """Return the output of a host whose forward is a plain product, where few tokens make that cheaper; else None.
 
-    def _parametrizations(self, host: Any, adapters: Sequence[Any]) -> list[WeightUpdateSpec]:
-        """Return the parametrizations of all these adapters, inner before outer; an empty list if one has none."""
-        # In 16 bits, a weight would round small updates away; so would factors that sharding has cast down with it.
-        if host.weight.dtype not in (torch.float32, torch.float64):
-            return []
-        updates: list[WeightUpdateSpec] = []
-        for adapter in adapters:
-            special = adapter.updates_bias or adapter.rows.repeats > 1
-            update = None if special else adapter.as_parametrization()
-            if update is None or any(factor.dtype != host.weight.dtype for factor in update.factors):
-                return []
-            updates.append(update)
-        return updates
-
-    def _cached_forward(self, host: Any, adapters: Sequence[Any], x: Tensor) -> Tensor | None:
-        cache = self.weight_cache = self.weight_cache or WeightCache()
-        base = self.layer.read(host)
-        if cache.products_are_small and not rebuilding_is_cheaper((), x, base):
-            return None  # to notice changes of the weight would cost more than adding small products
-        factors = [factor for adapter in adapters for factor in adapter.factor_tensors()]
-        weight = cache.get(host.weight, adapters, factors)
-        if weight is None:
-            if not (updates := self._parametrizations(host, adapters)):
-                return None
-            cache.products_are_small = not any(update.form.rebuilds_full_weight for update in updates)
-            if not rebuilding_is_cheaper(updates, x, base):
-                return None
-            weight = updated_weight(base, updates)
-            cache.set(host.weight, adapters, factors, weight)
-        return F.linear(x, weight, host.bias)
+        It is called where no other adapter of the host is active.
+        """
+        return None
 
     def effective_weight(self, weight: Tensor) -> Tensor:
         if not self.updates_weight:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..core.method import Method
 from ..methods import LoRA, TrainableTokens
-from ..methods.families.low_rank import FROM_WEIGHT
-from ..methods.lora import LoRAAdapter
+from ..methods.families.lora_adapter import LoRAAdapter
+from ..methods.families.low_rank_start import FROM_WEIGHT
 from ..ops.sharded_tensors import full_tensor
 from ..structure.layer_of import layer_of
 from ..structure.layer_types import TransposedLinearType

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autograd_function import apply_function
-from .factor_type import factor_type
 from .parametrizations import Parametrization
 
 Rows = tuple[int, int]  # the first row of a weight that an update changes, and the row after the last one
@@ -55,46 +54,14 @@ def updated_weight(weight: Tensor, updates: Sequence[WeightUpdateSpec]) -> Tenso
     return _updated(weight, *_flatten(updates))
 
 
-def dropped_low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
-    """Return scale dropout(x) A^T B^T, saving ``x`` and one bit per input; ``p`` counts in steps of 1 / 65536."""
-    step = round(p * 65536)
-    flags = _draws(-(-x.numel() // 8) * 8, x.device) >= step - 32768
-    kept, bits = flags[: x.numel()].view(x.shape), _pack(flags)
-    with autocast_disabled(x) as dtype:
-        args = (x, kept, bits, a, b, scale / (1 - step / 65536), dtype or factor_type(x))
-        return apply_function(_DroppedLowRank, *args)
-
-
-def _draws(count: int, device: torch.device) -> Tensor:
-    """Return random numbers, each of the 65536 of int16 with equal probability; ``count`` is a multiple of eight."""
-    if torch.compiler.is_compiling():  # which cannot trace random_
-        return torch.randint(-32768, 32768, (count,), device=device)
-    words = torch.empty(count // 4, dtype=torch.int64, device=device)
-    return words.random_(torch.iinfo(torch.int64).min, None).view(torch.int16)  # a fourth of the time of floats
-
-
-def _pack(flags: Tensor) -> Tensor:
-    """Return booleans, a multiple of eight in number, as bits: the first of eight in the lowest bit."""
-    # Eight booleans, read as one integer, are eight bytes of 0 or 1. The product adds shifted copies of it, so that bit
-    # i of its highest byte is byte i of the integer; the shift moves that byte down, and uint8 drops the sign bits.
-    # Byte i is boolean i on little-endian machines alone (x86, ARM); others would need the factor's bytes reversed.
-    gathered = (flags.view(torch.int64) * 0x0102040810204080) >> 56
-    return gathered.to(torch.uint8)
-
-
-def _unpack(bits: Tensor, shape: torch.Size) -> Tensor:
-    """Return the inverse of ``_pack`` as zeros and ones, in bytes; bits behind the last element are padding."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits[:, None] >> shifts) & 1).flatten()[: shape.numel()].view(shape)
-
-
-@contextlib.contextmanager
-def autocast_disabled(x: Tensor) -> Any:
-    """Context without autocast; yields autocast's type, or None where autocast was off."""
+def autocast_disabled(x: Tensor) -> AbstractContextManager[torch.dtype | None]:
+    """Return a context without autocast; it yields autocast's type, or None where autocast was off."""
     device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type):
-        yield None
-        return
+    return _without_autocast(device_type) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+@contextmanager
+def _without_autocast(device_type: str) -> Iterator[torch.dtype]:
     dtype = torch.get_autocast_dtype(device_type)
     with torch.autocast(device_type, enabled=False):
         yield dtype
@@ -165,31 +132,3 @@ class _UpdatedLinear(torch.autograd.Function):
                 by_factors += form.gradients(g[:, rows], x, *form_factors, *saved)
             by_factors = [by.to(factor.dtype) for by, factor in zip(by_factors, factors, strict=True)]
         return by_x, None, by_bias, None, None, *by_factors
-
-
-class _DroppedLowRank(torch.autograd.Function):
-    """scale dropout(x) A^T B^T, where ``kept`` marks the inputs that were not dropped; saves it as bits."""
-
-    @staticmethod
-    def forward(
-        x: Tensor, kept: Tensor, bits: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype
-    ) -> Tensor:
-        return F.linear(F.linear((x * kept).to(dtype), a.to(dtype)) * scale, b.to(dtype))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, bits, a, b, ctx.scale, _ = inputs
-        ctx.save_for_backward(x, bits, a, b)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (g,) = grads
-        x, bits, a, b = ctx.saved_tensors
-        kept = _unpack(bits, x.shape)
-        with autocast_disabled(g):
-            narrow_a, by_inner = a.to(g.dtype), (g @ b.to(g.dtype)) * ctx.scale
-            by_x = ((by_inner @ narrow_a) * kept).to(x.dtype) if ctx.needs_input_grad[0] else None
-            dropped = (x * kept).to(g.dtype).flatten(0, -2)
-            by_a = by_inner.flatten(0, -2).T @ dropped
-            by_b = g.flatten(0, -2).T @ (dropped @ narrow_a.T) * ctx.scale
-        return by_x, None, None, by_a.to(a.dtype), by_b.to(b.dtype), None, None

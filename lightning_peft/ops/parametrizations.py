@@ -83,9 +83,13 @@ def sum_over_tokens(g: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
 
 def magnitude_over_norm(v: Tensor, magnitude: Tensor) -> Tensor:
     """Return m / ||v|| of each row of ``v``; no gradient flows through the norm."""
-    norm = torch.linalg.vector_norm(v.detach().flatten(1), dim=1)
-    factor: Tensor = magnitude / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-    return factor
+    return magnitude / row_norms(v.detach().flatten(1))
+
+
+def row_norms(v: Tensor) -> Tensor:
+    """Return the norm of each row of a matrix; rows of zeros have the smallest norm by which a number can be divided."""
+    norm: Tensor = torch.linalg.vector_norm(v, dim=1)
+    return norm.clamp_min_(torch.finfo(norm.dtype).tiny)
 
 
 @dataclass(frozen=True)

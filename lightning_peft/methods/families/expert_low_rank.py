@@ -15,7 +15,7 @@ from ...ops.sharded_tensors import full_tensor
 from ...structure.expert_layers import ExpertWeight
 from ...structure.expert_probe import with_parameters
 from ...structure.expert_selection import ExpertTarget
-from .low_rank import FROM_WEIGHT, RANDOM
+from .low_rank_start import FROM_WEIGHT, RANDOM
 
 
 def expert_adapters(

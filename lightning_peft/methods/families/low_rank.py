@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from ...core.updated_product import may_cache
 from ...core.weight_update import WeightUpdate
 from ...ops.autograd_function import records_gradients
 from ...ops.factor_type import factor_type
-from ...ops.fused_linear import WeightUpdateSpec, dropped_low_rank
+from ...ops.fused_linear import WeightUpdateSpec, rebuilding_is_cheaper
+from ...ops.low_rank_products import FLOAT_MASK, dropped_low_rank, few_inputs, low_rank_linear
 from ...ops.parametrizations import LowRankParametrization
 from ...structure.layer_types import LinearType
 from ...structure.rows import Rows
+
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)  # types of inputs that can be flattened
 
 
 class LowRankUpdate(WeightUpdate):
@@ -32,6 +36,8 @@ class LowRankUpdate(WeightUpdate):
     def __init__(self, host: Any, scale: float, dropout: float = 0.0, rows: Rows | None = None) -> None:
         super().__init__(host, rows)
         self.scale, self.dropout = scale, 0.0 if self.layer.is_embedding else dropout
+        whole = self.layer.maps_features and self.rows.size == self.host_rows and not self.updates_bias
+        self.few_inputs = few_inputs(*self.shape) if whole else 0
 
     @abstractmethod
     def pair(self) -> tuple[Tensor, Tensor]:
@@ -40,6 +46,20 @@ class LowRankUpdate(WeightUpdate):
     def delta(self) -> Tensor:
         a, b = self.pair()
         return self.scale * (b @ a.flatten(1)).view(self.shape)
+
+    def few_tokens_forward(self, host: Any, x: Tensor) -> Tensor | None:
+        p = self.dropout if self.training else 0.0
+        if not self._has_few_tokens(x, p):
+            return None
+        weight = self.layer.read(host)
+        if may_cache(self) and rebuilding_is_cheaper((), x, weight):
+            return None
+        a, b = self.pair()
+        return low_rank_linear(x, weight, host.bias, a, b, self.scale, p)
+
+    def _has_few_tokens(self, x: Tensor, p: float) -> bool:
+        limit = min(self.few_inputs, FLOAT_MASK) if p else self.few_inputs
+        return x.numel() < limit and x.dim() > 1 and x.dtype != torch.float16 and type(x) in _PLAIN
 
     def update(self, host: Any, x: Tensor) -> Tensor:
         if not self.layer.factorizes(host):
@@ -81,44 +101,3 @@ class LowRankUpdate(WeightUpdate):
 
     def _drops(self) -> bool:
         return self.training and self.dropout > 0
-
-
-def _kaiming(a: Tensor, b: Tensor, is_embedding: bool) -> None:
-    if is_embedding:  # the factor that an index selects from starts at zero, as in the authors' code
-        nn.init.zeros_(a)
-        nn.init.normal_(b)
-    else:
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as the authors' code; the paper says Gaussian
-        nn.init.zeros_(b)
-
-
-def _gaussian(a: Tensor, b: Tensor, is_embedding: bool) -> None:
-    random, zero = (b, a) if is_embedding else (a, b)
-    nn.init.normal_(random, std=1 / len(a))
-    nn.init.zeros_(zero)
-
-
-@torch.no_grad()
-def _orthogonal(a: Tensor, b: Tensor, is_embedding: bool) -> None:
-    rank = len(a)
-    basis = torch.linalg.qr(torch.randn(rank, rank, dtype=a.dtype, device=a.device)).Q
-    basis_a, basis_b = basis[: (rank + 1) // 2], basis[(rank + 1) // 2 :]  # orthogonal, so that B A = 0
-    inputs = torch.randn(len(basis_a), a[0].numel(), dtype=a.dtype, device=a.device)
-    outputs = torch.randn(len(b), len(basis_b), dtype=b.dtype, device=b.device)
-    a.copy_((basis_a.T @ inputs).view_as(a) / 10)
-    b.copy_(outputs @ basis_b / 10)
-
-
-def _pissa(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    u, s, v = torch.linalg.svd(weight, full_matrices=False)
-    root = (s[:rank] / scale).sqrt()
-    return root[:, None] * v[:rank], u[:, :rank] * root
-
-
-def _olora(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    q, r = torch.linalg.qr(weight)
-    return r[:rank], q[:, :rank]
-
-
-RANDOM = {"kaiming": _kaiming, "gaussian": _gaussian, "orthogonal": _orthogonal}  # fill A and B, so that B A = 0
-FROM_WEIGHT = {"pissa": _pissa, "olora": _olora}  # A and B from a weight of shape (out, in), rank and scale
