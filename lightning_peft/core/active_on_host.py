@@ -17,7 +17,7 @@ def called_adapters(host: Any) -> list[Adapter]:
     adapters, local = host._modules["peft"]._modules, host.peft_local
     chosen = None if local is None else local.get()
     if chosen is None:
-        return [adapters[key] for key in host.peft_order]
+        return list(map(adapters.__getitem__, host.peft_order))  # which is faster than a comprehension
     if local.merged is not None and (chosen.names != local.merged or chosen.paused):
         raise RuntimeError(
             f"{list(local.merged)} were merged into the weights, which all threads share, while {chosen.names} are "

@@ -43,7 +43,10 @@ def adapted_class(cls: Any, replaced: frozenset[str]) -> type[nn.Module]:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return InnerCall(self, cls.forward, called_adapters(self))(*args, **kwargs)
+        if not (adapters := called_adapters(self)):
+            return cls.forward(self, *args, **kwargs)
+        outermost = adapters.pop()
+        return outermost(self, InnerCall(self, cls.forward, adapters), *args, **kwargs)
 
     # The same name: libraries look models up by it (loss functions, wrapping policies, saved configurations).
     namespace = {"forward": forward, "_host_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}

@@ -119,9 +119,9 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
     def _fused_forward(self, host: Any, inner: Call, x: Tensor) -> Tensor | None:
         """Return the output of the host with this adapter and the others; None to add to what ``inner`` returns.
 
-        That needs a host whose forward is a plain product.
+        That needs a host whose forward is a plain product, and more than one vector.
         """
-        if not isinstance(inner, InnerCall) or not self.layer.is_plain_matmul(host, inner.forward):
+        if not isinstance(inner, InnerCall) or x.dim() < 2 or not self.layer.is_plain_matmul(host, inner.forward):
             return None
         if not inner.adapters:
             if (y := self.few_tokens_forward(host, x)) is not None:

@@ -1,4 +1,4 @@
-"""``DroppedLowRank``: a low-rank product of inputs after dropout, which saves the mask as bytes or as bits."""
+"""``DroppedLowRank``: a low-rank product of inputs after dropout, which saves the mask as bits."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from torch import Tensor
 
 from .fused_linear import autocast_disabled
 
-_PACKED = 2**18  # numbers from which a mask is packed; packing fewer takes longer than the product itself
-
 
 def draw_mask(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
-    """Return which inputs are kept, the same as it is saved, and the probability with which they are not."""
+    """Return which inputs are kept, the same as bits, and the probability with which they are not."""
     step = round(p * 65536)
-    packed = x.numel() >= _PACKED
     flags = _draws(-(-x.numel() // 8) * 8, x.device) >= step - 32768
     kept = flags[: x.numel()].view(x.shape)
-    return kept, _pack(flags) if packed else kept, step / 65536
+    return kept, _pack(flags), step / 65536
 
 
 def _draws(count: int, device: torch.device) -> Tensor:
@@ -40,35 +37,30 @@ def _pack(flags: Tensor) -> Tensor:
 
 
 def _unpack(bits: Tensor, shape: torch.Size) -> Tensor:
-    """Return the inverse of ``_pack`` as zeros and ones, in bytes; bits behind the last element are padding.
-
-    Booleans, which were not packed, are returned as they are.
-    """
-    if bits.dtype == torch.bool:
-        return bits
+    """Return the inverse of ``_pack`` as zeros and ones, in bytes; bits behind the last element are padding."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits[:, None] >> shifts) & 1).flatten()[: shape.numel()].view(shape)
 
 
 class DroppedLowRank(torch.autograd.Function):
-    """scale dropout(x) A^T B^T, where ``kept`` marks the inputs that were not dropped; saves x and ``mask``."""
+    """scale dropout(x) A^T B^T, where ``kept`` marks the inputs that were not dropped; saves x and ``bits``."""
 
     @staticmethod
     def forward(
-        x: Tensor, kept: Tensor, mask: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype
+        x: Tensor, kept: Tensor, bits: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype
     ) -> Tensor:
         return F.linear(F.linear((x * kept).to(dtype), a.to(dtype)), (b * scale).to(dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, mask, a, b, ctx.scale, _ = inputs
-        ctx.save_for_backward(x, mask, a, b)
+        x, _, bits, a, b, ctx.scale, _ = inputs
+        ctx.save_for_backward(x, bits, a, b)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         g = grads[0].flatten(0, -2)
-        x, mask, a, b = ctx.saved_tensors
-        kept = _unpack(mask, x.shape).flatten(0, -2)
+        x, bits, a, b = ctx.saved_tensors
+        kept = _unpack(bits, x.shape).flatten(0, -2)
         with autocast_disabled(g):
             narrow_a, by_inner = a.to(g.dtype), g @ (b * ctx.scale).to(g.dtype)
             by_x = None

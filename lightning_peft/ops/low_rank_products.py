@@ -14,7 +14,7 @@ from .parametrizations import row_norms
 
 # The rules of this file are measured: time of forward and backward on one thread of an x86 CPU, torch 2.13, float32,
 # of square layers 64, 256, 512 and 2,048 wide at 1 to 2,048 tokens and rank 8.
-FLOAT_MASK = 2**15  # numbers below which dropout with a mask of floats, which has the fewest operators, is fastest
+FLOAT_MASK = 2**17  # numbers below which packing the mask of dropout takes longer than it saves
 _CHUNK = 2**17  # numbers of a weight that stay in the cache of a CPU
 
 
@@ -30,38 +30,53 @@ def few_inputs(out: int, features: int) -> int:
 def low_rank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float = 0.0
 ) -> Tensor:
-    """Return x W^T + bias + scale dropout(x) A^T B^T; autograd saves x and x A^T, and the mask of dropout as floats.
+    """Return x W^T + bias + scale dropout(x) A^T B^T.
 
-    The tokens are flattened once, which each product would do, and the sum is part of the last product.
+    The tokens are flattened once, which each product would do, and the sum is part of the last product. Autograd saves
+    x and x A^T and, with dropout, its mask as floats and what it returns.
     """
     x, shape = x.flatten(0, -2), x.shape
-    a, b = a.to(x.dtype), b.to(x.dtype)
-    hidden = F.linear(F.dropout(x, p) if p else x, a)
-    y = torch.addmm(F.linear(x, weight, bias), hidden, b.t(), alpha=scale)
-    return y.view(*shape[:-1], len(weight))
+    y = _added(F.linear(x, weight, bias), F.dropout(x, p) if p else x, a, b, scale)
+    return y.view(*shape[:-1], weight.shape[0])
 
 
 def decomposed_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, magnitude: Tensor, scale: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    magnitude: Tensor,
+    scale: float,
+    p: float = 0.0,
 ) -> Tensor:
-    """Return c (x V^T) + bias, where V = W + scale B A and c = m / ||V|| row by row; x is never multiplied with V.
+    """Return c (x V^T) + bias, where V = W + scale B A and c = m / ||V|| row by row.
 
-    Autograd saves x, x A^T and x V^T. Where c is wider than the product, they meet in its type.
+    With dropout, that is x W^T + bias + dropout(x) (c V - W)^T. No input is multiplied with V itself: autograd saves x,
+    x A^T and x V^T. Where c is wider than a product, they meet in its type.
     """
     x, shape = x.flatten(0, -2), x.shape
     factor = _magnitude_over_norm(weight, a, b, magnitude, scale)
-    y = low_rank_linear(x, weight, None, a, b, scale)
-    if bias is not None and y.dtype == factor.dtype == bias.dtype:
-        y = torch.addcmul(bias, y, factor)
+    dropped = F.dropout(x, p) if p else x
+    plain = F.linear(dropped, weight)
+    y = _added(plain, dropped, a, b, scale)
+    base = F.linear(x, weight, bias) - plain if p else bias
+    if base is not None and y.dtype == factor.dtype == base.dtype:
+        y = torch.addcmul(base, y, factor)
     else:
-        y = (y * factor if bias is None else y * factor + bias).to(y.dtype)
-    return y.view(*shape[:-1], len(weight))
+        y = (y * factor if base is None else y * factor + base).to(y.dtype)
+    return y.view(*shape[:-1], weight.shape[0])
+
+
+def _added(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return y + scale x A^T B^T."""
+    return torch.addmm(y, F.linear(x, a.to(x.dtype)), b.to(x.dtype).t(), alpha=scale)
 
 
 def _magnitude_over_norm(weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor, scale: float) -> Tensor:
-    """Return m / ||W + scale B A|| of each row; no gradient flows through the norm.
+    """Return m / ||V|| of each row; no gradient flows through the norm.
 
-    On the CPU, a few rows at a time stay in its cache; the whole sum would be written to memory and read again.
+    On the CPU, a few rows of V at a time stay in its cache; all of it would be written to memory and read again.
     """
     one_chunk = weight.device.type != "cpu" or torch.compiler.is_compiling()
     size = len(weight) if one_chunk else max(1, _CHUNK // weight.shape[1])
@@ -75,12 +90,12 @@ def _magnitude_over_norm(weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor
 def dropped_low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
     """Return scale dropout(x) A^T B^T.
 
-    With few inputs, autograd saves what torch's dropout saves; with more, ``x`` and a mask of bytes or bits, for which
-    ``p`` counts in steps of 1 / 65536.
+    With few inputs, autograd saves what torch's dropout saves; with more, ``x`` and one bit per input, and ``p`` counts
+    in steps of 1 / 65536.
     """
     if x.numel() < FLOAT_MASK:
         wide = factor_type(x)
         return F.linear(F.linear(F.dropout(x, p).to(wide), a.to(wide)) * scale, b.to(wide))
-    kept, mask, p = draw_mask(x, p)
+    kept, bits, p = draw_mask(x, p)
     with autocast_disabled(x) as dtype:
-        return apply_function(DroppedLowRank, x, kept, mask, a, b, scale / (1 - p), dtype or factor_type(x))
+        return apply_function(DroppedLowRank, x, kept, bits, a, b, scale / (1 - p), dtype or factor_type(x))

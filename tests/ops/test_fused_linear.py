@@ -114,7 +114,7 @@ def test_works_in_autocasts_type(name):
         assert (gradient - right).norm() <= 0.05 * right.norm()
 
 
-@pytest.mark.parametrize("tokens", [41, 1501, 11001], ids=["float mask", "byte mask", "packed mask"])
+@pytest.mark.parametrize("tokens", [41, 5501], ids=["float mask", "packed mask"])
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_dropout_drops_inputs_of_the_update_alone(p, tokens):
     x, a, b = tensors([(3, tokens, IN), (2, IN), (OUT, 2)])

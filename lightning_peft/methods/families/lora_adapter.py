@@ -105,10 +105,11 @@ class LoRAAdapter(LowRankUpdate):
     def few_tokens_forward(self, host: Any, x: Tensor) -> Tensor | None:
         if self.magnitude is None:
             return super().few_tokens_forward(host, x)
-        if (self.training and self.dropout) or may_cache(self) or not self._has_few_tokens(x, 0.0):
+        p = self.dropout if self.training else 0.0
+        if may_cache(self) or not self.has_few_tokens(x, p):
             return None
-        weight, (a, b) = self.layer.read(host), self.pair()
-        return decomposed_linear(x, weight, host.bias, a, b, self.magnitude, self.scale)
+        weight, bias = self.layer.read(host), host.bias
+        return decomposed_linear(x, weight, bias, *self.pair(), self.magnitude, self.scale, p)
 
     def update(self, host: Any, x: Tensor) -> Tensor:
         if self.magnitude is None:

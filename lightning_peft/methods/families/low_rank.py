@@ -49,17 +49,17 @@ class LowRankUpdate(WeightUpdate):
 
     def few_tokens_forward(self, host: Any, x: Tensor) -> Tensor | None:
         p = self.dropout if self.training else 0.0
-        if not self._has_few_tokens(x, p):
+        if not self.has_few_tokens(x, p):
             return None
         weight = self.layer.read(host)
         if may_cache(self) and rebuilding_is_cheaper((), x, weight):
             return None
-        a, b = self.pair()
-        return low_rank_linear(x, weight, host.bias, a, b, self.scale, p)
+        return low_rank_linear(x, weight, host.bias, *self.pair(), self.scale, p)
 
-    def _has_few_tokens(self, x: Tensor, p: float) -> bool:
+    def has_few_tokens(self, x: Tensor, p: float) -> bool:
+        """Return whether the update of a whole linear layer is added to the output, given p of its dropout."""
         limit = min(self.few_inputs, FLOAT_MASK) if p else self.few_inputs
-        return x.numel() < limit and x.dim() > 1 and x.dtype != torch.float16 and type(x) in _PLAIN
+        return x.numel() < limit and x.dtype != torch.float16 and type(x) in _PLAIN
 
     def update(self, host: Any, x: Tensor) -> Tensor:
         if not self.layer.factorizes(host):
