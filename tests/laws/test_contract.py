@@ -329,5 +329,5 @@ def test_rows_that_torch_packs_are_adapted_too(method, rows):
     with torch.no_grad():
         y = encoder.train()(x, src_key_padding_mask=padding)
         z = encoder.eval()(x, src_key_padding_mask=padding)
-    torch.testing.assert_close(z[0, :3], y[0, :3], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(z[1:], y[1:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(z[0, :3], y[0, :3], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(z[1:], y[1:], atol=1e-4, rtol=1e-4)
