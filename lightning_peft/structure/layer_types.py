@@ -37,7 +37,8 @@ class LayerType(ABC):
 
     def parameter(self, host: Any) -> Tensor:
         """Return the weight as the host stores it."""
-        return cast(Tensor, host.weight)
+        weight: Tensor = host.weight
+        return weight
 
     def bias(self, host: Any) -> nn.Parameter | None:
         """Return the bias of the host itself."""

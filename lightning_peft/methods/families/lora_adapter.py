@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapter import parameter_like
-from ...core.updated_product import may_cache
 from ...ops.fused_linear import WeightUpdateSpec
 from ...ops.low_rank_products import decomposed_linear
 from ...ops.parametrizations import DoRAParametrization, LowRankParametrization, magnitude_over_norm
@@ -63,6 +62,7 @@ class LoRAAdapter(LowRankUpdate):
         if init in FROM_WEIGHT:
             self.a0, self.b0 = (nn.Buffer(torch.empty_like(factor)) for factor in (self.a, self.b))
         self.magnitude = parameter_like(weight, out) if decompose else None
+        self.kept_inputs = 0 if decompose else self.kept_inputs  # its norms cost more than to notice changes
         self.reset_parameters(host)
 
     def reset_parameters(self, host: Any = None) -> None:
@@ -102,13 +102,9 @@ class LoRAAdapter(LowRankUpdate):
             return v
         return v * magnitude_over_norm(v, self.magnitude).view(-1, *[1] * (v.dim() - 1))
 
-    def few_tokens_forward(self, host: Any, x: Tensor) -> Tensor | None:
+    def low_rank_output(self, x: Tensor, weight: Tensor, bias: Tensor | None, p: float) -> Tensor:
         if self.magnitude is None:
-            return super().few_tokens_forward(host, x)
-        p = self.dropout if self.training else 0.0
-        if may_cache(self) or not self.has_few_tokens(x, p):
-            return None
-        weight, bias = self.layer.read(host), host.bias
+            return super().low_rank_output(x, weight, bias, p)
         return decomposed_linear(x, weight, bias, *self.pair(), self.magnitude, self.scale, p)
 
     def update(self, host: Any, x: Tensor) -> Tensor:

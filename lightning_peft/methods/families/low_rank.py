@@ -14,8 +14,8 @@ from ...core.updated_product import may_cache
 from ...core.weight_update import WeightUpdate
 from ...ops.autograd_function import records_gradients
 from ...ops.factor_type import factor_type
-from ...ops.fused_linear import WeightUpdateSpec, rebuilding_is_cheaper
-from ...ops.low_rank_products import FLOAT_MASK, dropped_low_rank, few_inputs, low_rank_linear
+from ...ops.fused_linear import WeightUpdateSpec
+from ...ops.low_rank_products import FLOAT_MASK, dropped_low_rank, few_inputs, kept_inputs, low_rank_linear
 from ...ops.parametrizations import LowRankParametrization
 from ...structure.layer_types import LinearType
 from ...structure.rows import Rows
@@ -37,7 +37,7 @@ class LowRankUpdate(WeightUpdate):
         super().__init__(host, rows)
         self.scale, self.dropout = scale, 0.0 if self.layer.is_embedding else dropout
         whole = self.layer.maps_features and self.rows.size == self.host_rows and not self.updates_bias
-        self.few_inputs = few_inputs(*self.shape) if whole else 0
+        self.few_inputs, self.kept_inputs = (few_inputs(*self.shape), kept_inputs(*self.shape)) if whole else (0, 0)
 
     @abstractmethod
     def pair(self) -> tuple[Tensor, Tensor]:
@@ -48,18 +48,17 @@ class LowRankUpdate(WeightUpdate):
         return self.scale * (b @ a.flatten(1)).view(self.shape)
 
     def few_tokens_forward(self, host: Any, x: Tensor) -> Tensor | None:
-        p = self.dropout if self.training else 0.0
-        if not self.has_few_tokens(x, p):
-            return None
-        weight = self.layer.read(host)
-        if may_cache(self) and rebuilding_is_cheaper((), x, weight):
-            return None
-        return low_rank_linear(x, weight, host.bias, *self.pair(), self.scale, p)
-
-    def has_few_tokens(self, x: Tensor, p: float) -> bool:
-        """Return whether the update of a whole linear layer is added to the output, given p of its dropout."""
+        p, count = self.dropout if self.training else 0.0, x.numel()
         limit = min(self.few_inputs, FLOAT_MASK) if p else self.few_inputs
-        return x.numel() < limit and x.dtype != torch.float16 and type(x) in _PLAIN
+        if count >= limit or x.dtype == torch.float16 or type(x) not in _PLAIN:
+            return None
+        if count >= self.kept_inputs and may_cache(self):
+            return None
+        return self.low_rank_output(x, self.layer.read(host), host.bias, p)
+
+    def low_rank_output(self, x: Tensor, weight: Tensor, bias: Tensor | None, p: float) -> Tensor:
+        """Return what a linear layer with this update returns, by small products, with dropout p of its inputs."""
+        return low_rank_linear(x, weight, bias, *self.pair(), self.scale, p)
 
     def update(self, host: Any, x: Tensor) -> Tensor:
         if not self.layer.factorizes(host):
