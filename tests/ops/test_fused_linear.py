@@ -269,7 +269,7 @@ def test_a_kept_weight_is_given_up_when_anything_changes(method, change):
     """In evaluation on the CPU the updated weight is built once."""
     model = disturbed(METHODS[method]).eval()
     ((_, host, _, adapter),) = lp.adapters(model)
-    x = torch.randn(20, 16, dtype=torch.float64)
+    x = torch.randn(600, 16, dtype=torch.float64)
     with torch.no_grad():
         model(x)
         first = cached(adapter)
@@ -290,7 +290,7 @@ def test_kept_weights_have_a_limit_and_copies_have_none(monkeypatch):
     before = weight_cache.WeightCache.total
     model = disturbed(METHODS["lora"]).eval()
     ((_, host, _, adapter),) = lp.adapters(model)
-    x = torch.randn(20, 16, dtype=torch.float64)
+    x = torch.randn(600, 16, dtype=torch.float64)
     with torch.no_grad():
         model(x)
         assert weight_cache.WeightCache.total - before == host.weight.nbytes
