@@ -207,6 +207,20 @@ def test_a_layer_used_twice_however_it_is_called(method, way, tokens):
     torch.testing.assert_close(gradients(model, WAYS[way], tokens), gradients(model, plain, tokens))
 
 
+VECTOR = METHODS | {"fedpara": lp.FedPara(targets=["layer"], rank=2), "krona": lp.KronA(targets=["layer"])}
+
+
+@pytest.mark.parametrize("method", VECTOR)
+def test_a_vector_is_a_batch_of_one_row(method):
+    model = disturbed(VECTOR[method])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    x = torch.randn(16, dtype=torch.float64)
+    y, rows = model(x), model(x[None])
+    torch.testing.assert_close(y, rows[0])
+    results = [torch.autograd.grad(each.square().sum(), trained) for each in (y, rows)]
+    torch.testing.assert_close(*results)
+
+
 def test_a_second_derivative_can_be_taken():
     model = disturbed(METHODS["lora"])
     x = torch.randn(64, 16, dtype=torch.float64)
