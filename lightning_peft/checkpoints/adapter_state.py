@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from ..core.injection_record import get_record, require_record
 from ..core.method import Method
 from ..ops.sharded_tensors import global_shape
 from ..ops.torch_api import hooks
-from ..structure.base_model import ADAPTERS_ATTRIBUTE, adapter_host, base_modules
+from ..structure.base_model import ADAPTERS_ATTRIBUTE, adapter_host, base_modules, base_paths, outwards
 from ..structure.quantized import is_quantized
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|_forward_module)\.")
@@ -56,10 +55,10 @@ def _is_selected(key: str, adapter: Adapter, only: Sequence[Method] | None) -> b
 def _trained_state(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, module in [("", model), *base_modules(model).items()]:
-        trained = {k: p for k, p in module.named_parameters(recurse=False) if p.requires_grad}
+        trained = {k: p for k, p in module._parameters.items() if p is not None and p.requires_grad}
         moves = bool(trained) and not is_quantized(module)  # as statistics of a trained norm do, not those of codes
-        buffers = dict(module.named_buffers(recurse=False)) if moves else {}
-        persistent = {k: b for k, b in buffers.items() if k not in module._non_persistent_buffers_set}
+        buffers = module._buffers.items() if moves else ()
+        persistent = {k: b for k, b in buffers if b is not None and k not in module._non_persistent_buffers_set}
         state |= {f"{name}.{k}".lstrip("."): value for k, value in (trained | persistent).items()}
     return state
 
@@ -105,14 +104,11 @@ def check_state(
     """
     expected = {strip_wrapper_names(k): v for k, v in adapter_state(model, only=only).items()}
     state = {strip_wrapper_names(k): v for k, v in loaded.items()}
-    host_of = adapter_host(model)
-    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    base = {strip_wrapper_names(name) for name, _ in tensors if host_of(name) is None}
+    unknown = [k for k in state.keys() - expected.keys() if f".{ADAPTERS_ATTRIBUTE}." in f".{k}"]
+    base = _names_of_base(model) if unknown else set()
     problems = {
         "lacks": sorted(expected.keys() - state.keys()),
-        "has no place for": sorted(
-            k for k in state.keys() - expected.keys() if f".{ADAPTERS_ATTRIBUTE}." in f".{k}" and not _is_under(k, base)
-        ),
+        "has no place for": sorted(k for k in unknown if not _is_under(k, base)),
         "has no tensor under": [k for k in expected if k in state and not isinstance(state[k], Tensor)],
         "has another shape of": [
             f"{k} {tuple(state[k].shape)} instead of {tuple(global_shape(v))}"
@@ -128,9 +124,16 @@ def check_state(
         )
 
 
+def _names_of_base(model: nn.Module) -> set[str]:
+    """Return the names of all tensors of the base, trained or not; of a shared one each of its names."""
+    host_of = adapter_host(model)
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {strip_wrapper_names(name) for name, _ in tensors if host_of(name) is None}
+
+
 def strip_wrapper_names(key: str) -> str:
     """Return a key without the names that FSDP, torch.compile and other wrappers put into it."""
-    return _WRAPPERS.sub("", key)
+    return _WRAPPERS.sub("", key) if key.startswith("_") or "._" in key else key
 
 
 def base_names(model: nn.Module) -> set[str]:
@@ -140,13 +143,14 @@ def base_names(model: nn.Module) -> set[str]:
 
 def frozen_names(model: nn.Module) -> set[str]:
     """Return the names of the base's parameters and buffers that training cannot change now, as the model has them."""
-    trained = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    names = {n for n, _ in model.named_parameters(remove_duplicate=False)} - trained
-    for name, module in base_modules(model).items():
-        if is_quantized(module) or not any(p.requires_grad for p in module.parameters(recurse=False)):
-            names |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False)}
-    host_of = adapter_host(model)
-    return {n for n in names if host_of(n) is None}
+    names = set[str]()
+    for name, module in base_paths(model):
+        parameters = [(key, p) for key, p in module._parameters.items() if p is not None]
+        frozen = [key for key, p in parameters if not p.requires_grad]
+        if name and module._buffers and (len(frozen) == len(parameters) or is_quantized(module)):
+            frozen += [key for key, buffer in module._buffers.items() if buffer is not None]
+        names.update([f"{name}.{key}" for key in frozen] if name else frozen)
+    return names
 
 
 def _adapter_prefix(host_name: str, key: str) -> str:
@@ -167,7 +171,7 @@ def drop_base(module: nn.Module, state: dict[str, Any], prefix: str = "", metada
 
 def _is_under(key: str, names: set[str]) -> bool:
     """Whether a key is one of these names or below one: bitsandbytes writes statistics as ``weight.absmax``."""
-    return any(prefix in names for prefix in accumulate(key.split("."), "{}.{}".format))
+    return any(prefix in names for prefix in outwards(key))
 
 
 def drop_missing_base_keys(module: nn.Module, incompatible: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..ops.torch_api import is_plain
 from ..structure.base_model import own_tensors
 from .adapter_state import frozen_names, strip_wrapper_names
 
@@ -29,5 +30,5 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
 
 
 def _is_equal(one: Tensor, other: Tensor) -> bool:
-    alike = type(one) in (Tensor, nn.Parameter) and one.dtype == other.dtype and one.shape == other.shape
+    alike = is_plain(one) and one.dtype == other.dtype and one.shape == other.shape
     return alike and not one.is_meta and torch.equal(one.detach().cpu(), other.detach().cpu())

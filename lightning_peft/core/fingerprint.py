@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,11 +11,13 @@ import torch
 from torch import nn
 
 from ..ops.sharded_tensors import global_shape, sample_values
-from ..structure.base_model import base_parameters
+from ..ops.torch_api import is_plain
+from ..structure.base_model import base_modules, base_parameters
 from ..structure.original_weight import original_of
 from .adapted_module import adapters, method_name, replaced_names
 from .method import Method
 
+COUNT = 64  # of values of a weight
 Samples = Mapping[str, tuple[tuple[int, ...], torch.Tensor]]  # by parameter: shape and some values
 
 
@@ -49,22 +52,40 @@ def fingerprint(model: nn.Module, trained: Collection[str] | None = None) -> str
 
 def samples_of(model: nn.Module, left_out: Collection[str] = ()) -> Samples | None:
     """Return what ``fingerprint`` is a digest of, for all base parameters but some; None on the meta device."""
-    samples: dict[str, tuple[tuple[int, ...], torch.Tensor]] = {}
+    shapes, values, views = dict[str, tuple[int, ...]](), dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    modules = {"": model, **base_modules(model)}
     for name, parameter in base_parameters(model).items():
         if name in left_out:
             continue
         owner, _, key = name.rpartition(".")
-        original = original_of(model.get_submodule(owner), key)
+        original = original_of(modules[owner], key)
         if parameter.is_meta:
             return None
-        values = sample(parameter) if original is None or original.values is None else original.values
-        samples[name] = tuple(original.shape if original else global_shape(parameter)), values
-    return samples
+        shapes[name] = tuple(original.shape if original else global_shape(parameter))
+        if original is None or original.values is None:
+            views[name] = sample_values(parameter, COUNT)
+        else:
+            values[name] = original.values
+    values |= _rounded(views)
+    return {name: (shape, values[name]) for name, shape in shapes.items()}
 
 
 def sample(weight: torch.Tensor) -> torch.Tensor:
     """Return up to 64 values of a weight, evenly spread, rounded to bfloat16."""
-    return sample_values(weight, 64).bfloat16().cpu()
+    return sample_values(weight, COUNT).bfloat16().cpu()
+
+
+def _rounded(views: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors by name, rounded to bfloat16, on the CPU: one copy from each device for all of a type."""
+    groups = defaultdict[tuple[torch.dtype, torch.device], dict[str, torch.Tensor]](dict)
+    for name, view in views.items():
+        if is_plain(view):
+            groups[view.dtype, view.device][name] = view
+    rounded = {name: view.bfloat16().cpu() for name, view in views.items() if not is_plain(view)}
+    for group in groups.values():
+        joined = torch.cat(list(group.values())).bfloat16().cpu()
+        rounded |= zip(group, torch.split(joined, [len(view) for view in group.values()]), strict=True)
+    return rounded
 
 
 def digest(samples: Iterable[tuple[tuple[int, ...], torch.Tensor]]) -> str:

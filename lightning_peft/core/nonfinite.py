@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..ops.torch_api import is_plain
 from .adapter import has_values
 
 
@@ -36,7 +37,19 @@ def _listed(keys: list[str]) -> str:
 
 
 def _nonfinite(state: Mapping[str, Tensor]) -> list[str]:
-    return [key for key, value in state.items() if isinstance(value, Tensor) and not _is_finite(value)]
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    joint = {key: value.detach() for key, value in tensors.items() if _has_fast_norm(value)}
+    if joint and bool(torch.stack(torch._foreach_norm(list(joint.values()))).isfinite().all()):
+        tensors = {key: value for key, value in tensors.items() if key not in joint}
+    return [key for key, value in tensors.items() if not _is_finite(value)]
+
+
+def _has_fast_norm(value: Tensor) -> bool:
+    """Whether a tensor is looked at together with others: a norm that is finite needs no look at each value.
+
+    A norm overflows where the square of a value does; each value is looked at then.
+    """
+    return is_plain(value) and value.dtype == torch.float32 and value.device.type == "cpu"
 
 
 def _is_finite(value: Tensor) -> bool:

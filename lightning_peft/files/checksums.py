@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 _COMPARED = ("format", "library", "base")
@@ -41,18 +42,27 @@ def content_digest(settings: Mapping[str, Any], *contents: Any) -> str | None:
             if isinstance(tensor, DTensor) or tensor.is_meta or tensor.layout != torch.strided:
                 return None
             sha256.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            flat: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            sha256.update(memoryview(flat))
+            sha256.update(_bytes_of(tensor))
     return sha256.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """Return the bytes of a tensor's values in their order, without a copy where they lie in memory so."""
+    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and not tensor.is_complex()
+    if is_plain and tensor.is_contiguous():
+        return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())) if tensor.nbytes else b""
+    flat: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def _tensors(content: Any, path: str) -> dict[str, Tensor]:
     """Return the tensors in nested data by their path."""
-    if isinstance(content, Tensor):
-        return {path: content}
-    items: Any = ()
-    if isinstance(content, Mapping):
-        items = content.items()
-    elif isinstance(content, (list, tuple)):
-        items = enumerate(content)
-    return {name: tensor for key, value in items for name, tensor in _tensors(value, f"{path}/{key}").items()}
+    found, waiting = dict[str, Tensor](), [(path, content)]
+    for path, content in waiting:  # the list grows during the loop
+        if isinstance(content, Tensor):
+            found[path] = content
+        elif isinstance(content, Mapping):
+            waiting += [(f"{path}/{key}", value) for key, value in content.items()]
+        elif isinstance(content, (list, tuple)):
+            waiting += [(f"{path}/{key}", value) for key, value in enumerate(content)]
+    return found

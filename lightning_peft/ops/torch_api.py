@@ -42,6 +42,11 @@ def write_count(tensor: Tensor) -> int:
     return tensor._version
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor is of torch's own class and strided, so that its values lie in its memory as they are."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+
+
 def storage_key(tensor: Tensor) -> int:
     """Return a number that tensors on one storage share, those without values included."""
     key: int = tensor.untyped_storage()._cdata

@@ -76,6 +76,18 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 stack.append((prefix + key, child))
 
 
+def base_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name, module) of the base and its root, a shared module under each of its names."""
+    stack = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        yield name, module
+        prefix = f"{name}." if name else ""
+        for key, child in module._modules.items():
+            if child is not None and not holds_adapters(module, key):
+                stack.append((prefix + key, child))
+
+
 def adapter_host(model: nn.Module) -> Callable[[str], str | None]:
     """Return a function from the name of a module or tensor to the host of its adapter; None for what is the base's."""
     hosts = {name for name, module in model.named_modules(remove_duplicate=False) if is_adapted(module)}

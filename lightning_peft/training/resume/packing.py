@@ -11,7 +11,7 @@ import torch
 
 def pack(data: Any) -> torch.Tensor:
     """Return JSON data as bytes; states of generators that differ by little take little more than one."""
-    return torch.frombuffer(bytearray(zlib.compress(json.dumps(data).encode(), 9)), dtype=torch.uint8).clone()
+    return torch.frombuffer(bytearray(zlib.compress(json.dumps(data).encode())), dtype=torch.uint8).clone()
 
 
 def unpack(packed: torch.Tensor) -> Any:
