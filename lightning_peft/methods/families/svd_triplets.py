@@ -105,12 +105,12 @@ def observe(layers: Sequence[SVDTriplets], beta1: float, beta2: float) -> None:
     factors = [factor for layer in ordered for factor in layer.factor_tensors()]
     gradients = [torch.zeros_like(f) if f.grad is None else f.grad for f in factors]
     sensitivities = flat(gradients)
-    if not sensitivities.sum().isfinite():
-        return  # a gradient scaler has skipped this step
-    sensitivities.mul_(flat(factors)).abs_()
+    # Where a gradient scaler has skipped the step, weights of 0 keep the averages; no device waits to read which it is.
+    finite = sensitivities.sum().isfinite().to(sensitivities.dtype)
+    sensitivities.mul_(flat(factors)).abs_().nan_to_num_(0, 0, 0)
     means, spreads = as_contiguous_view(ordered, "mean"), as_contiguous_view(ordered, "spread")
-    means.lerp_(sensitivities, 1 - beta1)
-    spreads.lerp_(sensitivities.sub_(means).abs_(), 1 - beta2)
+    means.lerp_(sensitivities, finite * (1 - beta1))
+    spreads.lerp_(sensitivities.sub_(means).abs_(), finite * (1 - beta2))
 
 
 def allocate(layers: Sequence[SVDTriplets], budget: int) -> None:
@@ -118,8 +118,7 @@ def allocate(layers: Sequence[SVDTriplets], budget: int) -> None:
     groups = group_by_shape(layers)
     ordered = [layer for group in groups for layer in group]
     scores = score(groups)
-    kept = torch.zeros_like(scores)
-    kept[scores.topk(budget).indices] = 1
+    kept = torch.zeros_like(scores).scatter_(0, scores.topk(budget).indices, 1)
     masks = list(torch.split(kept, [layer.e.numel() for layer in ordered]))
     torch._foreach_copy_([layer.kept for layer in ordered], masks)
     torch._foreach_mul_([layer.e for layer in ordered], masks)

@@ -28,6 +28,8 @@ def code_version(kind: type) -> list[str] | None:
     Returns:
         The hashes; None if any of its code is in no file, as that of an interactive session.
     """
+    _find.cache_clear()  # files may have come since
+    _is_installed.cache_clear()
     hashes: dict[str, str] = {}
     waiting = []
     for base in kind.__mro__:
@@ -62,6 +64,7 @@ def _imported(source: str, package: str) -> list[str]:
     return found
 
 
+@functools.cache
 def _find(name: str) -> Path | None:
     """Return the file of a module, which need not be imported, nor is; None if there is none."""
     first, *rest = name.split(".")
@@ -84,6 +87,7 @@ def _find(name: str) -> Path | None:
     return None
 
 
+@functools.cache
 def _is_installed(file: Path) -> bool:
     path = file.resolve()
     is_released = bool(_RELEASED.intersection(path.parts)) or any(path.is_relative_to(place) for place in _STANDARD)

@@ -87,9 +87,10 @@ class Table:
                 f"{self.source!r} has no column {column!r}. Its columns: {quoted(self.columns)}."
                 f"{did_you_mean(column, self.columns)} Give the name of one of them."
             )
-        values = list(self.dataset[column])
+        values = list(self.dataset[column][:])  # at once: to iterate formats row by row, which takes ten times as long
         if column in self.json_columns:
-            return [None if value is None else json.loads(value) for value in values]
+            column_values: list[Any] = json.loads(f"[{','.join('null' if v is None else v for v in values)}]")
+            return column_values
         return values
 
     def texts(self, column: str, *, blank: bool = False) -> list[str]:
