@@ -67,8 +67,8 @@ def strategy(also_train: list[str]) -> Any:
 def train_ours(options: argparse.Namespace) -> Clock:
     import datasets  # noqa: F401  # before the clock starts, as on the other sides
     import lightning.pytorch as pl
+    import transformers.modeling_utils  # noqa: F401  # which peft and the other Trainers import, too
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer  # noqa: F401
-    from transformers import PreTrainedModel  # noqa: F401  # which their Trainers and peft import as well
 
     import lightning_peft.tasks  # noqa: F401
 
