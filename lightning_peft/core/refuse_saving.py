@@ -19,11 +19,12 @@ def refuse_saving(model: nn.Module) -> None:
     """Have the models of transformers in an adapted module say what to call in place of it, until they are detached."""
     if next(adapters(model), None) is None:  # what trains without adapters is saved as it is
         return
-    for part in model.modules():
-        for name in REFUSED:
-            if callable(getattr(type(part), name, None)):
-                part.__dict__[name] = _refuse  # a function of this module, which copies and pickles keep
-                call_on_detach(part, _allow_saving)
+    parts = list(model.modules())
+    names = {cls: [name for name in REFUSED if callable(getattr(cls, name, None))] for cls in set(map(type, parts))}
+    for part in parts:
+        for name in names[type(part)]:
+            part.__dict__[name] = _refuse  # a function of this module, which copies and pickles keep
+            call_on_detach(part, _allow_saving)
 
 
 def _allow_saving(part: nn.Module) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,16 @@ ADAPTERS_ATTRIBUTE = "peft"  # the child of an adapted module below which its ad
 def matches(name: str, pattern: str) -> bool:
     """Return whether a glob matches the end of a dotted name: ``q_proj`` matches ``layers.0.attn.q_proj``."""
     return fnmatchcase("." + name, "*." + pattern)
+
+
+def matches_any(name: str, patterns: tuple[str, ...]) -> bool:
+    """Return whether one of several globs matches the end of a dotted name; faster than one after the other."""
+    return _expression(patterns).match("." + name) is not None
+
+
+@functools.cache
+def _expression(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(rf"(?s:.*)\.(?:{'|'.join(map(translate, patterns))})")
 
 
 def is_inside(name: str, module: str) -> bool:

@@ -143,6 +143,8 @@ def requested_weights(
 
 def owners_of_experts(model: nn.Module, target: str) -> set[str]:
     """Return the names of the modules that hold a weight of experts which a role or a glob of its name means."""
+    if target not in (UP, DOWN) and "." not in target:
+        return set()  # as ``_means`` says of each weight
     return {
         name
         for name, module in base_modules(model).items()

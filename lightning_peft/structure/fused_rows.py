@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from .base_model import matches
+from .base_model import matches, matches_any
 from .layer_of import layer_of
 from .read_weights import read_weight_attribute
 from .rows import Rows
@@ -29,7 +29,7 @@ def is_fused(name: str, host: nn.Module) -> bool:
     """Return whether a layer computes several of query, key and value at once, or other features beside one of them."""
     if host in _measured:
         return _measured[host] is not None
-    return any(matches(name, pattern) for pattern in _FUSED)
+    return matches_any(name, _FUSED)
 
 
 def has_parts(name: str, host: nn.Module) -> bool:

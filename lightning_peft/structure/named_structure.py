@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from .base_model import base_modules, matches
+from .base_model import base_modules, matches_any
 from .fused_rows import fused_patterns, lacks_query
 from .layer_of import is_called_linear, layer_of
 from .read_weights import read_weight_attribute
@@ -51,7 +51,7 @@ def named_structure(model: nn.Module) -> Structure:
 def _named(role: str, modules: dict[str, nn.Module]) -> Iterator[str]:
     patterns = (*_NAMES[role], *fused_patterns(role))
     for name, module in modules.items():
-        named = any(matches(name, pattern) for pattern in patterns) and is_called_linear(module)
+        named = matches_any(name, patterns) and is_called_linear(module)
         named = named and not (role == "attention.query" and lacks_query(name))
         reads = (isinstance(module, nn.MultiheadAttention) and bool(fused_patterns(role))) or (
             role == "attention.output" and read_weight_attribute(type(module)) == "weight"
