@@ -6,6 +6,7 @@ from small_models import small
 from torch import nn
 
 import lightning_peft as lp
+from lightning_peft.structure.base_model import matches, matches_any
 from lightning_peft.structure.roles import ROLES
 
 HEADS = {
@@ -114,3 +115,14 @@ def test_norms_are_found_by_what_they_do_whatever_they_are_called():
     assert ROLES["norms"](net) == ["0", "1", "2", "3", "4"]
     with torch.device("meta"):
         assert ROLES["norms"](nn.Sequential(Equalizer(7), ScaleNorm(7), nn.LayerNorm(7))) == ["0", "2"]
+
+
+@pytest.mark.parametrize(
+    "patterns", [("query", "q_proj"), ("*[0-9].output.dense", "wi*"), ("attn.c_attn",), ("q", "*")]
+)
+def test_several_globs_match_what_one_of_them_matches(patterns):
+    words = ["query", "q_proj", "0", "12", "attn", "c_attn", "output", "dense", "wi_0", "q"]
+    names = [*words, *(f"{a}.{b}" for a in words for b in words), *(f"h.{a}.output.{b}" for a in words for b in words)]
+    found = [name for name in names if matches_any(name, patterns)]
+    assert found == [name for name in names if any(matches(name, pattern) for pattern in patterns)]
+    assert found
