@@ -73,7 +73,7 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_adapters_and_their_optimizer_state_are_float32(name):
     settings, make = RUNS[name]
-    for case in FAMILIES:
+    for case in FAMILIES[list(RUNS).index(name) % 2 :: 2]:  # each in one true type at least, and in one mixed one
         if settings is scaled and "lstm" in str(case):
             continue  # torch has no LSTM in float16 on the CPU
         types = Types()
