@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, Call, parameter_like
+from ..core.adapter import Adapter, Call, InnerCall, parameter_like
 from ..core.method import Method
 from ..structure.base_model import base_parameters, name_pattern
 from ..structure.layer_of import is_called_linear, layer_of
@@ -80,18 +81,27 @@ class AddedBias(Adapter):
 
     def __init__(self, host: Any) -> None:
         super().__init__()
-        self.bias = parameter_like(host.weight, layer_of(host).shape(host)[0])
+        self.layer = layer_of(host)
+        self.bias = parameter_like(host.weight, self.layer.shape(host)[0])
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.bias)
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Tensor:
+        if len(args) == 1 and not kwargs and self._is_bias_of_product(host, inner):
+            weight = self.layer.read(host)
+            return F.linear(*args, weight, self.bias.to(weight.dtype))
         y: Tensor = inner(*args, **kwargs)
         return y + self.bias.to(y.dtype)
 
+    def _is_bias_of_product(self, host: Any, inner: Call) -> bool:
+        """Return whether ``inner`` is a plain product without a bias, so that both are one operator."""
+        if not isinstance(inner, InnerCall) or inner.adapters or host.bias is not None:
+            return False
+        return self.layer.is_plain_matmul(host, inner.forward)
+
     def merge(self, host: Any) -> None:
         """Register the bias as that of the host, or add it to one that another adapter has given the host."""
-        layer, bias = layer_of(host), self.bias.detach()
-        own = layer.bias(host)
-        layer.write_bias(host, bias if own is None else own + bias)
+        own, bias = self.layer.bias(host), self.bias.detach()
+        self.layer.write_bias(host, bias if own is None else own + bias)

@@ -15,7 +15,7 @@ from ..core.per_row import BatchableLayerAdapter
 from ..structure.read_weights import read_weight_attribute
 from ..structure.roles import ROLES
 from ..structure.selection import select_modules, select_parameters
-from .families.bottleneck_mlp import bottleneck, check_bottleneck, output_of
+from .families.bottleneck_mlp import add_bottleneck, check_bottleneck, output_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ class SerialBottleneck(BatchableLayerAdapter, Adapter):
 
     def post_forward(self, host: Any, x: Tensor, y: Tensor, *values: Any) -> Tensor:
         down, down_bias, up, up_bias = values or (self.down, self.down_bias, self.up, self.up_bias)
-        return y + bottleneck(y, (down, down_bias), (up, up_bias), self.activation).to(y.dtype)
+        return add_bottleneck(y, y, (down, down_bias), (up, up_bias), self.activation)
 
     def extra_repr(self) -> str:
         return f"size={len(self.down)}, activation={self.activation}"

@@ -99,7 +99,7 @@ class Scaling(BatchableLayerAdapter, Adapter):
         out, features, *kernel = self.layer.shape(host)
         features *= getattr(host, "groups", 1)
         self.rows, self.host_rows = rows or Rows("", 0, out), out
-        self.part = self.rows.part
+        self.part, self.pads = self.rows.part, not of_inputs and self.rows.size < out
         self.scales = parameter_like(self.layer.parameter(host), features if of_inputs else self.rows.size)
         self.reset_parameters()
 
@@ -113,17 +113,18 @@ class Scaling(BatchableLayerAdapter, Adapter):
 
     def _called(self, host: Any, inner: Call, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         call = functools.partial(inner, *args, **kwargs) if args or kwargs else inner
-        if self.of_inputs:
-            return scaled_input(self.layer, host, call, x, self.scales)
         scales = self.whole()
-        # Scalings that follow one another are one product, which is cheaper and saves one output for backward.
-        while isinstance(call, InnerCall) and call.adapters and _scales_outputs(call.adapters[-1]):
+        # Scalings that follow one another are one product, which is cheaper and saves one tensor for backward.
+        while isinstance(call, InnerCall) and call.adapters and self._is_alike(call.adapters[-1]):
             scales, call = scales * call.adapters[-1].whole(), call.without_outermost()
-        return scaled_output(self.layer, host, call, x, scales)
+        return (scaled_input if self.of_inputs else scaled_output)(self.layer, host, call, x, scales)
+
+    def _is_alike(self, other: Adapter) -> TypeGuard[Scaling]:
+        """Return whether another adapter scales inputs as this one does, or outputs as this one does."""
+        return isinstance(other, Scaling) and other.of_inputs == self.of_inputs
 
     def per_example_tensors(self) -> tuple[Any, ...]:
-        scales = self.scales if self.of_inputs else self.whole()
-        return ((Scaling, self.of_inputs), scales) if self.layer.maps_features else ()
+        return ((Scaling, self.of_inputs), self.whole()) if self.layer.maps_features else ()
 
     def pre_forward(self, host: Any, x: Tensor, *values: Any) -> Tensor:
         return self._scaled(host, x, *values) if self.of_inputs else x
@@ -132,13 +133,13 @@ class Scaling(BatchableLayerAdapter, Adapter):
         return y if self.of_inputs else self._scaled(host, y, *values)
 
     def _scaled(self, host: Any, x: Tensor, *values: Tensor) -> Tensor:
-        (scales,) = values or (self.scales if self.of_inputs else self.whole(),)
+        (scales,) = values or (self.whole(),)
         shape = scales.shape if values else (-1, *[1] * (len(self.layer.shape(host)) - 2))
         return (x * scales.view(shape)).to(x.dtype)
 
     def whole(self) -> Tensor:
-        """Return a scale for each output of the host: ones outside of the scaled rows."""
-        return self.rows.pad(self.scales, self.host_rows, fill=1.0)
+        """Return a scale for each input, or for each output of the host: ones outside of the scaled rows."""
+        return self.rows.pad(self.scales, self.host_rows, fill=1.0) if self.pads else self.scales
 
     def effective_weight(self, weight: Tensor) -> Tensor:
         return (weight * (self.scales if self.of_inputs else self.whole()[:, None])).to(weight.dtype)
@@ -160,8 +161,3 @@ class Scaling(BatchableLayerAdapter, Adapter):
             self.layer.write(host, rows, first)
         if bias is not None:
             bias.copy_(bias * self.whole())  # in the type of the bias, rounded once
-
-
-def _scales_outputs(adapter: Adapter) -> TypeGuard[Scaling]:
-    """Return whether an adapter is a ``Scaling`` of outputs."""
-    return isinstance(adapter, Scaling) and not adapter.of_inputs

@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, parameter_like
 from ..core.method import Method
-from .families.kronecker import check_kronecker, shape_of_a, start_factors, times_kronecker
+from .families.kronecker import add_kronecker, check_kronecker, shape_of_a, start_factors
 from .families.parallel_branch import FEEDFORWARD, Block, ParallelBranch, feedforward_blocks
 
 
@@ -68,9 +69,10 @@ class KronABranch(ParallelBranch):
         if self.residual is not None:
             nn.init.ones_(self.residual)
 
-    def branch(self, x: Tensor) -> Tensor:
-        y = times_kronecker(x, self.a, self.b * self.scale)
-        return y if self.residual is None else y + self.residual.to(x.dtype) * x
+    def added_to(self, y: Tensor, x: Tensor) -> Tensor:
+        if self.residual is not None:
+            y = torch.addcmul(y, self.residual.to(y.dtype), x.to(y.dtype))
+        return add_kronecker(y, x, self.a, self.b, self.scale)
 
     def extra_repr(self) -> str:
         return f"a={tuple(self.a.shape)}, b={tuple(self.b.shape)}, scale={self.scale:g}"

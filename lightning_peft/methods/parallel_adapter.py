@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, parameter_like
 from ..core.method import Method, check_setting
-from .families.bottleneck_mlp import bottleneck, check_bottleneck
+from .families.bottleneck_mlp import add_bottleneck, check_bottleneck
 from .families.parallel_branch import FEEDFORWARD, Block, ParallelBranch, feedforward_blocks
 
 
@@ -75,9 +75,9 @@ class ParallelBottleneck(ParallelBranch):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def branch(self, x: Tensor) -> Tensor:
+    def added_to(self, y: Tensor, x: Tensor) -> Tensor:
         down, up = (self.down, self.down_bias), (self.up, self.up_bias)
-        return bottleneck(x, down, up, self.activation, self.dropout if self.training else 0.0)
+        return add_bottleneck(y, x, down, up, self.activation, self.factor, self.dropout if self.training else 0.0)
 
     def extra_repr(self) -> str:
         return f"size={len(self.down)}, scale={self.factor:g}, activation={self.activation}"

@@ -1,4 +1,4 @@
-"""``factor_type``: the type in which an input meets the factors of an update."""
+"""``factor_type``: the type in which an input meets the factors of an update; ``one_type``: whether all have one."""
 
 from __future__ import annotations
 
@@ -13,3 +13,10 @@ def factor_type(x: Tensor) -> torch.dtype:
     does not. Under autocast, the products run in its type all the same, as those of all layers do.
     """
     return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+def one_type(x: Tensor, *others: Tensor) -> bool:
+    """Return whether an input and what it meets have one type, float32 or float64, and autocast changes none."""
+    if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
+        return False
+    return all(other.dtype == x.dtype for other in others)

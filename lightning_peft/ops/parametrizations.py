@@ -7,6 +7,7 @@ Gradients are computed from the gradient ``g`` of the output, of shape (tokens, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,9 +115,14 @@ class HadamardParametrization(Parametrization):
         return w1, w2 + self.shift if self.shift else w2
 
     def gradients(self, g: Tensor, x: Tensor, *factors: Any) -> tuple[Tensor, ...]:
-        x1, y1, x2, y2 = factors
-        w1, w2 = self.pair(*factors)
-        by_weight = (g.T @ x).to(w1.dtype)
+        pair = self.pair(*factors)
+        return self.gradients_by_weight((g.T @ x).to(pair[0].dtype), pair, factors)
+
+    def gradients_by_weight(
+        self, by_weight: Tensor, pair: tuple[Tensor, Tensor], factors: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Return the gradients of the factors from that of the whole weight and what ``pair`` returned."""
+        (w1, w2), (x1, y1, x2, y2) = pair, factors
         by_w1, by_w2 = by_weight * w2, by_weight * w1
         if self.tanh:
             by_w1, by_w2 = by_w1 * (1 - w1.square()), by_w2 * (1 - (w2 - self.shift).square())

@@ -1,4 +1,4 @@
-"""``bottleneck``: two thin layers with an activation between them; ``output_of`` tells the output width of a module."""
+"""``add_bottleneck``: two thin layers with an activation between them; ``output_of`` tells the output width of a module."""
 
 from __future__ import annotations
 
@@ -23,17 +23,21 @@ def check_bottleneck(size: int, activation: str) -> None:
     check_setting(activation in ACTIVATIONS, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
 
 
-def bottleneck(x: Tensor, down: Layer, up: Layer, activation: str, dropout: float = 0.0) -> Tensor:
-    """Return up(dropout(activation(down(x)))), in the type of ``x``.
+def add_bottleneck(
+    y: Tensor, x: Tensor, down: Layer, up: Layer, activation: str, factor: float = 1.0, dropout: float = 0.0
+) -> Tensor:
+    """Return y + factor up(dropout(activation(down(x)))), in the type of ``y``.
 
     Each row of ``x`` (rows, tokens, features) can have separate layers: (rows, out, in) and (rows, 1, out).
     """
     hidden = ACTIVATIONS[activation](_apply(x, *down))
-    return _apply(F.dropout(hidden, dropout) if dropout > 0 else hidden, *up)
+    change = _apply(F.dropout(hidden, dropout) if dropout > 0 else hidden, *up)
+    return torch.add(y, change if change.dtype == y.dtype else change.to(y.dtype), alpha=factor)
 
 
 def _apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if weight.dtype != x.dtype:  # asked first, since a conversion to the same type takes as long as a small sum
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if bias is not None and weight.dim() == 3:
         return torch.baddbmm(bias, x, weight.mT)
     return F.linear(x, weight, bias)

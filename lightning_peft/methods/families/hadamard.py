@@ -9,12 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapter import parameter_like
+from ...core.updated_product import may_cache
 from ...core.weight_update import WeightUpdate
-from ...ops.factor_type import factor_type
-from ...ops.fused_linear import WeightUpdateSpec
+from ...ops.autograd_function import records_gradients
+from ...ops.factor_type import factor_type, one_type
+from ...ops.fused_linear import WeightUpdateSpec, rebuilding_is_cheaper
+from ...ops.hadamard_linear import hadamard_linear
+from ...ops.low_rank_products import low_rank_linear
 from ...ops.parametrizations import HadamardParametrization, LowRankParametrization
 from ...structure.layer_types import LinearType
 from ...structure.rows import Rows
+
+# Measured as the time of forward and backward of square layers 64 to 512 wide at rank 2 to 16 and 1 to 128 tokens (one
+# thread of an x86 CPU, torch 2.13, float32).
+TINY = 2**14  # numbers of a weight up to which building the updated weight has the fewest operators and is fastest
+PAIR_TOKENS = 64  # tokens up to which a pair of as many numbers as the weight is cheaper than building the weight
 
 
 class HadamardUpdate(WeightUpdate):
@@ -54,8 +63,8 @@ class HadamardUpdate(WeightUpdate):
         self.y1, self.y2 = (parameter_like(weight, columns, rank) for _ in range(2))
         has_cores = bool(kernel) and cores
         self.t1, self.t2 = (parameter_like(weight, rank, rank, *kernel) if has_cores else None for _ in range(2))
-        terms = rank * (rank + 1 if shift else rank)
-        cheap = 2 * terms * (out + features) < out * features
+        self.terms = rank * (rank + 1 if shift else rank)
+        cheap = 2 * self.terms * (out + features) < out * features
         self.skinny = not tanh and ((cheap and isinstance(self.layer, LinearType)) or self.layer.is_embedding)
         self.reset_parameters()
 
@@ -95,6 +104,28 @@ class HadamardUpdate(WeightUpdate):
             x2, y2 = (torch.cat([t, t.new_ones(len(t), 1)], 1) for t in (x2, y2))
         x, y = ((t1[:, :, None] * t2[:, None]).flatten(1) for t1, t2 in ((self.x1, x2), (self.y1, y2)))
         return y.T, x
+
+    def few_tokens_forward(self, host: Any, x: Tensor) -> Tensor | None:
+        weight: Tensor = self.layer.read(host)
+        if self._observes() or self.rows.size < self.host_rows or x.dim() < 2 or not one_type(x, weight, self.x1):
+            return None
+        if weight.numel() > TINY:
+            keeps_weight = weight.is_cpu and may_cache(self)
+            if self.skinny if keeps_weight else self._takes_pair(x.numel() // weight.shape[1]):
+                a, b = self.pair()
+                few = not rebuilding_is_cheaper((), x, weight)
+                return low_rank_linear(x, weight, host.bias, a, b, 1.0) if few else None
+            if keeps_weight:
+                return None
+        if records_gradients() and weight.requires_grad:
+            return None
+        return hadamard_linear(x, weight, host.bias, self.form, self.factors())
+
+    def _takes_pair(self, tokens: int) -> bool:
+        """Return whether ``pair`` is cheaper for a linear layer than W1 and W2, with no more saved than a weight."""
+        out, features = self.shape
+        numbers = self.terms * (out + features + tokens)
+        return self.skinny or (tokens <= PAIR_TOKENS and not self.form.tanh and numbers <= out * features)
 
     def update(self, host: Any, x: Tensor) -> Tensor:
         dtype = x.dtype if x.is_floating_point() else self.x1.dtype

@@ -1,4 +1,4 @@
-"""``shape_of_a``, ``start_factors`` and ``times_kronecker``: shapes, start and products of A kron B."""
+"""``shape_of_a``, ``start_factors``, ``times_kronecker`` and ``add_kronecker``: shapes, start, products of A kron B."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import functools
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ...core.method import check_setting
-from ...ops.factor_type import factor_type
+from ...ops.factor_type import factor_type, one_type
 
 
 def check_kronecker(shape_a: Sequence[int] | None, factor: int | None, scale: float) -> None:
@@ -63,12 +64,37 @@ def start_factors(a: Tensor, b: Tensor) -> None:
 def times_kronecker(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return x (A kron B) for x (..., a1 b1), as A^T X B with X (a1, b1): two small products, the cheaper one first."""
     dtype = factor_type(x)
-    x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
+    flat, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
+    if _a_first(a, b):
+        y = _times_transposed(a, flat, len(b)) @ b
+    else:
+        y = _times_transposed(a, flat.reshape(-1, len(b)) @ b, b.shape[1])
+    return y.reshape(*x.shape[:-1], a.shape[1] * b.shape[1])
+
+
+def add_kronecker(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return y + scale x (A kron B) for x (..., a1 b1) and y (..., a2 b2), in the type of y.
+
+    Where all types are one, the sum is part of the second product. Autograd saves x and what is between the products.
+    """
+    if not (one_type(x, y, a, b) and _a_first(a, b)):
+        return torch.add(y, times_kronecker(x, a, b), alpha=scale).to(y.dtype)
+    hidden = _times_transposed(a, x, len(b))
+    return torch.addmm(y.reshape(-1, b.shape[1]), hidden, b, alpha=scale).view(y.shape)
+
+
+def _times_transposed(a: Tensor, x: Tensor, columns: int) -> Tensor:
+    """Return A^T X for each X (a1, columns) in x, one below the other; ``a.T @ x`` would copy x to make them one."""
+    tokens, (a1, a2) = x.numel() // (len(a) * columns), a.shape
+    if tokens == 1:
+        return torch.mm(a.t(), x.reshape(a1, columns))
+    return torch.bmm(a.t().expand(tokens, a2, a1), x.reshape(tokens, a1, columns)).view(-1, columns)
+
+
+def _a_first(a: Tensor, b: Tensor) -> bool:
+    """Return whether A^T X before the product with B has no more multiplications than X B before that with A^T."""
     (a1, a2), (b1, b2) = a.shape, b.shape
-    grid = x.reshape(*x.shape[:-1], a1, b1)
-    b_first = a1 * b2 * (b1 + a2) <= a2 * b1 * (a1 + b2)
-    y: Tensor = a.T @ (grid @ b) if b_first else (a.T @ grid) @ b
-    return y.flatten(-2)
+    return a2 * b1 * (a1 + b2) <= a1 * b2 * (b1 + a2)
 
 
 @functools.cache

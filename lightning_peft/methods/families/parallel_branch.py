@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...core.adapter import Adapter, Call
@@ -65,16 +64,15 @@ class InputCapture(BatchableLayerAdapter, Adapter):
 
 
 class ParallelBranch(BatchableLayerAdapter, Adapter):
-    """y = block(x) + factor branch(x), on the block itself or, with an ``InputCapture``, on its down-projection."""
+    """Adds a branch to the output of a block, on the block itself or, with an ``InputCapture``, on its down-projection."""
 
     tensor_parallel_dims = {}
     unmergeable = _UNMERGEABLE
     captured: CapturedInput | None = None  # shared with the ``InputCapture``, if there is one
-    factor = 1.0
 
     @abstractmethod
-    def branch(self, x: Tensor) -> Tensor:
-        """Return the output of the branch for the block's input."""
+    def added_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return the block's output with that of the branch for the block's input added, in the type of the former."""
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Tensor:
         return self.post_forward(host, _first(args, kwargs), inner(*args, **kwargs))
@@ -83,7 +81,7 @@ class ParallelBranch(BatchableLayerAdapter, Adapter):
         if not isinstance(y, Tensor):
             raise TypeError(f"{type(host).__name__} returns a {type(y).__name__}, to which no branch can be added.")
         x = x if self.captured is None else self.captured.take()
-        return torch.add(y, self.branch(x).to(y.dtype), alpha=self.factor)
+        return self.added_to(y, x)
 
 
 @dataclass(frozen=True)
