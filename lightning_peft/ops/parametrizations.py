@@ -69,17 +69,19 @@ class DoRAParametrization(LowRankParametrization):
 
 def sum_over_tokens(g: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
     """Return the sums over tokens of g (y - bias)."""
-    # On the CPU, chunks stay in its cache; a full-size product would be written to memory and read again.
-    one_chunk = g.device.type != "cpu" or torch.compiler.is_compiling()
-    size = max(1, len(g)) if one_chunk else 256
-    ones = g.new_ones(1, size)  # a product with ones sums columns faster than sum(0)
     total = g.new_zeros(g.shape[1], dtype=torch.promote_types(g.dtype, torch.float32))
-    for start in range(0, len(g), size):
-        chunk, row = g[start : start + size], ones[:, : len(g) - start]
-        total = total + (row @ (chunk * y[start : start + size])).squeeze(0)
-        if bias is not None:
-            total = total - (row @ chunk).squeeze(0) * bias
+    if g.device.type != "cpu" or torch.compiler.is_compiling():  # a loop would be compiled for one number of tokens
+        return _add_sum(total, g, y, bias)
+    # On the CPU, chunks stay in its cache; a full-size product would be written to memory and read again.
+    for g_chunk, y_chunk in zip(g.split(256), y.split(256), strict=True):
+        total = _add_sum(total, g_chunk, y_chunk, bias)
     return total
+
+
+def _add_sum(total: Tensor, g: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    ones = g.new_ones(1, len(g))  # a product with ones sums columns faster than sum(0)
+    total = total + (ones @ (g * y)).squeeze(0)
+    return total if bias is None else total - (ones @ g).squeeze(0) * bias
 
 
 def magnitude_over_norm(v: Tensor, magnitude: Tensor) -> Tensor:
