@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .autograd_function import apply_function
 from .parametrizations import Parametrization
+from .torch_api import element_count
 
 Rows = tuple[int, int]  # the first row of a weight that an update changes, and the row after the last one
 
@@ -33,7 +34,7 @@ def rebuilding_is_cheaper(updates: Sequence[WeightUpdateSpec], x: Tensor, weight
     Rebuilding a weight moves out x in numbers, adding updates moves tokens x (out + in).
     """
     out, features = weight.shape
-    tokens = x.numel() // features
+    tokens = element_count(x) // features
     return tokens * (out + features) >= out * features or any(update.form.rebuilds_full_weight for update in updates)
 
 

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import CheckpointFunction
 
 _WRAPPED = "_lightning_peft_wraps"  # attribute of the module of torch
+_MANY = 2**20  # elements that a tensor is taken to have whose sizes depend on values
 HookKind = Literal["forward", "forward_pre", "state_dict", "load_state_dict_pre", "load_state_dict_post"]
 
 
@@ -57,6 +58,20 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
     """Return all values of tensors in one vector: a copy, or the tensor itself if there is one alone."""
     result: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
     return result
+
+
+def element_count(tensor: Tensor) -> int:
+    """Return the number of elements, to choose the cheapest of forms that give the same result.
+
+    Under ``torch.compile`` with dynamic sizes it is that of the call that compiles, and what is compared with it is no
+    condition of the graph, which goes on to serve all sizes.
+    """
+    count = tensor.numel()
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import optimization_hint  # which takes time to import
+
+        return optimization_hint(count, fallback=_MANY)
+    return count
 
 
 def local_part(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -16,6 +16,7 @@ from ...core.adapter import Call, InnerCall
 from ...ops.autograd_function import apply_function, records_gradients
 from ...ops.fused_linear import autocast_disabled
 from ...ops.parametrizations import sum_over_tokens
+from ...ops.torch_api import element_count
 from ...structure.layer_types import LayerType
 
 # Numbers of an input or output up to which a plain product is used. Measured as the time of forward and backward of
@@ -69,7 +70,7 @@ def _scales_weight(layer: LayerType, host: Any, call: Call, x: Tensor) -> bool:
     training, wide = records_gradients(), host.weight.dtype in (torch.float32, torch.float64)
     with autocast_disabled(x) as dtype:
         exact = wide and not (training and (host.weight.requires_grad or dtype == torch.float16))
-    return exact and x.numel() >= host.weight.numel()
+    return exact and element_count(x) >= host.weight.numel()
 
 
 def _apply(function: type[torch.autograd.Function], x: Tensor, *args: Any) -> Tensor:
