@@ -1,4 +1,4 @@
-"""``add_bottleneck``: two thin layers with an activation between them; ``output_of`` tells the output width of a module."""
+"""``add_bottleneck``: two thin layers with an activation between them; ``output_of``: output width of a module."""
 
 from __future__ import annotations
 

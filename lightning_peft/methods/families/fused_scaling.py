@@ -19,32 +19,31 @@ from ...ops.parametrizations import sum_over_tokens
 from ...ops.torch_api import element_count
 from ...structure.layer_types import LayerType
 
-# Numbers of an input or output up to which a plain product is used. Measured as the time of forward and backward of
-# square layers 64 to 2,048 wide (one thread of an x86 CPU, torch 2.13, float32), it is fastest up to 2**19 of them; above
-# 2**17, 512 KB of float32, the bytes that it saves for backward count more.
+# Numbers of an input or output up to which a plain product is used. By the time of forward and backward of layers 64 to
+# 1,024 wide (one thread of an x86 CPU, torch 2.13, float32) it is the fastest up to 2**19 of them. Above 2**17, the
+# bytes that it saves for backward count more.
 FEW = 2**17
-_LEAST = 1e-20  # scales closer to zero count as this, since backward divides the saved output by them
 
 
 def scaled_output(
     layer: LayerType, host: Any, call: Call, x: Tensor, scales: Tensor, shift: Tensor | None = None
 ) -> Tensor:
     """Return scales o (call(x) + shift), where ``call`` is the ``inner`` of an adapter of ``host``."""
-    if x.numel() > FEW and _scales_weight(layer, host, call, x):
+    if element_count(x) > FEW and _scales_weight(layer, host, call, x):
         bias = host.bias if shift is None else shift if host.bias is None else host.bias + shift
         return _apply(_ScaledLinear, x, layer.read(host), bias, scales)
     y: Tensor = call(x)
     scales = _beside_features(layer, host, scales)
     if shift is not None:
         y = y + _beside_features(layer, host, shift).to(y.dtype)
-    if y.numel() > FEW and y.dtype != torch.float16 and records_gradients():  # dividing needs more than float16
+    if element_count(y) > FEW and y.dtype != torch.float16 and records_gradients():  # dividing needs more than float16
         return _apply(_Scaled, y, scales)
     return _product(y, scales)
 
 
 def scaled_input(layer: LayerType, host: Any, call: Call, x: Tensor, scales: Tensor) -> Tensor:
     """Return call(scales o x), where ``call`` is the ``inner`` of an adapter of ``host``."""
-    if x.numel() > FEW and _scales_weight(layer, host, call, x):
+    if element_count(x) > FEW and _scales_weight(layer, host, call, x):
         return _apply(_LinearOfScaled, x, layer.read(host), host.bias, scales)
     result: Tensor = call(_product(x, _beside_features(layer, host, scales)))
     return result
@@ -83,7 +82,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) 
 
 
 def _not_zero(scales: Tensor) -> Tensor:
-    return torch.where(scales.abs() < _LEAST, _LEAST, scales)
+    """Return scales; those closer to zero than 1e-20 are that, since backward divides the saved output by them."""
+    least = 1e-20  # a global would be an input to torch.compile(dynamic=True), which fails in the second function
+    return torch.where(scales.abs() < least, least, scales)
 
 
 def _sums(g: Tensor, y: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from ...ops.fused_linear import WeightUpdateSpec, rebuilding_is_cheaper
 from ...ops.hadamard_linear import hadamard_linear
 from ...ops.low_rank_products import low_rank_linear
 from ...ops.parametrizations import HadamardParametrization, LowRankParametrization
+from ...ops.torch_api import element_count
 from ...structure.layer_types import LinearType
 from ...structure.rows import Rows
 
@@ -109,15 +110,13 @@ class HadamardUpdate(WeightUpdate):
         weight: Tensor = self.layer.read(host)
         if self._observes() or self.rows.size < self.host_rows or x.dim() < 2 or not one_type(x, weight, self.x1):
             return None
-        if weight.numel() > TINY:
-            keeps_weight = weight.is_cpu and may_cache(self)
-            if self.skinny if keeps_weight else self._takes_pair(x.numel() // weight.shape[1]):
-                a, b = self.pair()
-                few = not rebuilding_is_cheaper((), x, weight)
-                return low_rank_linear(x, weight, host.bias, a, b, 1.0) if few else None
-            if keeps_weight:
-                return None
-        if records_gradients() and weight.requires_grad:
+        keeps_weight = weight.is_cpu and may_cache(self)
+        takes_pair = self.skinny if keeps_weight else self._takes_pair(element_count(x) // weight.shape[1])
+        if takes_pair and weight.numel() > TINY:
+            a, b = self.pair()
+            few = not rebuilding_is_cheaper((), x, weight)
+            return low_rank_linear(x, weight, host.bias, a, b, 1.0) if few else None
+        if keeps_weight or (records_gradients() and weight.requires_grad):
             return None
         return hadamard_linear(x, weight, host.bias, self.form, self.factors())
 

@@ -64,7 +64,7 @@ class InputCapture(BatchableLayerAdapter, Adapter):
 
 
 class ParallelBranch(BatchableLayerAdapter, Adapter):
-    """Adds a branch to the output of a block, on the block itself or, with an ``InputCapture``, on its down-projection."""
+    """Adds a branch to the output of a block; its host is the block or, with an ``InputCapture``, the last layer."""
 
     tensor_parallel_dims = {}
     unmergeable = _UNMERGEABLE
