@@ -108,7 +108,7 @@ class HadamardUpdate(WeightUpdate):
 
     def few_tokens_forward(self, host: Any, x: Tensor) -> Tensor | None:
         weight: Tensor = self.layer.read(host)
-        if self._observes() or self.rows.size < self.host_rows or x.dim() < 2 or not one_type(x, weight, self.x1):
+        if self._observes() or self.rows.size < self.host_rows or not one_type(x, weight, self.x1):
             return None
         keeps_weight = weight.is_cpu and may_cache(self)
         takes_pair = self.skinny if keeps_weight else self._takes_pair(element_count(x) // weight.shape[1])
