@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call, InnerCall, parameter_like
 from ..core.method import Method
+from ..ops.factor_type import in_type
 from ..structure.base_model import base_parameters, name_pattern
 from ..structure.layer_of import is_called_linear, layer_of
 from ..structure.selection import select_modules, select_parameters
@@ -91,9 +92,9 @@ class AddedBias(Adapter):
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) == 1 and not kwargs and self._is_bias_of_product(host, inner):
             weight = self.layer.read(host)
-            return F.linear(*args, weight, self.bias.to(weight.dtype))
+            return F.linear(*args, weight, in_type(self.bias, weight.dtype))
         y: Tensor = inner(*args, **kwargs)
-        return y + self.bias.to(y.dtype)
+        return y + in_type(self.bias, y.dtype)
 
     def _is_bias_of_product(self, host: Any, inner: Call) -> bool:
         """Return whether ``inner`` is a plain product without a bias, so that both are one operator."""

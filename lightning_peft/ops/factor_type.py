@@ -1,4 +1,4 @@
-"""``factor_type``: the type in which an input meets the factors of an update; ``one_type``: whether all have one."""
+"""``factor_type``: the type in which an input meets the factors of an update; ``in_type`` and ``one_type``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ def factor_type(x: Tensor) -> torch.dtype:
     does not. Under autocast, the products run in its type all the same, as those of all layers do.
     """
     return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+def in_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``tensor.to(dtype)``, which takes as long as a small sum even where it changes nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def one_type(x: Tensor, *others: Tensor) -> bool:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.method import check_setting
+from ...ops.factor_type import in_type
 from ...structure.base_model import base_modules
 from ...structure.layer_of import is_called_linear, layer_of
 from ...structure.read_weights import read_weight_attribute
@@ -32,12 +33,11 @@ def add_bottleneck(
     """
     hidden = ACTIVATIONS[activation](_apply(x, *down))
     change = _apply(F.dropout(hidden, dropout) if dropout > 0 else hidden, *up)
-    return torch.add(y, change if change.dtype == y.dtype else change.to(y.dtype), alpha=factor)
+    return torch.add(y, in_type(change, y.dtype), alpha=factor)
 
 
 def _apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if weight.dtype != x.dtype:  # asked first, since a conversion to the same type takes as long as a small sum
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    weight, bias = in_type(weight, x.dtype), None if bias is None else in_type(bias, x.dtype)
     if bias is not None and weight.dim() == 3:
         return torch.baddbmm(bias, x, weight.mT)
     return F.linear(x, weight, bias)

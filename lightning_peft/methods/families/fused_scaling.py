@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...core.adapter import Call, InnerCall
 from ...ops.autograd_function import apply_function, records_gradients
+from ...ops.factor_type import in_type
 from ...ops.fused_linear import autocast_disabled
 from ...ops.parametrizations import sum_over_tokens
 from ...ops.torch_api import element_count
@@ -35,7 +36,7 @@ def scaled_output(
     y: Tensor = call(x)
     scales = _beside_features(layer, host, scales)
     if shift is not None:
-        y = y + _beside_features(layer, host, shift).to(y.dtype)
+        y = y + in_type(_beside_features(layer, host, shift), y.dtype)
     if element_count(y) > FEW and y.dtype != torch.float16 and records_gradients():  # dividing needs more than float16
         return _apply(_Scaled, y, scales)
     return _product(y, scales)
@@ -58,8 +59,7 @@ def _beside_features(layer: LayerType, host: Any, values: Tensor) -> Tensor:
 
 def _product(x: Tensor, scales: Tensor) -> Tensor:
     """Return scales o x in the type of x; scales, which may be wider, are not rounded."""
-    scaled = x * scales
-    return scaled if scaled.dtype == x.dtype else scaled.to(x.dtype)
+    return in_type(x * scales, x.dtype)
 
 
 def _scales_weight(layer: LayerType, host: Any, call: Call, x: Tensor) -> bool:
