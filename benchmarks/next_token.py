@@ -28,6 +28,7 @@ import lightning_peft as lp
 from lightning_peft.losses.chunks import cross_entropy_sum, token_losses, token_values
 from lightning_peft.losses.head_inputs import HeadInputs, head_inputs
 from lightning_peft.losses.next_token_loss import aligned
+from lightning_peft.losses.places import Places
 
 Batch = dict[str, Tensor]
 SHAPES = {"30,522 words": (30522, 8, 165, 340), "128,256 words": (128256, 4, 121, 124)}  # rows, tokens, labelled
@@ -61,8 +62,8 @@ def selected(net: nn.Module, batch: Batch) -> Tensor:
 
 def at_labels(net: nn.Module, batch: Batch, loss: Callable[[HeadInputs, Tensor], Tensor]) -> Tensor:
     inputs, targets = aligned(net, batch)
-    known = targets != -100
-    return loss(head_inputs(net, inputs, known, chunk=1), targets[known]) / known.sum()
+    places = Places.of(targets != -100)
+    return loss(head_inputs(net, inputs, places, chunk=1), places.take(targets)) / len(places)
 
 
 def torch_chunks(found: HeadInputs, tokens: Tensor) -> Tensor:

@@ -11,17 +11,18 @@ from torch.nn.functional import cross_entropy
 
 from .chunks import token_losses, token_values
 from .head_inputs import head_inputs
+from .places import Places
 
 
 def answer_likelihoods(
-    model: nn.Module, inputs: Mapping[str, Any], places: Tensor, tokens: Tensor, needs_rest: bool
+    model: nn.Module, inputs: Mapping[str, Any], places: Places, tokens: Tensor, needs_rest: bool
 ) -> Tensor:
     """Return log p of tokens, and log(1 - p) if it is needed, as ``Likelihoods`` takes them.
 
     Args:
         model: Model of transformers.
         inputs: Arguments of its call.
-        places: Which places (rows, tokens) predict a token.
+        places: Those that predict a token.
         tokens: These tokens, in order.
         needs_rest: Whether log(1 - p) is needed.
     """

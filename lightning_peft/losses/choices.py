@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ..ops.value_checks import is_true
 from .answer_tokens import log_rest
 from .choice_checks import PADDING, check_gold, check_labels
+from .places import Places
 
 
 def language_modeling(logits: Tensor, labels: Tensor, gold: Tensor) -> Tensor:
@@ -107,12 +109,14 @@ class Likelihoods:
 
     def _check_logits(self, logits: Tensor) -> None:
         check_labels(logits, self.labels)
-        packed = (int(self.present.sum()), *self.labels.shape[2:])
-        if logits.shape[:-1] not in (self.labels.shape, packed):
-            raise ValueError(
-                f"Got logits {tuple(logits.shape)} with labels {tuple(self.labels.shape)}, expected logits "
-                f"{(*self.labels.shape, 'vocabulary')}, or {(*packed, 'vocabulary')} without the absent choices."
-            )
+        shape, choices = self.labels.shape, self.present.sum()
+        if logits.shape[:-1] == shape:
+            return
+        given = f"Got logits {tuple(logits.shape)} with labels {tuple(shape)}, expected logits"
+        is_packed = logits.dim() == 3 and logits.shape[1] == shape[2]
+        if not is_packed or not is_true(choices == len(logits), f"{given} of the choices that are present."):
+            packed = (int(choices), shape[2], "vocabulary")
+            raise ValueError(f"{given} {(*shape, 'vocabulary')}, or {packed} without the absent choices.")
 
     @cached_property
     def present(self) -> Tensor:
@@ -162,10 +166,18 @@ class Likelihoods:
     @cached_property
     def _rows(self) -> tuple[Tensor, Tensor]:
         """Logits (tokens, vocabulary) in a wide type and the tokens of the labels that are no padding."""
-        logits, known = cast(Tensor, self.logits), self.labels != PADDING
-        here = logits[known if logits.dim() == 4 else known[self.present]]
-        return here.to(torch.promote_types(here.dtype, torch.float32)), self.labels[known]
+        logits, labels = cast(Tensor, self.logits), self.labels.flatten(0, 1)
+        places = Places.of(labels != PADDING)
+        rows = logits.flatten(0, -2)
+        if logits.dim() == 4:
+            here = rows.index_select(0, places.numbers)
+        else:  # choices that are absent have no logits
+            place = self.present.flatten().cumsum(0)[places.numbers // labels.shape[1]] - 1
+            here = rows.index_select(0, place * labels.shape[1] + places.numbers % labels.shape[1])
+        return here.to(torch.promote_types(here.dtype, torch.float32)), places.take(labels)
 
     def _spread(self, values: Tensor) -> Tensor:
         """Return a value of each token as (batch, choices, tokens), 0 at padding."""
-        return values.new_zeros(self.labels.shape).masked_scatter(self.labels != PADDING, values)
+        known = (self.labels != PADDING).flatten()
+        padded = torch.cat([values.new_zeros(1), values])  # where padding takes its value; no mask has to be read
+        return padded.index_select(0, known.cumsum(0) * known).view(self.labels.shape)

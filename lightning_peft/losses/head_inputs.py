@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .find_head import can_be_called_alone, selectable_head
 from .head_selection import HeadSelection
+from .places import Places
 from .recorded_logits import RecordedLogits
 
 _SHAPE_ERRORS = (IndexError, RuntimeError, ValueError)
@@ -50,23 +51,23 @@ class HeadInputs:
 
 
 def head_inputs(
-    model: nn.Module, inputs: Mapping[str, Any], places: Tensor, chunk: int | None = None, whole: bool = False
+    model: nn.Module, inputs: Mapping[str, Any], places: Places, chunk: int | None = None, whole: bool = False
 ) -> HeadInputs:
     """Call a model once, and return what its logits at some places are made of.
 
     Args:
         model: Model of transformers, adapted or not, or a wrapper of one.
         inputs: Arguments of its call.
-        places: Which places are labelled (batch, tokens); the last tokens of a row where the model inserts others.
+        places: The labelled ones; those of the last tokens of a row where the model inserts others.
         chunk: Number of places whose logits may exist at a time; by default as many as have a million logits.
         whole: Whether to return logits, however many.
     """
     head = selectable_head(model)
     if head is None or head in _called_otherwise:
         return _of_all(model(**inputs), places)
-    count = int(places.sum())
+    count = len(places)
     whole = whole or count <= (chunk or _few_rows(head)) or not can_be_called_alone(model, head)
-    selection = HeadSelection(places if count else _with_first_place(places), whole)
+    selection = HeadSelection(places.with_first(), whole)  # what trains in the head gets a gradient without labels, too
     output = _call(model, inputs, head, selection)
     if selection.calls == 0:
         return _of_all(output, places)
@@ -96,26 +97,19 @@ def _call(model: nn.Module, inputs: Mapping[str, Any], head: nn.Module, selectio
         return None
 
 
-def _of_all(output: Any, places: Tensor) -> HeadInputs:
+def _of_all(output: Any, places: Places) -> HeadInputs:
     """Return the logits of labelled places among those of all."""
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise TypeError(f"The model returned a {type(output).__name__}, expected transformers' output with logits.")
-    if logits.dim() != 3 or len(logits) != len(places) or logits.shape[1] < places.shape[1]:
+    if logits.dim() != 3 or len(logits) != places.shape[0] or logits.shape[1] < places.shape[1]:
         raise ValueError(
-            f"The model returned logits {tuple(logits.shape)} for labels {tuple(places.shape)}, expected logits "
+            f"The model returned logits {tuple(logits.shape)} for labels {places.shape}, expected logits "
             f"(batch, tokens, vocabulary) with a place for each label."
         )
-    return HeadInputs(logits[:, -places.shape[1] :][places])
+    return HeadInputs(places.take(logits))
 
 
 def _few_rows(head: Any) -> int:
     """Return for how many places chunks are not worth their calls."""
     return _FEW // int(getattr(head, "out_features", _FEW))
-
-
-def _with_first_place(places: Tensor) -> Tensor:
-    """Return places with the first one, so that what trains in the head gets a gradient of zero without labels."""
-    first = places.clone()
-    first[0, 0] = True
-    return first

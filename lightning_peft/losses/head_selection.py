@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .places import Places
 from .recorded_logits import RecordedLogits, Tape
 
 
@@ -17,14 +18,14 @@ class HeadSelection:
     """Hooks on a head for one call, in the thread that makes it: labelled rows go in, what comes out is recorded.
 
     Args:
-        places: Which places are labelled (batch, tokens).
+        places: The labelled ones.
         whole: Whether all of them go in, with their gradients; else the first alone, which tells how logits are made.
     """
 
-    def __init__(self, places: Tensor, whole: bool) -> None:
+    def __init__(self, places: Places, whole: bool) -> None:
         self.places, self.whole, self.thread = places, whole, threading.get_ident()
         self.calls, self.tape = 0, Tape()
-        self.rows, self.output = places, places  # until the head is called
+        self.rows = self.output = places.numbers  # until the head is called
 
     @contextmanager
     def during(self, head: nn.Module) -> Iterator[None]:
@@ -54,7 +55,7 @@ class HeadSelection:
         if len(args[0]) != batch or args[0].shape[1] < tokens:
             return None
         self.calls += 1
-        self.rows = args[0][:, -tokens:][self.places.to(args[0].device)]
+        self.rows = self.places.take(args[0])
         return (self.rows[None] if self.whole else self.rows[None, :1].detach(), *args[1:])
 
     def _record(self, head: nn.Module, args: Any, output: Any) -> Any:

@@ -13,6 +13,7 @@ from ..structure.transformers_api import is_encoder_decoder
 from .chunks import cross_entropy_sum, token_losses, token_values
 from .find_head import pretrained_of
 from .head_inputs import head_inputs
+from .places import Places
 
 IGNORED = -100
 
@@ -30,7 +31,7 @@ def next_token(
     labelled places alone. Adapted, trained, tied and biased ones are called as they are, and what the model does after
     them (softcap, scale) is done to each chunk. With models that are compiled as a whole, and with ``row_adapters`` on
     the output layer, all logits exist; with sharded or wrapped ones (FSDP, tensor parallelism, DDP), those of labelled
-    places.
+    places. A device is waited for once: how many places are labelled decides what is computed.
 
     Args:
         model: Decoder of transformers, or a model with an encoder; with adapters or without, or a wrapper of one.
@@ -52,13 +53,13 @@ def next_token(
     if chunk is not None and chunk < 1:
         raise ValueError(f"Got chunk={chunk}, expected a number of places from 1 on, or None.")
     inputs, targets = aligned(model, batch)
-    places = targets != IGNORED
     if torch.compiler.is_compiling():  # a graph has no shapes that depend on values
-        return _reduced(_at_labels(model, _losses_of_all(model(**inputs).logits, targets)), places, reduction)
-    tokens, found = targets[places], head_inputs(model, inputs, places, chunk)
+        losses = _at_labels(model, _losses_of_all(model(**inputs).logits, targets))
+        return _reduced(losses, targets != IGNORED, reduction)
+    places = Places.of(targets != IGNORED)
+    tokens, found = places.take(targets), head_inputs(model, inputs, places, chunk)
     if reduction == "none":
-        values = token_values(token_losses, found, tokens, chunk)
-        return _at_labels(model, values.new_zeros(places.shape).masked_scatter(places, values))
+        return _at_labels(model, places.spread(token_values(token_losses, found, tokens, chunk)))
     total = cross_entropy_sum(found, tokens, chunk)
     return total / max(1, len(tokens)) if reduction == "mean" else total
 
@@ -71,9 +72,9 @@ def next_token_logits(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Ten
         batch: As for ``next_token``.
     """
     inputs, targets = aligned(model, batch)
-    places = targets != IGNORED
+    places = Places.of(targets != IGNORED)
     found = head_inputs(model, inputs, places, whole=True)
-    return found.logits_of(found.rows), targets[places]
+    return found.logits_of(found.rows), places.take(targets)
 
 
 def aligned(model: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:

@@ -1,4 +1,4 @@
-"""``factor_type``: the type in which an input meets the factors of an update; ``in_type`` and ``one_type``."""
+"""``factor_type``: the type in which an input meets the factors of an update; ``in_type``, ``one_type``, ``under_autocast``."""
 
 from __future__ import annotations
 
@@ -20,8 +20,13 @@ def in_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+def under_autocast(x: Tensor) -> bool:
+    """Return whether autocast changes the types of operations on a tensor; to ask raises for the meta device."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def one_type(x: Tensor, *others: Tensor) -> bool:
     """Return whether an input and what it meets have one type, float32 or float64, and autocast changes none."""
-    if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
+    if x.dtype not in (torch.float32, torch.float64) or under_autocast(x):
         return False
     return all(other.dtype == x.dtype for other in others)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autograd_function import apply_function
+from .factor_type import under_autocast
 from .parametrizations import Parametrization
 from .torch_api import element_count
 
@@ -57,8 +58,7 @@ def updated_weight(weight: Tensor, updates: Sequence[WeightUpdateSpec]) -> Tenso
 
 def autocast_disabled(x: Tensor) -> AbstractContextManager[torch.dtype | None]:
     """Return a context without autocast; it yields autocast's type, or None where autocast was off."""
-    device_type = x.device.type
-    return _without_autocast(device_type) if torch.is_autocast_enabled(device_type) else nullcontext()
+    return _without_autocast(x.device.type) if under_autocast(x) else nullcontext()
 
 
 @contextmanager

@@ -108,7 +108,7 @@ def distance(student: States, teacher: States, reduction: str) -> Tensor:
     """The squared difference of hidden states at visible tokens, summed over stacks."""
     total: Tensor = torch.zeros((), device=student[0][0].device)
     for (hidden, mask), (target, _) in zip(student, teacher, strict=True):
-        squares = (hidden.float() - target.float()).square().sum(-1)[mask.bool()].sum()
+        squares = (hidden.float() - target.float()).square().sum(-1).masked_fill(~mask.bool(), 0).sum()
         count = mask.sum() * hidden.shape[-1] if reduction == "mean" else len(hidden)
         total = total + squares / count
     return total

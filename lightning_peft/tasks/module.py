@@ -18,6 +18,7 @@ from lightning_peft.core.adapted_module import adapters
 from lightning_peft.methods.prompting.encoded_prompt import EncodedPrompt
 from lightning_peft.methods.prompting.row_tasks import TaskAdapter, row_tasks
 from lightning_peft.structure.class_names import class_names, set_class_names
+from lightning_peft.tasks.data.encoding.collator import IGNORED
 from lightning_peft.tasks.data.mixed_data import MixedDataModule
 from lightning_peft.tasks.data.mixed_loader import TASK_IDS
 from lightning_peft.tasks.messages import quoted
@@ -187,5 +188,5 @@ class TaskModule(LightningModule):
 
 
 def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy, the mean over places; zero where there is none."""
-    return cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
+    """Cross entropy, the mean over places that have a label, -100 being none; zero where there is none."""
+    return cross_entropy(logits, labels, reduction="sum") / (labels != IGNORED).sum().clamp(min=1)

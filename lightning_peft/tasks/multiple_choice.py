@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_peft.losses import PADDING, Likelihoods
 from lightning_peft.losses.answer_tokens import answer_likelihoods
+from lightning_peft.losses.places import Places
 from lightning_peft.tasks.choice_inputs import continued, padded_at_the_end
 from lightning_peft.tasks.data.listed_choices import TEXTS
 from lightning_peft.tasks.data.mixed_loader import TASK_IDS
@@ -105,8 +106,8 @@ class Choices(TaskModule):
     def _asked(self, batch: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor], Tensor, Tensor]:
         """Return the arguments of the call for all choices, their tasks, the positions that predict them, and they."""
         batch = {**batch, **padded_at_the_end(batch["input_ids"], batch["attention_mask"])}
-        rows, numbers = (batch["choices"] != PADDING).any(-1).nonzero(as_tuple=True)
-        answers, mask = batch["choices"][rows, numbers], batch["attention_mask"]
+        present, mask = Places.of((batch["choices"] != PADDING).any(-1)), batch["attention_mask"]
+        rows, answers = present.numbers // present.shape[1], present.take(batch["choices"])
         tasks = {TASK_IDS: batch[TASK_IDS][rows]} if TASK_IDS in batch else {}
         positions = torch.arange(answers.shape[1], device=rows.device).expand_as(answers)
         if not self.has_encoder:
@@ -165,10 +166,11 @@ class Choices(TaskModule):
         inputs, tasks, positions, answers = self._asked(batch)
         known = answers != PADDING
         read = inputs["input_ids" if "input_ids" in inputs else "decoder_input_ids"]
-        places = torch.zeros_like(read, dtype=torch.bool).scatter(1, positions, known)
+        places = Places.of(torch.zeros_like(read, dtype=torch.bool).scatter(1, positions, known))
+        here = places.take(torch.zeros_like(read).scatter(1, positions, answers))
         needs_rest = self.weights[1] > 0 and self.hparams["epsilon"] == 0
         with self.own_tasks(tasks):
-            tokens = answer_likelihoods(self.network, inputs, places, answers[known], needs_rest)
+            tokens = answer_likelihoods(self.network, inputs, places, here, needs_rest)
         return Likelihoods(None, batch["choices"], batch.get("labels"), tokens)
 
     def _evaluate(self, split: str, batch: dict[str, Tensor]) -> None:

@@ -128,6 +128,12 @@ class TokenClassification(TaskModule):
         is_labelled = batch["labels"] != IGNORED
         return self(**batch)[is_labelled].float(), batch["labels"][is_labelled]
 
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        """Mean cross entropy of the tags; places without one are not picked out, for which a device would wait."""
+        loss = mean_loss(self(**batch).float().flatten(0, 1), batch["labels"].flatten())
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
     def on_test_epoch_end(self) -> None:
         """Log the F1 of each type of entity, or the metrics of each task where data has several."""
         super().on_test_epoch_end()

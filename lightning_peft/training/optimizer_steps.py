@@ -79,7 +79,7 @@ class OptimizerSteps:
         for method, adapters in self._adapters:
             penalty = method.penalty(list(adapters.values()))
             if penalty is not None:
-                add_gradient(penalty * loss_scale(trainer, optimizer), optimizer)
+                add_gradient(scaled(penalty, trainer, optimizer), optimizer)
 
     def end_batch(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Log the metrics of methods if an optimizer has stepped."""
@@ -147,11 +147,14 @@ def _held_by(adapter: Adapter, holder: Mapping[int, int]) -> int:
     return max((holder.get(id(parameter), 0) for parameter in adapter.parameters()), default=0)
 
 
-def loss_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
-    """Return by what gradients are still scaled before a step: only fused optimizers that were asked for unscale."""
+def scaled(penalty: Tensor, trainer: pl.Trainer, optimizer: Optimizer) -> Tensor:
+    """Return a penalty as gradients are still scaled before a step: only fused optimizers that were asked for unscale.
+
+    The scale is not read, since it is on the device.
+    """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     unscales = getattr(torch_optimizer(optimizer), "_step_supports_amp_scaling", False)
-    return 1.0 if scaler is None or not unscales else float(scaler.get_scale())
+    return penalty if scaler is None or not unscales else scaler.scale(penalty)
 
 
 def add_gradient(penalty: Tensor, optimizer: Optimizer) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...ops.value_checks import is_true
 from ...structure.cached_tokens import cached_tokens, caches, has_fixed_size
 from ...structure.transformers_api import from_config
 
@@ -54,12 +55,7 @@ def _restarts(positions: Tensor, mask: Tensor | None) -> bool:
     if mask is not None:
         text = mask[:, -positions.shape[-1] :].bool()
         back = back & text[:, 1:] & text[:, :-1]
-    if torch.compiler.is_compiling():  # reading a value would leave the graph
-        torch._assert_async(
-            ~back.any(), "position_ids restart within a row, where virtual tokens enter the first alone"
-        )
-        return False
-    return bool(back.any())
+    return not is_true(~back.any(), "position_ids restart within a row, where virtual tokens enter the first alone")
 
 
 def is_continued(host: Any, call: Mapping[str, Any], length: int) -> bool:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.adapter import Call
+from ...ops.value_checks import is_true
 from ...structure.cached_tokens import cached_tokens
 from .embedded_calls import call_with_ids, embedded
 from .prompt import Prompt, PromptSite
@@ -90,10 +91,9 @@ def fill_template(
     counts = is_placeholder.sum(1)
     valid = (counts == len(prompt)) | (counts == 0 if continued else counts < 0)
     advice = f"template {template!r} has {len(prompt)} pseudo tokens; build rows with lightning_peft.Template."
-    if torch.compiler.is_compiling():  # reading a value would leave the graph
-        torch._assert_async(valid.all(), f"A row has another number of placeholders, but the {advice}")
-    elif wrong := counts[~valid].tolist():
-        raise ValueError(f"A row has {wrong[0]} placeholders (id {placeholder}), but the {advice}")
+    if not is_true(valid.all(), f"A row has another number of placeholders, but the {advice}"):
+        wrong = int(counts[~valid][0])
+        raise ValueError(f"A row has {wrong} placeholders (id {placeholder}), but the {advice}")
     index = (is_placeholder.cumsum(1) - 1).clamp(0, len(prompt) - 1)
 
     def fill(tokens: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...core.adapter import Adapter
 from ...core.scoped import Scoped
+from ...ops.value_checks import is_true
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -50,6 +51,9 @@ def row_tasks(model: nn.Module, ids: Tensor | int) -> Iterator[None]:
     Contexts nest. The ids hold in the thread and asyncio task that enter the context, and where backward computes a
     part under gradient checkpointing again, after the context has ended, too.
 
+    Entering waits for no device: ids that are on a GPU are checked there, so that a wrong one is the error of a later
+    call, with the message in the GPU's output.
+
     Args:
         model: Model with an adapter that has several tasks.
         ids: Whole numbers from 0, of shape (rows,), or one for all rows.
@@ -62,10 +66,15 @@ def row_tasks(model: nn.Module, ids: Tensor | int) -> Iterator[None]:
     if not task_adapters:
         raise ValueError("No adapter of the model holds several tasks; give its method tasks=2 or more.")
     ids = _checked(ids, min(adapter.tasks for adapter in task_adapters))
+    moved = {device: ids.to(device, non_blocking=True) for device in {_device_of(each) for each in task_adapters}}
     with ExitStack() as stack:
         for adapter in task_adapters:
-            stack.enter_context(adapter.task_ids.during(ids.to(next(adapter.parameters()).device)))
+            stack.enter_context(adapter.task_ids.during(moved[_device_of(adapter)]))
         yield
+
+
+def _device_of(adapter: TaskAdapter) -> torch.device:
+    return next(adapter.parameters()).device
 
 
 def _checked(ids: Tensor | int, tasks: int) -> Tensor:
@@ -75,6 +84,7 @@ def _checked(ids: Tensor | int, tasks: int) -> Tensor:
     if not isinstance(ids, Tensor) or ids.dtype not in _INTEGERS or ids.dim() != 1:
         described = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else repr(ids)
         raise TypeError(f"ids must be a tensor of whole numbers of shape (rows,), or one int, got {described}.")
-    if len(ids) == 0 or ids.min() < 0 or ids.max() >= tasks:
-        raise ValueError(f"ids must be at least one of 0 to {tasks - 1}, the tasks of the model, got {ids.tolist()}.")
+    expected = f"ids must be at least one of 0 to {tasks - 1}, the tasks of the model"
+    if len(ids) == 0 or not is_true(((ids >= 0) & (ids < tasks)).all(), f"{expected}, got others."):
+        raise ValueError(f"{expected}, got {ids.tolist()}.")
     return ids.long()

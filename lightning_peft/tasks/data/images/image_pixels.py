@@ -91,12 +91,12 @@ def augment(images: Tensor, flip: bool, share: float) -> Tensor:
     """
     rows, channels, height, width = images.shape
     if flip:  # drawn on the CPU, whose generator is the same on each machine
-        chosen = (torch.rand(rows) < 0.5).to(images.device)
+        chosen = (torch.rand(rows) < 0.5).to(images.device, non_blocking=True)
         images = torch.where(chosen[:, None, None, None], images.flip(-1), images)
     margin = round(share * min(height, width))
     if not margin:
         return images
-    top, left = torch.randint(2 * margin + 1, (2, rows)).to(images.device)
+    top, left = torch.randint(2 * margin + 1, (2, rows)).to(images.device, non_blocking=True)
     y = top[:, None] + torch.arange(height, device=images.device)
     x = left[:, None] + torch.arange(width, device=images.device)
     row = torch.arange(rows, device=images.device)[:, None, None, None]
