@@ -24,12 +24,11 @@ class RowAssignment:
     def __init__(self, numbers: tuple[int, ...], device: torch.device) -> None:
         self.numbers, self.device = numbers, device
         self.count, kinds = len(numbers), max(numbers) + 1
-        ids = torch.tensor(numbers, device=device)
+        ids = self._on_device(numbers)
         self.ids = None if kinds == 1 else ids.clamp(min=0)
-        self._elsewhere, self._orders = (
-            dict[torch.device, RowAssignment](),
-            dict[int, tuple[Tensor, Tensor, list[int]]](),
-        )
+        self._elsewhere = dict[torch.device, RowAssignment]()
+        self._orders = dict[int, tuple[Tensor, Tensor, list[int]]]()
+        self._settings = dict[tuple[Any, ...], Tensor]()
         self.has_one = (ids >= 0).view(-1, 1, 1) if -1 in numbers else None
 
     def on(self, device: torch.device) -> RowAssignment:
@@ -55,14 +54,23 @@ class RowAssignment:
         order = sorted(range(rows), key=lambda row: kinds.index(self.numbers[row // times]))
         back = sorted(range(rows), key=order.__getitem__)
         sizes = [self.numbers.count(kind) * times for kind in kinds]
-        return torch.tensor(order, device=self.device), torch.tensor(back, device=self.device), sizes
+        return self._on_device(order), self._on_device(back), sizes
+
+    def _on_device(self, values: Sequence[Any], dtype: torch.dtype | None = None) -> Tensor:
+        """Return numbers as a tensor; the device is not waited for."""
+        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
+
+    def _of_rows(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
+        """Return the number of each row, such as a scale, as (rows, 1, 1); copied to the device once for a context."""
+        key = (dtype, *values)
+        if key not in self._settings:
+            self._settings[key] = self._on_device([values[number] for number in self.numbers], dtype).view(-1, 1, 1)
+        return self._settings[key]
 
     def stacked(self, values: Sequence[Any], like: Tensor) -> Any:
         """Return the values of all rows (see ``BatchableLayerAdapter``) from those of each adapter."""
         if not isinstance(values[0], Tensor):
-            if len(set(values)) == 1:
-                return values[0]
-            values = [like.new_tensor([value]) for value in values]
+            return values[0] if len(set(values)) == 1 else self._of_rows(values, like.dtype)
         if len(shapes := {value.shape for value in values}) > 1:
             values = [_filled(value, [max(sides) for sides in zip(*shapes, strict=True)]) for value in values]
         if self.ids is None:
@@ -130,13 +138,14 @@ class BatchedLayerCall:
 
     def __init__(self, adapters: Sequence[BatchableLayerAdapter], rows: RowAssignment) -> None:
         self.adapters, self.rows = adapters, rows
+        self.is_separate = any(adapter.needs_separate_call for adapter in adapters)
 
     def __call__(self, host: Any, inner: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rows = self.rows.on(x.device)
         _check_rows(host, rows, x, x)
         if args or kwargs:
             inner = functools.partial(inner, *args, **kwargs)
-        if any(adapter.needs_separate_call for adapter in self.adapters):
+        if self.is_separate:
             return self._by_itself(host, inner, rows, x)
         examples = [adapter.per_example_tensors() for adapter in self.adapters]
         if not _stackable(examples):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
@@ -37,11 +38,19 @@ def _listed(keys: list[str]) -> str:
 
 
 def _nonfinite(state: Mapping[str, Tensor]) -> list[str]:
+    """Return the keys of tensors that hold NaN or infinity; a device is waited for once, and not for each tensor."""
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     joint = {key: value.detach() for key, value in tensors.items() if _has_fast_norm(value)}
     if joint and bool(torch.stack(torch._foreach_norm(list(joint.values()))).isfinite().all()):
         tensors = {key: value for key, value in tensors.items() if key not in joint}
-    return [key for key, value in tensors.items() if not _is_finite(value)]
+    flags = defaultdict[torch.device, dict[str, Tensor]](dict)
+    for key, value in tensors.items():
+        if (flag := _is_finite(value)) is not None:
+            flags[flag.device][key] = flag
+    finite: dict[str, bool] = {}
+    for on_device in flags.values():
+        finite |= zip(on_device, torch.stack(list(on_device.values())).tolist(), strict=True)
+    return [key for key in tensors if not finite.get(key, True)]
 
 
 def _has_fast_norm(value: Tensor) -> bool:
@@ -52,9 +61,10 @@ def _has_fast_norm(value: Tensor) -> bool:
     return is_plain(value) and value.dtype == torch.float32 and value.device.type == "cpu"
 
 
-def _is_finite(value: Tensor) -> bool:
+def _is_finite(value: Tensor) -> Tensor | None:
+    """Return one boolean, where the values are; None where there are none, or of a type that is always finite."""
     local = value.to_local() if isinstance(value, DTensor) else value
     if not has_values(local) or not (local.is_floating_point() or local.is_complex()):
-        return True
+        return None
     wide = local.float() if local.itemsize == 1 else local  # 8-bit floats have no isfinite
-    return bool(torch.isfinite(wide).all())
+    return torch.isfinite(wide).all()

@@ -107,7 +107,7 @@ def observe(layers: Sequence[SVDTriplets], beta1: float, beta2: float) -> None:
     sensitivities = flat(gradients)
     # Where a gradient scaler has skipped the step, weights of 0 keep the averages; no device waits to read which it is.
     finite = sensitivities.sum().isfinite().to(sensitivities.dtype)
-    sensitivities.mul_(flat(factors)).abs_().nan_to_num_(0, 0, 0)
+    sensitivities.mul_(flat(factors)).abs_().nan_to_num_()
     means, spreads = as_contiguous_view(ordered, "mean"), as_contiguous_view(ordered, "spread")
     means.lerp_(sensitivities, finite * (1 - beta1))
     spreads.lerp_(sensitivities.sub_(means).abs_(), finite * (1 - beta2))

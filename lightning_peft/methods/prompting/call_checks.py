@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ...ops.value_checks import is_true
+from ...ops.value_checks import is_true, reading_is_free
 from ...structure.cached_tokens import cached_tokens, caches, has_fixed_size
 from ...structure.transformers_api import from_config
 
@@ -83,8 +82,8 @@ def is_continued(host: Any, call: Mapping[str, Any], length: int) -> bool:
 
 
 def _counts_virtual(positions: Any, cached: Any) -> bool:
-    if not isinstance(positions, Tensor) or positions.device.type != "cpu" or torch.compiler.is_compiling():
-        return False  # elsewhere, reading them would wait for the device
+    if not isinstance(positions, Tensor) or not reading_is_free(positions):
+        return False
     return bool((positions[..., 0] == cached).all())
 
 

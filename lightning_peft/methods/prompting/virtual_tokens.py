@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapter import Call
+from ...ops.value_checks import reading_is_free
 from .strip_outputs import strip_virtual_tokens
 
 
@@ -124,8 +125,7 @@ def _lead(mask: Tensor) -> Tensor | None:
     """Return the number of padding tokens that each row begins with, (batch, 1); None if no row is known to."""
     lead = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
     lead = lead.where(lead < mask.shape[-1], 0)  # rows of padding alone, with which some samplers fill batches
-    can_read = lead.device.type == "cpu" and not torch.compiler.is_compiling()  # else it waits, or breaks the graph
-    return None if can_read and not lead.any() else lead
+    return None if reading_is_free(lead) and not lead.any() else lead
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

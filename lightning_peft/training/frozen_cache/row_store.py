@@ -125,13 +125,14 @@ def row_keys(tensors: Sequence[Tensor], rest: Any) -> tuple[int, list[bytes]]:
     """
     rows = next((len(x) for x in tensors if x.dim()), 0)
     common, row_bytes = hashlib.blake2b(repr(rest).encode(), digest_size=16), []
+    on_host = {id(x): x.detach().cpu() for x in tensors}  # each read once: batch and arguments share tensors
     for x in tensors:
         by_row = x.dim() > 0 and len(x) == rows
         common.update(repr((by_row, x.dtype, tuple(x.shape[1:] if by_row else x.shape))).encode())
         if by_row:
-            row_bytes.append(_bytes(x))
+            row_bytes.append(_bytes(on_host[id(x)]))
         else:
-            common.update(_view(_bytes(x.reshape(1, x.numel()))))
+            common.update(_view(_bytes(on_host[id(x)].reshape(1, x.numel()))))
     keys = []
     for row in torch.cat(row_bytes, 1) if row_bytes else ():
         digest = common.copy()
