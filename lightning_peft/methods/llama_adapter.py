@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Call, parameter_like
 from ..core.method import Method, check_setting
+from ..ops.kept_result import KeptResult
 from ..structure.attention.calls import call_changed
-from ..structure.attention.hosts import attention_hosts
+from ..structure.attention.hosts import asks_interface, attention_hosts
 from ..structure.attention.key_value import KeyValue, head_count, key_value
 from ..structure.selection import select_modules, select_parameters
 from .families.bias_and_scale import BiasAndScale
@@ -120,7 +122,8 @@ class LLaMAAdapterPrompt(Adapter):
                 f"both widths. Choose other targets."
             )
         weight = project.weight(host)
-        self.project = project
+        self.project, self.key_width = project, project.outputs(host)[0]
+        self.by_interface, self.projected = asks_interface(host), KeptResult()
         self.prompt, self.gate = parameter_like(weight, length, width), parameter_like(weight, heads)
         self.reset_parameters()
 
@@ -129,45 +132,57 @@ class LLaMAAdapterPrompt(Adapter):
         nn.init.zeros_(self.gate)
 
     def forward(self, host: nn.Module, inner: Call, *args: Any, **kwargs: Any) -> Any:
+        return call_changed(partial(self._attend, host), host, self.by_interface, inner, *args, **kwargs)
+
+    def _attend(self, host: nn.Module, attend: Call, query: Tensor, *rest: Any, **settings: Any) -> Tensor:
+        output: Tensor = attend(query, *rest, **settings)
+        size, scale = query.shape[-1], settings.get("scale")
+        key, value = self._prompts(host, size, size**-0.5 if scale is None else scale)
+        return output + self._prompted(query, key, value, settings.get("softcap"))
+
+    def _prompts(self, host: nn.Module, size: int, scale: float) -> tuple[Tensor, Tensor]:
+        """Return scaled keys and gated values of the prompts, (heads, length, size) and (heads, length, value size)."""
+        compute = partial(self._project, host, size, scale)
+        if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
+            return compute()
+        base = self.project.plain_tensors(host)
+        return (
+            compute() if base is None else self.projected.get((size, scale), [self.prompt, self.gate, *base], compute)
+        )
+
+    def _project(self, host: nn.Module, size: int, scale: float) -> tuple[Tensor, Tensor]:
         key, value = self.project(host, self.prompt)
-
-        def gated(attend: Call, query: Tensor, *rest: Any, **settings: Any) -> Tensor:
-            output: Tensor = attend(query, *rest, **settings)
-            return output + self._prompted(query, key, value, settings.get("scale"), settings.get("softcap"))
-
-        return call_changed(gated, host, inner, *args, **kwargs)
-
-    def _prompted(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, softcap: float | None
-    ) -> Tensor:
-        """Return softmax(q K^T) tanh(gate) V for q (batch, heads, tokens, size), K and V (length, kv_heads * size)."""
-        heads, size = len(self.gate), query.shape[-1]
-        key = key.view(len(key), -1, size).transpose(0, 1)
-        value = value.view(len(value), len(key), -1).transpose(0, 1)
-        groups = heads // len(key)
-        if query.shape[1:3] == (len(key), groups):  # one token; the caller passed a group's query heads as tokens
-            grouped = query.reshape(len(query), heads, -1, size)
-            return self._prompted_heads(grouped, key, value, scale, softcap).reshape_as(query)
-        if query.shape[1] != heads:
-            raise ValueError(
-                f"The attention call has {query.shape[1]} heads, the adapter {heads} gates; give heads=...."
-            )
-        return self._prompted_heads(query, key, value, scale, softcap)
-
-    def _prompted_heads(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, softcap: float | None
-    ) -> Tensor:
-        """Return the same for q with all of its heads, K and V (kv_heads, length, size)."""
-        key, value = (x.repeat_interleave(query.shape[1] // len(x), 0) for x in (key, value))
+        length, heads = key.shape[0], self.gate.shape[0]
+        key = key.view(length, -1, size).transpose(0, 1)
+        value = value.view(length, key.shape[0], -1).transpose(0, 1)
+        if key.shape[0] != heads:
+            key, value = (x.repeat_interleave(heads // x.shape[0], 0) for x in (key, value))
         # Prompts are few: scaling and gating them costs less than scaling scores and gating weights of all tokens.
-        key = key * (query.shape[-1] ** -0.5 if scale is None else scale)
-        value = value * torch.tanh(self.gate)[:, None, None]
-        # One product for each head over the tokens of all rows: projections have this layout in memory, so no copy is
-        # saved. With tokens in the last dimension, a softmax over a few prompts is twenty times as fast on the CPU.
-        tokens = query.transpose(0, 1).flatten(1, 2).mT
-        scores = key.to(query.dtype) @ tokens
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        weights = scores.softmax(1, dtype=torch.promote_types(query.dtype, torch.float32))
-        prompted: Tensor = weights.to(query.dtype).mT @ value.to(query.dtype)
-        return prompted.view(len(prompted), *query.shape[0:3:2], -1).transpose(0, 1)
+        return key * scale, value * torch.tanh(self.gate).view(-1, 1, 1)
+
+    def _prompted(self, query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Tensor:
+        """Return softmax(q K^T) V for q (batch, heads, tokens, size), with K and V of ``_prompts``."""
+        heads, size = key.shape[0], query.shape[-1]
+        if query.shape[1] == heads:
+            return _attend_to_prompts(query, key, value, softcap)
+        groups = heads // (self.key_width // size)
+        if query.shape[1:3] == (
+            self.key_width // size,
+            groups,
+        ):  # one token; a group's query heads were given as tokens
+            grouped = query.reshape(query.shape[0], heads, -1, size)
+            return _attend_to_prompts(grouped, key, value, softcap).reshape_as(query)
+        raise ValueError(f"The attention call has {query.shape[1]} heads, the adapter {heads} gates; give heads=....")
+
+
+def _attend_to_prompts(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Tensor:
+    """Return softmax(q K^T) V (batch, heads, tokens, value size), with K scaled and V gated (heads, length, ...)."""
+    # One product for each head over the tokens of all rows: projections have this layout in memory, so no copy is
+    # saved. With tokens in the last dimension, a softmax over a few prompts is twenty times as fast on the CPU.
+    tokens = query.transpose(0, 1).flatten(1, 2).mT
+    scores = torch.bmm(key.to(query.dtype), tokens)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    weights = scores.softmax(1, dtype=torch.float32 if query.element_size() < 4 else query.dtype)
+    prompted = torch.bmm(weights.to(query.dtype).mT, value.to(query.dtype))
+    return prompted.view(prompted.shape[0], *query.shape[0:3:2], -1).transpose(0, 1)

@@ -9,7 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .torch_api import is_plain
+
 Attend = Callable[..., Tensor]
+_LIMIT = 2**17  # numbers of a mask that costs less than empty queries, as measured on a CPU
+_MASKS = 16
+_masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
 
 def attend_joined(
@@ -26,11 +31,13 @@ def attend_joined(
     """Attend to keys and values whose first ``length`` were added to the call; every query sees these.
 
     Masks and a ``position_bias`` among the settings are those of the other keys; to the added ones they add nothing.
-    A causal call remains causal without a mask, so that it keeps its kernel: empty queries, as many as added keys, are
-    put in front. Where the prefix is longer than the text, a mask is cheaper.
+    A long causal call remains causal without a mask, so that it keeps its kernel: empty queries, as many as added keys,
+    are put in front. Where the prefix is longer than the text, and in short calls on the CPU, a mask is cheaper.
     """
     queries, keys, empty = query.shape[-2], key.shape[-2], 0
-    if is_causal and length <= queries:
+    if is_causal and (mask := kept_causal_mask(query, length)) is not None:
+        attn_mask, is_causal = mask, False
+    elif is_causal and length <= queries:
         query, empty = F.pad(query, (0, 0, length, 0)), length
     elif is_causal:
         attn_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(length)
@@ -41,6 +48,28 @@ def attend_joined(
         settings["position_bias"] = lengthened_mask(settings["position_bias"], length, keys - length)
     output: Tensor = attend(query, key, value, attn_mask, dropout_p, is_causal, **settings)
     return output[..., empty:, :]
+
+
+def kept_causal_mask(query: Tensor, length: int) -> Tensor | None:
+    """Return the additive mask of a causal call with ``length`` more keys, made once; None for long calls.
+
+    All layers of a model have the same mask, so that none of them makes it and they save it once.
+    """
+    queries = query.shape[-2]
+    long = queries * (queries + length) > _LIMIT
+    if torch.compiler.is_dynamo_compiling() or long or query.device.type != "cpu" or not is_plain(query):
+        return None
+    key = (queries, length, query.dtype)
+    mask = _masks.get(key)
+    if mask is None:
+        with torch.inference_mode(False):
+            seen = torch.ones(queries, queries + length, dtype=torch.bool).tril(length)
+            mask = torch.zeros(seen.shape, dtype=query.dtype).masked_fill(~seen, float("-inf"))
+        if is_plain(mask):
+            if len(_masks) >= _MASKS:
+                _masks.clear()
+            _masks[key] = mask
+    return mask
 
 
 def lengthened_mask(mask: Any, length: int, keys: int) -> Any:
@@ -54,8 +83,9 @@ def lengthened_mask(mask: Any, length: int, keys: int) -> Any:
     """
     if not isinstance(mask, Tensor):
         return _lengthened_block_mask(mask, length, keys)
-    mask = mask[..., :keys]
-    mask = mask.expand(*mask.shape[:-1], keys)
+    if mask.shape[-1] != keys:
+        mask = mask[..., :keys]
+        mask = mask.expand(*mask.shape[:-1], keys)
     longer: Tensor = F.pad(mask, (length, 0), value=not mask.is_floating_point())
     return longer
 

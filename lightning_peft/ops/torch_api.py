@@ -30,6 +30,17 @@ def hooks(module: nn.Module, kind: HookKind) -> dict[int, Callable[..., Any]]:
     return {number: getattr(hook, "hook", hook) for number, hook in registered.items()}
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether a call of a module runs hooks, its own or those of all modules."""
+    every = torch.nn.modules.module
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or every._global_forward_hooks
+        or every._global_forward_pre_hooks
+    )
+
+
 def remove_hooks(module: nn.Module, kind: HookKind, function: Callable[..., Any]) -> bool:
     """Remove a function from the hooks of a module; return whether it was one."""
     numbers = [number for number, hook in hooks(module, kind).items() if hook is function]
@@ -44,8 +55,9 @@ def write_count(tensor: Tensor) -> int:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Return whether a tensor is of torch's own class and strided, so that its values lie in its memory as they are."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    """Return whether a tensor has strided values in memory of its own: no subclass, no wrapper of ``torch.func``."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def storage_key(tensor: Tensor) -> int:
@@ -83,6 +95,11 @@ def local_part(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def is_compiled_in_place(module: nn.Module) -> bool:
     """Return whether ``module.compile()`` was called."""
     return module._compiled_call_impl is not None
+
+
+def is_recorded() -> bool:
+    """Return whether ``torch.compile`` or ``torch.jit.trace`` records what runs, to run it again later."""
+    return torch.compiler.is_dynamo_compiling() or torch._C._is_tracing()
 
 
 def without_torch_function() -> AbstractContextManager[None]:

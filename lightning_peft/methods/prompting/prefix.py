@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,62 +13,15 @@ from torch import Tensor, nn
 
 from ...core.adapter import Adapter, Call, parameter_like
 from ...ops.joined_attention import attend_joined
+from ...ops.kept_result import KeptResult
+from ...ops.kept_rows import KeptRows, Pair
+from ...ops.torch_api import is_recorded
 from ...structure.attention.calls import call_changed
+from ...structure.attention.hosts import asks_interface
 from ...structure.attention.key_value import key_value
 from ...structure.attention.probe import probe_attention
 from ...structure.layer_of import is_called_linear, layer_of
-
-_UNMERGEABLE = "no weight gives keys and values that do not depend on the input"
-
-
-class PrefixEncoder(nn.Module):
-    """tanh(E W^T + b) of shape (length, hidden): the part of a reparameterization that all prefixes share.
-
-    Args:
-        like: Tensor whose device, and type if it is wider than float32, the parameters have.
-        length: Number of rows of E.
-        features: Width of E.
-        hidden: Width of the result.
-    """
-
-    def __init__(self, like: Tensor, length: int, features: int, hidden: int) -> None:
-        super().__init__()
-        self.embedding = parameter_like(like, length, features)
-        self.linear = _linear(like, features, hidden)
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.embedding)
-        self.linear.reset_parameters()
-
-    def forward(self) -> Tensor:
-        return torch.tanh(self.linear(self.embedding))
-
-
-class SharedEncoder(Adapter):
-    """Holds the encoder that prefixes share, on a module around all of their hosts, whose call it does not change.
-
-    There, FSDP keeps the encoder's parameters gathered during the calls of all hosts.
-    """
-
-    part, unmergeable = "encoder", _UNMERGEABLE
-
-    def __init__(self, encoder: PrefixEncoder) -> None:
-        super().__init__()
-        self.encoder: PrefixEncoder | None = encoder
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        if self.encoder is not None:
-            self.encoder.reset_parameters()
-
-    def export_state(self) -> dict[str, Tensor]:
-        return {}
-
-    def finalize(self) -> None:
-        self.encoder = None
-
-    def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
-        return inner(*args, **kwargs)
+from .prefix_encoder import UNMERGEABLE, PrefixEncoder, SharedEncoder, linear_like, own_types
 
 
 class Prefix(Adapter):
@@ -82,17 +36,25 @@ class Prefix(Adapter):
         length: Number of keys.
         dropout: Probability with which entries of the prefix are dropped in training, separately for each batch row.
         encoder: Module that computes H.
+        by_interface: Whether the module reaches attention through transformers' interface alone.
     """
 
-    unmergeable, plot_tensors = _UNMERGEABLE, {"tokens": "key"}
+    unmergeable, plot_tensors = UNMERGEABLE, {"tokens": "key"}
 
     def __init__(
-        self, like: Tensor, widths: tuple[int, int], length: int, dropout: float, encoder: PrefixEncoder | None = None
+        self,
+        like: Tensor,
+        widths: tuple[int, int],
+        length: int,
+        dropout: float,
+        encoder: PrefixEncoder | None = None,
+        by_interface: bool = False,
     ) -> None:
         super().__init__()
-        self.widths, self.dropout = widths, dropout
+        self.widths, self.dropout, self.by_interface = widths, dropout, by_interface
         self.shared = (encoder,)  # in a tuple, so that ``SharedEncoder`` alone registers it
-        self.projection = None if encoder is None else _linear(like, encoder.linear.out_features, sum(widths))
+        self.projection = None if encoder is None else linear_like(like, encoder.linear.out_features, sum(widths))
+        self.projected, self.kept_rows = KeptResult(), KeptRows()
         if encoder is None:
             self.key, self.value = (parameter_like(like, length, width) for width in widths)
         self.reset_parameters()
@@ -104,14 +66,15 @@ class Prefix(Adapter):
         nn.init.normal_(self.key)
         nn.init.normal_(self.value)
 
-    def key_value(self) -> tuple[Tensor, Tensor]:
+    def key_value(self) -> Pair:
         """Return P_k and P_v."""
         (encoder,) = self.shared
-        if encoder is None or self.projection is None:
-            return self.key, self.value
-        device = self.projection.weight.device.type
-        with torch.autocast("cpu" if device == "meta" else device, enabled=False):  # as the finalized prefix
-            key, value = self.projection(encoder()).split(self.widths, -1)
+        return (self.key, self.value) if encoder is None else self._project(encoder())
+
+    def _project(self, hidden: Tensor) -> Pair:
+        projection: Any = self.projection
+        with own_types(projection.weight):  # as the finalized prefix
+            key, value = projection(hidden).split(self.widths, -1)
         return key, value
 
     def export_state(self) -> dict[str, Tensor]:
@@ -123,27 +86,43 @@ class Prefix(Adapter):
             self.shared, self.projection = (None,), None
 
     def forward(self, host: Any, inner: Call, *args: Any, **kwargs: Any) -> Any:
-        prefix = self.key_value()
+        attend = partial(self._attend, self._of_call())
+        return call_changed(attend, host, self.by_interface, inner, *args, **kwargs)
 
-        def prefixed(attend: Call, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **settings: Any) -> Tensor:
-            key, value = (self._joined(p, x) for p, x in zip(prefix, (key, value), strict=True))
-            return attend_joined(attend, len(prefix[0]), query, key, value, *rest, **settings)
+    def _of_call(self) -> Pair:
+        """Return P_k and P_v for a call; in evaluation nobody writes to them, since they may be kept."""
+        (encoder,) = self.shared
+        if encoder is None:
+            return self.key, self.value
+        hidden, projection = encoder.for_prefix(self), self.projection
+        if torch.is_grad_enabled():
+            return self._project(hidden)
+        weights = (hidden, projection.weight, projection.bias)
+        return self.projected.get((), weights, partial(self._project, hidden))
 
-        return call_changed(prefixed, host, inner, *args, **kwargs)
+    def _attend(
+        self, prefix: Pair, attend: Call, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **settings: Any
+    ) -> Tensor:
+        if torch.is_grad_enabled() or (self.training and self.dropout) or is_recorded():
+            rows = self._rows(prefix[0], key), self._rows(prefix[1], value)
+        else:
+            rows = self.kept_rows.get(prefix, (key, value), self._rows)
+        keys, values = torch.cat([rows[0], key], -2), torch.cat([rows[1], value], -2)
+        return attend_joined(attend, prefix[0].shape[0], query, keys, values, *rest, **settings)
 
-    def _joined(self, prefix: Tensor, x: Tensor) -> Tensor:
-        """Return (batch, heads, length + n, size) from P (length, heads * size) and x (batch, heads, n, size)."""
+    def _rows(self, prefix: Tensor, x: Tensor) -> Tensor:
+        """Return (batch, heads, length, size) of P (length, heads * size) for x (batch, heads, n, size)."""
         if x.dim() != 4 or prefix.shape[1] % x.shape[-1] or x.shape[1] % (prefix.shape[1] // x.shape[-1]):
             raise ValueError(
                 f"The attention call has keys or values {tuple(x.shape)}, which the prefix {tuple(prefix.shape)} "
                 f"does not fit; expected (batch, heads, tokens, size)."
             )
-        rows = prefix.to(x.dtype).view(len(prefix), -1, x.shape[-1]).transpose(0, 1).expand(len(x), -1, -1, -1)
+        rows = prefix.to(x.dtype).view(prefix.shape[0], -1, x.shape[-1]).transpose(0, 1).expand(x.shape[0], -1, -1, -1)
         if self.training and self.dropout:
             rows = F.dropout(rows, self.dropout)
         if rows.shape[1] != x.shape[1]:  # the caller repeated grouped heads
             rows = rows.repeat_interleave(x.shape[1] // rows.shape[1], 1)
-        return torch.cat([rows, x], -2)
+        return rows
 
 
 def prefixes(
@@ -155,7 +134,7 @@ def prefixes(
         if hidden is not None and encoder is None:
             encoder = PrefixEncoder(like, length, features, hidden)
             yield _called_ancestor(model, list(hosts)), SharedEncoder(encoder)
-        yield name, Prefix(like, widths, length, dropout, encoder)
+        yield name, Prefix(like, widths, length, dropout, encoder, asks_interface(hosts[name]))
 
 
 def _shapes(model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, tuple[Tensor, int, tuple[int, int]]]:
@@ -187,7 +166,3 @@ def _called_ancestor(model: nn.Module, names: list[str]) -> str:
     while path and type(model.get_submodule(path)).forward is nn.Module.forward:
         path = path.rpartition(".")[0]
     return path
-
-
-def _linear(like: Tensor, features: int, out: int) -> nn.Linear:
-    return nn.Linear(features, out, device=like.device, dtype=parameter_like(like).dtype)

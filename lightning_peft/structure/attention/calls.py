@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops.multi_head_attention import multi_head_attention
+from ...ops.torch_api import is_recorded
 from .batched_products import is_product_of_batches
 from .interface import InterfaceMode, change_interface_call, interface_attention, reach_interface
 from .products import AttentionProducts
+from .thread_changes import call_with_change
 
 
 class AttentionCalls(InterfaceMode):
@@ -62,17 +64,36 @@ class AttentionCalls(InterfaceMode):
 
 
 def call_changed(
-    change: Callable[..., Tensor], host: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any
+    change: Callable[..., Tensor],
+    host: nn.Module,
+    by_interface: bool,
+    inner: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    """Return ``inner(*args, **kwargs)``, the call of an attention module, inside ``AttentionCalls(change)``.
+    """Return ``inner(*args, **kwargs)``, the call of an attention module, whose attention is changed.
+
+    Args:
+        change: Function of the attention function and its arguments; see ``AttentionCalls``.
+        host: Attention module.
+        by_interface: Whether it reaches attention through transformers' interface alone, as ``asks_interface`` found.
+        inner: Its call.
+        *args: Arguments of the call.
+        **kwargs: The same by name.
 
     Raises:
         RuntimeError: The host did not call attention, so that the change had no effect.
     """
-    calls = AttentionCalls(change, host)
-    with calls:
-        output = inner(*args, **kwargs)
-    if not calls.seen:
+    # Compiled code and traces see the operations of the host anyway, and must hold no state of Python.
+    if by_interface and not is_recorded():
+        reach_interface()
+        output, seen = call_with_change(change, inner, args, kwargs)
+    else:
+        calls = AttentionCalls(change, host)
+        with calls:
+            output = inner(*args, **kwargs)
+        seen = calls.seen
+    if not seen:
         raise RuntimeError(
             f"{type(host).__name__} did not call attention that can be changed, so its adapter has no effect: neither "
             f"scaled_dot_product_attention, nor transformers' attention interface, nor a softmax of scaled and masked "

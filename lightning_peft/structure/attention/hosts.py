@@ -15,11 +15,13 @@ from ..base_model import base_modules, outwards
 from ..roles import ROLES
 from ..selection import select_modules
 from ..transformers_api import attention_implementation, attention_interface
+from .batched_products import PRODUCTS
 from .interface import takes_more_keys
 from .probe import probe_attention
 
 _INTERFACE = {"get_interface"}
 _CALLS = {*_INTERFACE, "ALL_ATTENTION_FUNCTIONS", "scaled_dot_product_attention", "multi_head_attention_forward"}
+_WRITTEN_OUT = {*PRODUCTS, "softmax", "einsum"}  # in the code of modules that compute attention themselves
 _CHUNKS = "attends in chunks of neighbouring keys, without one softmax over all keys"
 _RECURRENT = "is a recurrence, without a softmax over keys"
 _DISENTANGLED = "adds products with relative positions to its scores (disentangled attention)"
@@ -150,4 +152,18 @@ def _names_in_code(cls: Any) -> frozenset[str]:
     methods = {name: f for base in reversed(bases) for name, f in vars(base).items() if callable(f)}
     functions = [inspect.unwrap(f) for f in methods.values()]
     codes = [f.__code__ for f in functions if inspect.isfunction(f)]
-    return frozenset(name for code in codes for name in code.co_names) & _CALLS
+    return frozenset(name for code in codes for name in code.co_names) & (_CALLS | _WRITTEN_OUT)
+
+
+def asks_interface(host: nn.Module) -> bool:
+    """Return whether an attention module reaches attention through transformers' interface, and in no other way.
+
+    It is read from the code of the classes of the module and of those inside of it.
+    """
+    if attention_interface() is None:
+        return False
+    names = set[str]()
+    for module in (host, *base_modules(host).values()):
+        cls: Any = type(module)
+        names |= _names_in_code(cls)
+    return "get_interface" in names and names <= {*_INTERFACE, "ALL_ATTENTION_FUNCTIONS"}

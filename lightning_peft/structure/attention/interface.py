@@ -1,9 +1,10 @@
 """``interface_attention``: calls of transformers' attention interface, made visible to modes that change attention.
 
 Every attention module of transformers asks the interface for a function (eager with a softcap or sinks, flex, or what
-a user registered) and calls it. Inside of an ``InterfaceMode``, as during the call of an adapted attention module, the
-interface returns ``interface_attention`` of that function instead, which the mode can change. Modes belong to their
-thread, so other threads and models see the functions themselves, and no configuration is touched.
+a user registered) and calls it. While a change is under way, as during the call of an adapted attention module, the
+interface returns ``interface_attention`` of that function instead, which makes the change: that of the thread (see
+``thread_changes.py``) or of an ``InterfaceMode``. Both belong to their thread, so other threads and models see the
+functions themselves, and no configuration is touched.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch.overrides import TorchFunctionMode, handle_torch_function
 
 from ...ops.torch_api import function_modes
 from ..transformers_api import SDPA_FUNCTION, attention_interface
+from .sdpa_call import change_sdpa_call, is_sdpa_call
+from .thread_changes import thread
 
 _WITHOUT_TORCHS = ("eager", "flex", "flash")  # functions that do not call scaled_dot_product_attention
 _NO_PREFIX = ("flash", "paged")  # functions that find the end of the text, or the cache, from the number of keys
@@ -29,7 +32,16 @@ class InterfaceMode(TorchFunctionMode):
 
 
 def interface_attention(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Return ``function(*args, **kwargs)``, an attention function of the interface; modes can change the call."""
+    """Return ``function(*args, **kwargs)``, an attention function of the interface, with the changes under way."""
+    mine = None if torch.compiler.is_dynamo_compiling() else thread.change
+    if mine is not None:
+        mine.seen, thread.change = True, mine.outer  # which the calls of attention in this one have
+        try:
+            if is_sdpa_call(function, kwargs):
+                return change_sdpa_call(mine.change, partial(interface_attention, function), *args, **kwargs)
+            return change_interface_call(mine.change, function, *args, **kwargs)
+        finally:
+            thread.change = mine
     if _is_seen():
         return handle_torch_function(interface_attention, (), function, *args, **kwargs)
     return function(*args, **kwargs)
@@ -41,9 +53,9 @@ def _is_seen() -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def reach_interface() -> None:
-    """Let the interface return ``interface_attention`` inside of modes that see it; done once per process.
+    """Let the interface return ``interface_attention`` while a change is under way; done once per process.
 
-    The function that calls ``scaled_dot_product_attention`` is left as it is, since modes see that call.
+    For modes, the function that calls ``scaled_dot_product_attention`` is left as it is, since they see that call.
     """
     interface: Any = attention_interface()
     if interface is None or interface.get_interface.__module__ == __name__:
@@ -52,9 +64,10 @@ def reach_interface() -> None:
 
     def get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
         function: Callable[..., Any] = original(self, attn_implementation, default)
-        if not _is_seen() or _name_of(function) == SDPA_FUNCTION:
-            return function
-        return partial(interface_attention, function)
+        by_thread = not torch.compiler.is_dynamo_compiling() and thread.change is not None
+        if by_thread or (_is_seen() and _name_of(function) != SDPA_FUNCTION):
+            return partial(interface_attention, function)
+        return function
 
     interface.get_interface = get_interface
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...ops.torch_api import has_hooks
 from ..fused_rows import fused_rows, is_fused
 from ..layer_of import layer_of
 from ..roles import ROLES
@@ -43,6 +44,15 @@ class KeyValue:
         keys = child(x)
         values = keys if self.key == self.value else host.get_submodule(self.value)(x)
         return _features(keys, self.key_rows), _features(values, self.value_rows)
+
+    def plain_tensors(self, host: nn.Module) -> list[Tensor] | None:
+        """Return all tensors that the projections are computed with; None where a call does more than two products."""
+        if not self.key or self.key_rows is not None or self.value_rows is not None:
+            return None
+        layers: list[Any] = [host.get_submodule(self.key), host.get_submodule(self.value)]
+        if any(type(layer) is not nn.Linear or has_hooks(layer) for layer in layers):
+            return None
+        return [tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
 
     def weight(self, host: nn.Module) -> Tensor:
         """Return the weight of a projection, for its device and type."""
