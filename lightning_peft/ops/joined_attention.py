@@ -14,7 +14,7 @@ from .torch_api import is_plain
 Attend = Callable[..., Tensor]
 _LIMIT = 2**17  # numbers of a mask that costs less than empty queries, as measured on a CPU
 _MASKS = 16
-_masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
+_masks: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
 
 
 def attend_joined(
@@ -35,7 +35,7 @@ def attend_joined(
     are put in front. Where the prefix is longer than the text, and in short calls on the CPU, a mask is cheaper.
     """
     queries, keys, empty = query.shape[-2], key.shape[-2], 0
-    if is_causal and (mask := kept_causal_mask(query, length)) is not None:
+    if is_causal and (mask := kept_causal_mask(query, keys, length)) is not None:
         attn_mask, is_causal = mask, False
     elif is_causal and length <= queries:
         query, empty = F.pad(query, (0, 0, length, 0)), length
@@ -50,20 +50,21 @@ def attend_joined(
     return output[..., empty:, :]
 
 
-def kept_causal_mask(query: Tensor, length: int) -> Tensor | None:
-    """Return the additive mask of a causal call with ``length`` more keys, made once; None for long calls.
+def kept_causal_mask(query: Tensor, keys: int, length: int) -> Tensor | None:
+    """Return the additive mask of a causal call with ``length`` of its keys added, made once; None for long calls.
 
     All layers of a model have the same mask, so that none of them makes it and they save it once.
     """
     queries = query.shape[-2]
-    long = queries * (queries + length) > _LIMIT
-    if torch.compiler.is_dynamo_compiling() or long or query.device.type != "cpu" or not is_plain(query):
+    if torch.compiler.is_dynamo_compiling() or query.device.type != "cpu" or queries * keys > _LIMIT:
         return None
-    key = (queries, length, query.dtype)
+    if not is_plain(query):
+        return None
+    key = (queries, keys, length, query.dtype)
     mask = _masks.get(key)
     if mask is None:
         with torch.inference_mode(False):
-            seen = torch.ones(queries, queries + length, dtype=torch.bool).tril(length)
+            seen = torch.ones(queries, keys, dtype=torch.bool).tril(length)
             mask = torch.zeros(seen.shape, dtype=query.dtype).masked_fill(~seen, float("-inf"))
         if is_plain(mask):
             if len(_masks) >= _MASKS:

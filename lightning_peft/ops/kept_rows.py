@@ -34,8 +34,10 @@ class KeptRows:
             compute: Function that makes the rows.
         """
         (a, b), (x, y) = tensors, joined
-        layout = (a.shape, a.stride(), x.shape[:2], x.shape[-1], x.dtype)
-        layout = (*layout, b.shape, b.stride(), y.shape[:2], y.shape[-1], y.dtype)
+        layout = (
+            *(a.shape, a.stride(), x.shape[:2], x.shape[-1], x.dtype),
+            *(b.shape, b.stride(), y.shape[:2], y.shape[-1], y.dtype),
+        )
         kept = self._kept
         if kept is not None and kept.layout == layout and is_plain(a) and is_plain(b):
             rows = kept.rows

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...core.adapter import Call
+from ...structure.cached_tokens import caches
 from ...structure.token_arguments import token_types
 from ...structure.transformers_api import POSITIONS
 from .call_checks import check_extendable, check_length, is_continued
@@ -34,7 +35,8 @@ def prepend_to_backbone(
     host: Any,
     inner: Call,
     call: Mapping[str, Any],
-    prompt: Tensor,
+    virtual: Callable[[], Tensor],
+    length: int,
     keep: bool = False,
     stand_in: int | None = None,
 ) -> Any:
@@ -46,29 +48,36 @@ def prepend_to_backbone(
         host: Module that takes ``input_ids`` or ``inputs_embeds``, and ``attention_mask``.
         inner: Call of the host without the adapter.
         call: Arguments by name.
-        prompt: Virtual tokens (p, features), or (batch, p, features) with a separate prompt for each row.
+        virtual: Computes virtual tokens (p, features), or (batch, p, features) with a separate prompt for each row.
+        length: Their number p.
         keep: Whether the output keeps the virtual tokens, as that of an encoder does for cross-attention.
         stand_in: Id of virtual tokens for a host that needs ``input_ids``; None where embeddings tell it all.
     """
     call = dict(call)
-    show_virtual_tokens(call.values())
+    passed_in = caches(call.values())
+    show_virtual_tokens(passed_in)
     try:
-        output = _call_with_prompt(host, inner, call, prompt, keep, stand_in)
+        output = _call_with_prompt(host, inner, call, virtual, length, keep, stand_in)
     finally:
-        hide_virtual_tokens(call.values(), prompt.shape[-2])
+        hide_virtual_tokens(passed_in, length)
     made = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
     # Compared by `is`: compiled code would be tied to the very tensors of its first call by their ids.
-    new = [value for value in made if not any(value is passed_in for passed_in in call.values())]
-    hide_virtual_tokens(new, prompt.shape[-2])
+    hide_virtual_tokens([new for new in caches(made) if not any(new is cache for cache in passed_in)], length)
     return output
 
 
 def _call_with_prompt(
-    host: Any, inner: Call, arguments: Mapping[str, Any], prompt: Tensor, keep: bool, stand_in: int | None
+    host: Any,
+    inner: Call,
+    arguments: Mapping[str, Any],
+    virtual: Callable[[], Tensor],
+    length: int,
+    keep: bool,
+    stand_in: int | None,
 ) -> Any:
     """Return what ``prepend_to_backbone`` returns, with caches that count virtual tokens."""
     call = dict(arguments)
-    length, mask = prompt.shape[-2], call.get("attention_mask")
+    mask = call.get("attention_mask")
     check_extendable(host, call, length)
     where, continued = Insertion(length, mask), is_continued(host, call, length)
     if mask is not None:
@@ -78,8 +87,10 @@ def _call_with_prompt(
     tokens = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
     check_length(host, length + tokens.shape[1])
 
+    prompt = virtual()
+
     def insert(embeddings: Tensor) -> Tensor:
-        return where.insert(prompt.to(embeddings.dtype).expand(len(embeddings), -1, -1), embeddings)
+        return where.insert(prompt.to(embeddings.dtype).expand(embeddings.shape[0], -1, -1), embeddings)
 
     if call.get("inputs_embeds") is None and stand_in is not None:
         call["input_ids"] = where.insert(tokens.new_full((len(tokens), length), stand_in), tokens)

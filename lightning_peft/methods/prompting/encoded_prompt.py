@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.adapter import Call
-from ...ops.value_checks import is_true
+from ...ops.kept_result import KeptResult
+from ...ops.value_checks import is_true, reading_is_free
 from ...structure.cached_tokens import cached_tokens
 from .embedded_calls import call_with_ids, embedded
 from .prompt import Prompt, PromptSite
@@ -31,7 +33,7 @@ class EncodedPrompt(Prompt):
         self, site: PromptSite, prompt: nn.Parameter, encoder: Encoder | None, placeholder: int | None = None
     ) -> None:
         super().__init__(site, 1)
-        self.prompt, self.encoder, self.placeholder = prompt, encoder, placeholder
+        self.prompt, self.encoder, self.placeholder, self.encoded = prompt, encoder, placeholder, KeptResult()
         nn.init.normal_(prompt)
 
     def reset_parameters(self) -> None:
@@ -40,7 +42,10 @@ class EncodedPrompt(Prompt):
             self.encoder.reset_parameters()
 
     def virtual(self, rows: int) -> Tensor:
-        return self._vectors(self.training)
+        if self.encoder is None or self.training or torch.is_grad_enabled():
+            return self._vectors(self.training)
+        inputs = (self.prompt, *self.encoder.parameters())
+        return self.encoded.get((), inputs, partial(self._vectors, False))
 
     def per_example_tensors(self) -> tuple[Any, ...]:
         return super().per_example_tensors() if self.placeholder is None else ()
@@ -62,7 +67,8 @@ def fill_template(
     host: Any,
     inner: Call,
     call: Mapping[str, Any],
-    prompt: Tensor,
+    virtual: Callable[[], Tensor],
+    length: int,
     template: str,
     placeholder: int,
     stand_in: int | None = None,
@@ -73,7 +79,8 @@ def fill_template(
         host: Module that takes ``input_ids`` or ``inputs_embeds``.
         inner: Call of the host without the adapter.
         call: Arguments by name.
-        prompt: Vectors (n, features); the k-th placeholder of a row gets the k-th.
+        virtual: Computes vectors (n, features); the k-th placeholder of a row gets the k-th.
+        length: Their number n.
         template: Template of the rows, for messages.
         placeholder: Id of a pseudo token.
         stand_in: Id in its place for a host that needs ``input_ids``; None where embeddings tell it all.
@@ -88,13 +95,15 @@ def fill_template(
     is_placeholder = ids == placeholder
     cached = cached_tokens(host, call)
     continued = cached is None or cached > 0
+    if continued and reading_is_free(ids) and not is_placeholder.any():
+        return inner(**call)
     counts = is_placeholder.sum(1)
-    valid = (counts == len(prompt)) | (counts == 0 if continued else counts < 0)
-    advice = f"template {template!r} has {len(prompt)} pseudo tokens; build rows with lightning_peft.Template."
+    valid = (counts == length) | (counts == 0 if continued else counts < 0)
+    advice = f"template {template!r} has {length} pseudo tokens; build rows with lightning_peft.Template."
     if not is_true(valid.all(), f"A row has another number of placeholders, but the {advice}"):
         wrong = int(counts[~valid][0])
         raise ValueError(f"A row has {wrong} placeholders (id {placeholder}), but the {advice}")
-    index = (is_placeholder.cumsum(1) - 1).clamp(0, len(prompt) - 1)
+    index, prompt = (is_placeholder.cumsum(1) - 1).clamp(0, length - 1), virtual()
 
     def fill(tokens: Tensor) -> Tensor:
         return torch.where(is_placeholder[..., None], F.embedding(index, prompt).to(tokens.dtype), tokens)

@@ -12,26 +12,24 @@ from typing import Any
 
 import torch
 
-from ...structure.cached_tokens import caches
-
 _LENGTH, _CROP = "get_seq_length", "crop"
 
 
-def show_virtual_tokens(values: Iterable[Any]) -> None:
-    """Let the caches among some values count virtual tokens, as inside of a backbone."""
-    for cache in caches(values):
+def show_virtual_tokens(caches: Iterable[Any]) -> None:
+    """Let caches count virtual tokens, as inside of a backbone."""
+    for cache in caches:
         for name in (_LENGTH, _CROP):
             vars(cache).pop(name, None)
 
 
-def hide_virtual_tokens(values: Iterable[Any], length: int) -> None:
-    """Let the caches among some values leave out ``length`` virtual tokens more than they do already.
+def hide_virtual_tokens(caches: Iterable[Any], length: int) -> None:
+    """Let caches leave out ``length`` virtual tokens more than they do already.
 
     Compiled code goes on to count them: it fills caches of its own, which nobody else reads.
     """
     if torch.compiler.is_compiling():
         return
-    for cache in caches(values):
+    for cache in caches:
         before = vars(cache).get(_LENGTH)
         hidden = length + (before.args[1] if isinstance(before, functools.partial) else 0)
         vars(cache)[_LENGTH] = functools.partial(_text_length, cache, hidden)  # which copies and files can hold

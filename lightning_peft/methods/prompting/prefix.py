@@ -91,10 +91,10 @@ class Prefix(Adapter):
 
     def _of_call(self) -> Pair:
         """Return P_k and P_v for a call; in evaluation nobody writes to them, since they may be kept."""
-        (encoder,) = self.shared
-        if encoder is None:
+        (encoder,), projection = self.shared, self.projection
+        if encoder is None or projection is None:
             return self.key, self.value
-        hidden, projection = encoder.for_prefix(self), self.projection
+        hidden = encoder.for_prefix(self)
         if torch.is_grad_enabled():
             return self._project(hidden)
         weights = (hidden, projection.weight, projection.bias)

@@ -43,8 +43,8 @@ class PrefixEncoder(nn.Module):
     def evaluated(self) -> Tensor:
         """Return the result; in evaluation it may be an earlier one, so nobody writes to it."""
         if torch.is_grad_enabled():
-            return self()  # type: ignore[no-any-return]
-        return self.kept.get((), (self.embedding, self.linear.weight, self.linear.bias), self)
+            return self.forward()
+        return self.kept.get((), (self.embedding, self.linear.weight, self.linear.bias), self.forward)
 
     def for_prefix(self, prefix: nn.Module) -> Tensor:
         """Return the result for one prefix: that of the call of the model which is under way, or of evaluation."""

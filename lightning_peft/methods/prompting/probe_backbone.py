@@ -95,7 +95,8 @@ class _Probe:
         """Return what is wrong about the output for virtual tokens; empty where nothing is."""
         twin, mask = self.twin, self.call.get("attention_mask")
         try:
-            found = _run(lambda: prepend_to_backbone(twin, twin, self.call, self.virtual, self.keep, stand_in))
+            virtual, length = (lambda: self.virtual), self.virtual.shape[0]
+            found = _run(lambda: prepend_to_backbone(twin, twin, self.call, virtual, length, self.keep, stand_in))
         except Exception as error:
             return f"fails with them ({type(error).__name__}: {error})"
         hidden, expected = _hidden(found), _hidden(self.output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from .row_tasks import TaskAdapter
 from .strip_outputs import strip_virtual_tokens
 from .virtual_tokens import Insertion, names_of
 
+Virtual = Callable[[], Tensor]  # computes (length, features), or (rows, length, features) with a prompt for each row
 Insert = Callable[..., Any]
 
 
@@ -25,7 +27,7 @@ class PromptSite:
     host: nn.Module
     weight: Tensor  # (any, features), for width, device and type
     table: nn.Module | None  # input embeddings of the model, if they are known
-    insert: Insert  # (host, inner, arguments by name, virtual tokens) -> output, with the tokens inserted
+    insert: Insert  # (host, inner, arguments by name, Virtual, length) -> output, with virtual tokens inserted
     stand_in: int | None = None  # id of virtual tokens for a host that needs ids, see ``probe_backbone``
 
 
@@ -39,6 +41,7 @@ class Prompt(BatchableModuleAdapter, TaskAdapter):
 
     tensor_parallel_dims, unmergeable = {}, "virtual tokens are no weight"
     plot_tensors = {"tokens": "prompt"}
+    prompt: nn.Parameter  # (..., length, features)
 
     def __init__(self, site: PromptSite, tasks: int) -> None:
         super().__init__(tasks)
@@ -73,7 +76,8 @@ class Prompt(BatchableModuleAdapter, TaskAdapter):
         inputs = call.get(self.names[0]) if inputs is None else inputs
         if inputs is None:
             return inner(**call)  # the host raises for the missing argument
-        return self.insert(host, inner, call, virtual(len(inputs)))
+        # Calls that go on from a cache need the number of virtual tokens alone, so these are computed where they enter.
+        return self.insert(host, inner, call, partial(virtual, inputs.shape[0]), self.prompt.shape[-2])
 
 
 class ExtendEncoderMask(BatchableAdapter, Adapter):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -62,7 +62,9 @@ class Insertion:
         return self.insert(first + torch.arange(self.length, device=positions.device), moved)
 
 
-def prepend_to_embedded(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, first: str) -> Any:
+def prepend_to_embedded(
+    host: Any, inner: Call, call: Mapping[str, Any], virtual: Callable[[], Tensor], length: int, first: str
+) -> Any:
     """Call a module that takes and returns (batch, tokens, features) with virtual tokens inserted.
 
     Padding may be marked by ``attention_mask`` (zero at padding) or ``src_key_padding_mask`` (True at padding).
@@ -71,7 +73,8 @@ def prepend_to_embedded(host: Any, inner: Call, call: Mapping[str, Any], prompt:
         host: Such a module, for example torch's encoder.
         inner: Call of the host without the adapter.
         call: Arguments by name.
-        prompt: Virtual tokens (p, features), or (batch, p, features) with a separate prompt for each row.
+        virtual: Computes virtual tokens (p, features), or (batch, p, features) with a separate prompt for each row.
+        length: Their number p.
         first: Name of the argument that is (batch, tokens, features).
     """
     call = dict(call)
@@ -82,16 +85,18 @@ def prepend_to_embedded(host: Any, inner: Call, call: Mapping[str, Any], prompt:
             raise ValueError(f"Virtual tokens cannot extend {name!r} of {type(host).__name__}; use a padding mask.")
     if padding is not None and padding.dtype != torch.bool:
         raise ValueError(f"src_key_padding_mask must be boolean where virtual tokens enter, got {padding.dtype}.")
-    where = Insertion(prompt.shape[-2], ~padding if padding is not None else mask)
+    where = Insertion(length, ~padding if padding is not None else mask)
     if mask is not None:
         call["attention_mask"] = where.mask(mask)
     if padding is not None:
         call["src_key_padding_mask"] = ~where.mask(~padding)
-    output = inner(where.insert(prompt.to(x.dtype).expand(len(x), -1, -1), x), **call)
+    output = inner(where.insert(virtual().to(x.dtype).expand(x.shape[0], -1, -1), x), **call)
     return strip_virtual_tokens(output, where.remove)
 
 
-def prepend_to_blocks(host: Any, inner: Call, call: Mapping[str, Any], prompt: Tensor, first: str) -> Any:
+def prepend_to_blocks(
+    host: Any, inner: Call, call: Mapping[str, Any], virtual: Callable[[], Tensor], length: int, first: str
+) -> Any:
     """Call the first of several blocks with virtual tokens before its input; they remain in its output.
 
     Arguments are those of ``prepend_to_embedded``.
@@ -101,8 +106,8 @@ def prepend_to_blocks(host: Any, inner: Call, call: Mapping[str, Any], prompt: T
     for name, value in call.items():
         if value is not None and "mask" in name:
             raise ValueError(f"Virtual tokens cannot extend {name!r} of a list of blocks; target a module around it.")
-    where = Insertion(prompt.shape[-2], None)
-    return inner(where.insert(prompt.to(x.dtype).expand(len(x), -1, -1), x), **call)
+    where = Insertion(length, None)
+    return inner(where.insert(virtual().to(x.dtype).expand(x.shape[0], -1, -1), x), **call)
 
 
 def _tokens(host: nn.Module, call: dict[str, Any], first: str) -> Tensor:
@@ -123,9 +128,12 @@ def names_of(host: nn.Module) -> list[str]:
 
 def _lead(mask: Tensor) -> Tensor | None:
     """Return the number of padding tokens that each row begins with, (batch, 1); None if no row is known to."""
+    can_read = reading_is_free(mask)
+    if can_read and bool(mask[:, :1].all()):
+        return None
     lead = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
     lead = lead.where(lead < mask.shape[-1], 0)  # rows of padding alone, with which some samplers fill batches
-    return None if reading_is_free(lead) and not lead.any() else lead
+    return None if can_read and not lead.any() else lead
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
