@@ -16,7 +16,7 @@ from ..roles import ROLES
 from ..selection import select_modules
 from ..transformers_api import attention_implementation, attention_interface
 from .batched_products import PRODUCTS
-from .interface import takes_more_keys
+from .interface import reach_interface, takes_more_keys
 from .probe import probe_attention
 
 _INTERFACE = {"get_interface"}
@@ -55,6 +55,7 @@ def attention_hosts(
         ValueError: A target matches nothing.
         TypeError: None of them can be changed; the message says why, and what to do.
     """
+    reach_interface()  # before anything is compiled, since functions that change during a trace are no graph
     try:
         hosts = select_modules(model, targets, exclude)
     except ValueError:
