@@ -85,6 +85,45 @@ def test_compiling_a_module_in_place_is_seen():
     assert api.is_compiled_in_place(module)
 
 
+def test_wrapped_tensors_are_told_from_plain_ones():
+    """Else what is kept for inference belongs to a trace, or its memory is asked for and there is none."""
+    assert api.is_plain(torch.ones(2))
+    assert api.is_plain(nn.Parameter(torch.ones(2)))
+    assert not api.is_plain(nn.Buffer(torch.ones(2)).as_subclass(type("Own", (torch.Tensor,), {})))
+    with FakeTensorMode():
+        assert not api.is_plain(torch.ones(2))
+        assert not api.is_plain(nn.Parameter(torch.ones(2)))
+    seen = []
+    torch.func.vmap(lambda x: seen.append(api.is_plain(x)) or x)(torch.ones(2, 3))
+    torch.func.grad(lambda x: seen.append(api.is_plain(x)) or x.sum())(torch.ones(3))
+    assert seen == [False, False]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_trace_is_noticed():
+    """Else a trace holds a result that was kept, and not its computation."""
+    seen = []
+    torch.jit.trace(lambda x: seen.append(api.is_recorded()) or x + 1, torch.ones(2), check_trace=False)
+    assert seen == [True]
+    assert not api.is_recorded()
+
+
+def test_hooks_of_a_module_and_of_all_modules_are_noticed():
+    """Else projections of prompts that a hook changes are kept."""
+    module = nn.Linear(2, 2)
+    assert not api.has_hooks(module)
+    for register in (
+        module.register_forward_hook,
+        module.register_forward_pre_hook,
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+    ):
+        handle = register(hook)
+        assert api.has_hooks(module)
+        handle.remove()
+        assert not api.has_hooks(module)
+
+
 def test_subclasses_of_tensors_are_computed_as_plain_ones():
     """Else tracing how a batch is used never ends."""
 

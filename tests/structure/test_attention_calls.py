@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import threading
 import warnings
 
@@ -16,7 +17,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 import lightning_peft as lp
 from lightning_peft.methods.prompting.prefix_init import init_from_text
+from lightning_peft.structure.attention.hosts import asks_interface
 from lightning_peft.structure.attention.probe import probe_attention
+from lightning_peft.structure.attention.thread_changes import thread
 
 needs_interface = pytest.mark.skipif(BEFORE_5, reason="eager attention asks no interface before transformers 5")
 LENGTH = 4
@@ -251,7 +254,7 @@ def test_configurations_and_the_functions_of_other_models_stay_as_they_are():
         torch.testing.assert_close(lp.detach(model)(tokens()).logits, base(tokens()).logits, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt_neo"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neo"])
 def test_another_thread_does_not_see_the_prefix_of_a_call_that_is_under_way(name):
     model, base, found = filled(build(name), prefix()), build(name), []
     expected, changed = base(tokens()).logits, model(tokens()).logits
@@ -332,7 +335,7 @@ def test_a_prefix_under_flash_attention_is_noticed_at_run_time():
     del AttentionInterface._global_mapping["flash_of_mine"]
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt_neo", "bloom"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neo", "bloom"])
 def test_two_prefixes_are_one_that_is_as_long_as_both(name):
     """The later method's stand in front; ALiBi of Bloom lets each of them end where the text begins."""
     model = filled(build(name), [prefix(), prefix(name="second", length=3)])
@@ -349,14 +352,14 @@ def test_two_prefixes_are_one_that_is_as_long_as_both(name):
 
 
 @pytest.mark.parametrize("methods", [["prefix", "prompts"], ["prompts", "prefix"]], ids=" then ".join)
-@pytest.mark.parametrize("name", ["gpt_neo", "gemma2"])
+@pytest.mark.parametrize("name", ["gpt_neo", "gemma2", "llama"])
 def test_a_prefix_and_prompts_add_up_in_either_order(name, methods):
     """The prompts' part does not depend on the keys beside them."""
     made = {"prefix": prefix(), "prompts": lp.LLaMAAdapter(length=3, layers=2)}
     model = filled(build(name), [made[method] for method in methods])
     host, x = next(iter(lp.adapters(model)))[1], torch.randn(2, 5, 32)
     call = {"attention_mask": torch.full((5, 5), -1e4).triu(1)[None, None]}
-    if name == "gemma2":
+    if name != "gpt_neo":
         call["position_embeddings"] = (torch.ones(1, 5, 8), torch.zeros(1, 5, 8))
     results = []
     for keys in ((), ("prefix_tuning",), ("llama_adapter",), host.peft_order):
@@ -393,6 +396,66 @@ def test_widths_of_keys_and_values_are_measured_without_values_of_weights(name):
         path = next(n for n, _ in model.named_modules() if n.endswith(MODELS[name][2].rpartition(".")[2]))
         found_there = probe_attention(model, [path])
     assert found_there == probe_attention(model, [path]) == {path: (TRUE_WIDTHS[name], TRUE_WIDTHS[name])}
+
+
+ASKING = {
+    "llama": True,
+    "gemma2": True,
+    "gpt_oss": True,
+    "gpt_neox": True,
+    "bloom": False,
+    "mpt": False,
+    "gpt_neo": False,
+}
+
+
+@needs_interface
+@pytest.mark.parametrize("name", ASKING)
+def test_the_code_of_attention_says_whether_it_asks_the_interface_alone(name):
+    """Then calls need no function mode; what asks nothing, or does more, gets one."""
+    model = build(name)
+    lp.inject(model, [prefix(), lp.LLaMAAdapter(length=2, layers=2)])
+    assert {adapter.by_interface for *_, adapter in lp.adapters(model)} == {ASKING[name]}
+    assert not asks_interface(Plain().trunk.blocks[0].attention)
+
+
+@needs_interface
+def test_no_function_mode_is_entered_where_attention_asks_the_interface(monkeypatch):
+    model = filled(build("llama"), [prefix(), lp.LLaMAAdapter(length=2, layers=2)])
+    expected = model(tokens()).logits
+    monkeypatch.setattr("lightning_peft.structure.attention.calls.AttentionCalls.__enter__", pytest.fail)
+    assert torch.equal(model(tokens()).logits, expected)
+    for *_, adapter in lp.adapters(model):
+        adapter.by_interface = False
+    monkeypatch.undo()
+    torch.testing.assert_close(model(tokens()).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@needs_interface
+def test_attention_that_asks_nothing_during_a_call_is_said_and_leaves_no_change_behind():
+    model = filled(build("llama"), prefix())
+    host, expected = next(iter(lp.adapters(model)))[1], model(tokens()).logits
+    x, positions = torch.randn(1, 3, 32), (torch.ones(1, 3, 8), torch.zeros(1, 3, 8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(host), "forward", lambda self, x, **_: next(iter(self.peft.values()))(self, lambda x: x, x))
+        with pytest.raises(RuntimeError, match="LlamaAttention did not call attention that can be changed"):
+            host(x, position_embeddings=positions)
+    assert thread.change is None
+    with pytest.raises(ZeroDivisionError):
+        host.peft["prefix_tuning"](host, lambda: 1 / 0)
+    assert thread.change is None
+    assert torch.equal(model(tokens()).logits, expected)
+
+
+@needs_interface
+def test_injection_reaches_the_interface_before_anything_is_compiled(monkeypatch):
+    """A trace that begins before, in a layer without an adapter, would differ when it is begun again."""
+    build("llama")
+    reached = ALL_ATTENTION_FUNCTIONS.get_interface.__func__
+    original = inspect.getclosurevars(reached).nonlocals.get("original", reached)
+    monkeypatch.setattr(AttentionInterface, "get_interface", original)
+    lp.inject(build("llama"), lp.LLaMAAdapter(length=2, layers=1))
+    assert AttentionInterface.get_interface is not original
 
 
 def test_one_token_does_not_tell_how_alibi_falls():

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -197,6 +198,36 @@ def test_every_attention_function_comes_from_the_interface_that_is_reached(monke
         model(tokens())
         assert asked == [(implementation, "eager_attention_forward")] * 3
         asked.clear()
+
+
+@pytest.mark.skipif(BEFORE_5, reason="attention modules ask no interface before transformers 5")
+def test_the_function_around_torchs_attention_is_understood():
+    """Else prefixes see other keys than the text has, or are causal where the text is not."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    from lightning_peft.structure.attention.sdpa_call import change_sdpa_call
+
+    unchanged = lambda attend, *args, **settings: attend(*args, **settings)  # noqa: E731
+    torch.manual_seed(0)
+    masks = {
+        "none": lambda n, m: None,
+        "bool": lambda n, m: torch.ones(2, 1, n, m, dtype=torch.bool).tril(1),
+        "added": lambda n, m: torch.randn(2, 4, n, m),
+    }
+    for mask, groups, (n, m), own, given in itertools.product(
+        masks, (1, 2), ((1, 1), (1, 6), (5, 5), (5, 8)), (None, False), (None, False, True)
+    ):
+        module = nn.Module()
+        module.num_key_value_groups = groups
+        if own is not None:
+            module.is_causal = own
+        q, (k, v) = torch.randn(2, 4, n, 8), (torch.randn(2, 4 // groups, m, 8) for _ in range(2))
+        arguments = (sdpa_attention_forward, module, q, k, v, masks[mask](n, m))
+        settings = {"scaling": 0.3, "is_causal": given, "sliding_window": None}
+        expected, _ = sdpa_attention_forward(*arguments[1:], **settings)
+        found, weights = change_sdpa_call(unchanged, *arguments, **settings)
+        torch.testing.assert_close(found, expected, msg=f"{mask} {groups} {n} {m} {own} {given}")
+        assert (found.is_contiguous(), weights) == (True, None)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")

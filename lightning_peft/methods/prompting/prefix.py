@@ -117,7 +117,9 @@ class Prefix(Adapter):
                 f"The attention call has keys or values {tuple(x.shape)}, which the prefix {tuple(prefix.shape)} "
                 f"does not fit; expected (batch, heads, tokens, size)."
             )
-        rows = prefix.to(x.dtype).view(prefix.shape[0], -1, x.shape[-1]).transpose(0, 1).expand(x.shape[0], -1, -1, -1)
+        rows = prefix.to(x.dtype).view(1, prefix.shape[0], -1, x.shape[-1]).transpose(1, 2)
+        if x.shape[0] != 1:
+            rows = rows.expand(x.shape[0], -1, -1, -1)
         if self.training and self.dropout:
             rows = F.dropout(rows, self.dropout)
         if rows.shape[1] != x.shape[1]:  # the caller repeated grouped heads
