@@ -40,9 +40,9 @@ class ActiveSet:
         keys = self.orders.get(host.peft_number)
         if keys is None:
             keys = () if self.complete else host.peft_order
-        adapters = host._modules["peft"]._modules
-        # Temporary adapters go outermost: they watch or replace the call of the host with all of its adapters.
-        return (*keys, *[key for key in host.peft_order if key not in keys and not adapters[key].persistent])
+        # Temporary adapters go outermost: they watch or replace the call of the host with all of its adapters. Those that
+        # are active by default are not read here, so that compiled code need not know them.
+        return (*keys, *[key for key in host.peft_temporary if key not in keys])
 
 
 class LocalActiveSet(Scoped[ActiveSet]):

@@ -28,6 +28,7 @@ class AdaptedModule:
     peft_order: tuple[str, ...]  # keys of the adapters active by default, inner first; written by this file alone
     peft_local: LocalActiveSet | None = None  # None for hosts of temporary adapters alone
     peft_number: int
+    peft_temporary: tuple[str, ...] = ()  # keys of the adapters that exist during one run only
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
@@ -139,13 +140,9 @@ def list_base_modules(model: nn.Module) -> list[Any]:
 
 def active_adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     """Yield (host's name, adapter) of the active adapters, inner before outer."""
-    active: list[tuple[str, Any, str, Adapter]] = [entry for entry in adapters(model) if _is_active(*entry[1:3])]
+    active = [entry for entry in adapters(model) if entry[2] in active_keys(entry[1])]
     for name, _, _, adapter in sorted(active, key=lambda entry: active_keys(entry[1]).index(entry[2])):
         yield name, adapter
-
-
-def _is_active(host: Any, key: str) -> bool:
-    return key in active_keys(host)
 
 
 def adapter_key(name: str, adapter: Adapter) -> str:
@@ -181,8 +178,8 @@ def attach(host: Any, key: str, adapter: Adapter, active: bool = True, local: Lo
     host.peft[key] = adapter
     if not host._replaced.issuperset(adapter.replaced_tensors):
         host.__class__ = adapted_class(host._host_class, host._replaced.union(adapter.replaced_tensors))
-    if active:
-        host.peft_order += (key,)
+    host.peft_order += (key,) if active else ()
+    host.peft_temporary += () if adapter.persistent else (key,)
     if adapter.training != host.training:
         adapter.train(host.training)
 
@@ -196,10 +193,11 @@ def remove(host: Any, key: str) -> None:
     """Undo ``attach``; once its last adapter is removed, the host has its original class again."""
     host.peft.pop(key)
     host.peft_order = tuple(active for active in host.peft_order if active != key)
+    host.peft_temporary = tuple(other for other in host.peft_temporary if other != key)
     if host.peft_local is not None:
         host.peft_local.known.clear()
     if not host.peft:
         host.__class__ = host._host_class
         del host.peft, host.peft_order
-        for name in ("peft_local", "peft_number"):
+        for name in ("peft_local", "peft_number", "peft_temporary"):
             vars(host).pop(name, None)

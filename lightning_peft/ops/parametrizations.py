@@ -73,7 +73,7 @@ def sum_over_tokens(g: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
     if g.device.type != "cpu" or torch.compiler.is_compiling():  # a loop would be compiled for one number of tokens
         return _add_sum(total, g, y, bias)
     # On the CPU, chunks stay in its cache; a full-size product would be written to memory and read again.
-    for g_chunk, y_chunk in zip(g.split(256), y.split(256), strict=True):
+    for g_chunk, y_chunk in zip(torch.split(g, 256), torch.split(y, 256), strict=True):
         total = _add_sum(total, g_chunk, y_chunk, bias)
     return total
 
