@@ -40,8 +40,8 @@ class ActiveSet:
         keys = self.orders.get(host.peft_number)
         if keys is None:
             keys = () if self.complete else host.peft_order
-        # Temporary adapters go outermost: they watch or replace the call of the host with all of its adapters. Those that
-        # are active by default are not read here, so that compiled code need not know them.
+        # Temporary adapters go outermost: they watch or replace the call of the host with all of its adapters. What is
+        # active by default is not read here, so that compiled code does not depend on it.
         return (*keys, *[key for key in host.peft_temporary if key not in keys])
 
 

@@ -1,4 +1,4 @@
-"""How often a compiled model is compiled again: once for each state that it is first called in, and never in going back.
+"""How often a compiled model is compiled: once for each state that it is first called in, and never in going back.
 
 States are active adapters, ``disabled``, merged weights, training or evaluation, and gradients; sizes are no states.
 """

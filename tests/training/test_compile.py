@@ -1,8 +1,11 @@
 """The compiler and recomputation where users turn them on: before injection, in a Trainer, in several processes."""
 
+import functools
+
 import pytest
 import torch
 from cases import CASES, Case
+from compiled_graphs import GraphRecorder
 from models import MODELS
 from parallel_laws import Rows, Task, difference, fit, gradients, gradients_alone
 from processes import together
@@ -100,6 +103,49 @@ class RecomputedLate(Recomputed):
 
     def on_train_start(self):
         super().enable()
+
+
+def whole_module(recorder, model):
+    return torch.compile(Task(model), backend=recorder)
+
+
+def network(recorder, model):
+    module = Task(model)
+    module.net = torch.compile(module.net, backend=recorder, fullgraph=True)
+    return module
+
+
+def network_in_place(recorder, model):
+    module = Task(model)
+    module.net.compile(backend=recorder, fullgraph=True)
+    return module
+
+
+IN_TRAINER = [
+    Case("plain", (lp.AdaLoRA(initial_rank=4, target_rank=2, warmup_steps=1, final_steps=1, interval=1),)),
+    Case("llama", (lp.PrefixTuning(length=2), lp.IA3())),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # what the compiler imports warns
+@pytest.mark.parametrize("make", [whole_module, network, network_in_place])
+@pytest.mark.parametrize("case", IN_TRAINER, ids=str)
+def test_a_trainer_compiles_once_for_all_steps_and_trains_as_without(case, make):
+    torch._dynamo.reset()
+    recorder, settings = GraphRecorder(), {"precision": "64-true", "max_epochs": 3}
+    found = trained_values(fit(case, "auto", make=functools.partial(make, recorder), **settings))
+    expected = trained_values(fit(case, "auto", **settings))
+    assert recorder.count == 1
+    assert len(recorder.calls) == 6
+    assert recorder.written == []
+    (parameters,) = {tuple(id(value) for value in call if isinstance(value, nn.Parameter)) for call in recorder.calls}
+    assert parameters  # the same in all steps
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+
+
+def trained_values(module):
+    return {strip_wrapper_names(name): p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
 
 class RecomputedAndCompiled(Recomputed):
