@@ -45,6 +45,7 @@ class Counted:
         return self.compilations()
 
 
+@pytest.mark.slow
 def test_each_state_compiles_once_and_going_back_compiles_nothing():
     model = Counted()
     active = [["lora"], ["ia3"], ["lora"], ["ia3"], ["lora", "ia3"], ["ia3", "lora"], ["lora", "ia3"], ["lora"]]
@@ -98,6 +99,7 @@ def test_what_a_thread_activates_for_itself_compiles_once():
     assert found == [1, 1, 1, 0, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dynamic", "expected"), [(True, [1, 0, 0, 0]), (None, [1, 1, 0, 0])])
 def test_sizes(dynamic, expected):
     """As without adapters: ``dynamic=None`` takes sizes for changing from the second one on.
@@ -121,3 +123,19 @@ def test_values_of_adapters_change_without_compiling():
         found.append(model.compilations())
     model.net.load_state_dict({name: value + 0.1 for name, value in model.net.state_dict().items()})
     assert [*found, model.compilations()] == [0, 0, 0, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "most"), [(lp.LoRA(rank=2, targets=["*"]), 80), (lp.IA3(targets=["*"], feedforward_targets=[]), 65)]
+)
+def test_conditions_that_each_call_checks_grow_by_a_bounded_number_a_layer(method, most):
+    """A linear layer alone has 12."""
+    found = []
+    for count in (1, 2):
+        torch._dynamo.reset()
+        net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(count)))
+        lp.inject(net, method)
+        torch.compile(net, fullgraph=True, backend="eager")(torch.randn(20, 8))
+        found.append(torch._dynamo.utils.get_compilation_metrics()[-1].guard_count)
+    assert 0 < found[1] - found[0] <= most
