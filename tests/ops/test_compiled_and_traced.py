@@ -8,8 +8,10 @@ from cases import CASES, adapted, disturb, run
 from models import MODELS, WIDTH
 from test_weight_updates import METHODS
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import lightning_peft as lp
+from lightning_peft.ops.torch_api import element_count
 
 WEIGHT_METHODS = METHODS | {"ia3": lp.IA3(targets=["layer"], feedforward_targets=[])}
 MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
@@ -64,6 +66,33 @@ def test_compiles_whole_without_gradients(name):
 @pytest.mark.parametrize("name", WEIGHT_METHODS)
 def test_every_update_compiles_without_gradients(name):
     check_compiled(name, "inference_mode", whole=True, dynamic=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_form_that_is_chosen_by_size_serves_all_sizes():
+    """A comparison with the size itself would be a condition of the graph, which is compiled again where it fails."""
+    torch._dynamo.reset()
+    count = CompileCounter()
+
+    def choose(x):
+        return x + 1 if element_count(x) >= 32 else x + 2
+
+    call = torch.compile(choose, backend=count, fullgraph=True, dynamic=True)
+    assert [call(torch.zeros(rows, 8)).max().item() for rows in (2, 50)] == [2, 2]  # the form of the first call
+    assert [choose(torch.zeros(rows, 8)).max().item() for rows in (2, 50)] == [2, 1]
+    assert count.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3"])
+def test_one_exported_program_serves_all_sizes(name):
+    net = layers(name)
+    for rows in (3, 65):  # on both sides of the sizes from which another form is cheaper
+        dimension = {0: torch.export.Dim("rows", min=2)}
+        program = torch.export.export(net, (torch.randn(rows, 32),), dynamic_shapes=(dimension,)).module()
+        for x in (torch.randn(2, 32), torch.randn(70, 32)):
+            torch.testing.assert_close(program(x), net(x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
