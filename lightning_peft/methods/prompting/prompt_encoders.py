@@ -102,8 +102,19 @@ class BiLSTM(nn.Module):
 
     def forward(self, x: Tensor, train: bool) -> Tensor:
         """Return (tokens, hidden) for x (tokens, features)."""
-        start = x.new_zeros(2 * self.layers, 1, self.size)
         weights: list[Tensor] = list(self.parameters())
-        y: Tensor
-        y, _, _ = torch.lstm(x[None], (start, start), weights, True, self.layers, self.dropout, train, True, True)
+        y = x[None]
+        if not (train and self.dropout):
+            return self._run(y, weights, self.layers, train)[0]
+        # Layer by layer, since what torch compiles for all of them at once leaves out dropout.
+        per_layer = len(weights) // self.layers
+        for layer in range(self.layers):
+            y = F.dropout(y, self.dropout) if layer else y
+            y = self._run(y, weights[layer * per_layer : (layer + 1) * per_layer], 1, train)
         return y[0]
+
+    def _run(self, x: Tensor, weights: list[Tensor], layers: int, train: bool) -> Tensor:
+        start = x.new_zeros(2 * layers, 1, self.size)
+        y: Tensor
+        y, _, _ = torch.lstm(x, (start, start), weights, True, layers, 0.0, train, True, True)
+        return y
