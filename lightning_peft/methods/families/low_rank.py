@@ -17,6 +17,7 @@ from ...ops.factor_type import factor_type
 from ...ops.fused_linear import WeightUpdateSpec
 from ...ops.low_rank_products import FLOAT_MASK, dropped_low_rank, few_inputs, kept_inputs, low_rank_linear
 from ...ops.parametrizations import LowRankParametrization
+from ...ops.torch_api import element_count
 from ...structure.layer_types import LinearType
 from ...structure.rows import Rows
 
@@ -48,7 +49,7 @@ class LowRankUpdate(WeightUpdate):
         return self.scale * (b @ a.flatten(1)).view(self.shape)
 
     def few_tokens_forward(self, host: Any, x: Tensor) -> Tensor | None:
-        p, count = self.dropout if self.training else 0.0, x.numel()
+        p, count = self.dropout if self.training else 0.0, element_count(x)
         limit = min(self.few_inputs, FLOAT_MASK) if p else self.few_inputs
         if count >= limit or x.dtype == torch.float16 or type(x) not in _PLAIN:
             return None
