@@ -1,4 +1,4 @@
-"""``factor_type``: the type in which an input meets the factors of an update; ``in_type``, ``one_type``, ``under_autocast``."""
+"""``factor_type``: the type in which an input meets factors; ``in_type``, ``one_type`` and ``under_autocast``."""
 
 from __future__ import annotations
 
