@@ -26,8 +26,8 @@ class Prefix(nn.Module):
             cache.update(key.expand(shape), value.expand(shape), layer)
         return cache
 
-    def forward(self, input_ids: Tensor) -> object:
-        return self.model(input_ids=input_ids, past_key_values=self.cache(len(input_ids)))
+    def forward(self, input_ids: Tensor, **kwargs: object) -> object:
+        return self.model(input_ids=input_ids, past_key_values=self.cache(len(input_ids)), **kwargs)
 
 
 class Prompt(nn.Module):
@@ -40,10 +40,11 @@ class Prompt(nn.Module):
     def embeddings(self) -> Tensor:
         return self.prompt
 
-    def forward(self, input_ids: Tensor) -> object:
+    def forward(self, input_ids: Tensor, **kwargs: object) -> object:
         embedded = self.model.get_input_embeddings()(input_ids)
         prompt = self.embeddings().expand(len(embedded), -1, -1)
-        return self.model(inputs_embeds=torch.cat([prompt, embedded], 1), logits_to_keep=input_ids.shape[1])
+        both = torch.cat([prompt, embedded], 1)
+        return self.model(inputs_embeds=both, logits_to_keep=input_ids.shape[1], **kwargs)
 
 
 class EncodedPrompt(Prompt):

@@ -43,6 +43,13 @@ def beside_goals(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
                     yield {"part": part, "model": kind, "method": method, "of": name, "value": value} | reached
 
 
+def beside(value: float, goal: float | None) -> str:
+    """Return a ratio beside the goal that it reaches or misses."""
+    if goal is None:
+        return f"{value:.2f}"
+    return f"{value:.2f} {'<=' if value <= goal else '>'} {goal}"
+
+
 COLUMNS = ["part", "model", "method", "of", "value", "goal", "reached"]
 
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import rows
 import torch
+from layer_sides import ON_LAYER, OTHERS, TRAIN, sides_of
+from llama_sides import CASES, model_sides, small_llama
 from overhead import measured
 from rows import Row
-from small_models import CASES, model_sides, small_llama
-from small_sides import ON_LAYER, OTHERS, TRAIN, layer_sides
 from torch import Tensor, nn
 
 SIZES = {  # of which --small takes the first
@@ -35,7 +35,7 @@ METHODS = list(ON_LAYER | CASES)
 def on_layer(name: str, options: Namespace) -> Iterator[Row]:
     for width, tokens in itertools.product(options.widths, options.tokens):
         x = torch.randn(1, int(tokens), int(width), requires_grad=True)
-        sides = layer_sides(name, int(width))
+        sides = sides_of(ON_LAYER[name], int(width))
         yield from both_modes("layer", f"{width} wide, {tokens} tokens", name, sides, x, options)
 
 
@@ -77,14 +77,8 @@ def lines(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 cells = {
                     cost: " / ".join(str(row[cost][who]) for who in SIDES if who in row.get(cost, {})) for cost in costs
                 }
-                ratios = {pair: beside(value, row["goals"].get(pair)) for pair, value in row["values"].items()}
+                ratios = {pair: rows.beside(value, row["goals"].get(pair)) for pair, value in row["values"].items()}
                 yield {"part": part, "size": kind, "method": method} | cells | ratios
-
-
-def beside(value: float, goal: float | None) -> str:
-    if goal is None:
-        return f"{value:.2f}"
-    return f"{value:.2f} {'<=' if value <= goal else '>'} {goal}"
 
 
 COLUMNS = [

@@ -10,8 +10,8 @@ import harness
 import torch
 from hand_written import RANK
 from hand_written_prompts import LENGTH
+from layer_sides import NO_MORE, SmallCase, filled, low_rank
 from sides import called, ours, peer, wrapped
-from small_sides import NO_MORE, SmallCase, filled, low_rank
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -60,6 +60,7 @@ CASES = low_rank(QUERY_VALUE) | {
         ("self_attn",),
     ),
 }
+MERGEABLE = [name for name, case in CASES.items() if case.targets and name not in ("bottleneck", "llama_adapter")]
 # The library adapters 1.3 needs transformers 4.57; where it is installed, it is one more side.
 ADAPTERS = {
     "lora": ("LoRAConfig", {"r": RANK, "alpha": 2 * RANK, "attn_matrices": ["q", "v"]}),

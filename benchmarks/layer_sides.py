@@ -1,6 +1,7 @@
 """One adapted layer on each side: this package, HF peft and a hand-written form; and the ratios to reach."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import hand_written
@@ -46,27 +47,28 @@ def low_rank(targets: Iterable[str], rank: int = RANK) -> dict[str, SmallCase]:
     peft_lora = at | {"r": rank, "lora_alpha": 2 * rank}
     adalora = at | {"init_r": rank, "target_r": rank // 2, "lora_alpha": 2 * rank, "total_step": 1000}
     lokr = at | {"decompose_factor": -1, "r": 4096, "alpha": 4096}  # a rank above every side keeps both factors whole
+    by_hand = partial(partial, rank=rank)
     cases = {
-        "lora": (ours("LoRA", **lora), peer("LoraConfig", **peft_lora), hand_written.LoRA),
+        "lora": (ours("LoRA", **lora), peer("LoraConfig", **peft_lora), by_hand(hand_written.LoRA)),
         "lora_dropout": (
             ours("LoRA", **lora, dropout=DROPOUT),
             peer("LoraConfig", **peft_lora, lora_dropout=DROPOUT),
-            hand_written.LoRADropout,
+            by_hand(hand_written.LoRADropout),
         ),
         "dora": (
             ours("LoRA", **lora, decompose=True),
             peer("LoraConfig", **peft_lora, use_dora=True),
-            hand_written.DoRA,
+            by_hand(hand_written.DoRA),
         ),
         "adalora": (
             ours("AdaLoRA", **on, initial_rank=rank, target_rank=rank // 2),
             peer("AdaLoraConfig", **adalora),
-            hand_written.AdaLoRA,
+            by_hand(hand_written.AdaLoRA),
         ),
         "fedpara": (
             ours("FedPara", **on, rank=rank),
             peer("LoHaConfig", **at, r=rank, alpha=rank),
-            hand_written.FedPara,
+            by_hand(hand_written.FedPara),
         ),
         "krona": (ours("KronA", **on), peer("LoKrConfig", **lokr), hand_written.KronA),
     }
@@ -95,9 +97,9 @@ ON_LAYER = low_rank(LAYER) | {
 }
 
 
-def layer_sides(name: str, width: int) -> dict[str, nn.Module]:
+def sides_of(case: SmallCase, width: int) -> dict[str, nn.Module]:
     """Return the adapted linear layer of each side."""
-    case, sides = ON_LAYER[name], {}
+    sides = {}
     torch.manual_seed(0)
     base = nn.Linear(width, width).requires_grad_(False)
     sides["ours"] = lp.inject(nn.ModuleDict({"layer": copy_of(base)}), case.ours(None))
