@@ -20,6 +20,7 @@ import harness
 import peft
 import rows
 import torch
+from hand_written_prompts import CACHE
 from layer_sides import DECODE
 from llama_sides import CASES, MERGEABLE, model_sides, small_llama
 from many_adapters import BY_ROW, ROWS, many_adapters
@@ -42,7 +43,7 @@ def generate(model: nn.Module, ids: Tensor, steps: int, **kwargs: Any) -> None:
     following = after_prompt(model)
     for _ in range(steps):
         token = output.logits[:, -1:].argmax(-1)
-        output = following(input_ids=token, past_key_values=output.past_key_values, use_cache=True, **kwargs)
+        output = following(input_ids=token, use_cache=True, **{CACHE: output[CACHE]}, **kwargs)
 
 
 def after_prompt(model: nn.Module) -> nn.Module:

@@ -1,13 +1,16 @@
 """Prefixes and prompts of a Llama as the fewest lines of torch that train them."""
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from hand_written import filled
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 LENGTH = 8
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 class Prefix(nn.Module):
@@ -27,7 +30,7 @@ class Prefix(nn.Module):
         return cache
 
     def forward(self, input_ids: Tensor, **kwargs: object) -> object:
-        return self.model(input_ids=input_ids, past_key_values=self.cache(len(input_ids)), **kwargs)
+        return self.model(input_ids=input_ids, **{CACHE: self.cache(len(input_ids))}, **kwargs)
 
 
 class Prompt(nn.Module):
