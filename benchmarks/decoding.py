@@ -119,6 +119,11 @@ def lines(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 COLUMNS = ["part", "blocks x width", "method", *SIDES, "ours/peft", "ours/hand", "ours/base", "merged/base"]
 
-if __name__ == "__main__":
+
+def main() -> None:
     choices = {"only": ["one row", "by row"], "sizes": list(SIZES), "methods": list(CASES), "counts": COUNTS}
     rows.main("decoding", __doc__, choices, run, lines, COLUMNS)
+
+
+if __name__ == "__main__":
+    main()

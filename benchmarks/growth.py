@@ -121,5 +121,10 @@ def lines(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 COLUMNS = ["with", "sizes", "method", "ours microseconds", "peft microseconds", "ours bytes", "peft bytes"]
 
-if __name__ == "__main__":
+
+def main() -> None:
     rows.main("growth", __doc__, {"only": list(SIZES), "methods": list(CASES)}, run, lines, COLUMNS)
+
+
+if __name__ == "__main__":
+    main()

@@ -55,30 +55,31 @@ class AdaLoRA(LoRA):
 
 
 class FedPara(nn.Module):
-    """(W + (B1 A1) o (B2 A2)) x + b."""
+    """(W + (X1 Y1^T) o (X2 Y2^T)) x + b."""
 
     def __init__(self, base: nn.Linear, rank: int = RANK) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.a1, self.a2 = filled(rank, base.in_features), filled(rank, base.in_features)
-        self.b1, self.b2 = filled(base.out_features, rank), filled(base.out_features, rank)
+        self.x1, self.x2 = filled(base.out_features, rank), filled(base.out_features, rank)
+        self.y1, self.y2 = filled(base.in_features, rank), filled(base.in_features, rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.base.weight + (self.b1 @ self.a1) * (self.b2 @ self.a2), self.base.bias)
+        update = (self.x1 @ self.y1.T) * (self.x2 @ self.y2.T)
+        return F.linear(x, self.base.weight + update, self.base.bias)
 
 
 class KronA(nn.Module):
-    """(W + s A (x) B) x + b, with A as square as it gets."""
+    """(W + s (A (x) B)^T) x + b, with A as square as it gets."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        rows, columns = (closest_divisor(n) for n in base.weight.shape)
-        self.a = filled(rows, columns)
-        self.b = filled(base.out_features // rows, base.in_features // columns)
+        inputs, outputs = closest_divisor(base.in_features), closest_divisor(base.out_features)
+        self.a = filled(inputs, outputs)
+        self.b = filled(base.in_features // inputs, base.out_features // outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.base.weight + SCALE * torch.kron(self.a, self.b), self.base.bias)
+        return F.linear(x, self.base.weight + SCALE * torch.kron(self.a, self.b).T, self.base.bias)
 
 
 def closest_divisor(n: int) -> int:

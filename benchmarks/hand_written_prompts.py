@@ -76,7 +76,7 @@ class PromptedAttention(nn.Module):
         query = self.heads(self.base.q_proj(hidden_states))
         query, _ = apply_rotary_pos_emb(query, query, *position_embeddings)
         key, value = (self.heads(project(self.prompt[None])) for project in (self.base.k_proj, self.base.v_proj))
-        weights = F.softmax(query @ key.mT * self.base.scaling, -1) * self.gate
+        weights = F.softmax(query @ key.mT * self.base.scaling, -1) * self.gate.tanh()
         prompted = (weights @ value).transpose(1, 2).flatten(2)
         return output + self.base.o_proj(prompted), *rest
 

@@ -70,7 +70,7 @@ def low_rank(targets: Iterable[str], rank: int = RANK) -> dict[str, SmallCase]:
             peer("LoHaConfig", **at, r=rank, alpha=rank),
             by_hand(hand_written.FedPara),
         ),
-        "krona": (ours("KronA", **on), peer("LoKrConfig", **lokr), hand_written.KronA),
+        "krona": (ours("KronA", **on, scale=hand_written.SCALE), peer("LoKrConfig", **lokr), hand_written.KronA),
     }
     return {name: SmallCase(*case, tuple(targets)) for name, case in cases.items()}
 

@@ -94,7 +94,12 @@ COLUMNS = [
     "ours/hand",
 ]
 
-if __name__ == "__main__":
+
+def main() -> None:
     sizes = {name: [str(size) for size in each] for name, each in SIZES.items()}
     choices = {"only": ["layer", "model"], "modes": ["train", "eval"], "methods": METHODS} | sizes
     rows.main("small_sizes", __doc__, choices, run, lines, COLUMNS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,7 @@
 """Benchmarks run, compare like with like, and find that no training step keeps more for backward than the peer's."""
 
+import functools
+import gc
 import importlib
 import importlib.util
 import itertools
@@ -96,3 +98,81 @@ def test_both_sides_compute_the_same_loss_with_the_same_values(kind, case):
         losses[who] = settings.calls.get(who, settings.loss)(sides.called(model.eval()), batch).item()
     print(kind, case, losses, abs(losses["ours"] - losses["peft"]))
     assert losses["ours"] == pytest.approx(losses["peft"], abs=2e-6)
+
+
+def filled(model):
+    """Give tensors of one size, in their order, the same values on each side."""
+    import harness
+
+    torch.manual_seed(0)
+    for parameter in sorted(harness.trained(model), key=torch.numel):
+        parameter.data.copy_(0.1 * torch.randn(parameter.numel()).view(parameter.shape))
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_method_written_by_hand_computes_the_same():
+    import layer_sides
+    import llama_sides
+
+    build, ids = functools.partial(llama_sides.small_llama, 2), torch.randint(0, 256, (2, 5))
+    x, found = torch.randn(2, 5, 64), {}
+    for name, case in layer_sides.ON_LAYER.items():
+        found["layer", name] = [filled(module)(x) for module in layer_sides.sides_of(case, 64).values()]
+    for name in set(llama_sides.CASES) - {"prefix_tuning"}:  # in a cache it moves the positions of tokens
+        sides = llama_sides.model_sides(name, build)
+        found["model", name] = [filled(side)(input_ids=ids).logits[:, -5:] for side in sides.values()]
+    off = {name: (outputs[0] - outputs[-1]).abs().max().item() for name, outputs in found.items()}
+    assert len(off) == 23
+    assert {name: error for name, error in off.items() if error > 2e-6} == {}
+
+
+def table_of(name, options, monkeypatch):
+    """Run a benchmark of small sizes in this process, which must not write; return the lines of its table."""
+    import rows
+
+    tables = []
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--small", "--rounds", "2", "--budget", "0.1", *options])
+    monkeypatch.setattr(rows.harness, "write", None)
+    monkeypatch.setattr(rows.harness, "table", lambda lines, columns: tables.append(lines))
+    try:
+        importlib.import_module(name).main()
+    finally:
+        gc.unfreeze()
+    (lines,) = tables
+    return lines
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_costs_at_small_sizes_are_measured_on_each_side(monkeypatch):
+    sides = {"lora": 3, "ia3_input": 3, "bottleneck": 2, "prefix_tuning": 3}
+    lines = table_of("small_sizes", ["--methods", ",".join(sides)], monkeypatch)
+    parts = {(line["part"], line["method"]) for line in lines}
+    layers = {(f"layer {mode}", name) for mode in ("train", "eval") for name in ("lora", "ia3_input", "bottleneck")}
+    models = {(f"model {mode}", name) for mode in ("train", "eval") for name in ("lora", "bottleneck", "prefix_tuning")}
+    assert parts == layers | models
+    for line in lines:
+        for cost in ("operators", "kernels", "frames", "microseconds", *["bytes"] * ("train" in line["part"])):
+            values = [float(value) for value in line[cost].split(" / ")]
+            assert len(values) == sides[line["method"]]
+            assert min(values) > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_decoding_is_measured_live_and_merged_and_with_an_adapter_for_each_row(monkeypatch):
+    lines = table_of("decoding", ["--methods", "lora,prefix_tuning"], monkeypatch)
+    base, both = {"base", "ours", "peft", "hand"}, {"base", "ours", "peft"}
+    sides = [{side for side in line if side in base | {"merged", "peft_merged"}} for line in lines]
+    assert sides == [base | {"merged", "peft_merged"}, base, both, both]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_growth_is_an_exponent_of_each_cost(monkeypatch):
+    import growth
+
+    lines = table_of("growth", ["--methods", "lora", "--only", "rows,adapters in a batch"], monkeypatch)
+    assert [line["with"] for line in lines] == ["rows", "adapters in a batch"]
+    # A row saves as much as the row before it, beside what does not depend on rows: 1 in all but the third place.
+    assert [float(value) for value in lines[0]["ours bytes"].split(", ")] == pytest.approx([1, 1], abs=0.03)
+    assert set(lines[1]) >= {"ours microseconds", "peft microseconds"}
+    assert growth.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
