@@ -2,7 +2,8 @@
 
 Operators (dispatched, exact), Python frames, saved bytes and CPU time of a training step (forward and backward) and of
 an eval forward, on one layer and on small Llamas: this package, HF peft and a hand-written form, in turns, in one
-process. With --small the sizes are tiny, the numbers mean nothing, and nothing is written.
+process. Where adapters 1.3 is installed, which needs transformers 4.57, it is a side of models as well, and the file is
+results/small_sizes_adapters.json. With --small the sizes are tiny, the numbers mean nothing, and nothing is written.
 
     python benchmarks/small_sizes.py --methods lora,dora --only layer --widths 64 --tokens 1,128 --print-only
 """
@@ -17,7 +18,7 @@ from typing import Any
 import rows
 import torch
 from layer_sides import ON_LAYER, OTHERS, TRAIN, sides_of
-from llama_sides import CASES, model_sides, small_llama
+from llama_sides import CASES, HAS_ADAPTERS, model_sides, small_llama
 from overhead import measured
 from rows import Row
 from torch import Tensor, nn
@@ -98,7 +99,8 @@ COLUMNS = [
 def main() -> None:
     sizes = {name: [str(size) for size in each] for name, each in SIZES.items()}
     choices = {"only": ["layer", "model"], "modes": ["train", "eval"], "methods": METHODS} | sizes
-    rows.main("small_sizes", __doc__, choices, run, lines, COLUMNS)
+    name = "small_sizes_adapters" if HAS_ADAPTERS else "small_sizes"  # in other versions, so in a file of their own
+    rows.main(name, __doc__, choices, run, lines, COLUMNS)
 
 
 if __name__ == "__main__":
