@@ -37,6 +37,7 @@ TRAIN: dict[str, Goals] = {
     "prefix_tuning": {"ours/peft": 1.01, "ours/hand": None},
 }
 OTHERS: Goals = {"ours/peft": 1.0, "ours/hand": None}
+ADAPTERS: Goals = {"ours/adapters": 1.0}
 DECODE: dict[str, float] = dict.fromkeys(TRAIN, 0.98)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import rows
 import torch
-from layer_sides import ON_LAYER, OTHERS, TRAIN, sides_of
+from layer_sides import ADAPTERS, ON_LAYER, OTHERS, TRAIN, sides_of
 from llama_sides import CASES, HAS_ADAPTERS, model_sides, small_llama
 from overhead import measured
 from rows import Row
@@ -51,7 +51,7 @@ def in_model(name: str, options: Namespace) -> Iterator[Row]:
 def both_modes(
     part: str, kind: str, name: str, sides: dict[str, nn.Module], x: Tensor, options: Namespace
 ) -> Iterator[Row]:
-    goals = {True: TRAIN.get(name, OTHERS), False: OTHERS}
+    goals = {True: TRAIN.get(name, OTHERS) | ADAPTERS, False: OTHERS | ADAPTERS}
     for train in (True, False):
         mode = "train" if train else "eval"
         if mode in options.modes:
