@@ -176,3 +176,22 @@ def test_growth_is_an_exponent_of_each_cost(monkeypatch):
     assert [float(value) for value in lines[0]["ours bytes"].split(", ")] == pytest.approx([1, 1], abs=0.03)
     assert set(lines[1]) >= {"ours microseconds", "peft microseconds"}
     assert growth.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tokens", [1, 128])
+def test_no_step_of_a_small_layer_dispatches_more_operators_than_the_peers(tokens):
+    import counting
+    import layer_sides
+    import overhead
+
+    x, above = torch.randn(1, tokens, 64, requires_grad=True), {}
+    for name, case in layer_sides.ON_LAYER.items():
+        sides = layer_sides.sides_of(case, 64)
+        counts = {who: counting.operators(overhead.train_call(side, x)) for who, side in sides.items()}
+        print(name, counts)
+        above[name] = [
+            ours - theirs for ours, theirs in zip(counts["ours"], counts.get("peft", counts["hand"]), strict=True)
+        ]
+    assert len(above) == 10
+    assert {name: more for name, more in above.items() if max(more) > 0} == {}
