@@ -12,7 +12,7 @@ from torch import Tensor
 from .torch_api import is_plain
 
 Attend = Callable[..., Tensor]
-_LIMIT = 2**17  # numbers of a mask that costs less than empty queries, as measured on a CPU
+MASK_LIMIT = 2**17  # numbers of a mask that costs less than empty queries, as measured on a CPU
 _MASKS = 16
 _masks: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
 
@@ -56,7 +56,7 @@ def kept_causal_mask(query: Tensor, keys: int, length: int) -> Tensor | None:
     All layers of a model have the same mask, so that none of them makes it and they save it once.
     """
     queries = query.shape[-2]
-    if torch.compiler.is_dynamo_compiling() or query.device.type != "cpu" or queries * keys > _LIMIT:
+    if torch.compiler.is_dynamo_compiling() or query.device.type != "cpu" or queries * keys > MASK_LIMIT:
         return None
     if not is_plain(query):
         return None
