@@ -156,10 +156,11 @@ NARROW = {"bert": "query", "llama": "v_proj", "gpt2": "c_attn", "t5": "wo"}
 TASKS = {"bert": "SEQ_CLS", "tagger": "TOKEN_CLS", "llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"use_dora": True}, {"use_rslora": True, "bias": "all"}, {"bias": "lora_only"}]
+@diagonal(
+    ("name", "settings"),
+    TRANSFORMERS,
+    [{}, {"use_dora": True}, {"use_rslora": True, "bias": "all"}, {"bias": "lora_only"}],
 )
-@pytest.mark.parametrize("name", TRANSFORMERS)
 def test_lora_of_peft_computes_the_same_here(name, settings, tmp_path):
     import peft
 
@@ -279,9 +280,12 @@ def test_personal_products_take_one_rank_more(tmp_path):
     require_round_trip("bert", method, tmp_path, exact=False)
 
 
-@pytest.mark.parametrize("settings", [{"r": 3}, {"r": 4, "alpha": 6}, {"r": 40, "rank_pattern": {r".*\.1\..*": 3}}])
-@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig"])
-@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+@diagonal(
+    ("name", "kind", "settings"),
+    ["bert", "llama", "t5"],
+    ["LoHaConfig", "LoKrConfig"],
+    [{"r": 3}, {"r": 4, "alpha": 6}, {"r": 40, "rank_pattern": {r".*\.1\..*": 3}}],
+)
 def test_products_of_peft_compute_the_same_here(name, kind, settings, tmp_path):
     import peft
 
@@ -299,15 +303,13 @@ PROMPTS = {
 }
 
 
-@pytest.mark.parametrize("kind", PROMPTS)
-@pytest.mark.parametrize("name", PROMPTED)
+@diagonal(("name", "kind"), PROMPTED, PROMPTS)
 def test_prompts_compute_the_same_there_and_come_back(name, kind, tmp_path):
     length = 3 if name != "t5" else 0
     require_round_trip(name, PROMPTS[kind], tmp_path, exact=kind != "lstm", length=length)
 
 
-@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
-@pytest.mark.parametrize("name", PROMPTED)
+@diagonal(("name", "kind"), PROMPTED, ["PromptTuningConfig", "PromptEncoderConfig"])
 def test_prompts_of_peft_compute_the_same_here(name, kind, tmp_path):
     import peft
 

@@ -27,6 +27,11 @@ METHODS = {
 KEEPS = [name for name in METHODS if name != "prompt_tuning"]
 
 
+def slow_but(*quick, among=METHODS):
+    """Return the methods, of which the quick tests take some."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in among]
+
+
 def build(method, base="llama"):
     model = lp.inject(MODELS[base](), METHODS[method]).eval()
     torch.manual_seed(3)
@@ -103,7 +108,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but("prefix", "p_tuning, MLP"))
 def test_each_change_is_noticed(method):
     model = build(method)
     before = check(model)
@@ -164,7 +169,7 @@ def test_training_uses_nothing_that_is_kept(method):
     assert all(map(torch.equal, *grads))
 
 
-@pytest.mark.parametrize("method", KEEPS)
+@pytest.mark.parametrize("method", slow_but("llama_adapter", among=KEEPS))
 def test_threads_that_share_an_adapter_get_the_same_bits(method):
     model, base = build(method), MODELS["llama"]().eval()
     inputs = [tokens(rows, length) for rows, length in ((1, 3), (2, 7), (4, 5), (2, 1))]

@@ -327,7 +327,7 @@ class Kernels(TorchDispatchMode):
 
 @pytest.mark.parametrize("length", [3, 9])
 def test_a_long_causal_call_stays_one_without_a_mask_unless_the_prefix_is_longer_than_the_text(length, monkeypatch):
-    monkeypatch.setattr("lightning_peft.ops.joined_attention._LIMIT", 6 * 6)
+    monkeypatch.setattr("lightning_peft.ops.joined_attention.MASK_LIMIT", 6 * 6)
     model, x = lp.inject(MODELS["llama"](), lp.PrefixTuning(length=length)), tokens()
     with Kernels() as kernels, torch.no_grad():
         model(x)

@@ -129,8 +129,8 @@ def test_the_kept_mask_of_a_causal_call_gives_what_empty_queries_give(length, he
     q = torch.randn(2, 4, 5, 8, requires_grad=True)
     k, v = (torch.randn(2, heads_of_keys, length + 5, 8, requires_grad=True) for _ in range(2))
     results = []
-    for limit in (joined_attention._LIMIT, 0):
-        monkeypatch.setattr(joined_attention, "_LIMIT", limit)
+    for limit in (joined_attention.MASK_LIMIT, 0):
+        monkeypatch.setattr(joined_attention, "MASK_LIMIT", limit)
         assert (kept_causal_mask(q, length + 5, length) is None) is (limit == 0)
         y = attend_joined(F.scaled_dot_product_attention, length, q, k, v, is_causal=True, enable_gqa=True)
         results.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))

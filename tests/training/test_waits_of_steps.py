@@ -111,6 +111,7 @@ def of_package(waits):
     return Counter({key: count for key, count in waits.found.items() if key[1].startswith("lightning_peft/")})
 
 
+@pytest.mark.slow
 def test_steps_of_a_trainer_on_a_device_wait_for_nothing(monkeypatch):
     monkeypatch.setattr(_ResultCollection, "cpu", lambda self: self)  # at the end of a run, Lightning copies
     monkeypatch.setattr(_LoggerConnector, "teardown", lambda self: None)  # what was logged to the CPU
