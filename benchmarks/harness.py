@@ -153,8 +153,17 @@ def write(results: dict[str, Any], name: str) -> dict[str, Any]:
         print(f"{path.name} was measured in another environment; it starts anew.")
         old["results"] = {}
     results = merge(old["results"], results)
-    path.write_text(json.dumps({"where": where, "results": results}, indent=2, sort_keys=True) + "\n")
+    path.write_text(as_json({"where": where, "results": results}) + "\n")
     return results
+
+
+def as_json(value: Any, indent: str = "") -> str:
+    """Return a value as JSON with sorted keys; what holds no other mapping stands on one line."""
+    if not isinstance(value, dict) or not any(isinstance(each, dict) for each in value.values()):
+        return json.dumps(value, sort_keys=True)
+    inner = indent + "  "
+    lines = [f"{inner}{json.dumps(key)}: {as_json(value[key], inner)}" for key in sorted(value)]
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
 def merge(old: dict, new: dict) -> dict:

@@ -17,16 +17,12 @@ from ..core.method import Method
 from ..core.updated_product import may_cache
 from ..core.weight_update import WeightUpdate
 from ..ops.factor_type import one_type
-from ..ops.fused_linear import WeightUpdateSpec, rebuilding_is_cheaper
+from ..ops.fused_linear import TINY_WEIGHT, WeightUpdateSpec, rebuilding_is_cheaper
 from ..ops.parametrizations import KroneckerParametrization
 from ..structure.layer_of import layer_of
 from ..structure.rows import Rows
 from ..structure.selection import select
 from .families.kronecker import add_kronecker, check_kronecker, shape_of_a, start_factors, times_kronecker
-
-# Numbers of a weight up to which torch's own operators update it, 64 KB; above, a function that saves no weight for
-# backward is as fast (time of forward and backward on one thread of an x86 CPU, torch 2.13, float32).
-TINY = 2**14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +93,7 @@ class KronAUpdate(WeightUpdate):
             return None
         if not rebuilding_is_cheaper((), x, weight):
             return add_kronecker(F.linear(x, weight, host.bias), x, self.a, self.b, self.scale)
-        if weight.numel() > TINY or (weight.is_cpu and may_cache(self)):
+        if weight.numel() > TINY_WEIGHT or (weight.is_cpu and may_cache(self)):
             return None
         return F.linear(x, KroneckerParametrization(self.scale).updated(weight, self.a, self.b), host.bias)
 

@@ -53,8 +53,9 @@ def found_and_wanted(net, adapter, x, g):
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("shape", [(1,), (2, 3), (2, 3, 4), (FEWEST - 1,), (FEWEST,), (0,)], ids=str)
-@pytest.mark.parametrize("method", METHODS)
-def test_few_and_many_tokens_have_the_values_and_gradients_of_the_formula(method, shape, bias):
+@pytest.mark.parametrize(("method", "tiny"), [*[(method, 2**14) for method in METHODS], ("dora", 0)])
+def test_few_and_many_tokens_have_the_values_and_gradients_of_the_formula(method, tiny, shape, bias, monkeypatch):
+    monkeypatch.setattr(low_rank_products, "TINY_WEIGHT", tiny)
     net, adapter = layer(METHODS[method], bias=bias)
     x = torch.randn(*shape, IN, dtype=torch.float64, requires_grad=True)
     found, wanted = found_and_wanted(net, adapter, x, torch.randn(*shape, OUT, dtype=torch.float64))
@@ -80,8 +81,9 @@ def random(*shape):
     return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
-@pytest.mark.parametrize("chunk", [1, 2**17], ids=["rows apart", "rows together"])
-def test_the_derivatives_of_a_decomposed_layer_are_exact_with_rows_of_zeros(chunk, monkeypatch):
+@pytest.mark.parametrize(("tiny", "chunk"), [(0, 1), (0, 2**17), (2**14, 1)], ids=["apart", "together", "built"])
+def test_the_derivatives_of_a_decomposed_layer_are_exact_with_rows_of_zeros(tiny, chunk, monkeypatch):
+    monkeypatch.setattr(low_rank_products, "TINY_WEIGHT", tiny)
     monkeypatch.setattr(low_rank_products, "_CHUNK", chunk)
     torch.manual_seed(0)
     weight, (x, bias, a, b, m) = random(5, 4).detach(), [random(*s) for s in ((2, 3, 4), (5,), (2, 4), (5, 2), (5,))]
@@ -181,13 +183,15 @@ FORMS = {  # operators of forward, of forward and backward; numbers that are sav
     "lora, many": (METHODS["lora"], MANY, 3, 17, MANY * IN),
     "dropout, few": (DROPOUT, T, 11, 31, T * (2 * IN + RANK)),
     "dora, few": (METHODS["dora"], T, 14, 40, T * (IN + RANK + OUT) + 2 * OUT),
+    "dora, tiny": (METHODS["dora"], T, 8, 28, T * (IN + OUT) + OUT * IN + 2 * OUT),
     "dora with dropout, few": (DROPPED_DORA, T, 21, 53, T * (2 * IN + RANK + OUT) + 2 * OUT),
     "adalora, few": (METHODS["adalora"], T, 9, 32, T * (IN + RANK) + RANK * IN),
 }
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_each_form_has_a_number_of_operators_and_saves_a_number_of_numbers(name):
+def test_each_form_has_a_number_of_operators_and_saves_a_number_of_numbers(name, monkeypatch):
+    monkeypatch.setattr(low_rank_products, "TINY_WEIGHT", IN * OUT if "tiny" in name else 0)
     method, tokens, forward, both, saved = FORMS[name]
     net, _ = layer(method, torch.float32)
     x = torch.randn(tokens, IN, requires_grad=True)

@@ -1,4 +1,4 @@
-"""How often the training step of each task waits for its device, and why; see docs/speed.md."""
+"""How often the training step of each task waits for its device, and why; see docs/performance.md."""
 
 from collections import Counter
 from types import SimpleNamespace

@@ -13,7 +13,7 @@ from ...core.updated_product import may_cache
 from ...core.weight_update import WeightUpdate
 from ...ops.autograd_function import records_gradients
 from ...ops.factor_type import factor_type, one_type
-from ...ops.fused_linear import WeightUpdateSpec, rebuilding_is_cheaper
+from ...ops.fused_linear import TINY_WEIGHT, WeightUpdateSpec, rebuilding_is_cheaper
 from ...ops.hadamard_linear import hadamard_linear
 from ...ops.low_rank_products import low_rank_linear
 from ...ops.parametrizations import HadamardParametrization, LowRankParametrization
@@ -23,7 +23,6 @@ from ...structure.rows import Rows
 
 # Measured as the time of forward and backward of square layers 64 to 512 wide at rank 2 to 16 and 1 to 128 tokens (one
 # thread of an x86 CPU, torch 2.13, float32).
-TINY = 2**14  # numbers of a weight up to which building the updated weight has the fewest operators and is fastest
 PAIR_TOKENS = 64  # tokens up to which a pair of as many numbers as the weight is cheaper than building the weight
 
 
@@ -112,7 +111,7 @@ class HadamardUpdate(WeightUpdate):
             return None
         keeps_weight = weight.is_cpu and may_cache(self)
         takes_pair = self.skinny if keeps_weight else self._takes_pair(element_count(x) // weight.shape[1])
-        if takes_pair and weight.numel() > TINY:
+        if takes_pair and weight.numel() > TINY_WEIGHT:
             a, b = self.pair()
             few = not rebuilding_is_cheaper((), x, weight)
             return low_rank_linear(x, weight, host.bias, a, b, 1.0) if few else None

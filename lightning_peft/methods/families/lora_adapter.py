@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...core.adapter import parameter_like
-from ...ops.fused_linear import WeightUpdateSpec
+from ...ops.fused_linear import TINY_WEIGHT, WeightUpdateSpec
 from ...ops.low_rank_products import decomposed_linear
 from ...ops.parametrizations import DoRAParametrization, LowRankParametrization, magnitude_over_norm
 from ...ops.sharded_tensors import full_tensor
@@ -62,6 +63,8 @@ class LoRAAdapter(LowRankUpdate):
         if init in FROM_WEIGHT:
             self.a0, self.b0 = (nn.Buffer(torch.empty_like(factor)) for factor in (self.a, self.b))
         self.magnitude = parameter_like(weight, out) if decompose else None
+        if decompose and self.few_inputs and weight.numel() <= TINY_WEIGHT:
+            self.few_inputs = sys.maxsize  # however many tokens there are, the updated weight is built
         self.kept_inputs = 0 if decompose else self.kept_inputs  # its norms cost more than to notice changes
         self.reset_parameters(host)
 
