@@ -92,7 +92,7 @@ def magnitude_over_norm(v: Tensor, magnitude: Tensor) -> Tensor:
 def row_norms(v: Tensor) -> Tensor:
     """Return the norm of each row of a matrix, but at least the smallest number that one can be divided by."""
     norm: Tensor = torch.linalg.vector_norm(v, dim=1)
-    return norm.clamp_min_(torch.finfo(norm.dtype).tiny)
+    return norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
 @dataclass(frozen=True)

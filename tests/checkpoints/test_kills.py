@@ -12,7 +12,7 @@ from processes import START
 from writers import KINDS, VERSIONS, write_in_children
 
 KILLS = {"save_adapter": 100, "export_peft": 80, "merge_files": 60, "checkpoint": 60}
-SECONDS = {"save_adapter": 0.02, "export_peft": 0.03, "merge_files": 0.06, "checkpoint": 0.06}  # until a kill, at most
+SECONDS = {"save_adapter": 0.02, "export_peft": 0.03, "merge_files": 0.15, "checkpoint": 0.06}  # until a kill, at most
 READS = {"save_adapter": 600, "export_peft": 400}
 
 
