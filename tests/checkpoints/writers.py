@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -97,6 +98,7 @@ class MergedFiles(Adapters):
         if self.place.exists():
             self.place.rename(trash)  # what is half removed is no output
         lp.merge_files(base(meta=True), self.base, self.folder / f"v{version}", self.place)
+        time.sleep(0.02)  # in which a kill finds what was written
 
     def read(self):
         assert all(torch.equal(value, base().state_dict()[key]) for key, value in load_file(self.base).items())
