@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from cases import CASES, adapted, disturb
 from device_waits import DeviceWaits
-from models import MODELS, logits
+from models import BEFORE_5, MODELS, logits
 
 import lightning_peft as lp
 from lightning_peft.core.injection_record import adapters_of
@@ -64,6 +64,9 @@ def step(model, methods, inputs, device, **settings):
     return waits
 
 
+reads_itself = pytest.mark.skipif(BEFORE_5, reason="transformers before 5 reads ids and masks in each call")
+
+
 def without_masks(inputs):
     """Without a mask, transformers itself reads no value."""
     return {name: x for name, x in inputs.items() if name != "attention_mask"}
@@ -71,6 +74,8 @@ def without_masks(inputs):
 
 @_over_cases(ON_META)
 def test_a_step_on_a_device_reads_no_value_and_copies_nothing(case):
+    if BEFORE_5 and case.model in ("bert", "llama"):
+        pytest.skip("transformers before 5 reads ids and masks in each call")
     waits = step(adapted(case), case.methods, without_masks(MODELS[case.model].inputs()), "meta")
     assert (waits.found, waits.without_wait) == (Counter(), Counter())
 
@@ -84,6 +89,7 @@ def test_a_padded_step_reads_what_its_base_reads_and_no_more(case):
     assert waits.found == step(model(), (), inputs, "cpu", fused=True).found
 
 
+@reads_itself
 def test_positions_and_placeholders_are_checked_by_the_device():
     model = lp.inject(MODELS["llama"](), lp.PromptTuning(length=2))
     inputs = without_masks(MODELS["llama"].inputs("left"))
@@ -91,6 +97,7 @@ def test_positions_and_placeholders_are_checked_by_the_device():
     assert step(model, (), inputs, "meta").found == Counter()
 
 
+@reads_itself
 @pytest.mark.parametrize(("device", "copies"), [("meta", 0), ("cpu", 1)])
 def test_ids_of_tasks_are_checked_where_they_are_and_copied_once(device, copies):
     methods = [lp.PromptTuning(length=2, tasks=3), lp.MultitaskPromptTuning(name="other", length=2, tasks=3)]
@@ -108,6 +115,7 @@ def test_a_device_raises_for_ids_of_no_task():
         lp.row_tasks(model, torch.tensor([3, 0])).__enter__()
 
 
+@reads_itself
 def test_rows_with_adapters_of_their_own_are_assigned_once_for_a_context():
     """Two assignments, of rows to three adapters and, for the one with another scale, of scales to rows."""
     methods = [lp.LoRA(name=name, rank=rank, alpha=rank * 2.0) for name, rank in (("a", 2), ("b", 4), ("c", 2))]
