@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.autograd_function import is_traced, records_gradients
+from ..ops.autograd_function import records_gradients
 from ..ops.fused_linear import WeightUpdateSpec, rebuilding_is_cheaper, updated_linear, updated_weight
+from ..ops.torch_api import is_recorded
 from .weight_cache import WeightCache
 
 
@@ -41,7 +42,7 @@ def may_cache(adapter: Any) -> bool:
     """Return whether an updated weight can be kept for later calls; compiled or traced code would bake it in."""
     if adapter.training or torch.is_grad_enabled():
         return False
-    return not (torch.compiler.is_compiling() or is_traced())
+    return not is_recorded()
 
 
 def _parametrizations(weight: Tensor, adapters: Sequence[Any]) -> list[WeightUpdateSpec]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..core.active_on_host import called_adapters
 from ..core.adapted_module import AdaptedModule, list_base_modules
-from ..ops.autograd_function import is_traced
 from ..ops.sharded_tensors import shard_of
-from ..ops.torch_api import is_compiled_in_place
+from ..ops.torch_api import is_compiled_in_place, is_recorded
 from ..structure.transformers_api import is_pretrained, outermost_pretrained
 
 
@@ -27,7 +25,7 @@ def selectable_head(model: nn.Module) -> Any:
 
     Compiled code does not see hooks that come and go, and rows that have adapters of their own have to stay rows.
     """
-    if torch.compiler.is_compiling() or is_traced():
+    if is_recorded():
         return None
     pretrained = pretrained_of(model)
     head = None if pretrained is None else pretrained.get_output_embeddings()

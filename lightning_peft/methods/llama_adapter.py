@@ -165,11 +165,8 @@ class LLaMAAdapterPrompt(Adapter):
         heads, size = key.shape[0], query.shape[-1]
         if query.shape[1] == heads:
             return _attend_to_prompts(query, key, value, softcap)
-        groups = heads // (self.key_width // size)
-        if query.shape[1:3] == (
-            self.key_width // size,
-            groups,
-        ):  # one token; a group's query heads were given as tokens
+        kv_heads = self.key_width // size
+        if query.shape[1:3] == (kv_heads, heads // kv_heads):  # one token; a group's query heads were given as tokens
             grouped = query.reshape(query.shape[0], heads, -1, size)
             return _attend_to_prompts(grouped, key, value, softcap).reshape_as(query)
         raise ValueError(f"The attention call has {query.shape[1]} heads, the adapter {heads} gates; give heads=....")

@@ -99,7 +99,7 @@ def is_compiled_in_place(module: nn.Module) -> bool:
 
 def is_recorded() -> bool:
     """Return whether ``torch.compile`` or ``torch.jit.trace`` records what runs, to run it again later."""
-    return torch.compiler.is_dynamo_compiling() or torch._C._is_tracing()
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
 def without_torch_function() -> AbstractContextManager[None]:

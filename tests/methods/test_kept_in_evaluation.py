@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from counting import OperatorCount
 from models import BEFORE_5, MODELS, cache_argument, tokens
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_peft as lp
 from lightning_peft.ops.kept_result import KeptResult
@@ -183,29 +183,17 @@ def test_threads_that_share_an_adapter_get_the_same_bits(method):
         assert all(pool.map(request, range(60)))
 
 
-class Count(TorchDispatchMode):
-    """Counts dispatched operators, of one name or all."""
-
-    def __init__(self, name=""):
-        super().__init__()
-        self.name, self.calls = name, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls += self.name in func.__name__
-        return func(*args, **kwargs or {})
-
-
-def operators(model, x, name="", train=False, cache=None):
+def operators(model, x, train=False, cache=None):
     def run():
         call = {"input_ids": x, "attention_mask": torch.ones(len(x), x.shape[1] + (cache or 0), dtype=torch.long)}
         if cache is not None:
             ones = call["attention_mask"][:, :cache]
             call[cache_argument(model)] = model(input_ids=ones, attention_mask=ones, use_cache=True).past_key_values
-        with Count(name) as count:
+        with OperatorCount() as count:
             y = model(**call, use_cache=cache is not None).logits
             if train:
                 y.sum().backward()
-        return count.calls
+        return count.operators.total()
 
     with torch.set_grad_enabled(train):
         run()

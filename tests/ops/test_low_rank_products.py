@@ -7,8 +7,8 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from counting import OperatorCount
 from torch import func, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lightning_peft as lp
@@ -143,22 +143,12 @@ def test_dropout_inside_of_a_checkpoint_draws_the_same_mask_again():
     torch.testing.assert_close(*results)
 
 
-class Operators(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.__name__)
-        return function(*args, **(kwargs or {}))
-
-
 def count(net, x):
-    with Operators() as seen:
+    with OperatorCount() as seen:
         y = net(x)
-        forward = len(seen.names)
+        forward = seen.operators.total()
         torch.autograd.grad(y, [x, *[p for p in net.parameters() if p.requires_grad]], torch.ones_like(y))
-    return forward, len(seen.names)
+    return forward, seen.operators.total()
 
 
 def saved_numbers(net, x):

@@ -7,8 +7,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from counting import OperatorCount
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 import lightning_peft as lp
@@ -69,18 +69,6 @@ def test_a_step_calls_as_many_functions_of_the_callback_with_many_layers_as_with
     assert calls_of_a_step(method, 2) == calls_of_a_step(method, 24) == 27
 
 
-class Operators(TorchDispatchMode):
-    """Counts the operators that are dispatched."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = collections.Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.counts[str(function.overloadpacket)] += 1
-        return function(*args, **(kwargs or {}))
-
-
 def triplets(layers, device="cpu"):
     made = [SVDTriplets(nn.Linear(6, 4, device=device), 3, 1.0) for _ in range(layers)]
     for parameter in (p for one in made for p in one.parameters()):
@@ -95,10 +83,10 @@ def test_a_step_of_adalora_dispatches_a_view_of_each_tensor_and_a_number_that_is
         triplets(layers),
     )
     method.after_step(made, 2, 100)  # the buffers move into one memory
-    with Operators() as operators:
+    with OperatorCount() as count:
         method.after_step(made, 3, 100)
-    assert operators.counts.pop("aten.view") == 6 * layers + 4
-    assert sum(operators.counts.values()) == 35
+    assert count.operators.pop("view") == 6 * layers + 4
+    assert count.operators.total() == 35
 
 
 def test_a_step_of_adalora_reads_no_value():
