@@ -13,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test test-all test-newest test-oldest lint format clean
+.PHONY: help quickstart test test-all test-newest test-oldest test-wheel lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,18 @@ test-oldest: ## Run the quick tests on the lowest versions that pyproject.toml n
 	$(VENV)-oldest/bin/python -m pip install --constraint $(VENV)-oldest/lowest.txt torch
 	$(VENV)-oldest/bin/python -m pip install --constraint $(VENV)-oldest/lowest.txt --editable '.[test]'
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/pytest -n $(WORKERS) -W ignore::DeprecationWarning -W ignore::FutureWarning
+
+# `build` makes the wheel from the source distribution, so that both are tested. The quick start runs on the wheel alone.
+test-wheel: ## Build the distributions, test the wheel without extras, then the quick start with it
+	rm -rf dist build/quickstart
+	$(PYTHON) -m venv --clear $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --constraint constraints.txt build torch
+	$(VENV)-wheel/bin/python -m build --outdir dist
+	$(VENV)-wheel/bin/python -m pip install --constraint constraints.txt dist/*.whl
+	$(VENV)-wheel/bin/python .ci/check_wheel.py
+	$(VENV)-wheel/bin/python -m pip install --constraint constraints.txt "$$(echo dist/*.whl)[demo]"
+	mkdir -p build/quickstart && cp -r configs examples build/quickstart
+	cd build/quickstart && $(abspath $(VENV))-wheel/bin/lightning-peft fit --config configs/quickstart.yaml
 
 lint: $(VENV)/.installed-dev ## Check style, formatting and types
 	$(BIN)/ruff check

@@ -1,12 +1,8 @@
 """Print the lowest versions that pyproject.toml names, one pip constraint a line."""
 
 import re
+import tomllib
 from pathlib import Path
-
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    from pip._vendor import tomli as tomllib
 
 LOWEST = re.compile(r"([\w.-]+)(?:\[[^]]*\])?>=([\w.]+)")
 

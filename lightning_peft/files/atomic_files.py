@@ -23,6 +23,7 @@ from .temporary_paths import is_partial, remove_leftovers, temporary_file, tempo
 
 _HERE = -100  # AT_FDCWD
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
+_TO_SYNC = "r+b" if sys.platform == "win32" else "rb"  # Windows syncs nothing that is open for reading alone
 _UNABLE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EBUSY, errno.EPERM, errno.EACCES, errno.EROFS)
 
 
@@ -63,7 +64,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     with temporary_folder(target) as temporary:
         yield temporary
         for path in temporary.iterdir():
-            with path.open("rb") as file:
+            with path.open(_TO_SYNC) as file:
                 os.fsync(file.fileno())
         try:
             if sys.platform == "win32" and target.exists():  # where no rename replaces an empty folder
