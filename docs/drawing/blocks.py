@@ -6,6 +6,7 @@ from .picture import Kind, Picture
 
 
 def bottleneck() -> Picture:
+    """Return a block with an adapter behind each half, and what an adapter is made of."""
     picture = Picture("Bottleneck adapters (Houlsby)", "y + W_up φ(W_down y)")
     picture.text(20, 106, "x", 18, bold=True)
     picture.arrow((28, 100), (44, 100))
@@ -47,6 +48,7 @@ def _beside_feed_forward(title: str, formula: str) -> Picture:
 
 
 def parallel_adapter() -> Picture:
+    """Return a feed-forward block with a small network beside it."""
     picture = _beside_feed_forward("Parallel adapter", "FFN(x) + s W_up relu(W_down x)")
     picture.arrow((66, 135), (66, 186), (96, 186))
     picture.taper(96, 186, 112, 78, 38, "W_down", "r × d")
@@ -60,6 +62,7 @@ def parallel_adapter() -> Picture:
 
 
 def krona_block() -> Picture:
+    """Return a feed-forward block with a Kronecker product beside it."""
     picture = _beside_feed_forward("KronA beside blocks", "FFN(X) + s X (A ⊗ B)")
     picture.arrow((66, 135), (66, 170), (164, 170))
     picture.box(164, 144, 84, 52, "A", "a₁ × a₂", kind="trained")
@@ -75,6 +78,7 @@ def krona_block() -> Picture:
 
 
 def mam() -> Picture:
+    """Return prefixes in attention, and a small network beside feed-forward."""
     picture = Picture("MAM adapter", "prefixes, and parallel adapters")
     picture.text(22, 106, "x", 18, bold=True)
     picture.arrow((30, 100), (56, 100))
@@ -112,24 +116,28 @@ def _stack(title: str, formula: str, kinds: Sequence[Kind], *note: str) -> Pictu
 
 
 def output_layers() -> Picture:
+    """Return a model of which what follows the last block trains."""
     kinds: list[Kind] = ["frozen", "frozen", "frozen", "frozen", "trained"]
     note = "what follows the last block: norm, pooler, classifier"
     return _stack("Output layers", "", kinds, note)
 
 
 def last_layers() -> Picture:
+    """Return a model whose last blocks train."""
     kinds: list[Kind] = ["frozen", "frozen", "frozen", "trained", "trained"]
     note = "the last blocks, and what follows them"
     return _stack("Last layers", "", kinds, note)
 
 
 def full_fine_tuning() -> Picture:
+    """Return a model of which everything trains."""
     kinds: list[Kind] = ["trained"] * 5
     note = "every weight, with gradients and optimizer state for each"
     return _stack("Full fine-tuning", "", kinds, note)
 
 
 def feature_based() -> Picture:
+    """Return a model that runs once, and a classifier of its features."""
     picture = Picture("Feature-based", "features once, then any classifier")
     picture.text(26, 141, "x", 18, bold=True)
     picture.arrow((38, 135), (64, 135))

@@ -4,6 +4,7 @@ from .picture import Kind, Picture
 
 
 def prefix_tuning() -> Picture:
+    """Return attention whose keys and values have trained ones in front, which a perceptron computes."""
     picture = Picture("Prefix tuning", "K′ = [P_k; K],  V′ = [P_v; V]")
     picture.box(16, 64, 76, 60, "E", "l × d", kind="training")
     picture.arrow((92, 94), (112, 94), kind="trained")
@@ -27,6 +28,7 @@ def _prefixed(picture: Picture, top: float) -> None:
 
 
 def p_tuning_v2() -> Picture:
+    """Return blocks with prefixes of their own, and a head."""
     picture = Picture("P-tuning v2", "K′ = [P_k; K],  V′ = [P_v; V]")
     for number, left in enumerate((70, 210, 350)):
         name = ("block 1", "…", "block N")[number]
@@ -44,6 +46,7 @@ def p_tuning_v2() -> Picture:
 
 
 def llama_adapter() -> Picture:
+    """Return attention to tokens and, through a gate, to prompts."""
     picture = Picture("LLaMA-Adapter", "o = W_o (S V + tanh(g) S_p V_p)")
     picture.text(26, 141, "x", 18, bold=True)
     picture.arrow((36, 135), (50, 135), (50, 92), (150, 92))
@@ -79,6 +82,7 @@ def _tokens(picture: Picture, left: float, top: float, trained: int, words: tupl
 
 
 def prompt_tuning() -> Picture:
+    """Return trained vectors in front of the embeddings of words."""
     picture = Picture("Prompt tuning", "the model reads [P; x]")
     end = _tokens(picture, 16, 110, 4, ("the", "bus", "is", "late"))
     picture.text(102, 96, "virtual tokens", 14)
@@ -90,6 +94,7 @@ def prompt_tuning() -> Picture:
 
 
 def multitask_prompt_tuning() -> Picture:
+    """Return one prompt, scaled for each task by a rank-one matrix."""
     picture = Picture("Multitask prompt tuning", "P_k = P* ∘ (u_k v_kᵀ)")
     picture.box(16, 92, 110, 92, "P*", "l × d", "all tasks", kind="trained")
     picture.sign(152, 138, "∘")
@@ -107,6 +112,7 @@ def multitask_prompt_tuning() -> Picture:
 
 
 def p_tuning() -> Picture:
+    """Return pseudo tokens between words, which a small network computes."""
     picture = Picture("P-tuning", "h = MLP(BiLSTM(E))")
     picture.box(16, 60, 80, 56, "E", "n × d", kind="training")
     picture.arrow((96, 88), (120, 88), kind="trained")
@@ -127,6 +133,7 @@ def p_tuning() -> Picture:
 
 
 def trainable_tokens() -> Picture:
+    """Return a table of embeddings of which two rows train."""
     picture = Picture("Trainable tokens", "rows of the input embeddings")
     rows = ("the", "<call>", "bus", "<result>", "late")
     for number, word in enumerate(rows):

@@ -4,12 +4,14 @@ from .picture import Kind, Picture
 
 
 def lora() -> Picture:
+    """Return a frozen weight, and A and B beside it."""
     picture = Picture("LoRA", "y = W x + (α/r) B A x")
     _frozen_and_low_rank(picture, "W  (out × in)")
     return picture
 
 
 def qlora() -> Picture:
+    """Return a weight in 4 bits, and A and B beside it."""
     picture = Picture("QLoRA", "y = dequant(W₄) x + (α/r) B A x")
     _frozen_and_low_rank(picture, "W in 4 bits (NF4)", "rebuilt in each call")
     return picture
@@ -35,6 +37,7 @@ def _frozen_and_low_rank(picture: Picture, *weight: str) -> None:
 
 
 def dora() -> Picture:
+    """Return a weight and its update, each row made one long, times a trained length."""
     picture = Picture("DoRA", "W′ = m ∘ V / ‖V‖,  V = W + (α/r) B A")
     picture.box(16, 70, 96, 110, "W", "(out × in)")
     picture.text(128, 131, "+", 20)
@@ -54,6 +57,7 @@ def dora() -> Picture:
 
 
 def adalora() -> Picture:
+    """Return a frozen weight and triplets, some of which are switched off."""
     picture = Picture("AdaLoRA", "y = W x + (α/r) P Λ Q x")
     picture.box(16, 70, 100, 120, "W", "(out × in)")
     picture.text(134, 136, "+", 20)
@@ -70,6 +74,7 @@ def adalora() -> Picture:
 
 
 def fedpara() -> Picture:
+    """Return a frozen weight and the elementwise product of two products."""
     picture = Picture("FedPara (LoHa)", "W′ = W + (X₁ Y₁ᵀ) ∘ (X₂ Y₂ᵀ)")
     picture.box(16, 70, 108, 110, "W", "(out × in)")
     picture.text(142, 131, "+", 20)
@@ -85,6 +90,7 @@ def fedpara() -> Picture:
 
 
 def krona() -> Picture:
+    """Return a frozen weight and the blocks of a Kronecker product."""
     picture = Picture("KronA (LoKr)", "Y = X W + s X (A ⊗ B)")
     picture.box(16, 66, 120, 120, "W", "(in × out)")
     picture.text(162, 132, "+ s ·", 16)
@@ -103,6 +109,7 @@ def krona() -> Picture:
 
 
 def ia3() -> Picture:
+    """Return keys, values and activations, each times a vector."""
     picture = Picture("(IA)³", "l starts at 1")
     picture.text(132, 66, "attention", 15, bold=True)
     for top, name, scale in ((84, "K = W_k x", "l_k"), (140, "V = W_v x", "l_v")):
@@ -127,6 +134,7 @@ def ia3() -> Picture:
 
 
 def t_few() -> Picture:
+    """Return a model with (IA)3 that reads prompts and ranks answers by three losses."""
     picture = Picture("T-Few", "L = L_LM + L_UL + L_LN")
     picture.box(16, 70, 150, 62, "prompt from a", "drawn template", kind="plain")
     picture.box(16, 150, 150, 62, "right answer,", "wrong answers", kind="plain")
@@ -143,6 +151,7 @@ def t_few() -> Picture:
 
 
 def bitfit() -> Picture:
+    """Return a linear layer and a norm whose biases alone train."""
     picture = Picture("BitFit", "y = W x + b")
     for left, name in ((60, "linear layer"), (316, "norm")):
         weight, line = ("W  (out × in)", "W x + b") if left == 60 else ("g  (features)", "g ∘ x̂ + b")

@@ -1,7 +1,6 @@
 """Pictures of methods are what the script draws, and say in one language what is frozen and what trains."""
 
 import re
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
