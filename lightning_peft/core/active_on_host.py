@@ -1,4 +1,4 @@
-"""What of a host holds in this thread and task: ``called_adapters``, ``active_keys``, ``current_tensor``."""
+"""What of a host holds in this thread and task: ``called_adapters``, ``active_keys``, ``current_tensor`` and others."""
 
 from __future__ import annotations
 
@@ -34,6 +34,12 @@ def active_keys(host: Any) -> tuple[str, ...]:
     """Return the keys of the adapters of a host that are active in this thread and task, inner before outer."""
     chosen = None if host.peft_local is None else host.peft_local.get()
     return host.peft_order if chosen is None else chosen.keys_on(host)  # type: ignore[no-any-return]
+
+
+def is_called(host: Any) -> bool:
+    """Return whether a call of a host runs any adapter in this thread and task: active ones, or one for each row."""
+    chosen = None if host.peft_local is None else host.peft_local.get()
+    return bool(active_keys(host)) or (chosen is not None and host.peft_number in chosen.rows)
 
 
 def persistent_keys(host: Any) -> Keys:

@@ -1,4 +1,4 @@
-"""Keeps torch's encoders from bypassing adapted children in evaluation, where adapters are active in this thread."""
+"""Keeps torch's encoders from bypassing adapted children in evaluation, where calls run adapters in this thread."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from torch import nn
 
 from ..structure.base_model import is_adapted
-from .active_on_host import active_keys
+from .active_on_host import is_called
 
 
 class AdapterDict(nn.ModuleDict):
     """The adapters of a host.
 
     In evaluation, torch's encoder layers read the weights of their children and do not call them, unless a module
-    below has a hook. While adapters are active in this thread, this shows one, which is never called, as this is not.
+    below has a hook. While calls run adapters in this thread, this shows one, which is never called, as this is not.
     """
 
     def __init__(self, host: nn.Module) -> None:
@@ -26,7 +26,7 @@ class AdapterDict(nn.ModuleDict):
     @property
     def _forward_pre_hooks(self) -> Any:
         own = self.__dict__["own_hooks"]
-        return own if own or not active_keys(self.__dict__["host"]) else OrderedDict({0: _noop_hook})
+        return own if own or not is_called(self.__dict__["host"]) else OrderedDict({0: _noop_hook})
 
     @_forward_pre_hooks.setter
     def _forward_pre_hooks(self, hooks: Any) -> None:
@@ -41,7 +41,7 @@ def _noop_hook(module: nn.Module, args: Any) -> None:
 
 
 class PacksRows:
-    """Stands for ``nn.TransformerEncoder.use_nested_tensor``: false while adapters are active in this thread.
+    """Stands for ``nn.TransformerEncoder.use_nested_tensor``: false while calls run adapters in this thread.
 
     The encoder packs padded rows into nested tensors, for which torch's attention runs a fused kernel that has no
     gradient.
@@ -54,7 +54,7 @@ class PacksRows:
         self.hosts = hosts
 
     def __bool__(self) -> bool:
-        return not any(is_adapted(host) and active_keys(host) for host in self.hosts)
+        return not any(is_adapted(host) and is_called(host) for host in self.hosts)
 
 
 def disable_fast_path(modules: Iterable[nn.Module]) -> None:

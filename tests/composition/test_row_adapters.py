@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from adapter_edits import stir
 from counting import OperatorCount
 from models import MODELS, logits, tokens
@@ -87,6 +88,32 @@ def test_embeddings_and_convolutions_have_rows_too():
     with lp.row_adapters(net, names):
         found = net(**inputs)
     torch.testing.assert_close(found, alone(net, inputs, names))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_torchs_encoders_do_not_bypass_the_adapters_of_rows(padded):
+    block = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    net = nn.TransformerEncoder(block, 2, enable_nested_tensor=True).eval()
+    for name in "ab":
+        lp.add_adapter(net, lp.LoRA(rank=2, targets=["linear1", "linear2"]), name)
+    stir(net, 5)
+    x, padding = torch.randn(4, 5, 8), torch.zeros(4, 5, dtype=torch.bool)
+    padding[1:, 3:] = padded
+    names = ["a", "b", None, "b"]
+    with torch.no_grad():
+        expected = []
+        for number, name in enumerate(names):
+            row = {"src": x[number : number + 1], "src_key_padding_mask": padding[number : number + 1]}
+            if name is None:
+                with lp.disabled(net):
+                    expected.append(net(**row))
+            else:
+                expected.append(lp.activate(net, name)(**row))
+        with lp.row_adapters(net, names):
+            found = net(x, src_key_padding_mask=padding)
+    kept = ~padding[..., None]
+    torch.testing.assert_close(found * kept, torch.cat([F.pad(y, (0, 0, 0, 5 - y.shape[1])) for y in expected]) * kept)
+    assert (found[1] - found[2]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("kind", ["lora", "scales", "bottlenecks", "unlike bottlenecks", "beside blocks"])
