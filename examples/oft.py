@@ -1,6 +1,7 @@
-"""Orthogonal finetuning as a method of your own, https://arxiv.org/abs/2306.07280: W' = W R with R block by block.
+"""python examples/oft.py: orthogonal finetuning as a method of your own, https://arxiv.org/abs/2306.07280.
 
-Each block of R is (I - S) (I + S)^-1 of a skew-symmetric S = Q - Q^T, so R is orthogonal and starts as the identity.
+W' = W R with R block by block: no sum of the weight and something else, so that the method says what the updated weight
+is. Each block of R is (I - S) (I + S)^-1 of a skew-symmetric S = Q - Q^T: R is orthogonal and starts as the identity.
 In YAML: ``method: {class_path: examples.oft.OFT, init_args: {block_size: 8}}``.
 """
 
@@ -46,5 +47,19 @@ class Rotation(lp.WeightUpdate):
 
 
 if __name__ == "__main__":
-    model = lp.inject(nn.Sequential(nn.Linear(16, 8)), OFT(targets=["0"]))
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 8)
+    before = layer.weight.detach().clone()
+    model = lp.inject(nn.Sequential(layer), OFT(targets=["0"]))
     print(lp.summary(model))
+    x, y = torch.randn(256, 16), torch.randn(256, 8)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(50):
+        loss = nn.functional.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = lp.merge(model)[0].weight.detach()
+    change = (after - before).abs().max().item()
+    stretch = (after.norm(dim=1) - before.norm(dim=1)).abs().max().item()
+    print(f"weights moved by up to {change:.2f}, lengths of their rows by {stretch:.0e}")

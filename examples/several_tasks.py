@@ -2,7 +2,7 @@
 
 import lightning as L
 import torch
-from callback import Classifier
+from existing_module import Classifier
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_peft as lp
@@ -24,15 +24,14 @@ if __name__ == "__main__":
     for task in ("most", "highest"):
         lp.add_adapter(module, lp.LoRA(rank=4, targets=["linear1", "linear2"]), task, also_train=["embed", "head"])
         lp.activate(module, task)
-        trainer = L.Trainer(
-            max_epochs=10, callbacks=[lp.PEFTStrategy()], accelerator="cpu", logger=False, enable_model_summary=False
-        )
+        trainer = L.Trainer(max_epochs=6, callbacks=[lp.PEFTStrategy()], accelerator="cpu", logger=False,
+                            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
         trainer.fit(module, DataLoader(TensorDataset(tokens, labels(task, tokens)), 64, shuffle=True))
-        lp.save_adapter(module, f"runs/several-tasks/{task}", name=task)
+        lp.save_adapter(module, f"runs/several_tasks/{task}", name=task)
 
     served = Classifier().eval()  # somewhere else, with the base alone
     for task in ("most", "highest"):
-        lp.add_adapter(served, f"runs/several-tasks/{task}")
+        lp.add_adapter(served, f"runs/several_tasks/{task}")
     rows = tokens[:16]
     tasks = ["most", "highest"] * 8
     with torch.no_grad(), lp.row_adapters(served, tasks):

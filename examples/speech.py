@@ -1,8 +1,8 @@
 """python examples/speech.py: Whisper inside a LightningModule of your own learns another instrument.
 
-Sounds are melodies of four tones, the text is the tones' numbers. A small Whisper has learned to write down what a flute
-plays, which is sines. A saw, with all its overtones, sounds different: a LoRA on all linear layers learns it, and without
-the adapter the base is what it was.
+Sounds are melodies of four tones, the text is the tones' numbers. A small Whisper has learned to write down what a
+flute plays, which is sines. A saw, with all its overtones, sounds different: a LoRA on all linear layers learns it, and
+without the adapter the base is what it was.
 """
 
 import lightning as L
@@ -70,12 +70,12 @@ if __name__ == "__main__":
     flute, saw = melodies("flute", 128, seed=1), melodies("saw", 128, seed=2)  # to test on
     torch.manual_seed(0)
     module = Transcriber(learning_rate=1e-3)
-    fit(module, melodies("flute", 768, seed=3), epochs=5, callbacks=[])  # stands for pretraining
+    fit(module, melodies("flute", 768, seed=3), epochs=4, callbacks=[])  # stands for pretraining
     before = {"flute": module.accuracy(flute), "saw": module.accuracy(saw)}
 
     module.learning_rate = 5e-3
     strategy = lp.PEFTStrategy(lp.LoRA(rank=8, alpha=16, targets=["all-linear"]))
-    fit(module, melodies("saw", 256, seed=4), epochs=8, callbacks=[strategy])
+    fit(module, melodies("saw", 256, seed=4), epochs=4, callbacks=[strategy])
     after = {"saw": module.accuracy(saw)}
     with lp.disabled(module):
         after["flute"] = module.accuracy(flute)
