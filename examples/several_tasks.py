@@ -25,7 +25,8 @@ if __name__ == "__main__":
         lp.add_adapter(module, lp.LoRA(rank=4, targets=["linear1", "linear2"]), task, also_train=["embed", "head"])
         lp.activate(module, task)
         trainer = L.Trainer(max_epochs=6, callbacks=[lp.PEFTStrategy()], accelerator="cpu", logger=False,
-                            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+                            enable_checkpointing=False, enable_progress_bar=False,
+                            enable_model_summary=False)  # fmt: skip
         trainer.fit(module, DataLoader(TensorDataset(tokens, labels(task, tokens)), 64, shuffle=True))
         lp.save_adapter(module, f"runs/several_tasks/{task}", name=task)
 
