@@ -19,7 +19,7 @@ TO_MEND = {
     "README.md",
     *(f"docs/{name}.md" for name in ("chat", "choices", "images", "performance", "predicting", "seq2seq")),
     *(f"docs/{name}.md" for name in ("text_classification", "token_classification")),
-    *(f"configs/recipes/{name}.md" for name in ("features", "federated", "mpt", "multitask_prompts", "plots", "t_few")),
+    *(f"configs/recipes/{name}.md" for name in ("features", "federated", "mpt", "multitask_prompts", "t_few")),
     *(f"configs/trainer/{name}.md" for name in ("README", "plan")),
 }
 PAGES = sorted(
