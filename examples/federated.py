@@ -51,12 +51,13 @@ def average(states: list[State]) -> State:
     return {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
 
 
+def copied(state: State) -> State:
+    return {name: value.clone() for name, value in state.items()}
+
+
 def parts(module: nn.Module) -> tuple[State, State]:
     """Return what a client sends, and what stays with it: of FedPara nothing, of pFedPara half."""
-    shared, kept = lp.global_state(module), lp.local_state(module)
-    return {name: value.clone() for name, value in shared.items()}, {
-        name: value.clone() for name, value in kept.items()
-    }
+    return copied(lp.global_state(module)), copied(lp.local_state(module))
 
 
 def federate(personalized: bool) -> tuple[float, int]:

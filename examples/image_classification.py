@@ -5,7 +5,6 @@ lightning-peft fit --config configs/image_classification.yaml --data.train FOLDE
 """
 
 import random
-import tempfile
 from pathlib import Path
 
 import lightning as L
@@ -36,7 +35,7 @@ def draw(shape: str) -> Image.Image:
 def write(folder: Path, count: int) -> str:
     """Write `count` images of each class, each class into a folder of its name."""
     for shape in SHAPES:
-        (folder / shape).mkdir(parents=True)
+        (folder / shape).mkdir(parents=True, exist_ok=True)
         for number in range(count):
             draw(shape).save(folder / shape / f"{number}.png")
     return str(folder)
@@ -44,7 +43,7 @@ def write(folder: Path, count: int) -> str:
 
 if __name__ == "__main__":
     L.seed_everything(1)
-    images = Path(tempfile.mkdtemp())
+    images = Path("runs/image_classification/images")
     data = ImageDataModule(
         image_size=32,
         train=write(images / "train", 160),
@@ -56,8 +55,8 @@ if __name__ == "__main__":
     model = ImageClassification(config=settings, num_classes=len(SHAPES), learning_rate=1e-2)  # or model=FOLDER_OR_NAME
 
     strategy = lp.PEFTStrategy(lp.LoRA(rank=8, targets=["all-linear"]), also_train=["classifier"])
-    trainer = L.Trainer(max_epochs=8, accelerator="cpu", callbacks=[strategy], logger=False, enable_model_summary=False,
-                        enable_checkpointing=False, enable_progress_bar=False)  # fmt: skip
+    trainer = L.Trainer(max_epochs=12, accelerator="cpu", callbacks=[strategy], logger=False,
+                        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
     trainer.fit(model, data)
     accuracy = trainer.test(model, data, verbose=False)[0]["test_accuracy"]
     print(f"accuracy on {40 * len(SHAPES)} other images: {accuracy:.1%}")

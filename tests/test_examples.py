@@ -17,7 +17,7 @@ from lightning_peft.cli.main import main
 FOLDER = ROOT / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
 PAGE = (FOLDER / "README.md").read_text()
-# Of what several examples call, not of the examples.
+# No validation rows, which the chat example asks for, is what Lightning warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
 
 
@@ -95,7 +95,7 @@ def test_a_chat_model_answers_by_its_adapter_and_without_it_as_before(run):
 @pytest.mark.slow
 def test_a_folder_of_images_trains_a_classifier(run):
     found, lines = run("image_classification")
-    assert found["accuracy"] > 0.75
+    assert found["accuracy"] > 0.85
     assert [line.split()[3].strip(",") for line in lines[-3:]] == ["disk", "square", "triangle"]
 
 
@@ -157,5 +157,5 @@ def test_a_method_of_ones_own_is_a_class_path_in_yaml(monkeypatch, capsys):
     first = (FOLDER / "own_method.yaml").read_text().splitlines()[0]
     arguments = first.removeprefix("# lightning-peft ").split()
     main([*arguments, "--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true"])
-    row = next(line for line in capsys.readouterr().out.splitlines() if "VeRAAdapter" in line or "VeRA" in line)
-    assert "12" in row.split()
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "VeRA (vera)" in line]
+    assert "12" in row.split()  # queries and values of six layers
