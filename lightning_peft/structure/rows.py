@@ -16,7 +16,7 @@ class Rows(NamedTuple):
     In GPT-NeoX, whose layer has the query, key and value of one head below those of another, the keys of 4 heads of
     size 8 are ``Rows("key", 8, 16, period=24, repeats=4)``: rows 8 to 16, 32 to 40, 56 to 64 and 80 to 88 of 96.
 
-    Args:
+    Attributes:
         part: ``query``, ``key`` or ``value``; empty for a whole layer.
         start: The first row.
         stop: The row after the last one.

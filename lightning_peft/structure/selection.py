@@ -23,7 +23,7 @@ from .useless_layers import without_useless
 class Target(NamedTuple):
     """Host for one adapter.
 
-    Args:
+    Attributes:
         name: Dotted name of the host.
         host: The module.
         rows: Rows of the host's weight that the targets mean; None for its whole output.
