@@ -1,4 +1,4 @@
-"""Extension of griffe: sections of docstrings named ``Example`` are read as ``Examples``, the only name that it knows."""
+"""Extension of griffe: sections of docstrings named ``Example`` are read as ``Examples``, the name that it knows."""
 
 import re
 from typing import Any

@@ -14,16 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Pages whose blocks have yet to get a language, or the names that they use.
-TO_MEND = {
-    "README.md",
-    *(f"docs/{name}.md" for name in ("chat", "choices", "images", "performance", "predicting", "seq2seq")),
-    *(f"docs/{name}.md" for name in ("text_classification", "token_classification")),
-    *(f"configs/recipes/{name}.md" for name in ("features", "federated", "mpt", "multitask_prompts", "t_few")),
-    *(f"configs/trainer/{name}.md" for name in ("README", "plan")),
-}
 PAGES = sorted(
-    {str(path.relative_to(ROOT)) for path in [*ROOT.glob("docs/**/*.md"), *ROOT.glob("configs/**/*.md")]} - TO_MEND
+    str(path.relative_to(ROOT))
+    for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("configs/**/*.md")]
 )
 RUN = ("setup", "python", "yaml", "bash", "json")
 SHOWN = ("text", "console", "csv", "diff", "html", "toml")

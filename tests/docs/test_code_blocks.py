@@ -23,6 +23,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "page", [page if page in QUICK else pytest.param(page, marks=pytest.mark.slow) for page in PAGES]
 )
+@pytest.mark.filterwarnings("default")  # what other libraries warn of is no fault of a page
 @pytest.mark.usefixtures("folder")
 def test_each_block_of_a_page_runs(page):
     to_run = [block for block in blocks_of(page) if block.language in RUN and block.not_run is None]
@@ -71,7 +72,7 @@ def test_blocks_are_counted(capsys):
         == fences
     )
     assert [block for block in left_out if len(block.not_run.split()) < 3] == []
-    assert ran["python"] >= 4
+    assert min(ran["python"], ran["bash"], commands) > 10
 
 
 def test_parts_of_a_page_are_read():
