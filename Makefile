@@ -13,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test test-all test-newest test-oldest test-wheel lint format clean
+.PHONY: help quickstart test test-all test-newest test-oldest test-wheel lint docs format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -66,8 +66,12 @@ format: $(VENV)/.installed-dev ## Rewrite files to the project's style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# Without a network: the theme brings all it needs, and links to other hosts are not followed.
+docs: $(VENV)/.installed-docs ## Build the site of the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean: ## Remove caches and build products
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -path './$(VENV)*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # torch comes first and alone: a later requirement on it then keeps the build that is installed.

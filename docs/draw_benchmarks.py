@@ -19,9 +19,10 @@ PAGE = Path(__file__).with_name("benchmarks.md")
 CHARTS = Path(__file__).with_name("pictures") / "benchmarks"
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.S)
 TABLES = COSTS | SCORES
-WIDTH, LABEL, BAR, GAP = 720, 250, 13, 9
+WIDTH, BAR, TEXT, GAP = 360, 12, 17, 9
 COLORS = ("#5e35b1", "#e08e0b")
-STYLE = "text { font: 13px system-ui, sans-serif; fill: #222 } .value { fill: #555; font-size: 12px }"
+STYLE = """text { font: 13px system-ui, sans-serif; fill: #222; paint-order: stroke; stroke: #fff; stroke-width: 3px }
+.value { fill: #555; font-size: 12px }"""
 
 
 def cell(value: object, form: str) -> str:
@@ -43,45 +44,49 @@ def filled(page: str) -> str:
 
 
 def chart(table: Table) -> str:
-    """Return horizontal bars of some columns as SVG, light in any theme."""
+    """Return horizontal bars of some columns as SVG, no wider than a phone; light in any theme."""
     rows = [(row[0].strip("`"), [row[column] for column in table.bars]) for row in table.rows]
     rows = [(label, values) for label, values in rows if any(value is not None for value in values)]
     largest = max(value for _, values in rows for value in values if value is not None)
-    scale = (WIDTH - LABEL - 70) / max(largest, table.line or 0)
-    parts, top = _legend(table), 34
-    for label, values in rows:
-        height = BAR * len(values)
-        parts.append(f'<text x="{LABEL - 10}" y="{top + height / 2 + 5}" text-anchor="end">{escape(label)}</text>')
-        for number, value in enumerate(values):
-            parts += _bar(value, top + BAR * number, scale, number, table.form)
-        top += height + GAP
-    if table.line is not None:
-        x = LABEL + table.line * scale
-        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="28" y2="{top}" stroke="#222" stroke-dasharray="4 3"/>')
-        parts.append(f'<text class="value" x="{x:.1f}" y="{top + 13}" text-anchor="middle">{table.line:g}</text>')
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top + 20}" role="img">'
-    frame = f'<rect width="{WIDTH}" height="{top + 20}" rx="6" fill="#fff"/>'
-    return "\n".join([head, f"<style>{STYLE}</style>", frame, *parts, "</svg>", ""])
+    scale = (WIDTH - 50) / max(largest, table.line or 0)
+    start = 16 + 18 * len(table.bars)
+    step = TEXT + BAR * len(table.bars) + GAP
+    end = start + step * len(rows)
+    parts = [*_legend(table), *_line(table.line, scale, start, end)]
+    for number, (label, values) in enumerate(rows):
+        parts += _row(label, values, start + step * number, scale, table.form)
+    size = f'width="{WIDTH}" height="{end + 18}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {WIDTH} {end + 18}">'
+    return "\n".join([head, f"<style>{STYLE}</style>", f'<rect {size} rx="6" fill="#fff"/>', *parts, "</svg>", ""])
 
 
 def _legend(table: Table) -> list[str]:
-    parts, x = [], LABEL
+    parts = []
     for number, column in enumerate(table.bars):
-        name = table.head[column]
-        parts.append(f'<rect x="{x}" y="9" width="12" height="12" fill="{COLORS[number]}"/>')
-        parts.append(f'<text x="{x + 18}" y="20">{escape(name)}</text>')
-        x += 40 + 7 * len(name)
+        y = 8 + 18 * number
+        parts.append(f'<rect x="8" y="{y}" width="12" height="12" fill="{COLORS[number]}"/>')
+        parts.append(f'<text x="26" y="{y + 11}">{escape(table.head[column])}</text>')
     return parts
 
 
-def _bar(value: float | None, y: float, scale: float, number: int, form: str) -> list[str]:
+def _line(value: float | None, scale: float, start: int, end: int) -> list[str]:
     if value is None:
         return []
-    width = value * scale
+    x = 8 + value * scale
     return [
-        f'<rect x="{LABEL}" y="{y}" width="{width:.1f}" height="{BAR - 1}" fill="{COLORS[number]}"/>',
-        f'<text class="value" x="{LABEL + width + 5:.1f}" y="{y + 10}">{cell(value, form)}</text>',
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{start}" y2="{end}" stroke="#222" stroke-dasharray="4 3"/>',
+        f'<text class="value" x="{x:.1f}" y="{end + 12}" text-anchor="middle">{value:g}</text>',
     ]
+
+
+def _row(label: str, values: list[float | None], top: int, scale: float, form: str) -> list[str]:
+    parts = [f'<text x="8" y="{top + 13}">{escape(label)}</text>']
+    for number, value in enumerate(values):
+        if value is not None:
+            y, width = top + TEXT + BAR * number, value * scale
+            parts.append(f'<rect x="8" y="{y}" width="{width:.1f}" height="{BAR - 1}" fill="{COLORS[number]}"/>')
+            parts.append(f'<text class="value" x="{width + 12:.1f}" y="{y + 10}">{cell(value, form)}</text>')
+    return parts
 
 
 def charts() -> dict[str, str]:

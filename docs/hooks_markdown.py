@@ -17,10 +17,10 @@ MARKER = re.compile(r"( *)([*+-]|\d+\.)( +)(?=\S)")
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Return the Markdown of a page as Python-Markdown reads it."""
-    return nest_lists(_without_comments(markdown))
+    return nest_lists(without_comments(markdown))
 
 
-def _without_comments(markdown: str) -> str:
+def without_comments(markdown: str) -> str:
     """Leave out comments outside of code."""
     parts = re.split(r"(^ *(?:`{3,}).*?^ *`{3,} *$)", markdown, flags=re.M | re.S)
     return "".join(part if number % 2 else COMMENT.sub("", part) for number, part in enumerate(parts))
@@ -55,32 +55,19 @@ class _Lines:
     def _read_text(self, line: str, indent: int) -> None:
         after_blank = not self.lines or not self.lines[-1]
         marker, fence = MARKER.match(line), FENCE.match(line)
+        begins = marker and not after_blank and not self.levels
         while self.levels and indent < self._column() and (after_blank or marker or fence):
             self.levels.pop()
         if fence:
             self.fence = fence[2]
         if marker and indent < self._column() + 4:
-            self._add_item(line, marker, after_blank)
+            self.lines += [""] if begins else []
+            self._add(f"{marker[2]} {line[marker.end() :]}")
+            self.levels.append(marker.end())
         elif line.lstrip().startswith("|"):
             self._add(re.sub(r"`[^`]*`", lambda code: code[0].replace("\\|", "|"), line[min(indent, self._column()) :]))
         else:
             self._add(line[min(indent, self._column()) :])
-
-    def _add_item(self, line: str, marker: re.Match[str], after_blank: bool) -> None:
-        if not after_blank and not self.levels and not MARKER.match(self.lines[-1]) and not self._in_item:
-            self.lines.append("")
-        self._add(f"{marker[2]} {line[marker.end() :]}")
-        self.levels.append(marker.end())
-
-    @property
-    def _in_item(self) -> bool:
-        """Whether the line before belongs to an item of this list."""
-        for line in reversed(self.lines):
-            if not line:
-                return False
-            if MARKER.match(line):
-                return True
-        return False
 
     def _column(self) -> int:
         return self.levels[-1] if self.levels else 0

@@ -42,12 +42,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     source = repository_path(page.file.src_uri)
     end, parts = 0, []
     for fence in FENCE.finditer(markdown):
-        parts += [_rewrite(markdown[end : fence.start()], source, page.file.src_uri), fence[0]]
+        parts += [rewrite(markdown[end : fence.start()], source, page.file.src_uri), fence[0]]
         end = fence.end()
-    return "".join([*parts, _rewrite(markdown[end:], source, page.file.src_uri)])
+    return "".join([*parts, rewrite(markdown[end:], source, page.file.src_uri)])
 
 
-def _rewrite(text: str, source: str, uri: str) -> str:
+def rewrite(text: str, source: str, uri: str) -> str:
+    """Return text of a page, given by its paths in the repository and on the site, with links of the site."""
+
     def link(match: re.Match[str]) -> str:
         target = resolve(source, match["target"])
         if target is None:
