@@ -17,6 +17,11 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".cff": "yaml", "": "bash"}
 FOUND_BY_SEARCH = ("configs/", "examples/")  # of code; that of the package would bury the pages
+# Who looks for a name looks for the page on it, less for its arguments, and least for a file that has it.
+BOOSTS = {
+    "docs/methods/": 4, "docs/how_to/": 2, "docs/api/": 0.7, "docs/": 1, "configs/recipes/": 1, "configs/trainer/": 1,
+    "configs/": 0.3, "examples/": 0.3, "CHANGELOG": 0.2, "CONTRIBUTING": 0.5,
+}  # fmt: skip
 LINK = re.compile(r"(?P<start>\]\()(?P<target>[^()\s#]+)(?P<anchor>#[^()\s]*)?(?P<end>(?:\s+\"[^\"]*\")?\))")
 FENCE = re.compile(r"^ *(`{3,}).*?^ *\1 *$|<!--.*?-->", re.M | re.S)
 
@@ -38,8 +43,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead links to files of the repository to where they are on the site."""
+    """Lead links to files of the repository to where they are on the site; rank pages in the search."""
     source = repository_path(page.file.src_uri)
+    boost = next((boost for start, boost in BOOSTS.items() if source.startswith(start)), 1)
+    page.meta.setdefault("search", {"boost": boost})
     end, parts = 0, []
     for fence in FENCE.finditer(markdown):
         parts += [rewrite(markdown[end : fence.start()], source, page.file.src_uri), fence[0]]

@@ -85,12 +85,12 @@ def listing(address: Callable[[Listed], str]) -> str:
     return "".join(parts)
 
 
-def in_repository(page: Listed) -> str:
+def repository_address(page: Listed) -> str:
     """Return the link to a page in the repository."""
     return page.path
 
 
-def on_site(page: Listed) -> str:
+def site_address(page: Listed) -> str:
     """Return the link to a page on the site."""
     folder = re.sub(r"(^|/)(index|README)\.md$", r"\1", page.uri)
     return re.sub(r"\.md$", "/", folder) or "./"
@@ -98,8 +98,8 @@ def on_site(page: Listed) -> str:
 
 def on_post_build(config: dict[str, str]) -> None:
     """Write the list beside the pages of the site."""
-    (Path(config["site_dir"]) / "llms.txt").write_text(listing(on_site))
+    (Path(config["site_dir"]) / "llms.txt").write_text(listing(site_address))
 
 
 if __name__ == "__main__":
-    (ROOT / "llms.txt").write_text(listing(in_repository))
+    (ROOT / "llms.txt").write_text(listing(repository_address))

@@ -9,7 +9,7 @@ from page_blocks import ROOT
 
 from docs.benchmark_tables import RESULTS
 from docs.draw_benchmarks import CHARTS, PAGE, TABLES, charts, filled
-from docs.list_pages import in_repository, listing, on_site, pages
+from docs.list_pages import listing, pages, repository_address, site_address
 
 API = {
     path.stem: re.findall(r"^::: lightning_peft\.(\S+)", path.read_text(), re.M) for path in ROOT.glob("docs/api/*.md")
@@ -39,14 +39,14 @@ def test_no_entry_stands_twice_and_each_page_has_some():
 
 
 def test_the_list_of_pages_is_what_the_script_writes():
-    assert (ROOT / "llms.txt").read_text() == listing(in_repository), "run python docs/list_pages.py"
+    assert (ROOT / "llms.txt").read_text() == listing(repository_address), "run python docs/list_pages.py"
 
 
 def test_each_page_is_listed_with_a_sentence():
     listed = list(pages())
     assert len(listed) > 30
     assert [page.path for page in listed if not (ROOT / page.path).exists() or not page.sentence] == []
-    assert {on_site(page) for page in listed} >= {"./", "chat/", "api/", "configs/trainer/", "CONTRIBUTING/"}
+    assert {site_address(page) for page in listed} >= {"./", "chat/", "api/", "configs/trainer/", "CONTRIBUTING/"}
 
 
 def test_tables_and_charts_are_what_the_script_makes_of_the_results():
