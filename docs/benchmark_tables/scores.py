@@ -97,22 +97,6 @@ def tasks(results: Results) -> Table:
     return Table(("metric", "without a model", "LoRA, rank 8"), rows, ".3f")
 
 
-def town_hall(results: Results) -> Table:
-    rows = [
-        (
-            f"`{name}`",
-            cells["test_accuracy"],
-            cells["trainable_parameters"],
-            cells["checkpoint_bytes"] / 1e6,
-            cells["seconds"],
-        )
-        for name, cells in sorted(results.items())
-    ]
-    head = ("configuration", "test accuracy", "trained parameters", "checkpoint, MB", "seconds")
-    table = Table(head, rows, ".3f")
-    return table._replace(rows=[(*row[:2], f"{row[2]:,}", f"{row[3]:.1f}", f"{row[4]:.0f}") for row in rows])
-
-
 SCORES: dict[str, Callable[[Results], Table]] = {
     "adalora": adalora,
     "federated": federated,
@@ -124,5 +108,4 @@ SCORES: dict[str, Callable[[Results], Table]] = {
     "seq2seq": seq2seq,
     "t_few": t_few,
     "tasks": tasks,
-    "town_hall": town_hall,
 }

@@ -27,7 +27,8 @@ def public(module):
 
 @pytest.mark.parametrize("module", ["", "core", "tasks", "losses", "plots", "recipes.features", "recipes.federated"])
 def test_each_public_name_has_one_entry_in_the_reference(module):
-    pytest.importorskip("matplotlib")
+    if module == "plots":
+        pytest.importorskip("matplotlib")
     counts = {name: ENTRIES[name] + (ENTRIES[f"core.{name}"] if module == "core" else 0) for name in public(module)}
     assert len(counts) > 4
     assert {name: count for name, count in counts.items() if count != 1} == {}
