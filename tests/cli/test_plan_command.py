@@ -68,7 +68,7 @@ def test_a_config_file_is_planned_in_the_type_that_it_names(report, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_the_page_says_what_the_command_prints(size, report):
-    lines = [line.split() for line in PAGE.read_text().splitlines() if line.startswith(f"{size} ")]
+    lines = [line.split() for line in PAGE.read_text().splitlines() if line.startswith(f"{size}  ")]
     assert [line[1] for line in lines] == list(METHODS)
     rows = []
     for method in METHODS:
