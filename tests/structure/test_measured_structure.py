@@ -296,3 +296,26 @@ def test_scrambled_names_give_the_same_hosts_on_every_architecture(shared, monke
     for name in zoo.ALL:
         model, *_ = zoo.build(name)
         assert_same_hosts_with_scrambled_names(model)
+
+
+class BlockOfTorch(nn.Module):
+    """Torch's own attention, and another one whose output nobody reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.attend, self.idle = (nn.MultiheadAttention(WIDTH, HEADS, batch_first=True) for _ in range(2))
+        self.up, self.down = nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
+
+    def forward(self, x):
+        self.idle(x, x, x)
+        x = x + self.attend(x, x, x)[0]
+        return x + self.down(self.up(x).relu())
+
+
+def test_outputs_depend_on_attention_of_torch_that_they_read_and_on_no_other():
+    net = nn.Sequential(BlockOfTorch(), BlockOfTorch(), nn.Linear(WIDTH, 2))
+    with pytest.warns(UserWarning, match=r"all-linear leaves out 0\.idle, .*: no output depends on the parameters"):
+        lp.inject(net, lp.LoRA(rank=2, targets=["all-linear"]), example_inputs=(torch.randn(2, 5, WIDTH),))
+    found = [name for name, *_ in lp.adapters(net)]
+    parts = ["attend"] * 3 + ["attend.out_proj", "up", "down"]  # query, key and value are rows of one weight
+    assert found == [f"{block}.{part}" for block in (0, 1) for part in parts]

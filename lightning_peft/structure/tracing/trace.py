@@ -117,6 +117,7 @@ class _Recorder:
         self.trace = Trace(finder.calls, read=finder.read)
         self.not_zero = set[str]()
         self.seen: dict[str, None] = {}
+        self.of_torch: dict[int, str] = {}  # by number of its attention call: the graph is cut around the whole module
 
     def enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         self.finder.modules.append(name)
@@ -142,6 +143,7 @@ class _Recorder:
         inputs = _floating((args, kwargs))
         if isinstance(module, nn.MultiheadAttention):  # torch reads its weights, so that it is a layer of its own
             rows = torch.ones(module.embed_dim, dtype=torch.bool)
+            self.of_torch[len(self.finder.calls)] = name
             self.finder.modules.append(name)
             attended = self.finder.attention([{name: rows}] * 3, list(inputs), output[0], module.num_heads)
             self.finder.modules.pop()
@@ -164,6 +166,7 @@ class _Recorder:
         for x in outputs:
             self.trace.outputs.update(self.graph.sources(x))
         layers = self.graph.reached(outputs)
+        layers |= {name for number, name in self.of_torch.items() if f"@{number}" in layers}
         self.trace.order.extend(self.seen)
         self.trace.zero.update(set(self.trace.reads) - self.not_zero)
         parameters = dict(twin.named_parameters(remove_duplicate=False))
