@@ -128,7 +128,8 @@ class PEFTStrategy(Callback):
         self._cache.begin(batch, trains=True)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
-        """Refuse what caching does not fit, before anything changes."""
+        """Refuse a loss that nothing trained is part of, and what caching does not fit, before anything changes."""
+        self._steps.check_loss(loss)
         self._cache.check_first(trainer)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -153,8 +154,7 @@ class PEFTStrategy(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if adapters are evaluated that nobody trained or loaded."""
-        within_fit = trainer.state.fn == "fit"
-        start_evaluation(trainer.strategy, pl_module, within_fit)
+        start_evaluation(trainer.strategy, pl_module, within_fit := trainer.state.fn == "fit")
         if not self.full_checkpoint and not within_fit:
             warn_of_untrained(pl_module)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -45,6 +45,20 @@ class FirstGradients:
         self._names = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
         self._adapters = {id(p) for *_, adapter in adapters(module) for p in adapter.parameters()}
         self._watched, self._backward_ran = {}, False
+
+    def check_loss(self, loss: object) -> None:
+        """Refuse a loss without a graph, which torch refuses by a message that names no parameter.
+
+        Raises:
+            ValueError: The loss depends on no parameter that trains.
+        """
+        if self._names and isinstance(loss, Tensor) and not loss.requires_grad:
+            names = list(self._names.values())
+            raise ValueError(
+                f"The loss depends on none of the {len(names)} parameters that train: {', '.join(names[:5])}. Their "
+                f"modules take no part in training_step, or it runs them under torch.no_grad() or detaches what they "
+                f"return. Let targets name modules that the loss depends on."
+            )
 
     def after_backward(self) -> None:
         """Note that there are gradients; a ``training_step`` that returns None makes none."""

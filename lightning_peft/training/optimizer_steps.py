@@ -63,6 +63,10 @@ class OptimizerSteps:
         self._sharded = [p for p in module.parameters() if p.requires_grad and isinstance(p, DTensor)]
         self._hook(trainer, module)
 
+    def check_loss(self, loss: Any) -> None:
+        """Raise where a loss depends on nothing that trains."""
+        self._first_gradients.check_loss(loss)
+
     def after_backward(self) -> None:
         """Sum up gradients of which tensor parallelism left a part on each process."""
         self._first_gradients.after_backward()

@@ -275,6 +275,13 @@ def test_adapters_of_which_none_learns_are_an_error():
     assert tuner.global_step == 19
 
 
+def test_a_loss_that_depends_on_nothing_that_trains_is_refused_by_name():
+    net = Dropping(dropped=99)
+    with pytest.raises(ValueError, match=r"depends on none of the 2 parameters that train: second\.peft\.lora\.a"):
+        fit(net, lp.LoRA(rank=2, targets=["second"]), factors(1.0))
+    assert not net.first.weight.requires_grad
+
+
 def test_hooks_leave_the_optimizer_with_the_run():
     optimizers = []
 
