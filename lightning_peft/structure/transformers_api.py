@@ -125,6 +125,12 @@ def is_checkpointing(module: nn.Module) -> bool:
     return bool(vars(module).get("gradient_checkpointing"))
 
 
+def enable_checkpointing(network: Any) -> None:
+    """Have the blocks of a model of transformers keep their inputs alone, and run again in the backward pass."""
+    enable = getattr(network, "activation_checkpointing_enable", network.gradient_checkpointing_enable)  # renamed
+    enable()
+
+
 @contextmanager
 def without_checkpointing(model: nn.Module) -> Iterator[bool]:
     """Context in which no module of a model recomputes its activations; yields whether one did before."""

@@ -14,6 +14,7 @@ from lightning_peft.core.adapted_module import adapters
 from lightning_peft.core.eval_mode import evaluating
 from lightning_peft.losses.next_token_loss import next_token, next_token_logits
 from lightning_peft.methods.families.vocabulary import grow_vocabulary
+from lightning_peft.structure.transformers_api import enable_checkpointing
 from lightning_peft.tasks.data.encoding.collator import IGNORED
 from lightning_peft.tasks.decoder_checks import check_causal, check_decoder, check_positions
 from lightning_peft.tasks.generation import chat_batch, generation_settings, left_padded, prompt_batch
@@ -45,6 +46,7 @@ class CausalLM(ThroughputModule):
         warmup_fraction: Share of all steps in which the learning rate grows.
         schedule: What the learning rate does after the warm-up.
         dtype: Data type of the weights; auto keeps that of the pretrained file. Adapters are in float32 in any case.
+        gradient_checkpointing: Whether blocks keep their inputs alone and run again in the backward pass.
     """
 
     def __init__(
@@ -59,12 +61,15 @@ class CausalLM(ThroughputModule):
         warmup_fraction: float = 0.06,
         schedule: Literal["linear", "cosine", "constant"] = "linear",
         dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(MetricCollection({"loss": MeanMetric(), "perplexity": Perplexity()}))
         check_optimization(learning_rate, weight_decay, warmup_fraction)
         self.save_hyperparameters()
         check_decoder(model, config)
         self.network = build_model("AutoModelForCausalLM", model, config, dtype)
+        if gradient_checkpointing:
+            enable_checkpointing(self.network)
         self._base_rows = count_rows(self.network)
         if resize_embeddings:  # a number, where a checkpoint says how many rows there were
             known = tokenizer is not None and resize_embeddings is True

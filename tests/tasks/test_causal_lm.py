@@ -49,6 +49,23 @@ def test_facts_are_learned_by_heart_and_generated(
     assert module.generate(["name two", "name one"], max_new_tokens=1) == ["blue", "red"]
 
 
+def test_gradient_checkpointing_saves_less_and_gives_the_same_gradients(llama: dict[str, Any]) -> None:
+    saved, gradients = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        module = CausalLM(config=llama, gradient_checkpointing=checkpointing)
+        lp.inject(module, lp.LoRA(rank=2))
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, n=sizes: n.append(x.numel()) or x, lambda x: x):
+            loss = lp.losses.next_token(module.network, module.sample_batch(2, 16))
+        loss.backward()
+        saved.append(sum(sizes))
+        gradients.append([p.grad for p in module.parameters() if p.requires_grad])
+    assert saved[1] < saved[0] / 2
+    assert len(gradients[0]) == 2 * 2 * llama["num_hidden_layers"]
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_the_share_of_padding_is_logged_and_no_device_waits_for_it(
     tmp_path: Path, llama: dict[str, Any], facts: LightningDataModule
 ) -> None:
