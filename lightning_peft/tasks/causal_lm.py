@@ -45,8 +45,8 @@ class CausalLM(ThroughputModule):
         weight_decay: Decoupled weight decay of AdamW.
         warmup_fraction: Share of all steps in which the learning rate grows.
         schedule: What the learning rate does after the warm-up.
-        dtype: Data type of the weights; auto keeps that of the pretrained file. Adapters are in float32 in any case.
         gradient_checkpointing: Whether blocks keep their inputs alone and run again in the backward pass.
+        dtype: Data type of the weights; auto keeps that of the pretrained file. Adapters are in float32 in any case.
     """
 
     def __init__(

@@ -128,9 +128,9 @@ class PEFTStrategy(Callback):
         self._cache.begin(batch, trains=True)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
-        """Refuse a loss that nothing trained is part of, and what caching does not fit, before anything changes."""
-        self._steps.check_loss(loss)
+        """Refuse what caching does not fit, before anything changes."""
         self._cache.check_first(trainer)
+        self._steps.check_loss(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Complete gradients that tensor parallelism left in parts."""
