@@ -1,6 +1,6 @@
 """python examples/town_hall/derive.py: writes the files of the other tasks from the messages; see README.md.
 
-Each split is made from the messages of the same split, from a fixed seed.
+Each split is made from the messages, or the parts, of the same split, from a fixed seed.
 """
 
 import csv
@@ -21,7 +21,53 @@ DATES = re.compile(
     rf"|\b(?:{MONTHS}|Easter|Christmas)\b"
     r"|\b(?:in|last|next|since|of|by|from|until) (?:May|Whitsun)\b"
 )
+DEPARTMENTS = ("housing", "noise", "parking", "parks", "records", "roads", "waste", "water")
+# For each department: how many requests and how many mentions a split has, and how many messages are made of them.
+SHARES = {"test": (64, 7, 32), "validation": (12, 3, 12), "train": (44, 14, 150)}
+ASKS = ("Please {}.", "Could you please {}?", "Would you {}?", "I am asking you to {}.", "My request is that you {}.")
+ASKS += ("Can somebody {}?", "I would be glad if you could {}.", "You really need to {}.")
+ASKS += ("All I want is for you to {}.",)
+LIKE = 0.5  # share of the words of two requests that both have, from which they are too near for two splits
 WORDS = re.compile(r"\w+(?:[-'’]\w+)*|[^\w\s]")
+
+
+def likeness(first: str, second: str) -> float:
+    """Return the share of the words of two texts, short ones left out, that both have."""
+    one, other = ({word.lower() for word in WORDS.findall(text) if len(word) > 3} for text in (first, second))
+    return len(one & other) / max(1, len(one | other))
+
+
+def parts(department: str) -> dict[str, tuple[list[str], list[str]]]:
+    """Return what a department is asked, and what mentions it, by split; no split has what is like that of another."""
+    requests = (FOLDER / f"parts/{department}.txt").read_text(encoding="utf-8").splitlines()
+    with (FOLDER / "parts/mentions.csv").open(encoding="utf-8", newline="") as file:
+        mentions = [row["text"] for row in csv.DictReader(file) if row["department"] == department]
+    for lines in (requests, mentions):
+        random.Random(department).shuffle(lines)  # noqa: S311
+    found: dict[str, tuple[list[str], list[str]]] = {}
+    for split, (asked, mentioned, _) in SHARES.items():
+        others = [text for part, _ in found.values() for text in part]
+        own = [text for text in requests[:asked] if all(likeness(text, other) < LIKE for other in others)]
+        found[split] = own, mentions[:mentioned]
+        requests, mentions = requests[asked:], mentions[mentioned:]
+    return found
+
+
+def write_requests(split: str, draw: random.Random) -> None:
+    """Write messages that ask one department for two things, and mention the business of another once or twice."""
+    by_department = {name: parts(name)[split] for name in DEPARTMENTS}
+    rows = []
+    for name, (requests, _) in by_department.items():
+        order: list[str] = []
+        for _ in range(SHARES[split][2]):
+            order = order if len(order) > 1 else draw.sample(requests, len(requests))  # all, before one comes again
+            asks = [draw.choice(ASKS).format(order.pop()) for _ in range(2)]
+            _, mentions = by_department[draw.choice([other for other in DEPARTMENTS if other != name])]
+            sentences = asks + draw.sample(mentions, draw.randint(1, 2))
+            rows.append([" ".join(draw.sample(sentences, len(sentences))), name])
+    draw.shuffle(rows)
+    with (FOLDER / f"requests_{split}.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([["text", "label"], *rows])
 
 
 def messages(split: str) -> list[dict[str, str]]:
@@ -78,3 +124,4 @@ if __name__ == "__main__":
         write_letters(split, random.Random(f"letters {split}"))  # noqa: S311
         write_pairs(split, random.Random(f"pairs {split}"))  # noqa: S311
         write_names(split)
+        write_requests(split, random.Random(f"requests {split}"))  # noqa: S311

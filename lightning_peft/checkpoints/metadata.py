@@ -17,6 +17,7 @@ from ..core.method import Method, from_dict, to_dict
 from ..core.weight_backup import check_not_merged
 from ..structure.class_names import class_names
 from .companion_files import CLASS_NAMES
+from .setting_differences import check_also_train, setting_differences
 
 FORMAT = 1
 _MOST = 10_000  # methods, patterns or names in a description
@@ -59,15 +60,18 @@ def inject_from_metadata(model: nn.Module, description: Mapping[str, Any], sourc
             _inject(model, description)
         except TypeError as error:
             raise ValueError(f"{source} does not fit this model: {error}") from error
-    elif list(map(to_dict, record.methods)) != (stored := [to_dict(from_dict(d)) for d in description["methods"]]):
-        names = ", ".join(str(data.get("method")) for data in description["methods"])
-        is_finalized = [to_dict(method.finalized()) for method in record.methods] == stored
+    elif differences := setting_differences(record.methods, description, source):
+        finalized = [method.finalized() for method in record.methods]
+        is_finalized = not setting_differences(finalized, description, source)
         raise ValueError(
-            f"{source} was written with {names} in other settings than this model's: {record.methods}. To have both "
-            f"side by side, call lightning_peft.add_adapter(model, folder, name=...)."
+            f"{source} was written with other settings than this model's: {'; '.join(differences)}. Give the method "
+            f"the settings of the file, or, to have both side by side, call lightning_peft.add_adapter(model, folder, "
+            f"name=...)."
             + " It holds no encoders for training; call lightning_peft.finalize(model) first."
             * is_finalized
         )
+    else:
+        check_also_train(model, record.also_train, description["also_train"], source)
     if strict:
         check_base(model, description, source, require_record(model).methods)
 

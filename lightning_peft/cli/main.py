@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,12 @@ from ..training.callback import PEFTStrategy
 from ..training.distributed import without_values
 from ..training.saved_arguments import check_names
 from .after_fit import finish_fit
+from .arguments import VERBOSE, import_from_working_directory, prepare
 from .before_run import EVALUATIONS, add_prediction_writer, check_fit, load_adapter_folder
 from .commands import COMMANDS, list_commands
+from .leftovers import remove_empty_run
 from .parser import TOOLS, PEFTParser
+from .quiet import hide_known_messages
 from .refusals import find_refusal
 from .trainer import PEFTTrainer
 from .validation_metrics import ValidationMetrics
@@ -45,6 +50,10 @@ _WITHOUT_TRAINING = {
 }
 
 _SHAPES_ALONE = ("plan", "targets")
+_DESCRIPTION = (
+    "Fine-tune with LoRA and other adapters in Lightning: lightning-peft fit --config configs/lora.yaml. "
+    "What a command takes: lightning-peft COMMAND --help."
+)
 
 
 class PEFTCLI(LightningCLI):
@@ -92,6 +101,8 @@ class PEFTCLI(LightningCLI):
         parser.add_argument("--test_after_fit", type=bool, default=False, help="Whether fit ends with a test")
         said = "File for predict: .jsonl or .csv; by default predictions.jsonl in the folder of the run's logs"
         parser.add_argument("--predictions", type=str | None, default=None, help=said)
+        said = "Show what other libraries say of themselves, too: devices found, tips, deprecations among them"
+        parser.add_argument(VERBOSE, action="store_true", help=said)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -161,13 +172,29 @@ class Program(PEFTCLI):
         """Add the commands to the help."""
         super().setup_parser(*args, **kwargs)
         parser: Any = self.parser
+        parser.description = _DESCRIPTION
+        parser.add_argument("--version", action="version", version=f"lightning-peft {version('lightning-peft')}")
         list_commands(parser.subcommands)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Refuse a command behind options, where ``main`` does not look for it."""
-        super().parse_arguments(parser, args)
+        if isinstance(args, list):
+            self.config = parser.parse_args(args)
+        else:
+            super().parse_arguments(parser, args)
         if (name := self.config.get("subcommand")) in COMMANDS:
             parser.error(f"{name} has to be the first argument: lightning-peft {name} ...")
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Leave Lightning's summary, which counts what PEFTStrategy counts, to those who ask for it."""
+        settings = self.config[self.subcommand]["trainer"]
+        if settings["enable_model_summary"] is None and self._get(self.config, "peft.show_summary"):
+            self.config_init[self.subcommand]["trainer"]["enable_model_summary"] = False
+        return super().instantiate_trainer(**kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with remove_empty_run(self.trainer):
+            super()._run_subcommand(subcommand)
 
 
 def _without_values(module_class: type[pl.LightningModule], *args: Any, **kwargs: Any) -> pl.LightningModule:
@@ -177,14 +204,30 @@ def _without_values(module_class: type[pl.LightningModule], *args: Any, **kwargs
 
 def main(args: ArgsType = None) -> None:
     """Run ``lightning-peft``."""
+    import_from_working_directory()
     arguments = sys.argv[1:] if args is None else args
     try:
-        if isinstance(arguments, list) and arguments and arguments[0] in COMMANDS:
-            COMMANDS[arguments[0]](arguments[1:])
+        if isinstance(arguments, list):
+            _run(arguments)
         else:
             Program(args=args)
     except Exception as error:
         refusal = find_refusal(error)
         if refusal is None:
             raise
-        raise SystemExit(f"lightning-peft: {type(refusal).__name__}: {refusal}") from None
+        said = " ".join(str(refusal).split())
+        raise SystemExit(f"lightning-peft: {type(refusal).__name__}: {said}") from None
+
+
+def _run(arguments: list[str]) -> None:
+    """Run the command of a command line; without one, show the help, as a mistake."""
+    if not arguments:
+        with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(SystemExit):
+            Program(args=["--help"])
+        raise SystemExit(2)
+    if VERBOSE not in arguments:
+        hide_known_messages()
+    if arguments[0] in COMMANDS:
+        COMMANDS[arguments[0]]([argument for argument in arguments[1:] if argument != VERBOSE])
+    else:
+        Program(args=prepare(arguments))

@@ -1,21 +1,49 @@
-"""``PEFTParser``: the parser of ``PEFTCLI``; its complaints about a method name the methods and their fields."""
+"""``PEFTParser``: the parser of ``PEFTCLI``; its help begins with what is chosen most, its complaints are short."""
 
 from __future__ import annotations
 
-import dataclasses
+import sys
 from argparse import SUPPRESS
 from typing import Any, NoReturn
 
+from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
-from ..core.method import methods_by_name
+from .complaints import paragraph
 
 TOOLS = ("merge", "export", "import", "plan", "targets")
 _FIT_ONLY_KEYS = ("ckpt_path", "weights_only")
+# Groups of the help in their order, by the beginning of their options, with what they are called.
+_TITLES = {
+    "": "options",
+    "peft": "peft: the method, and what else trains",
+    "model": "model: a task of lightning_peft, or your own LightningModule by class path",
+    "data": "data: rows for it, or your own LightningDataModule by class path",
+    "optimizer": "optimizer: one of torch's, in place of the module's own",
+    "lr_scheduler": "lr_scheduler: one of torch's, for that optimizer",
+    "trainer": "trainer: Lightning's Trainer",
+}
 
 
-class PEFTParser(LightningArgumentParser):
-    """A parser whose complaints about a method name the methods and their fields."""
+class ClearParser(ArgumentParser):
+    """A parser whose complaints are one paragraph, with the nearest names where one is not known."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with a message."""
+        parser = getattr(ex, "subcommand_parser", None) or self
+        program = parser.prog.replace(" [options]", "")
+        if not self.exit_on_error:
+            super().error(message, ex)
+        sys.stderr.write(f"{program}: error: {paragraph(message, parser)} See {program} --help.\n")
+        self.exit(2)
+
+
+class PEFTParser(ClearParser, LightningArgumentParser):
+    """The parser of a command that builds a model: the method, the model and the data come before the Trainer."""
 
     subcommands: Any = None
 
@@ -31,12 +59,20 @@ class PEFTParser(LightningArgumentParser):
             self.add_argument(f"--{key}", type=Any, help=SUPPRESS)
         return added
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End with a message."""
-        if "method" in message:
-            methods = methods_by_name()
-            named = next((cls for name, cls in methods.items() if f"{name}'" in message or f"={name}" in message), None)
-            message += f"\nMethods: {', '.join(methods)}."
-            if named is not None:
-                message += f"\nFields of {named.__name__}: {', '.join(f.name for f in dataclasses.fields(named))}."
-        super().error(message, ex)
+    def format_help(self) -> str:
+        """Return the help: groups in the order of their use, and a usage of one line."""
+        if any(action.dest == "peft.method" for action in self._actions):
+            order = list(_TITLES)
+            self._action_groups.sort(key=lambda group: order.index(_section(group)))
+            for group in self._action_groups:
+                group.title = _TITLES.get(_section(group)) if _section(group) else group.title
+                group.description = None
+            self.usage = "%(prog)s --config FILE [--peft.method NAME] [--model NAME] [--data NAME] [--OPTION VALUE ...]"
+        return super().format_help()
+
+
+def _section(group: Any) -> str:
+    """Return the first part of the names of a group's options, if it is a section's, or nothing."""
+    names = [option for action in group._group_actions for option in action.option_strings]
+    first = names[0].lstrip("-").partition(".")[0] if names else ""
+    return first if first in _TITLES else ""

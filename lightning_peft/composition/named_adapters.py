@@ -16,7 +16,7 @@ from ..core.adapter_folder import read_adapter
 from ..core.check_keys import can_be_name
 from ..core.inject import add_inactive
 from ..core.injection_record import adapters_of, methods_named, require_record
-from ..core.method import Method, from_dict
+from ..core.method import Method, as_methods, from_dict
 from ..core.own_parameters import COPIES_ATTRIBUTE
 from ..files.allocation_limit import limit_allocation
 from ..structure.base_model import ADAPTERS_ATTRIBUTE, split_adapter_key
@@ -52,8 +52,7 @@ def add_adapter(
         RuntimeError: Adapters are paused, within ``disabled`` or ``row_adapters``.
     """
     if not isinstance(source, (str, os.PathLike)):
-        new = [source] if isinstance(source, Method) else list(source)
-        return add_inactive(model, _rename_methods(name, new), also_train)
+        return add_inactive(model, _rename_methods(name, as_methods(source)), also_train)
     config, state = read_adapter(source)
     check_format(config, str(source))
     if also_train:

@@ -22,7 +22,7 @@ from .coverage import warn_of_untouched_blocks
 from .detach_hooks import run_detach_hooks
 from .fast_path import disable_fast_path, restore_fast_path
 from .injection_record import InjectionRecord, get_record, set_record
-from .method import Method
+from .method import Method, as_methods
 from .placements import Placement, copies_of, placements_of
 from .refuse_saving import refuse_saving
 from .shared_hosts import check_shared_host, check_trains_once
@@ -51,7 +51,7 @@ def inject(
         ValueError: A pattern matches nothing, a setting does not fit a layer, or a name is taken.
         TypeError: A host cannot be adapted; the message says what to do instead.
     """
-    methods = [method] if isinstance(method, Method) else list(method)
+    methods = as_methods(method)
     if example_inputs is not None:
         measure(model, example_inputs)
     return InjectionPlan.build(model, methods, also_train).apply()

@@ -88,6 +88,17 @@ def methods_by_name() -> dict[str, type[Method]]:
     return {cls.__name__: cls for cls in _subclasses(Method)}
 
 
+def as_methods(method: Any) -> list[Method]:
+    """Return one method or several as a list; a ``TypeError`` if something among them is no method."""
+    given = [method] if isinstance(method, (str, Method)) or not isinstance(method, Iterable) else list(method)
+    for one in [method] if isinstance(method, type) else given:
+        if isinstance(one, type):
+            raise TypeError(f"{one.__name__} is a class; write {one.__name__}().")
+        if not isinstance(one, Method):
+            raise TypeError(f"method must be a Method such as LoRA(rank=8), or a list of them, got {method!r}.")
+    return given
+
+
 def _subclasses(cls: type[Method]) -> Iterator[type[Method]]:
     for subclass in cls.__subclasses__():
         yield subclass

@@ -9,11 +9,11 @@ from torch.optim import Optimizer
 
 from ..core.detach_hooks import call_on_detach
 from ..core.fingerprint import fingerprint
-from ..core.method import Method
+from ..core.method import Method, as_methods
 from .distributed.base_consistency import check_base_unchanged
 from .distributed.lightning_strategies import ignore_base_in_ddp, prepare_strategy, start_evaluation, start_strategy
 from .frozen_cache import CachedTraining
-from .injection import as_methods, ensure_injected, forget_injection, inject_once_built
+from .injection import ensure_injected, forget_injection, inject_once_built
 from .lightning_checkpoint import install_checkpoint_hooks, warn_of_untrained
 from .lightning_namespace import make_callback_of_both
 from .module_modes import ModuleModes, check_modes
@@ -69,7 +69,7 @@ class PEFTStrategy(Callback):
         cache_folder: str | None = None,
     ) -> None:
         make_callback_of_both(type(self))
-        self.methods = as_methods(method)
+        self.methods = [] if method is None else as_methods(method)
         check_modes(frozen_mode, cache_frozen, quantize)
         self.also_train, self.lr_factors, self.no_decay = also_train or [], lr_factors or {}, no_decay or []
         self.frozen_mode, self.check_base, self.full_checkpoint = frozen_mode, check_base, full_checkpoint

@@ -74,14 +74,6 @@ def forget_injection(module: pl.LightningModule | None) -> None:
         unwrap_hook(module, "setup")
 
 
-def as_methods(method: Method | Sequence[Method] | None) -> list[Method]:
-    """Return one method, several or none as a list; a ``TypeError`` if it is something else."""
-    methods = [method] if isinstance(method, Method) else list(method or ())
-    if method is not None and not (methods and all(isinstance(m, Method) for m in methods)):
-        raise TypeError(f"method must be a Method such as LoRA(rank=8), or a list of them, got {method!r}.")
-    return methods
-
-
 def ensure_injected(
     module: pl.LightningModule, methods: Sequence[Method], also_train: Sequence[str], may_wait: bool = False
 ) -> None:
