@@ -11,7 +11,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from ..checkpoints.companion_files import tokenizer_of
 from ..checkpoints.save_load import save_adapter
 from ..core.injection_record import get_record
-from .run_report import write_report
+from .run_report import show_next, write_report
+from .test_rows import TestRows
 from .validation_metrics import ValidationMetrics
 
 
@@ -36,6 +37,9 @@ def finish_fit(trainer: pl.Trainer, model: pl.LightningModule, data: Any, adapte
     if get_record(model) is not None:  # of a sharded model, each process has a part
         tokenizer = tokenizer_of(model) or tokenizer_of(data)
         adapter = save_adapter(model, adapter_dir or logs / "adapter", tokenizer=tokenizer)
+    rows = TestRows()
     if tests:
+        trainer.callbacks.append(rows)  # type: ignore[attr-defined]
         results |= trainer.test(model, datamodule=data, verbose=False)[0]
-    rank_zero_only(write_report)(model, logs, best, results, adapter)
+    rank_zero_only(write_report)(model, logs, best, results, adapter, rows)
+    rank_zero_only(show_next)(model, data, logs, adapter, rows)

@@ -1,4 +1,4 @@
-"""``prepare`` reads a command line before it is parsed: configuration files, another method, and the working directory."""
+"""``prepare`` reads a command line before it is parsed: configuration files, and what one method leaves another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-VERBOSE = "--verbose"
+ALL_MESSAGES = "--all_messages"
 _METHOD = re.compile(r"--peft\.method(\.class_path)?(=|$)")
 
 
@@ -79,11 +79,13 @@ def _read(value: str) -> Any:
         return _parsed(path.read_text(encoding="utf-8"), str(path))
     if value.lstrip().startswith("{") or "\n" in value:
         return _parsed(value, "--config")
+    if path.is_dir():
+        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in (".yaml", ".yml", ".json"))
+        raise FileNotFoundError(f"The configuration {value} is a folder. Files in it: {', '.join(inside) or 'none'}.")
     near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     close = [str(path.parent / name) for name in difflib.get_close_matches(path.name, near, n=3, cutoff=0.6)]
-    said = "is a folder" if path.is_dir() else "is no file"
     raise FileNotFoundError(
-        f"The configuration {value} {said}." + (f" Nearest: {', '.join(close)}." if close else " Give the path of one.")
+        f"The configuration {value} is no file." + (f" Nearest: {', '.join(close)}." if close else " Give a path.")
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning_utilities.core.overrides import is_overridden
 
 from ..checkpoints.save_load import load_adapter
@@ -13,6 +14,26 @@ from ..files.storage import is_file, is_folder, joined
 from ..training.prediction_writer import PredictionWriter
 
 EVALUATIONS = ("validate", "test", "predict")
+
+
+def check_accelerator(accelerator: Any) -> None:
+    """Raise if a GPU is asked for and torch finds none, before a model is read for it.
+
+    Args:
+        accelerator: What the Trainer is given.
+
+    Raises:
+        ValueError: There is no GPU that torch can use.
+    """
+    if accelerator in ("gpu", "cuda") and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        built = (
+            f"this torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch is a CPU build"
+        )
+        raise ValueError(
+            f"trainer.accelerator is {accelerator!r}, and torch finds no GPU here ({built}). Train on the CPU by "
+            f"--trainer.accelerator cpu --trainer.devices 1 --trainer.strategy auto, or install a driver and a torch "
+            f"for your GPU."
+        )
 
 
 def check_fit(model: pl.LightningModule, data: Any, tests: bool, checkpoint: Any) -> None:

@@ -9,9 +9,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from jsonargparse import ArgumentParser, auto_cli
+from jsonargparse import auto_cli
 
 from ..core.console import echo
+from .parser import ClearParser
 
 Command = Callable[[list[str]], Any]
 
@@ -21,7 +22,7 @@ def inspect(arguments: list[str]) -> None:
     from ..analysis.inspect import compare_adapters, inspect_adapter
     from ..analysis.inspect.format_text import difference_text, report_text
 
-    parser = ArgumentParser(
+    parser = ClearParser(
         prog="lightning-peft inspect", description="Show what an adapter holds, or in what it differs from another."
     )
     parser.add_argument("adapter", type=str, help="Folder of save_adapter or of HF PEFT, or a checkpoint of a run")
@@ -41,14 +42,14 @@ def plot(arguments: list[str]) -> None:
     """Draw runs or an adapter, and print which files were written."""
     from ..plots.save import adapter, curves, parameters
 
-    parser = ArgumentParser(prog="lightning-peft plot", description="Draw runs, or what an adapter holds.")
+    parser = ClearParser(prog="lightning-peft plot", description="Draw runs, or what an adapter holds.")
     kinds, drawn = parser.add_subcommands(dest="picture"), {}
     for function, first, count, description in (
         (curves, "folders", "+", "Folders of runs with CSVLogger"),
         (parameters, "folders", "+", "Folders of runs of `lightning-peft fit`"),
         (adapter, "folder", None, "Folder that save_adapter wrote"),
     ):
-        kind = ArgumentParser()
+        kind = ClearParser()
         kind.add_argument(first, type=str, nargs=count, help=description)
         kind.add_function_arguments(function, skip={first}, as_group=False)
         kinds.add_subcommand(function.__name__, kind, help=(function.__doc__ or "").partition("\n")[0])
@@ -81,7 +82,13 @@ def mpt(arguments: list[str]) -> None:
 
 def run_recipe(function: Callable[..., Any], arguments: list[str]) -> None:
     """Call a recipe with its arguments from the command line or from ``--config``; prints a dict that it returns."""
-    report = auto_cli(function, args=arguments, as_positional=False, prog=f"lightning-peft {function.__name__}")
+    report = auto_cli(
+        function,
+        args=arguments,
+        as_positional=False,
+        prog=f"lightning-peft {function.__name__}",
+        parser_class=ClearParser,
+    )
     if isinstance(report, dict):
         echo(_lines(report))
 
@@ -111,4 +118,4 @@ COMMANDS: dict[str, Command] = {
 def list_commands(subcommands: Any) -> None:
     """Add the commands to those that the help of the program lists."""
     for name, command in COMMANDS.items():
-        subcommands.add_subcommand(name, ArgumentParser(), help=(command.__doc__ or "").partition("\n")[0])
+        subcommands.add_subcommand(name, ClearParser(), help=(command.__doc__ or "").partition("\n")[0])

@@ -50,7 +50,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
     leaf, lower = name.rpartition(".")[2].lstrip("-"), {other.lower(): other for other in names}
     ends = [other for other in names if other.rpartition(".")[2].lstrip("-") == leaf]
     begins = [other for other in names if len(leaf) > 2 and other.startswith(name)]
-    close = [lower[other] for other in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.7)]
+    close = [lower[other] for other in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.6)]
     found = list(dict.fromkeys([*begins[:3], *close, *ends]))[:3]
     return f" Nearest: {', '.join(found)}." if found else ""
 
@@ -73,13 +73,19 @@ def _unknown_key(match: re.Match[str], parser: Any) -> str:
 
 def _unknown_command(match: re.Match[str], parser: Any) -> str:
     names = re.findall(r"[\w-]+", match[2])
-    return f"There is no command {match[1]!r}.{nearest(match[1], names)} Commands, choose from {', '.join(names)}."
+    return f"There is no command {match[1]!r}.{nearest(match[1], names)} Choose from {', '.join(names)}."
 
 
 def _missing(match: re.Match[str], parser: Any) -> str:
     command = match[1].partition(".")[0] if "." in match[1] else ""
-    names = ", ".join(f"--{name.strip().removeprefix(f'{command}.')}" for name in match[1].split(","))
-    return f"{command or 'This command'} needs {names}: give the option, or a --config FILE that has it."
+    positional = {action.dest for action in parser._actions if not action.option_strings}
+    given = [name.strip().removeprefix(f"{command}.") for name in match[1].split(",")]
+    names = ", ".join(name.upper() if name in positional else f"--{name}" for name in given)
+    return f"{command or 'This command'} needs {names}{_from_file(given, positional)}."
+
+
+def _from_file(names: list[str], positional: set[str]) -> str:
+    return "" if positional.issuperset(names) else ": give the option, or a --config FILE that has it"
 
 
 def _wrong_value(match: re.Match[str], parser: Any) -> str:

@@ -1,6 +1,6 @@
 """``hide_known_messages`` leaves out lines of other libraries that tell a user of the command line nothing.
 
-Each is known by its text, word for word, so that whatever else these libraries say is seen; ``--verbose`` shows all.
+Each is known by its text, so that whatever else these libraries say is seen; ``--all_messages`` shows all.
 """
 
 from __future__ import annotations

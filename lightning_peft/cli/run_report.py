@@ -11,13 +11,14 @@ from torch import nn
 from ..core.adapter_folder import CONFIG, WEIGHTS, read_files
 from ..core.console import echo
 from ..summary import size, summary
+from .test_rows import TestRows
 
 REPORT = "report.json"
 _SIZES = ("trainable_parameters", "total_parameters", "checkpoint_bytes", "adapter_bytes")
 
 
 def write_report(
-    model: nn.Module, logs: Path, best: str, results: dict[str, float], adapter: Path | str | None
+    model: nn.Module, logs: Path, best: str, results: dict[str, float], adapter: Path | str | None, rows: TestRows
 ) -> None:
     """Write and print the results of a fit.
 
@@ -25,13 +26,17 @@ def write_report(
         model: The trained module.
         logs: Folder of the run.
         best: Path of the best checkpoint, or nothing.
-        results: Of the test, if there was one.
+        results: Of the validation, and of the test, if there was one.
         adapter: Path or address of the adapter's folder, if it has one.
+        rows: What the test saw.
     """
     counts = summary(model)
     report: dict[str, Any] = dict(results)
     report |= {"trainable_parameters": counts.trainable, "total_parameters": counts.total}
-    lines = [(name.replace("_", " "), f"{value:.4f}") for name, value in results.items()]
+    lines = [
+        (name.replace("_", " "), rows.accuracy(value) if name == "test_accuracy" else f"{value:.4f}")
+        for name, value in results.items()
+    ]
     lines += [("trainable parameters", f"{counts.trainable:,} of {counts.total:,}")]
     if best:
         report |= {"checkpoint": best, "checkpoint_bytes": _bytes_of(Path(best))}
@@ -46,6 +51,30 @@ def write_report(
     logs.mkdir(parents=True, exist_ok=True)
     (logs / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     echo("\n".join(f"{name:<22}{value}" for name, value in lines))
+
+
+def show_next(model: nn.Module, data: Any, logs: Path, adapter: Path | str | None, rows: TestRows) -> None:
+    """Print what the model says of the first test rows, and how its adapter is used.
+
+    Args:
+        model: The trained module.
+        data: Its data, if there is some.
+        logs: Folder of the run.
+        adapter: Path or address of the adapter's folder, if it has one.
+        rows: What the test saw.
+    """
+    if examples := rows.examples(data):
+        echo("\n".join(["\nThe first test rows, and what is predicted:", *(f"  {line}" for line in examples)]))
+    if adapter is None:
+        return
+    config = logs / "config.yaml"
+    if config.is_file() and hasattr(data, "predict_dataloader") and hasattr(data, "splits"):
+        echo("\nPredict rows of your own, and load the adapter in Python:")
+        echo(f"  lightning-peft predict --config {config} --ckpt_path {adapter} \\")
+        echo("      --data.predict FILE.csv --predictions predictions.csv")
+    else:
+        echo("\nLoad the adapter in Python:")
+    echo(f"  lightning_peft.load_adapter(model, {str(adapter)!r})")
 
 
 def read_metrics_file(path: Path) -> dict[str, float]:

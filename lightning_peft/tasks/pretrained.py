@@ -56,7 +56,7 @@ def build_model(
     auto = getattr(transformers(), kind)
     probe = torch.nn.ParameterList([torch.empty(0)])
     if model is not None and not probe[0].is_meta:  # without values, from_pretrained would read them in vain
-        network: PreTrainedModel = auto.from_pretrained(locate(model), dtype=dtype, **settings)
+        network: PreTrainedModel = _from_pretrained(auto, model, dtype=dtype, **settings)
     else:
         load = transformers().AutoConfig.from_pretrained
         network = auto.from_config(
@@ -65,6 +65,17 @@ def build_model(
         network = network if dtype == "auto" else network.to(getattr(torch, dtype))
     network.train()
     return network
+
+
+def _from_pretrained(auto: Any, model: str, **settings: Any) -> Any:
+    try:
+        return auto.from_pretrained(locate(model), **settings)
+    except OSError as error:
+        said = " ".join(str(error).split())[:300]
+        raise FileNotFoundError(
+            f"The model {model!r} cannot be read: it is no folder of a model here, and the hub has none of the name or "
+            f"cannot be reached. Give a folder, package:name/folder, or a name on the hub. transformers says: {said}"
+        ) from error
 
 
 def has_encoder(model: str | None, config: dict[str, Any] | str | None) -> bool:

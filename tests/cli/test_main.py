@@ -167,7 +167,7 @@ def test_the_help_lists_all_commands_with_what_they_do(capsys):
         assert COMMANDS[function.__name__].__doc__ == said
     with pytest.raises(SystemExit):
         main(["plots"])
-    assert f"choose from {', '.join(map(repr, names))}" in capsys.readouterr().err
+    assert f"no command 'plots'. Nearest: plot. Choose from {', '.join(names)}." in capsys.readouterr().err
 
 
 def test_a_command_behind_options_is_refused(capsys):

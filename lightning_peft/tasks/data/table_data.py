@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -30,6 +31,12 @@ _SPLITS: dict[str, tuple[Split, ...]] = {
     "test": ("test",),
     "predict": ("predict",),
 }
+
+
+def no_validation() -> list[DataLoader[Any]]:
+    """Return no loaders, as settings say, and keep Lightning from warning that this may not be meant."""
+    warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
+    return []
 
 
 class PortableDataModule(LightningDataModule):
@@ -183,7 +190,7 @@ class TableDataModule(PortableDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader[Example] | list[DataLoader[Example]]:
         """Batches of the validation rows; an empty list without any."""
-        return self._loader("validation") if self.splits.has("validation") else []
+        return self._loader("validation") if self.splits.has("validation") else no_validation()
 
     def test_dataloader(self) -> DataLoader[Example]:
         """Batches of the test rows."""
