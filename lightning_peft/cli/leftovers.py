@@ -26,7 +26,7 @@ def remove_empty_run(trainer: pl.Trainer) -> Iterator[None]:
     try:
         yield
     except Exception:
-        if trainer.is_global_zero and folder is not None and not existed and _has_settings_alone(folder):
+        if folder is not None and not existed and trainer.is_global_zero and _has_settings_alone(folder):
             shutil.rmtree(folder)
             for parent in list(folder.parents)[:2]:  # runs/NAME, where this was the first of its name
                 if parent != Path.cwd() and parent.is_dir() and not any(parent.iterdir()):
@@ -44,5 +44,5 @@ def _folder(trainer: pl.Trainer) -> Path | None:
 
 
 def _has_settings_alone(folder: Path) -> bool:
-    files = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else [folder]
-    return all(path.name in _OF_NO_RESULT or path.stat().st_size == 0 for path in files)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return folder.is_dir() and all(path.name in _OF_NO_RESULT or path.stat().st_size == 0 for path in files)

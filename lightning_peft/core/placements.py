@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..structure.selection import Selection, literal, names_of_shared, record_selections
+from ..structure.layer_of import UnknownLayerError
+from ..structure.pattern_errors import LISTING
+from ..structure.selection import Selection, literal, names_of_shared, record_selections, selected_targets
 from .adapted_module import adapter_key, replaced_names
 from .adapter import Adapter
 from .checks import check_selection
@@ -34,13 +36,29 @@ class Placement(NamedTuple):
 def placements_of(model: nn.Module, modules: dict[str, nn.Module], method: Method) -> list[Placement]:
     """Return the adapters of a method with their hosts; raise if they change more than the method selected."""
     selections: list[Selection]
-    with record_selections() as selections:
-        placed = list(method.adapters(model))
+    try:
+        with record_selections() as selections:
+            placed = list(method.adapters(model))
+    except UnknownLayerError as error:
+        raise TypeError(f"{error}{_which(error.host, model, modules, method)} {LISTING}") from error
     for name, adapter in placed:
         if name not in modules:
             raise ValueError(f"{type(method).__name__} has {type(adapter).__name__} on {name!r}, which is no module.")
     check_selection(selections, placed)
     return [Placement(name, modules[name], adapter_key(method.name, adapter), adapter) for name, adapter in placed]
+
+
+def _which(host: nn.Module, model: nn.Module, modules: dict[str, nn.Module], method: Method) -> str:
+    """Return a sentence with the name of a host and what selected it, where a field of the method did."""
+    name = next((name for name, module in modules.items() if module is host), None)
+    patterns = getattr(method, "targets", [])
+    if name is None:
+        return ""
+    found = {pattern: selected_targets(model, [pattern]) for pattern in patterns}
+    meant = [pattern for pattern, names in found.items() if name in names]
+    selected = f", which {', '.join(map(repr, meant))} in targets selects" if meant else ""
+    has_others = hasattr(method, "exclude") and any(len(found[pattern]) > 1 for pattern in meant)
+    return f" It is the module {name!r}{selected}{f'; exclude=[{name!r}] leaves it out' if has_others else ''}."
 
 
 def copies_of(

@@ -24,6 +24,21 @@ from .layer_types import (
 from .transformers_api import CONV1D
 
 
+class UnknownLayerError(TypeError):
+    """Says that a module is no layer of a known type.
+
+    Args:
+        host: The module.
+    """
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__(
+            f"{type(host).__name__} is no known linear layer (nn.Linear, nn.Conv1d/2d/3d, nn.Embedding, transformers' "
+            f"Conv1D). Choose other targets, or teach it with lightning_peft.core.layer_of.register."
+        )
+        self.host = host
+
+
 @functools.singledispatch
 def layer_of(host: nn.Module) -> LayerType:
     """Return the ``LayerType`` of a layer; raise a ``TypeError`` if the layer is of no known type."""
@@ -34,10 +49,7 @@ def layer_of(host: nn.Module) -> LayerType:
             f"{type(host).__name__} holds the weights of experts, 3-D parameters that LoRA without decompose adapts "
             f"and this method does not. Choose other targets, or use LoRA."
         )
-    raise TypeError(
-        f"{type(host).__name__} is no known linear layer (nn.Linear, nn.Conv1d/2d/3d, nn.Embedding, transformers' "
-        f"Conv1D). Choose other targets, or teach it with lightning_peft.core.layer_of.register."
-    )
+    raise UnknownLayerError(host)
 
 
 _CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -12,7 +12,7 @@ from torch import nn
 from .base_model import base_modules, base_parameters, matches
 from .expert_layers import expert_modules, expert_weights, owners_of_experts, warn_of_experts
 from .fused_rows import has_parts, requested_rows
-from .pattern_errors import listed, no_match
+from .pattern_errors import LISTING, listed, no_match
 from .roles import ROLES, called_like_role
 from .rows import Rows
 from .structure_of import structure_of
@@ -132,7 +132,7 @@ def selected_targets(
             if not (experts and name in of_experts):
                 meant_by.pop(name, None)
     if not meant_by:
-        raise ValueError(f"exclude={list(exclude)!r} leaves nothing of targets={list(targets)!r}.")
+        raise ValueError(f"exclude={list(exclude)!r} leaves nothing of targets={list(targets)!r}. {LISTING}")
     chosen = {name: meant_by[name] for name in modules if name in meant_by}
     if (selections := _selections.get()) is not None:
         parts = [n for n in chosen if has_parts(n, modules[n]) or (expert_weights(modules[n]) and not experts)]
