@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 ALL_MESSAGES = "--all_messages"
 _METHOD = re.compile(r"--peft\.method(\.class_path)?(=|$)")
 
@@ -90,6 +88,8 @@ def _read(value: str) -> Any:
 
 
 def _parsed(text: str, source: str) -> Any:
+    import yaml  # jsonargparse brings it
+
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

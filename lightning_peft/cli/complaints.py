@@ -50,8 +50,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
     leaf, lower = name.rpartition(".")[2].lstrip("-"), {other.lower(): other for other in names}
     ends = [other for other in names if other.rpartition(".")[2].lstrip("-") == leaf]
     begins = [other for other in names if len(leaf) > 2 and other.startswith(name)]
-    close = [lower[other] for other in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.6)]
-    found = list(dict.fromkeys([*begins[:3], *close, *ends]))[:3]
+    close = [
+        lower[other]
+        for other in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.7 if len(name) > 4 else 0.6)
+    ]
+    found = list(dict.fromkeys([*begins[:3], *ends, *close]))[:3]
     return f" Nearest: {', '.join(found)}." if found else ""
 
 

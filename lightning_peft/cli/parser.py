@@ -65,10 +65,15 @@ class PEFTParser(ClearParser, LightningArgumentParser):
             order = list(_TITLES)
             self._action_groups.sort(key=lambda group: order.index(_section(group)))
             for group in self._action_groups:
-                group.title = _TITLES.get(_section(group)) if _section(group) else group.title
-                group.description = None
-            self.usage = "%(prog)s --config FILE [--peft.method NAME] [--model NAME] [--data NAME] [--OPTION VALUE ...]"
+                group.title = _TITLES[section] if (section := _section(group)) else group.title
+                if group.title == (self.description or "").rstrip("."):
+                    group.title = f"options of {self._command()} alone"
+            shown = "--config FILE [--peft.method NAME] [--model NAME] [--data NAME] [--OPTION VALUE ...]"
+            self.usage = f"lightning-peft {self._command()} {shown}"
         return super().format_help()
+
+    def _command(self) -> str:
+        return self.prog.rpartition(" ")[2]
 
 
 def _section(group: Any) -> str:
