@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -76,11 +76,13 @@ clean: ## Remove caches and build products
 
 # torch comes first and alone: a later requirement on it then keeps the build that is installed.
 $(VENV)/.installed-torch: constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) torch
+	@echo "Installing torch into $(VENV), some 200 MB ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) torch
 	@touch $@
 
 # Editable for every extra, so that whichever target ran last, the environment runs this checkout.
 $(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml constraints.txt
-	$(INSTALL) --editable '.[$*]'
+	@echo "Installing lightning_peft[$*] and what it needs into $(VENV) ..."
+	@$(INSTALL) --editable '.[$*]'
 	@touch $@
