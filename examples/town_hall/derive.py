@@ -4,6 +4,7 @@ Each split is made from the messages, or the parts, of the same split, from a fi
 """
 
 import csv
+import functools
 import json
 import random
 import re
@@ -33,10 +34,16 @@ WORDS = re.compile(r"\w+(?:[-'’]\w+)*|[^\w\s]")
 
 def likeness(first: str, second: str) -> float:
     """Return the share of the words of two texts, short ones left out, that both have."""
-    one, other = ({word.lower() for word in WORDS.findall(text) if len(word) > 3} for text in (first, second))
+    one, other = words_of(first), words_of(second)
     return len(one & other) / max(1, len(one | other))
 
 
+@functools.cache
+def words_of(text: str) -> frozenset[str]:
+    return frozenset(word.lower() for word in WORDS.findall(text) if len(word) > 3)
+
+
+@functools.cache
 def parts(department: str) -> dict[str, tuple[list[str], list[str]]]:
     """Return what a department is asked, and what mentions it, by split; no split has what is like that of another."""
     requests = (FOLDER / f"parts/{department}.txt").read_text(encoding="utf-8").splitlines()

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..base_model import base_modules, outwards
+from ..pattern_errors import LISTING
 from ..roles import ROLES
 from ..selection import select_modules
 from ..transformers_api import attention_implementation, attention_interface
@@ -90,7 +91,7 @@ def _reasons(model: nn.Module, hosts: Mapping[str, nn.Module], joins: bool) -> d
 
 def _refusal(hosts: Mapping[str, nn.Module], reasons: Mapping[str, str]) -> str:
     described = _described(hosts, reasons)
-    return f"No attention module can be changed: {described}. Choose other targets or another method."
+    return f"No attention module can be changed: {described}. Choose other targets or another method. {LISTING}"
 
 
 def _described(hosts: Mapping[str, nn.Module], reasons: Mapping[str, str]) -> str:
