@@ -31,7 +31,7 @@ def saved(tmp_path_factory):
         (
             lp.LoRA(rank=2, targets=["attention.query"]),
             ["embed_tokens"],
-            r"also_train is \['norms'\] in The checkpoint and \['embed_tokens'\] here.*Give also_train=\['norms'\] to go on",
+            r"also_train is \['norms'\] in The checkpoint and \['embed_tokens'\] here.*also_train=\['norms'\] to go on",
         ),
         (
             lp.LoRA(rank=2, targets=["attention.query"]),
