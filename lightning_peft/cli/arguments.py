@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import re
 import sys
@@ -88,8 +89,7 @@ def _read(value: str) -> Any:
 
 
 def _parsed(text: str, source: str) -> Any:
-    import yaml  # jsonargparse brings it
-
+    yaml = importlib.import_module("yaml")  # which jsonargparse brings
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -74,3 +74,5 @@ def hide_known_messages() -> None:
         warnings.filterwarnings("ignore", message=message)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        if (loaded := sys.modules.get("transformers.utils.logging")) is not None:  # it has read the environment
+            loaded.disable_progress_bar()
