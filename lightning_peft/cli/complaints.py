@@ -134,7 +134,8 @@ def _classes(given: str, said: str) -> str:
 
 
 def _subclasses(cls: type) -> Iterator[type]:
-    for subclass in type.__subclasses__(cls):
+    children: list[type] = type.__subclasses__(cls)
+    for subclass in children:
         yield subclass
         yield from _subclasses(subclass)
 

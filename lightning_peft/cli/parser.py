@@ -59,18 +59,19 @@ class PEFTParser(ClearParser, LightningArgumentParser):
             self.add_argument(f"--{key}", type=Any, help=SUPPRESS)
         return added
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Return the help: groups in the order of their use, and a usage of one line."""
         if any(action.dest == "peft.method" for action in self._actions):
-            order = list(_TITLES)
-            self._action_groups.sort(key=lambda group: order.index(_section(group)))
-            for group in self._action_groups:
+            order, groups = list(_TITLES), list[Any](self._action_groups)
+            groups.sort(key=lambda group: order.index(_section(group)))
+            self._action_groups[:] = groups  # type: ignore[index]
+            for group in groups:
                 group.title = _TITLES[section] if (section := _section(group)) else group.title
                 if group.title == (self.description or "").rstrip("."):
                     group.title = f"options of {self._command()} alone"
             shown = "--config FILE [--peft.method NAME] [--model NAME] [--data NAME] [--OPTION VALUE ...]"
             self.usage = f"lightning-peft {self._command()} {shown}"
-        return super().format_help()
+        return super().format_help(*args, **kwargs)
 
     def _command(self) -> str:
         return self.prog.rpartition(" ")[2]

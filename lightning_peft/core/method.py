@@ -90,7 +90,9 @@ def methods_by_name() -> dict[str, type[Method]]:
 
 def as_methods(method: Any) -> list[Method]:
     """Return one method or several as a list; a ``TypeError`` if something among them is no method."""
-    given = [method] if isinstance(method, (str, Method)) or not isinstance(method, Iterable) else list(method)
+    given: list[Any] = (
+        [method] if isinstance(method, (str, Method)) or not isinstance(method, Iterable) else list(method)
+    )
     for one in [method] if isinstance(method, type) else given:
         if isinstance(one, type):
             raise TypeError(f"{one.__name__} is a class; write {one.__name__}().")
