@@ -11,7 +11,7 @@ import torch
 from lightning_utilities.core.overrides import is_overridden
 
 _SHOWN = 3
-_WIDTH = 110  # characters of a text
+_WIDTH = 200  # characters of a text
 _Z = 1.96  # of a normal distribution, for 95 %
 
 
