@@ -4,6 +4,9 @@ VENV ?= .venv
 # Processes of the quick and of the slow test suite; 0 runs tests in one process.
 WORKERS ?= 2
 SLOW_WORKERS ?= 2
+# Where `evidence` finds the data sets and the small decoder.
+DATA ?= ../shared/data
+MODELS ?= ../shared/models
 
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -13,7 +16,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test test-all test-newest test-oldest test-wheel lint docs format clean
+.PHONY: help quickstart test test-all test-newest test-oldest test-wheel lint docs evidence format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -56,6 +59,12 @@ test-wheel: ## Build the distributions, test the wheel without extras, then the 
 	$(VENV)-wheel/bin/python -m pip install --constraint constraints.txt "$$(echo dist/*.whl)[demo]"
 	mkdir -p build/quickstart && cp -r configs examples build/quickstart
 	cd build/quickstart && $(abspath $(VENV))-wheel/bin/lightning-peft fit --config configs/quickstart.yaml
+
+# Goes on where it was stopped; takes some hours from nothing.
+evidence: $(VENV)/.installed-test ## Run every method on real sets, over seeds, and write tables and charts
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evidence.py --data $(DATA) --models $(MODELS)
+	$(BIN)/python benchmarks/evidence_chart.py
+	$(BIN)/python docs/write_results.py
 
 lint: $(VENV)/.installed-dev ## Check style, formatting and types
 	$(BIN)/ruff check

@@ -1,10 +1,10 @@
 """python benchmarks/evidence.py --data FOLDER: every method on three sets of text and a decoder's, over three seeds.
 
 Each run is a process of its own, forked after the imports; what results/evidence.json holds already is not run again,
-and what fails or is killed is listed as missing and runs at the next call. With the first seed a run tries three learning
-rates, a factor of three apart around that of the method's configuration, and one more beyond the best if that is at the
-edge, all judged by validation rows; test rows see the chosen one alone, and so do the runs of the other seeds. A seed
-draws the train rows, their order and the first values, and is the same for all methods. docs/evidence.md says more.
+and what fails or is killed is listed as missing and runs at the next call. With the first seed a run tries three
+learning rates, a factor of three apart around that of the method's configuration, and one more beyond the best if that
+is at the edge, all judged by validation rows; test rows see the chosen one alone, and so do the runs of other seeds. A
+seed draws the train rows, their order and the first values, the same for all methods. docs/evidence.md says more.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from typing import Any
 import datasets  # noqa: F401  imported before processes are forked
 import evidence_decoder
 import evidence_encoder
+import evidence_fit
 import evidence_methods
 import harness
 import lightning.pytorch as pl
@@ -32,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = (1 / 3, 1, 3)  # by which learning rates differ from that of a configuration
 SETTINGS = {
     "train_rows": 640, "validation_rows": 300, "test_rows": 600, "max_length": 32, "batch_size": 8, "epochs": 1,
-    "decoder_rows": 1600, "decoder_test_rows": 300, "decoder_batch_size": 16,
+    "decoder_rows": 800, "decoder_test_rows": 200, "decoder_batch_size": 8,
 }  # fmt: skip
 BRACKETS = ["majority", "features", "features_mean"]
 METHODS = {name: [*BRACKETS, *evidence_methods.ENCODER] for name in evidence_encoder.CLASSES}
@@ -104,7 +105,7 @@ def import_all() -> None:
     with torch.no_grad():
         model(**batch)
     torch.optim.AdamW(harness.trained(model))
-    pl.Trainer(accelerator="cpu", **evidence_encoder.QUIET)
+    pl.Trainer(accelerator="cpu", **evidence_fit.QUIET)
 
 
 def start(run: Run, options: argparse.Namespace) -> bool:
@@ -112,7 +113,7 @@ def start(run: Run, options: argparse.Namespace) -> bool:
     found, begin = stored(options), time.perf_counter()
     if run[0] > 1 and run_of(found, (1, *run[1:])) is None:
         return False  # the first seed chooses the rate
-    chosen = [] if run[1] in BRACKETS else rates(run, found)
+    chosen = [] if run[1] in (*BRACKETS, "base") else rates(run, found)
     process = multiprocessing.get_context("fork").Process(target=work, args=(run, chosen, options))
     process.start()
     process.join()
@@ -124,6 +125,7 @@ def start(run: Run, options: argparse.Namespace) -> bool:
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "shared" / "data", help="folder of the sets")
+    parser.add_argument("--models", type=Path, default=ROOT / "shared" / "models", help="folder with tinystories-656k")
     parser.add_argument("--output", type=Path, default=harness.RESULTS / "evidence.json")
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"), help="folder for the decoder's base")
     parser.add_argument("--seeds", type=int, default=3)

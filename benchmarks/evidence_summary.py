@@ -1,0 +1,58 @@
+"""Reads results/evidence.json: means, deviations and paired differences of its runs. Needs nothing but Python."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+FILE = Path(__file__).parent / "results" / "evidence.json"
+SETS = {"sst2": "SST-2", "trec": "TREC", "ag_news": "AG News"}
+DECODER = "e2e"
+# Quantiles of Student's t for an interval of 95 %, by degrees of freedom; beyond the last, that of the last.
+STUDENT = [0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20]
+Runs = dict[str, dict[str, dict[str, dict[str, Any]]]]
+
+
+def load(path: Path = FILE) -> Runs:
+    return json.loads(path.read_text())["runs"] if path.exists() else {}
+
+
+def each(runs: Runs, name: str, method: str, key: str = "test") -> dict[str, float]:
+    """Return a value of the runs of a method on a set by seed."""
+    found = runs.get(name, {}).get(method, {})
+    return {seed: run[key] for seed, run in sorted(found.items()) if key in run}
+
+
+def mean(values: Any) -> float:
+    return statistics.mean(values)
+
+
+def spread(values: dict[str, float], unit: float = 100, digits: int = 1) -> str:
+    """Return mean and standard deviation of the seeds, as text."""
+    if not values:
+        return ""
+    text = f"{unit * mean(values.values()):.{digits}f}"
+    return text + (f" ± {unit * statistics.stdev(values.values()):.{digits}f}" if len(values) > 1 else "")
+
+
+def average(runs: Runs, method: str, key: str, sets: Any = SETS) -> float | None:
+    """Return the mean of a cost over sets and seeds."""
+    values = [value for name in sets for value in each(runs, name, method, key).values()]
+    return mean(values) if values else None
+
+
+def differences(runs: Runs, method: str, other: str, sets: Any) -> list[float]:
+    """Return by how much a method's result is above another's, for each set and seed that both ran."""
+    found = []
+    for name in sets:
+        own, theirs = each(runs, name, method), each(runs, name, other)
+        found += [own[seed] - theirs[seed] for seed in own if seed in theirs]
+    return found
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Return the mean and half of its 95 % interval, which is infinite for fewer than two values."""
+    if len(values) < 2:
+        return (values[0] if values else 0.0), float("inf")
+    student = STUDENT[min(len(values) - 1, len(STUDENT) - 1)]
+    return mean(values), student * statistics.stdev(values) / len(values) ** 0.5
