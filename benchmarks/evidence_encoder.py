@@ -67,9 +67,9 @@ def run(method: str, name: str, seed: int, rates: list[float], settings: dict[st
         data = data_of(settings["data"] / name, seed, settings, place)
         if method in FROZEN or method == "majority":
             return majority(data) if method == "majority" else frozen(FROZEN[method], data, place)
-        callback = evidence_methods.strategy(evidence_methods.peft_section(method))
-        build = partial(built, CLASSES[name])
-        return best_of(rates, lambda rate: Fit(build, callback, data, rate, seed, settings["epochs"]))
+        section, build = evidence_methods.peft_section(method), partial(built, CLASSES[name])
+        strategy, epochs = partial(evidence_methods.strategy, section), settings["epochs"]
+        return best_of(rates, lambda rate: Fit(build, strategy(), data, rate, seed, epochs))
 
 
 def built(classes: int, rate: float) -> TextClassification:

@@ -68,6 +68,8 @@ def of_method(stem: str, runs: Runs) -> str:
         parts.insert(0, accuracies(methods, runs))
     if any(each(runs, DECODER, method) for method in methods if method not in FRAMES):
         parts.insert(1, decoder([*methods[: -len(FRAMES)], "full_fine_tuning"], runs))
+    if len(parts) > 1:
+        parts.append("[How it was measured](../evidence.md): mean ± standard deviation of the seeds.")
     return "\n\n".join(part for part in parts if part) or "No results yet."
 
 
