@@ -152,6 +152,15 @@ def t_few(runs: Runs) -> str:
     return rows(lines)
 
 
+def below(runs: Runs) -> str:
+    """Accuracy of methods below the bracket, when they learn longer or faster."""
+    path = FILE.parent / "evidence_below.json"
+    found: dict[str, dict[str, float]] = json.loads(path.read_text())["results"] if path.exists() else {}
+    cases = list(dict.fromkeys(case for by_case in found.values() for case in by_case))
+    lines = [[title(m), *(number(by_case.get(case), 0.01, 1) for case in cases)] for m, by_case in found.items()]
+    return rows([["test accuracy on TREC, %", *cases], *lines])
+
+
 def claims(runs: Runs) -> str:
     """Claims of papers, with what was measured."""
     return rows(evidence_claims.lines(runs))
@@ -161,6 +170,7 @@ TABLES: dict[str, Callable[[Runs], str]] = {
     "methods": methods_table,
     "evidence": evidence,
     "evidence_decoder": evidence_decoder,
+    "evidence_below": below,
     "claims": claims,
     "t_few": t_few,
 }
