@@ -1,10 +1,11 @@
 """Claims of the methods' papers, and what the runs of results/evidence.json say to them."""
 
 from dataclasses import dataclass
+from math import isfinite
 
 from evidence_summary import DECODER, SETS, Runs, differences, interval
 
-MARGIN = 0.01  # of accuracy: what "on par" leaves open
+MARGIN, LOSS_MARGIN = 0.01, 0.02  # what "on par" leaves open: of accuracy, and of the loss
 
 
 @dataclass(frozen=True)
@@ -74,19 +75,17 @@ def verdict(claim: Claim, center: float, half: float, margin: float) -> str:
 
 
 def lines(runs: Runs) -> list[list[str]]:
-    """Return the rows of a table: the claim, the difference with its interval and pairs, the verdict."""
-    head = ["claim", "measured here", "difference (95 % interval)", "pairs", "verdict"]
-    found = [head]
+    """Return the rows of a table: the claim, the difference with its interval, the number of pairs, the verdict."""
+    found = [["claim", "measured here", "difference (95 % interval)", "pairs", "verdict"]]
     for claim in CLAIMS:
         for where, sets in {"accuracy, points": list(SETS), "test loss, E2E": [DECODER]}.items():
-            values = differences(runs, claim.method, claim.other, sets)
-            if not values or (claim.decoder_only and sets != [DECODER]):
+            groups = differences(runs, claim.method, claim.other, sets)
+            if not groups or (claim.decoder_only and sets != [DECODER]):
                 continue
-            unit, margin = (100.0, MARGIN) if sets != [DECODER] else (1.0, 0.02)
-            center, half = interval(values)
-            text = f"{unit * center:+.{1 if unit > 1 else 3}f}"
-            text += f" ± {unit * half:.{1 if unit > 1 else 3}f}" if len(values) > 1 else ""
-            said = verdict(claim, center, half, margin) if len(values) > 2 else "too few runs"
+            unit, digits, margin = (100, 1, MARGIN) if sets != [DECODER] else (1, 3, LOSS_MARGIN)
+            center, half = interval(groups)
+            text = f"{unit * center:+.{digits}f}" + (f" ± {unit * half:.{digits}f}" if isfinite(half) else "")
+            said = verdict(claim, center, half, margin) if isfinite(half) else "one seed"
             pair = f"{claim.method} − {claim.other}, {where}".replace("_", " ")
-            found.append([claim.text, pair, text, str(len(values)), said])
+            found.append([claim.text, pair, text, str(sum(map(len, groups))), said])
     return found

@@ -41,18 +41,25 @@ def average(runs: Runs, method: str, key: str, sets: Any = SETS) -> float | None
     return mean(values) if values else None
 
 
-def differences(runs: Runs, method: str, other: str, sets: Any) -> list[float]:
-    """Return by how much a method's result is above another's, for each set and seed that both ran."""
+def differences(runs: Runs, method: str, other: str, sets: Any) -> list[list[float]]:
+    """Return by how much a method's result is above another's: for each set, a value for each seed that both ran."""
     found = []
     for name in sets:
         own, theirs = each(runs, name, method), each(runs, name, other)
-        found += [own[seed] - theirs[seed] for seed in own if seed in theirs]
+        if values := [own[seed] - theirs[seed] for seed in own if seed in theirs]:
+            found.append(values)
     return found
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Return the mean and half of its 95 % interval, which is infinite for fewer than two values."""
-    if len(values) < 2:
-        return (values[0] if values else 0.0), float("inf")
-    student = STUDENT[min(len(values) - 1, len(STUDENT) - 1)]
-    return mean(values), student * statistics.stdev(values) / len(values) ** 0.5
+def interval(groups: list[list[float]]) -> tuple[float, float]:
+    """Return the mean over sets and half of its 95 % interval, for these sets: seeds alone are drawn.
+
+    The variance is that of the seeds within sets, the same for all sets. With one seed the interval is infinite.
+    """
+    center = mean([mean(values) for values in groups])
+    freedom = sum(len(values) - 1 for values in groups)
+    if freedom == 0:
+        return center, float("inf")
+    variance = sum((value - mean(values)) ** 2 for values in groups for value in values) / freedom
+    error = (variance * sum(1 / len(values) for values in groups)) ** 0.5 / len(groups)
+    return center, STUDENT[min(freedom, len(STUDENT) - 1)] * error

@@ -46,9 +46,16 @@ def test_a_table_that_is_not_as_the_file_has_it_is_written_again():
 
 def test_differences_are_taken_within_seeds():
     values = evidence_summary.differences(runs_of(ACCURACIES), "lora", "full_fine_tuning", ["sst2", "trec"])
-    assert values == pytest.approx([-0.01, 0.0, 0.01])
+    assert values == [pytest.approx([-0.01, 0.0, 0.01])]
     center, half = evidence_summary.interval(values)
     assert (center, half) == (pytest.approx(0, abs=1e-12), pytest.approx(4.30 * 0.01 / math.sqrt(3)))
+
+
+def test_an_interval_is_of_the_seeds_and_not_of_the_sets():
+    assert evidence_summary.interval([[0.1], [0.5]]) == (pytest.approx(0.3), math.inf)
+    assert evidence_summary.interval([[0.1, 0.1], [0.5, 0.5]]) == (pytest.approx(0.3), 0)
+    center, half = evidence_summary.interval([[0.0, 0.2], [0.4, 0.6]])  # a variance of 0.02 within each
+    assert (center, half) == (pytest.approx(0.3), pytest.approx(4.30 * math.sqrt(0.02 * (1 / 2 + 1 / 2)) / 2))
 
 
 @pytest.mark.parametrize(
