@@ -67,9 +67,11 @@ def targets(model: nn.Module, example_inputs: Any = None) -> TargetTable:
         example_inputs: Inputs of the model's forward, a tensor, a tuple by position or a dictionary by name, by which
             roles are measured. Models of transformers, and those with an ``example_input_array``, need none.
 
-    Example:
-        >>> [row.name for row in targets(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))).rows]
-        ['0', '2']
+    Examples:
+        >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 3)
+        >>> table = lp.targets(model, example_inputs=torch.zeros(2, 5, 16))  # print it to see all of it
+        >>> [(row.target, row.count, row.name) for row in table.rows][:1]
+        [('attention.query', 3, 'layers.*.self_attn')]
     """
     if example_inputs is not None:
         measure(model, example_inputs)

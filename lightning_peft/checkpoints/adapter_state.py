@@ -23,7 +23,16 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpo
 
 @contextmanager
 def full_state_dict(model: nn.Module) -> Iterator[None]:
-    """Context in which ``model.state_dict()`` holds the frozen base as well."""
+    """Context in which ``model.state_dict()`` holds the frozen base as well.
+
+    Examples:
+        >>> module = L.LightningModule()
+        >>> module.layer = nn.Linear(32, 2)
+        >>> lp.PEFTStrategy(lp.LoRA(rank=2, targets=["layer"])).apply(module)
+        >>> with lp.full_state_dict(module):
+        ...     list(module.state_dict())
+        ['layer.weight', 'layer.bias', 'layer.peft.lora.a', 'layer.peft.lora.b']
+    """
     with require_record(model).show_base():
         yield
 
@@ -31,10 +40,8 @@ def full_state_dict(model: nn.Module) -> Iterator[None]:
 def adapter_state(model: nn.Module, packed: bool = False, only: Sequence[Method] | None = None) -> dict[str, Tensor]:
     """Return the state of adapters and trained base parameters by key; a shared tensor appears once.
 
-    Args:
-        model: An adapted model.
-        packed: Whether adapters leave out what only further training needs.
-        only: Methods of the adapters to return, and nothing else.
+    With ``packed``, adapters leave out what only further training needs. With ``only``, the state is that of the
+    adapters of these methods, and nothing else.
     """
     state: dict[str, Tensor] = {}
     for name, _, key, adapter in adapters(model):
@@ -67,13 +74,24 @@ def global_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state that the clients of a federation share: ``adapter_state`` without ``local_state``.
 
     ``model.load_state_dict(state, strict=False)`` takes it back.
+
+    Examples:
+        >>> method = lp.FedPara(rank=2, personalized=True, targets=["0"])
+        >>> list(lp.global_state(lp.inject(nn.Sequential(nn.Linear(16, 8)), method)))
+        ['0.peft.fedpara.x1', '0.peft.fedpara.y1']
     """
     local = local_state(model)
     return {key: value.detach() for key, value in adapter_state(model).items() if key not in local}
 
 
 def local_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state that stays with a client: of pFedPara, the factors of the second matrix; else nothing."""
+    """Return the state that stays with a client: of pFedPara, the factors of the second matrix; else nothing.
+
+    Examples:
+        >>> method = lp.FedPara(rank=2, personalized=True, targets=["0"])
+        >>> list(lp.local_state(lp.inject(nn.Sequential(nn.Linear(16, 8)), method)))
+        ['0.peft.fedpara.x2', '0.peft.fedpara.y2']
+    """
     return {
         _adapter_prefix(name, key) + entry: value.detach()
         for name, _, key, adapter in adapters(model)
@@ -97,11 +115,7 @@ def unpacked(model: nn.Module, state: Mapping[str, Tensor], only: Sequence[Metho
 def check_state(
     model: nn.Module, loaded: Mapping[str, Tensor], source: str, only: Sequence[Method] | None = None
 ) -> None:
-    """Compare a state with what this model's adapters need (those of some methods), before anything of it is loaded.
-
-    Raises:
-        ValueError: Keys are missing, keys of adapters have no place, or shapes differ; names them.
-    """
+    """Raise a ``ValueError`` where a state lacks what this model's adapters need (or some methods'), or has more."""
     expected = {strip_wrapper_names(k): v for k, v in adapter_state(model, only=only).items()}
     state = {strip_wrapper_names(k): v for k, v in loaded.items()}
     unknown = [k for k in state.keys() - expected.keys() if f".{ADAPTERS_ATTRIBUTE}." in f".{k}"]

@@ -63,6 +63,12 @@ def save_adapter(model: nn.Module, folder: Location, name: str | None = None, to
         ValueError: The name is unknown, or parameters of the base train, which belong to no name.
         TypeError: A wrapper shards the model and does not say how; strategies of this package do. Or what is given as
             tokenizer is none.
+
+    Examples:
+        >>> model = lp.inject(nn.Sequential(nn.Linear(16, 8), nn.ReLU()), lp.LoRA(rank=2, targets=["0"]))
+        >>> folder = lp.save_adapter(model, "my-adapter")
+        >>> sorted(path.name for path in folder.iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     check_known_shards(model)
     only = None if name is None else methods_named(require_record(model), name)
@@ -93,6 +99,14 @@ def load_adapter(model: nn.Module, folder: Location, strict: bool = True) -> nn.
     Raises:
         FileNotFoundError: The folder is no adapter.
         ValueError: A file is damaged, or does not fit this model; says what and why.
+
+    Examples:
+        >>> import copy
+        >>> base = nn.Sequential(nn.Linear(16, 8), nn.ReLU())
+        >>> trained = lp.inject(copy.deepcopy(base), lp.LoRA(rank=2, init="gaussian", targets=["0"]))
+        >>> loaded = lp.load_adapter(base, lp.save_adapter(trained, "my-adapter"))
+        >>> torch.equal(loaded[0].peft["lora"].a, trained[0].peft["lora"].a)
+        True
     """
     config, state = read_adapter(folder)
     fresh = get_record(model) is None

@@ -63,6 +63,14 @@ def combine(
     Raises:
         ValueError: A name is unknown or taken, numbers do not fit, or the adapters lie at different places.
         TypeError: Adapters add nothing to a weight, or have no factors.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(16, 8))
+        >>> for task in ("one", "other"):
+        ...     _ = lp.add_adapter(model, lp.LoRA(rank=2, init="gaussian", targets=["0"]), name=task)
+        >>> _ = lp.combine(model, ["one", "other"], weights=[0.5, 0.5], name="both", rank=4)
+        >>> model[0].peft["both"].a.shape  # 2 + 2 ranks hold the sum exactly
+        torch.Size([4, 16])
     """
     check_setting(rule in get_args(CombineRule), "rule", rule, f"one of {', '.join(get_args(CombineRule))}")
     check_setting(of in ("weights", "factors"), "of", of, "weights or factors")

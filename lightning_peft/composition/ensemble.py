@@ -31,6 +31,14 @@ def join_prompts(folders: Sequence[str | os.PathLike[str]], folder: str | os.Pat
 
     Raises:
         ValueError: The adapters are no single prompts, train more than prompts, or do not belong together.
+
+    Examples:
+        >>> model = nn.ModuleDict({"block": nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)})
+        >>> _ = lp.inject(model, lp.PromptTuning(length=5, targets=["block"]))
+        >>> runs = [lp.save_adapter(model, "run-1"), lp.save_adapter(model, "run-2")]
+        >>> _ = lp.load_adapter(lp.detach(model), lp.join_prompts(runs, "joined"))
+        >>> lp.summary(model).trainable  # 2 prompts of 5 x 16
+        160
     """
     if len(folders) < 2:
         raise ValueError(f"At least two adapters make an ensemble, got {len(folders)}.")
@@ -68,6 +76,17 @@ def ensemble(model: nn.Module, **batch: Any) -> Tensor:
 
     Raises:
         ValueError: The model has not one number of several tasks, or the arguments not one number of rows.
+
+    Examples:
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.block = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        ...     def forward(self, x):
+        ...         return self.block(x).mean(1)
+        >>> model = lp.inject(Net(), lp.PromptTuning(length=5, tasks=3, targets=["block"]))
+        >>> lp.ensemble(model, x=torch.randn(2, 7, 16)).shape  # 3 tasks, 2 rows, 16 logits
+        torch.Size([3, 2, 16])
     """
     counts = {module.tasks for module in model.modules() if isinstance(module, TaskAdapter)} - {1}
     if len(counts) != 1:
@@ -92,6 +111,10 @@ def majority_vote(logits: Tensor) -> Tensor:
     """Return the class that most of N models choose, for logits (N, rows, ..., classes): (rows, ...).
 
     Of classes with the same number of votes, the one with the largest sum of probabilities wins.
+
+    Examples:
+        >>> lp.majority_vote(torch.tensor([[[2.0, 1.0]], [[0.0, 3.0]], [[0.0, 1.0]]]))  # 3 models, 1 row, 2 classes
+        tensor([1])
     """
     votes = F.one_hot(logits.argmax(-1), logits.shape[-1]).sum(0)
     shares = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).sum(0)

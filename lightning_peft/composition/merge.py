@@ -40,21 +40,23 @@ def merge(model: nn.Module, dequantize: bool = False, keep: bool = False, allow_
     ``save_adapter`` give the base and the adapters as if they were not merged.
 
     Args:
-        model: An adapted model; with ``keep``, the same module that was given to ``inject``.
+        model: An adapted model, which is returned; with ``keep``, the same module that was given to ``inject``.
         dequantize: Whether to give a quantized base its full type back first, with the rounding that adapters were
             trained on; how far that is from the weights before quantization is printed. To merge into those instead,
             load the adapter into the base that was not quantized.
         keep: Whether to keep what ``unmerge`` needs. There may be inactive adapters then.
         allow_nonfinite: Whether to merge adapters that hold NaN or infinity.
 
-    Returns:
-        The model.
-
     Raises:
         TypeError: A method's adapters cannot be expressed by a weight, or an adapted weight is quantized.
         ValueError: A host shares a parameter with another module, an adapter is inactive or holds NaN or infinity,
             nothing was injected, or, with ``keep``, a parameter that trains would be overwritten.
         RuntimeError: Adapters are disabled, merged, or each row has its own.
+
+    Examples:
+        >>> model = lp.inject(nn.Sequential(nn.Linear(16, 8)), lp.LoRA(targets=["0"]))
+        >>> list(lp.merge(model).state_dict())  # a plain model again
+        ['0.weight', '0.bias']
     """
     check_not_paused(get_record(model) or InjectionRecord())
     check_not_merged(model)  # nor a part of it
@@ -80,14 +82,17 @@ def unmerge(model: nn.Module) -> nn.Module:
     """Undo ``merge(model, keep=True)``: the base has the same bits as before, and the adapters are active.
 
     Args:
-        model: The same module that was merged, or a copy of it.
-
-    Returns:
-        The model.
+        model: The same module that was merged, or a copy of it, which is returned.
 
     Raises:
         ValueError: Nothing was merged so.
         RuntimeError: The weights were changed since, or have another type; says which.
+
+    Examples:
+        >>> model = lp.inject(nn.Sequential(nn.Linear(16, 8)), lp.LoRA(init="orthogonal", targets=["0"]))
+        >>> base = model[0].weight.clone()
+        >>> torch.equal(lp.merge(model, keep=True)[0].weight, base), torch.equal(lp.unmerge(model)[0].weight, base)
+        (False, True)
     """
     record = get_record(model)
     if record is None or record.merged is None:
@@ -125,10 +130,14 @@ def merged(model: nn.Module, allow_nonfinite: bool = False) -> Iterator[None]:
         allow_nonfinite: Whether to merge adapters that hold NaN or infinity.
 
     Raises:
-        TypeError: A method's adapters cannot be expressed by a weight, or an adapted weight is quantized.
-        ValueError: A host shares a parameter with another module, nothing was injected, an adapter holds NaN or
-            infinity, or a parameter that trains would be overwritten.
-        RuntimeError: Adapters are disabled, merged, or each row has its own; or weights were changed within.
+        RuntimeError: Weights were changed within. The other errors are those of ``merge`` and ``unmerge``.
+
+    Examples:
+        >>> model = lp.inject(nn.Sequential(nn.Linear(16, 8)), lp.LoRA(init="orthogonal", targets=["0"]))
+        >>> base = model[0].weight.clone()
+        >>> with lp.merged(model):
+        ...     torch.equal(model[0].weight, base)
+        False
     """
     merge(model, keep=True, allow_nonfinite=allow_nonfinite)
     try:

@@ -59,6 +59,17 @@ def merge_files(
         ValueError: A file is damaged, the adapter holds NaN or infinity, does not fit the model or belongs to another
             base, the model has values, a weight is not in the files, or base or folder is an address.
         TypeError: The adapter cannot be merged into a weight.
+
+    Examples:
+        >>> from safetensors.torch import load_file, save_file
+        >>> model = nn.Sequential(nn.Linear(16, 8))
+        >>> save_file(model.state_dict(), "base.safetensors")
+        >>> adapter = lp.save_adapter(lp.inject(model, lp.LoRA(rank=2, targets=["0"])), "adapter")
+        >>> with lp.without_values():
+        ...     network = nn.Sequential(nn.Linear(16, 8))
+        >>> folder = lp.merge_files(network, "base.safetensors", adapter, "merged")
+        >>> sorted(load_file(folder / "base.safetensors"))
+        ['0.bias', '0.weight']
     """
     target, _ = (check_local(path, "merge_files reads and writes files in place") for path in (folder, base))
     _check_fresh(model, target)

@@ -50,6 +50,13 @@ def add_adapter(
         FileNotFoundError: The folder is no adapter.
         ValueError: The name is taken, or the adapter does not fit this model.
         RuntimeError: Adapters are paused, within ``disabled`` or ``row_adapters``.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(16, 8))
+        >>> for task in ("billing", "complaints"):
+        ...     _ = lp.add_adapter(model, lp.LoRA(rank=2, targets=["0"]), name=task)
+        >>> [key for _, _, key, _ in lp.adapters(model)]
+        ['billing', 'complaints']
     """
     if not isinstance(source, (str, os.PathLike)):
         return add_inactive(model, _rename_methods(name, as_methods(source)), also_train)

@@ -11,11 +11,12 @@ from torch import nn
 
 from ..core.active_adapters import trained_by
 from ..core.active_on_host import inactive
-from ..core.adapted_module import AdaptedModule, list_base_modules, method_name
+from ..core.adapted_module import AdaptedModule, method_name
 from ..core.adapter import Adapter, Call
 from ..core.checks import check_not_paused
 from ..core.injection_record import methods_named, require_record
 from ..core.per_row import BatchableAdapter, BatchableLayerAdapter
+from ..structure.base_model import list_base_modules
 from ..structure.read_weights import read_weight_attribute
 from .row_dispatch import BatchedLayerCall, BatchedModuleCall, RowAssignment
 
@@ -70,6 +71,16 @@ def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
             features).
         TypeError: An adapter acts on more than that, as prefixes do, or on a weight that is read and never called.
         RuntimeError: Adapters are disabled, or each row has one already.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(16, 8))
+        >>> for task in ("billing", "complaints"):
+        ...     _ = lp.add_adapter(model, lp.LoRA(rank=2, init="orthogonal", targets=["0"]), name=task)
+        >>> x = torch.ones(3, 16)  # three equal rows
+        >>> with lp.row_adapters(model, ["billing", "complaints", None]):
+        ...     y = model(x)
+        >>> [bool((row == y[0]).all()) for row in y]
+        [True, False, False]
     """
     modules = list_base_modules(model)
     rows = [(host, RowAdapters(batched_calls)) for host, batched_calls in _plan(model, modules, names)]

@@ -8,17 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from ..structure.base_model import base_parameters
+from ..structure.base_model import base_parameters, list_base_modules
 from .active_on_host import activate_here, inactive
 from .active_set import Keys, LocalActiveSet
-from .adapted_module import (
-    AdaptedModule,
-    adapters,
-    list_base_modules,
-    method_name,
-    remove,
-    set_active,
-)
+from .adapted_module import AdaptedModule, adapters, method_name, remove, set_active
 from .check_placed import check_placed
 from .checks import check_not_paused
 from .inject import detach
@@ -36,6 +29,10 @@ def active(model: nn.Module) -> tuple[str, ...]:
 
     Raises:
         ValueError: Nothing was injected into this module.
+
+    Examples:
+        >>> lp.active(lp.inject(nn.Sequential(nn.Linear(16, 8)), lp.LoRA(targets=["0"])))
+        ('lora',)
     """
     return tuple(require_record(model).active)
 
@@ -61,6 +58,11 @@ def activate(model: nn.Module, *names: str) -> nn.Module:
     Raises:
         ValueError: A name is unknown, is given twice, or its adapters cannot share a weight with others.
         RuntimeError: Adapters are inactive within ``disabled`` or ``row_adapters``, or merged into the weights.
+
+    Examples:
+        >>> model = lp.add_adapter(nn.Sequential(nn.Linear(16, 8)), lp.LoRA(targets=["0"]), name="billing")
+        >>> lp.active(model), lp.active(lp.activate(model, "billing"))
+        ((), ('billing',))
     """
     record = require_record(model)
     check_not_paused(record)
@@ -121,6 +123,11 @@ def remove_adapter(model: nn.Module, name: str) -> nn.Module:
     Raises:
         ValueError: The name is unknown, or the method trained parameters of the base.
         RuntimeError: Adapters are inactive within ``disabled`` or ``row_adapters``, or merged into the weights.
+
+    Examples:
+        >>> model = lp.inject(nn.Sequential(nn.Linear(16, 8)), lp.LoRA(targets=["0"]))
+        >>> list(lp.remove_adapter(model, "lora").state_dict())
+        ['0.weight', '0.bias']
     """
     record = require_record(model)
     check_not_paused(record)
@@ -152,6 +159,14 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: The model has no adapters, or parameters of the base train, whose first values are not kept.
         RuntimeError: Adapters are merged into the weights, or the context was left in another thread or task.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(16, 8))
+        >>> x, base = torch.ones(1, 16), model(torch.ones(1, 16))
+        >>> _ = lp.inject(model, lp.LoRA(init="orthogonal", targets=["0"]))
+        >>> with lp.disabled(model):
+        ...     torch.equal(model(x), base)
+        True
     """
     check_not_merged(model)
     if (record := get_record(model)) is not None and record.merged is not None:  # with no adapter in the weights

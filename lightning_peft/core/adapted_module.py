@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..ops.sharded_tensors import is_sharded
-from ..structure.base_model import ADAPTERS_ATTRIBUTE, holds_adapters
+from ..structure.base_model import ADAPTERS_ATTRIBUTE
 from ..structure.read_weights import read_bias_attribute, read_weight_attribute
 from .active_on_host import active_keys, called_adapters, current_tensor, inactive, owner_of
 from .active_set import LocalActiveSet
@@ -119,23 +119,17 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Adapter]]:
     """Yield (host's name, host, adapter's key, adapter); hosts are found by type, never by the spelling of a name.
 
     Temporary adapters, which exist during one run only, are left out.
+
+    Examples:
+        >>> model = lp.inject(nn.Sequential(nn.Linear(16, 8), nn.ReLU()), lp.LoRA(rank=2, targets=["0"]))
+        >>> [(name, key, adapter.a.shape) for name, host, key, adapter in lp.adapters(model)]
+        [('0', 'lora', torch.Size([2, 16]))]
     """
     hosts: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, AdaptedModule)]
     for name, host in hosts:
         for key, adapter in host.peft.items():
             if adapter.persistent:
                 yield name, host, key, adapter
-
-
-def list_base_modules(model: nn.Module) -> list[Any]:
-    """Return the modules of the base, the root included; faster than ``base_modules``, as it builds no names."""
-    modules, seen = [model], {id(model)}
-    for module in modules:  # the list grows during the loop
-        for name, child in module._modules.items():
-            if child is not None and id(child) not in seen and not holds_adapters(module, name):
-                modules.append(child)
-                seen.add(id(child))
-    return modules
 
 
 def active_adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:

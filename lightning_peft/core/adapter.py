@@ -24,8 +24,9 @@ class Adapter(nn.Module, ABC):
     narrower type later (``model.bfloat16()``, precision plugins) moves them but keeps their type, since small factors
     that are trained in 16 bits lose their updates to rounding. Set ``parameter.data`` to make one narrow.
 
-    Example:
-        >>> class Gate(Adapter):
+    Examples:
+        >>> from lightning_peft.core import parameter_like
+        >>> class Gate(lp.Adapter):
         ...     def __init__(self, host):
         ...         super().__init__()
         ...         self.gate = parameter_like(host.weight, 1)
@@ -130,6 +131,18 @@ class InnerCall:
         host: The adapted module.
         forward: Forward function of the host's own class.
         adapters: The remaining adapters, inner before outer. Adapters read them to compute several at once.
+
+    Examples:
+        >>> from lightning_peft.core import InnerCall
+        >>> class Twice(lp.Adapter):
+        ...     def forward(self, host, inner, x):
+        ...         return 2 * inner(x)
+        ...
+        ...     def reset_parameters(self):
+        ...         pass
+        >>> call = InnerCall(nn.Identity(), nn.Identity.forward, [Twice(), Twice()])
+        >>> call(torch.ones(1)), call.without_outermost()(torch.ones(1))
+        (tensor([4.]), tensor([2.]))
     """
 
     __slots__ = ("adapters", "forward", "host")
@@ -155,7 +168,8 @@ class InnerCall:
 def parameter_like(weight: Tensor, *shape: int) -> nn.Parameter:
     """Return an uninitialized parameter on the device of a host's weight, in its type but never below float32.
 
-    Example:
+    Examples:
+        >>> from lightning_peft.core import parameter_like
         >>> parameter_like(torch.zeros(2, 2, dtype=torch.bfloat16), 3).dtype
         torch.float32
     """

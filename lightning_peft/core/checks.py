@@ -16,9 +16,9 @@ from ..structure.layer_of import layer_of
 from ..structure.original_weight import original_of
 from ..structure.quantized import is_quantized
 from ..structure.read_weights import read_weight_attribute
+from ..structure.recorded_selections import Selection
 from ..structure.roles import ROLES, WEIGHT_ROLES
 from ..structure.rows import Rows
-from ..structure.selection import Selection
 from .adapter import Adapter
 from .check_keys import check_keys
 from .injection_record import InjectionRecord

@@ -23,6 +23,12 @@ def finalize(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: Nothing was injected into this module.
         RuntimeError: The tensors of a finalized adapter are not those that its encoder computed.
+
+    Examples:
+        >>> model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        >>> _ = lp.inject(model, lp.PrefixTuning(length=5, targets=["self_attn"]))
+        >>> lp.summary(model).trainable, lp.summary(lp.finalize(model)).trainable  # 5 keys and 5 values of 16 stay
+        (25200, 160)
     """
     record = require_record(model)
     for method in record.methods:

@@ -50,6 +50,12 @@ def inject(
     Raises:
         ValueError: A pattern matches nothing, a setting does not fit a layer, or a name is taken.
         TypeError: A host cannot be adapted; the message says what to do instead.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> _ = lp.inject(model, lp.LoRA(rank=2, targets=["0"]), also_train=["2"])
+        >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        ['0.peft.lora.a', '0.peft.lora.b', '2.weight', '2.bias']
     """
     methods = as_methods(method)
     if example_inputs is not None:
@@ -71,7 +77,13 @@ def inject_group(model: nn.Module, methods: Sequence[Method]) -> nn.Module:
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Remove every adapter, restore classes and ``requires_grad``; base parameters that trained keep their values."""
+    """Remove every adapter, restore classes and ``requires_grad``; base parameters that trained keep their values.
+
+    Examples:
+        >>> model = lp.inject(nn.Sequential(nn.Linear(16, 8)), lp.LoRA(rank=2, targets=["0"]))
+        >>> list(lp.detach(model).state_dict())
+        ['0.weight', '0.bias']
+    """
     check_not_paused(get_record(model) or InjectionRecord())
     for _, host, key, _ in list(adapters(model)):
         remove(host, key)
@@ -87,29 +99,17 @@ def detach(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class InjectionPlan:
-    """All that one injection will do to a model. ``build`` raises for what cannot work, before anything is changed.
-
-    Args:
-        model: The model.
-        record: Record of the model, which ``apply`` extends.
-        modules: Modules of the base by name, the root included.
-        methods: Methods to add.
-        also_train: Patterns of base parameters to train.
-        placements: Adapters with their hosts, inner before outer.
-        trained: Names of base parameters that will train because of this injection.
-        active: Whether the adapters are active from now on.
-        grouped: Whether the methods form a group under the name of the first.
-    """
+    """All that one injection will do to a model. ``build`` raises for what cannot work, before anything is changed."""
 
     model: nn.Module
-    record: InjectionRecord
-    modules: dict[str, nn.Module]
-    methods: Sequence[Method]
-    also_train: Sequence[str]
-    placements: list[Placement]
-    trained: set[str]
-    active: bool
-    grouped: bool
+    record: InjectionRecord  # of the model, which ``apply`` extends
+    modules: dict[str, nn.Module]  # of the base by name, the root included
+    methods: Sequence[Method]  # to add
+    also_train: Sequence[str]  # patterns of base parameters
+    placements: list[Placement]  # adapters with their hosts, inner before outer
+    trained: set[str]  # names of base parameters that will train because of this injection
+    active: bool  # whether the adapters are active from now on
+    grouped: bool  # whether the methods form a group under the name of the first
 
     @classmethod
     def build(

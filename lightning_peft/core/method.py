@@ -20,6 +20,27 @@ class Method(ABC):
 
     Args:
         name: Name of the adapters on their hosts, and in files.
+
+    Examples:
+        >>> from dataclasses import dataclass
+        >>> class Shift(lp.Adapter):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.shift = nn.Parameter(torch.zeros(1))
+        ...
+        ...     def reset_parameters(self):
+        ...         nn.init.zeros_(self.shift)
+        ...
+        ...     def forward(self, host, inner, x):
+        ...         return inner(x) + self.shift
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class Shifts(lp.Method):
+        ...     name: str = "shift"
+        ...
+        ...     def adapters(self, model):
+        ...         return [("0", Shift())]
+        >>> lp.summary(lp.inject(nn.Sequential(nn.Linear(16, 8)), Shifts())).trainable
+        1
     """
 
     name: str
@@ -108,6 +129,13 @@ def _subclasses(cls: type[Method]) -> Iterator[type[Method]]:
 
 
 def check_setting(condition: bool, field: str, value: object, expected: str) -> None:
-    """Raise a ``ValueError`` that says what was given and what was expected, unless the condition holds."""
+    """Raise a ``ValueError`` that says what was given and what was expected, unless the condition holds.
+
+    Examples:
+        >>> from lightning_peft.core import check_setting
+        >>> check_setting(False, "rank", -1, "a positive whole number")
+        Traceback (most recent call last):
+        ValueError: rank must be a positive whole number, got -1.
+    """
     if not condition:
         raise ValueError(f"{field} must be {expected}, got {value!r}.")

@@ -35,6 +35,12 @@ class OwnParameters(Method):
         targets: Globs of modules or parameters, or roles.
         untie: Whether a module that is named alone, and each that is named, gets a copy of a shared parameter for
             itself; the others go on with the base's.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> _ = lp.inject(model, lp.OwnParameters(targets=["2"]))
+        >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        ['2.peft.own.own.weight', '2.peft.own.own.bias']
     """
 
     name: str = "own"

@@ -9,7 +9,8 @@ from torch import nn
 
 from ..structure.layer_of import UnknownLayerError
 from ..structure.pattern_errors import LISTING
-from ..structure.selection import Selection, literal, names_of_shared, record_selections, selected_targets
+from ..structure.recorded_selections import Selection, record_selections
+from ..structure.selection import literal, names_of_shared, selected_targets
 from .adapted_module import adapter_key, replaced_names
 from .adapter import Adapter
 from .checks import check_selection

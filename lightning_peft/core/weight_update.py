@@ -33,6 +33,21 @@ class WeightUpdate(BatchableLayerAdapter, Adapter):
     Raises:
         TypeError: The subclass defines none of ``delta``, ``updated`` and ``updated_bias``, or the layer's type is not
             known.
+
+    Examples:
+        >>> class RowScale(lp.WeightUpdate):
+        ...     def __init__(self, host, rows):
+        ...         super().__init__(host, rows)
+        ...         self.scale = nn.Parameter(torch.empty(self.shape[0], 1))
+        ...         self.reset_parameters()
+        ...
+        ...     def reset_parameters(self):
+        ...         nn.init.ones_(self.scale)
+        ...
+        ...     def updated(self, weight):
+        ...         return self.scale * weight
+        >>> RowScale(nn.Linear(16, 8), None).scale.shape  # a number for each output
+        torch.Size([8, 1])
     """
 
     rows: Rows

@@ -46,9 +46,8 @@ def export_peft(
 ) -> Path | str:
     """Write an adapter and what trained beside it as HF PEFT does; nothing is written if it cannot be expressed.
 
-    A classifier's names of classes go into ``class_names.json`` and the model card.
-
-    Files of an earlier export are replaced at once; by a checksum ``import_peft`` tells files of two exports apart.
+    A classifier's names of classes go into ``class_names.json`` and the model card. Files of an earlier export are
+    replaced at once; by a checksum ``import_peft`` tells files of two exports apart.
 
     Args:
         model: The same module that was given to ``inject`` (with a Trainer: the LightningModule).
@@ -68,6 +67,12 @@ def export_peft(
             same; says what and why.
         FileExistsError: The folder has a README.md of somebody else.
         TypeError: A wrapper shards the model and does not say how; strategies of this package do.
+
+    Examples:
+        >>> model = lp.inject(nn.Sequential(nn.Linear(16, 8), nn.ReLU()), lp.LoRA(rank=2, targets=["0"]))
+        >>> folder = lp.export_peft(model, "for-peft")
+        >>> sorted(path.name for path in folder.iterdir())
+        ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
     record = require_record(model)
     check_known_shards(model)

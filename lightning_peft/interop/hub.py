@@ -30,6 +30,12 @@ def push_adapter(folder: Location, repo_id: str, private: bool | None = None, ap
         ImportError: huggingface_hub is not installed.
         ValueError: No repository can have this name.
         RuntimeError: The hub is out of reach, or refuses.
+
+    Examples:
+        >>> model = lp.inject(nn.Sequential(nn.Linear(16, 8)), lp.LoRA(targets=["0"]))
+        >>> lp.push_adapter(lp.save_adapter(model, "my-adapter"), "me/my/adapter")
+        Traceback (most recent call last):
+        ValueError: 'me/my/adapter' names no repository; expected user/name...
     """
     folder = check_local(folder, "huggingface_hub uploads files of this machine")
     if missing := [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]:

@@ -40,6 +40,13 @@ def import_peft(model: nn.Module, folder: Location, name: str | None = None) -> 
     Raises:
         FileNotFoundError: The folder is no adapter.
         ValueError: A file is damaged, does not fit this model, or asks for what no method here computes.
+
+    Examples:
+        >>> trained = lp.inject(nn.Sequential(nn.Linear(16, 8), nn.ReLU()), lp.LoRA(rank=2, targets=["0"]))
+        >>> folder = lp.export_peft(trained, "for-peft")  # or HF PEFT's save_pretrained
+        >>> model = lp.import_peft(nn.Sequential(nn.Linear(16, 8), nn.ReLU()), folder)
+        >>> torch.equal(model[0].peft["lora"].a, trained[0].peft["lora"].a)
+        True
     """
     config, tensors, unchanged = read_with_checksum(folder)
     peft_format = next((f for f in FORMATS if f.kind == config["peft_type"]), None)

@@ -45,6 +45,13 @@ def import_loralib(
 
     Raises:
         ValueError: The file is damaged, or does not fit this model.
+
+    Examples:
+        >>> model = nn.ModuleDict({"query": nn.Linear(16, 16)})
+        >>> torch.save({"query.lora_A": torch.ones(2, 16), "query.lora_B": torch.zeros(16, 2)}, "lora.pt")
+        >>> _ = lp.import_loralib(model, "lora.pt", alpha=4)
+        >>> model["query"].peft["lora"].scale  # alpha / rank
+        2.0
     """
     hosts, other_tensors = _by_host(read_tensor_file(path), {"lora_A": "a", "lora_B": "b"})
     base = base_of_file(model, hosts)
@@ -77,6 +84,13 @@ def import_t_few(model: nn.Module, path: Location) -> nn.Module:
 
     Raises:
         ValueError: The file is damaged, or does not fit this model.
+
+    Examples:
+        >>> model = nn.ModuleDict({"k": nn.Linear(16, 8), "wi_1": nn.Linear(16, 32)})
+        >>> state = {"k.multi_lora_b": torch.ones(8, 1), "wi_1.multi_lora_b": torch.ones(32, 1)}
+        >>> torch.save(state, "finish.pt")
+        >>> lp.summary(lp.import_t_few(model, "finish.pt")).trainable
+        40
     """
     hosts, other_tensors = _by_host(read_tensor_file(path), {"multi_lora_b": "scales"})
     base = base_of_file(model, hosts)

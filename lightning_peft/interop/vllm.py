@@ -35,6 +35,11 @@ def vllm_problems(folder: Location) -> list[str]:
     Raises:
         FileNotFoundError: The folder is no adapter.
         ValueError: A file is damaged, or the folder is none of HF PEFT.
+
+    Examples:
+        >>> model = lp.inject(nn.Sequential(nn.Linear(16, 8)), lp.IA3(targets=["0"], feedforward_targets=[]))
+        >>> lp.vllm_problems(lp.export_peft(model, "for-peft"))
+        ['vLLM loads LoRA alone, and this is IA3.']
     """
     config, tensors = read_peft_folder(folder)
     return describe_problems(config, tensors)

@@ -9,9 +9,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..core.active_on_host import called_adapters
-from ..core.adapted_module import AdaptedModule, list_base_modules
+from ..core.adapted_module import AdaptedModule
 from ..ops.sharded_tensors import shard_of
 from ..ops.torch_api import is_compiled_in_place, is_recorded
+from ..structure.base_model import list_base_modules
 from ..structure.transformers_api import is_pretrained, outermost_pretrained
 
 

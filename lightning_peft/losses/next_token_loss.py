@@ -44,9 +44,14 @@ def next_token(
     Shape:
         (), or for ``none`` that of the labels, with 0 where there is none
 
-    Example:
-        >>> def training_step(self, batch, batch_index):
-        ...     return lightning_peft.losses.next_token(self.model, batch)
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes))
+        >>> ids = torch.tensor([[1, 2, 3, 4]])
+        >>> loss = lp.losses.next_token(model, {"input_ids": ids, "labels": ids})  # the last line of a training_step
+        >>> torch.allclose(loss, model(ids, labels=ids).loss)
+        True
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"Got reduction={reduction!r}, expected 'mean', 'sum' or 'none'.")

@@ -47,6 +47,14 @@ class AdaLoRA(Method):
 
     Raises:
         ValueError: Training has no last step, or is too short for ``warmup_steps`` and ``final_steps``.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+        >>> method = lp.AdaLoRA(initial_rank=6, target_rank=4, targets=["0", "2"])
+        >>> lp.summary(lp.inject(model, method)).trainable  # 2 layers of 6 triplets of 16 + 1 + 16
+        396
+        >>> [method.budget(step, 100, layers=2) for step in (0, 40, 100)]  # triplets that are kept after a step
+        [12, 8, 8]
     """
 
     name: str = "adalora"

@@ -31,6 +31,11 @@ class BitFit(Method):
             did for T5 (https://arxiv.org/abs/2205.05638); also in Llama, Gemma and others. With targets, those layers
             among them. A merged model has biases that its class does not build, which ``from_pretrained`` would leave
             out: keep its modules, or the adapter.
+
+    Examples:
+        >>> model = lp.inject(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2)), lp.BitFit())
+        >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        ['0.bias', '2.bias']
     """
 
     name: str = "bitfit"

@@ -41,6 +41,12 @@ class Bottleneck(Method):
 
     Raises:
         ValueError: A target contains no linear layer, from which its width is read.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16))
+        >>> method = lp.Bottleneck(size=4, targets=["0"], train_norms=False, train_head=False)
+        >>> lp.summary(lp.inject(model, method)).trainable  # weights of 2 x 16 x 4, biases of 4 + 16
+        148
     """
 
     name: str = "bottleneck"

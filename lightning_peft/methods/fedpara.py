@@ -40,6 +40,14 @@ class FedPara(Method):
             weight and W' is composed of the factors after one gradient step. It is added to gradients only; J is
             collected on each process by itself and costs the gradient of a full weight.
         jacobian_step: Size of that step; the paper's learning rate.
+
+    Examples:
+        >>> layer = lp.inject(nn.Sequential(nn.Linear(16, 16)), lp.FedPara(rank=4, targets=["0"]))
+        >>> lp.summary(layer).trainable  # 2 x 4 x (16 + 16), for an update of rank up to 16
+        256
+        >>> client = lp.inject(nn.Sequential(nn.Linear(16, 16)), lp.FedPara(personalized=True, targets=["0"]))
+        >>> sorted(lp.local_state(client))  # stays with its client
+        ['0.peft.fedpara.x2', '0.peft.fedpara.y2']
     """
 
     name: str = "fedpara"

@@ -41,6 +41,12 @@ class IA3(Method):
         targets: Globs or roles of layers whose outputs are scaled.
         feedforward_targets: Globs or roles of layers whose inputs are scaled; may be empty.
         exclude: Globs of modules to leave out.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> _ = lp.inject(model, lp.IA3(targets=["0"], feedforward_targets=["2"]))
+        >>> lp.summary(model).trainable  # 8 outputs of the first layer, 8 inputs of the second
+        16
     """
 
     name: str = "ia3"

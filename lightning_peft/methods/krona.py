@@ -43,6 +43,11 @@ class KronA(Method):
 
     Raises:
         ValueError: ``shape_a`` does not divide a target's sides.
+
+    Examples:
+        >>> model = lp.inject(nn.Sequential(nn.Linear(64, 64)), lp.KronA(shape_a=[8, 8], targets=["0"]))
+        >>> lp.summary(model).trainable  # A and B are 8 x 8; their Kronecker product is 64 x 64
+        128
     """
 
     name: str = "krona"

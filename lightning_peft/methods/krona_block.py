@@ -34,6 +34,12 @@ class KronABlock(Method):
 
     Raises:
         ValueError: ``shape_a`` does not divide a block's width, or a block returns another width than it takes.
+
+    Examples:
+        >>> block = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
+        >>> model = lp.inject(nn.ModuleDict({"block": block}), lp.KronABlock(factor=4, targets=["block"]))
+        >>> lp.summary(model).trainable  # A (4, 4) and B (4, 4) beside the block
+        32
     """
 
     name: str = "krona_block"

@@ -42,6 +42,13 @@ class LLaMAAdapter(Method):
         train_norms: Whether all normalization layers train too, as in version 2, https://arxiv.org/abs/2304.15010.
         bias_and_scale: Whether the blocks' linear layers become s o (W x + b), as in version 2 (equation 1), with s
             from 1 and b from 0; the authors' code for 65 billion parameters scales the input instead.
+
+    Examples:
+        >>> attention = nn.MultiheadAttention(16, num_heads=4, batch_first=True)
+        >>> _ = lp.inject(nn.ModuleDict({"attention": attention}), lp.LLaMAAdapter(length=3, targets=["attention"]))
+        >>> x = torch.randn(2, 5, 16)
+        >>> attention(x, x, x)[0].shape, attention.peft["llama_adapter"].gate.shape  # one gate for each head
+        (torch.Size([2, 5, 16]), torch.Size([4]))
     """
 
     name: str = "llama_adapter"

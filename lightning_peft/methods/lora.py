@@ -46,6 +46,12 @@ class LoRA(Method):
         dropout: Probability with which inputs of A are dropped in training.
         rank_pattern: Ranks that differ from ``rank``, by glob of hosts.
         alpha_pattern: Alphas that differ from ``alpha``, by glob of hosts.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> _ = lp.inject(model, lp.LoRA(rank=2, targets=["0"]))
+        >>> {name: tuple(tensor.shape) for name, tensor in model.named_parameters() if tensor.requires_grad}
+        {'0.peft.lora.a': (2, 16), '0.peft.lora.b': (8, 2)}
     """
 
     name: str = "lora"

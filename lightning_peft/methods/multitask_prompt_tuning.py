@@ -44,6 +44,12 @@ class MultitaskPromptTuning(Method):
         targets: Globs of modules whose first input is (batch, tokens, features), or of lists of such blocks, for models
             that are not transformers', and for those that read images.
         embeddings: Glob of the input embeddings that belong to ``targets``; a random start needs none.
+
+    Examples:
+        >>> model = nn.ModuleDict({"block": nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)})
+        >>> method = lp.MultitaskPromptTuning(length=5, tasks=3, targets=["block"])
+        >>> lp.summary(lp.inject(model, method)).trainable  # 5 x 16 of all tasks, 5 + 16 of each
+        143
     """
 
     name: str = "multitask_prompt_tuning"

@@ -47,6 +47,12 @@ class PTuning(Method):
 
     Raises:
         ValueError: The template cannot be read or has no pseudo token.
+
+    Examples:
+        >>> model = nn.ModuleDict({"block": nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)})
+        >>> _ = lp.inject(model, lp.PTuning(length=5, targets=["block"]))
+        >>> lp.summary(model).trainable, lp.summary(lp.finalize(model)).trainable  # with the LSTM, and 5 x 16 without
+        (3952, 80)
     """
 
     name: str = "p_tuning"

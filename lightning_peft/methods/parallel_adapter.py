@@ -35,6 +35,12 @@ class ParallelAdapter(Method):
 
     Raises:
         ValueError: A block returns another width than it takes.
+
+    Examples:
+        >>> block = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
+        >>> model = lp.inject(nn.ModuleDict({"block": block}), lp.ParallelAdapter(size=8, targets=["block"]))
+        >>> lp.summary(model).trainable  # W_down (8, 16) and W_up (16, 8) beside the block
+        256
     """
 
     name: str = "parallel_adapter"

@@ -46,6 +46,12 @@ class PrefixTuning(Method):
         tokenizer: Folder or name of the tokenizer for ``init_text``; by default that of the model.
         shift_positions: Whether the positions of tokens begin after a prefix of this length, as they do where prefixes
             are put into a key-value cache. If not, tokens keep their positions, and the prefix has none.
+
+    Examples:
+        >>> model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        >>> _ = lp.inject(model, lp.PrefixTuning(length=5, targets=["self_attn"]))
+        >>> lp.summary(lp.finalize(model)).trainable  # 5 keys and 5 values of 16
+        160
     """
 
     name: str = "prefix_tuning"
@@ -98,6 +104,12 @@ class PTuningV2(Method):
         targets: Globs of attention modules, or roles.
         exclude: Globs of modules to leave out.
         train_head: Whether the head trains as well, if the model has one; see the role ``head``.
+
+    Examples:
+        >>> model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        >>> method = lp.PTuningV2(length=5, targets=["self_attn"], train_head=False)
+        >>> lp.summary(lp.inject(model, method)).trainable  # 5 keys and 5 values of 16
+        160
     """
 
     name: str = "p_tuning_v2"

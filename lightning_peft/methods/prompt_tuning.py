@@ -40,6 +40,12 @@ class PromptTuning(Method):
         targets: Globs of modules whose first input is (batch, tokens, features), or of lists of such blocks, for models
             that are not transformers', and for those that read images.
         embeddings: Glob of the input embeddings that belong to ``targets``; a random start needs none.
+
+    Examples:
+        >>> model = nn.ModuleDict({"block": nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)})
+        >>> _ = lp.inject(model, lp.PromptTuning(length=5, targets=["block"]))
+        >>> lp.summary(model).trainable, model["block"](torch.randn(2, 7, 16)).shape  # outputs as before
+        (80, torch.Size([2, 7, 16]))
     """
 
     name: str = "prompt_tuning"

@@ -17,7 +17,13 @@ from ..structure.structure_of import structure_of
 
 @dataclass(frozen=True, kw_only=True)
 class FullFineTuning(Method):
-    """Trains every parameter of the base model, as a reference for the other methods."""
+    """Trains every parameter of the base model, as a reference for the other methods.
+
+    Examples:
+        >>> summary = lp.summary(lp.inject(nn.Sequential(nn.Linear(16, 2)), lp.FullFineTuning()))
+        >>> summary.trainable, summary.total
+        (34, 34)
+    """
 
     name: str = "full"
 
@@ -33,6 +39,11 @@ class OutputLayers(Method):
         name: Name of the method.
         targets: Globs of modules or parameters, or roles. The role ``output`` refuses a layer that shares its weight
             with the input embeddings, which would change too; name such a layer explicitly to train both.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> lp.summary(lp.inject(model, lp.OutputLayers(targets=["2"]))).trainable
+        18
     """
 
     name: str = "output_layers"
@@ -59,6 +70,13 @@ class LastLayers(Method):
     Args:
         name: Name of the method.
         count: Number of blocks, counted from the output.
+
+    Examples:
+        >>> x = torch.randn(2, 5, 16)
+        >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 3)
+        >>> _ = lp.inject(model, lp.LastLayers(count=1), example_inputs=x)
+        >>> {name[:8] for name, parameter in model.named_parameters() if parameter.requires_grad}
+        {'layers.2'}
     """
 
     name: str = "last_layers"

@@ -39,6 +39,12 @@ class TrainableTokens(Method):
 
     Raises:
         ValueError: There are no tokens, one is not in the vocabulary, or an id is not a whole number.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Embedding(1000, 16), nn.Linear(16, 4))
+        >>> _ = lp.inject(model, lp.TrainableTokens(tokens=[7, 42], targets=["0"]))
+        >>> lp.summary(model).trainable  # two rows of 16
+        32
     """
 
     name: str = "trainable_tokens"

@@ -27,6 +27,15 @@ def learning_curves(folders: Iterable[Folder], metric: str = "val_loss") -> Figu
     Raises:
         FileNotFoundError: A folder holds no metrics.csv.
         ValueError: A run has not logged the metric, or nothing at all.
+
+    Examples:
+        >>> from lightning.pytorch.loggers import CSVLogger
+        >>> logger = CSVLogger("runs", name="lora")
+        >>> for step, loss in enumerate([2.0, 1.0, 0.5]):
+        ...     logger.log_metrics({"val_loss": loss}, step)
+        >>> logger.save()
+        >>> lp.plots.learning_curves(["runs/lora"]).axes[0].lines[0].get_ydata().tolist()
+        [2.0, 1.0, 0.5]
     """
     runs = {
         name: _pair(read_metrics_csv(path), metric, str(path)) for name, path in find_runs(folders, METRICS).items()
@@ -53,7 +62,16 @@ def learning_curves(folders: Iterable[Folder], metric: str = "val_loss") -> Figu
 
 
 def validated(folder: Folder) -> list[str]:
-    """Return the names of the validation metrics that a run has logged."""
+    """Return the names of the validation metrics that a run has logged.
+
+    Examples:
+        >>> from lightning.pytorch.loggers import CSVLogger
+        >>> logger = CSVLogger("runs", name="lora")
+        >>> logger.log_metrics({"train_loss": 2.0, "val_loss": 2.0, "val_accuracy": 0.5}, step=1)
+        >>> logger.save()
+        >>> lp.plots.validated("runs/lora")
+        ['val_accuracy', 'val_loss']
+    """
     (path,) = find_runs([folder], METRICS).values()
     return sorted(name for name in read_metrics_csv(Path(path)) if name.startswith("val_"))
 

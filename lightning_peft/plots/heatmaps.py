@@ -25,6 +25,12 @@ def rank_map(model: nn.Module) -> Figure:
 
     Raises:
         ValueError: No adapter of the model has triplets.
+
+    Examples:
+        >>> model = lp.inject(nn.Sequential(nn.Linear(16, 16)), lp.AdaLoRA(targets=["0"]))
+        >>> figure = lp.plots.rank_map(model)
+        >>> int(figure.axes[0].images[0].get_array().max())
+        12
     """
     ranks = PlotValues.of(model).ranks
     if not ranks:
@@ -40,6 +46,12 @@ def gate_map(model: nn.Module) -> Figure:
 
     Raises:
         ValueError: No adapter of the model has gates.
+
+    Examples:
+        >>> model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        >>> figure = lp.plots.gate_map(lp.inject(model, lp.LLaMAAdapter(length=2, targets=["self_attn"])))
+        >>> figure.axes[0].images[0].get_array().shape  # 1 layer, 4 heads
+        (1, 4)
     """
     gates = PlotValues.of(model).gates
     if not gates:

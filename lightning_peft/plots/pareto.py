@@ -24,6 +24,11 @@ def accuracy_over_parameters(points: Mapping[str, Point] | Iterable[Folder], met
     Raises:
         FileNotFoundError: A folder holds no report.json.
         ValueError: There are no points, or a report has no such metric.
+
+    Examples:
+        >>> figure = lp.plots.accuracy_over_parameters({"LoRA": (222_338, 0.879), "full": (22_713_986, 0.881)})
+        >>> figure.axes[0].get_xscale()
+        'log'
     """
     if isinstance(points, Mapping):
         title, by_name = metric or "test_accuracy", dict(points)

@@ -26,6 +26,11 @@ def pictures(adapted: nn.Module | PlotValues, tokenizer: Any = None) -> dict[str
     Args:
         adapted: A model, adapted or not.
         tokenizer: As for ``prompt_similarity``.
+
+    Examples:
+        >>> model = lp.inject(nn.Sequential(nn.Linear(16, 16)), lp.AdaLoRA(targets=["0"]))
+        >>> list(lp.plots.pictures(model))
+        ['rank_map']
     """
     values = adapted if isinstance(adapted, PlotValues) else PlotValues.of(adapted)
     figures: dict[str, Figure] = {}
@@ -40,7 +45,13 @@ def pictures(adapted: nn.Module | PlotValues, tokenizer: Any = None) -> dict[str
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Write a figure into a file, of the format that its name ends with, and return the path."""
+    """Write a figure into a file, of the format that its name ends with, and return the path.
+
+    Examples:
+        >>> figure = lp.plots.accuracy_over_parameters({"LoRA": (222_338, 0.879)})
+        >>> lp.plots.save(figure, "accuracy.svg").stat().st_size > 1000
+        True
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)

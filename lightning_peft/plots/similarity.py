@@ -26,6 +26,12 @@ def prompt_similarity(model: nn.Module, tokenizer: Any = None) -> Figure:
 
     Raises:
         ValueError: No adapter of the model has virtual tokens.
+
+    Examples:
+        >>> model = nn.ModuleDict({"block": nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)})
+        >>> figure = lp.plots.prompt_similarity(lp.inject(model, lp.PromptTuning(length=5, targets=["block"])))
+        >>> figure.axes[0].images[0].get_array().shape
+        (5, 5)
     """
     values = PlotValues.of(model)
     if not values.tokens:

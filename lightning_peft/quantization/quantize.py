@@ -57,6 +57,11 @@ def quantize(
         TypeError: A target is no linear layer that can be quantized; names the first.
         RuntimeError: Adapters were injected already.
         ImportError: No library for "nf4" is installed that runs on the model's device.
+
+    Examples:
+        >>> model = lp.quantize(nn.Sequential(nn.Linear(64, 64)), "int8", targets=["0"])
+        >>> model[0].weight.dtype, lp.active(lp.inject(model, lp.LoRA(targets=["0"])))
+        (torch.int8, ('lora',))
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}.")
@@ -104,6 +109,11 @@ def dequantize(model: nn.Module) -> float:
 
     Raises:
         ValueError: Nothing in the model is quantized.
+
+    Examples:
+        >>> model = lp.quantize(nn.Sequential(nn.Linear(64, 64)), "int8", targets=["0"])
+        >>> 0 < lp.dequantize(model) < 0.01  # how far the weights are from the original ones, relative to their norm
+        True
     """
     hosts = quantized_layers(model)
     if not hosts:

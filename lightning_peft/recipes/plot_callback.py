@@ -35,6 +35,10 @@ class PlotCallback(pl.Callback):
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: ``every_n_epochs`` is not a positive whole number.
+
+    Examples:
+        >>> from lightning_peft.recipes.plot_callback import PlotCallback
+        >>> trainer = L.Trainer(callbacks=[lp.PEFTStrategy(lp.AdaLoRA()), PlotCallback()], accelerator="cpu")
     """
 
     def __init__(self, every_n_epochs: int = 1, tokenizer: str | None = None, log_figures: bool = True) -> None:

@@ -61,6 +61,17 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in _walk(model) if name}
 
 
+def list_base_modules(model: nn.Module) -> list[Any]:
+    """Return the modules of the base, the root included; faster than ``base_modules``, as it builds no names."""
+    modules, seen = [model], {id(model)}
+    for module in modules:  # the list grows during the loop
+        for name, child in module._modules.items():
+            if child is not None and id(child) not in seen and not holds_adapters(module, name):
+                modules.append(child)
+                seen.add(id(child))
+    return modules
+
+
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of the base model by name, adapters left out; a shared one appears once."""
     parameters, seen = dict[str, nn.Parameter](), set[int]()

@@ -41,7 +41,14 @@ class UnknownLayerError(TypeError):
 
 @functools.singledispatch
 def layer_of(host: nn.Module) -> LayerType:
-    """Return the ``LayerType`` of a layer; raise a ``TypeError`` if the layer is of no known type."""
+    """Return the ``LayerType`` of a layer; raise a ``TypeError`` if the layer is of no known type.
+
+    Examples:
+        >>> from lightning_peft.core import layer_of
+        >>> convolution = nn.Conv1d(4, 8, kernel_size=3)
+        >>> tuple(layer_of(convolution).shape(convolution))  # (out, in, *kernel)
+        (8, 4, 3)
+    """
     if (layer_type := _foreign(host)) is not None:
         return layer_type
     if expert_weights(host):

@@ -21,7 +21,14 @@ _PLAIN = (Tensor, nn.Parameter, FakeTensor)  # types of weights that are neither
 
 
 class LayerType(ABC):
-    """Knowledge about one type of linear layer. It holds no state; the host, a layer of that type, is passed in."""
+    """Knowledge about one type of linear layer. It holds no state; the host, a layer of that type, is passed in.
+
+    Examples:
+        >>> from lightning_peft.core import layer_of
+        >>> layer = nn.Embedding(10, 4)
+        >>> tuple(layer_of(layer).shape(layer)), layer_of(layer).is_embedding  # (out, in): features, tokens
+        ((4, 10), True)
+    """
 
     is_embedding = False  # its inputs are indices, not features
     weight_read_by_parent = False  # a module further out reads the weight and never calls the layer
@@ -89,7 +96,14 @@ class LayerType(ABC):
 
 
 class LinearType(LayerType):
-    """``nn.Linear``: y = x W^T."""
+    """``nn.Linear``: y = x W^T.
+
+    Examples:
+        >>> from lightning_peft.core import LinearType
+        >>> layer, x = nn.Linear(4, 8), torch.ones(2, 4)
+        >>> LinearType().apply(layer, x, torch.ones(3, 4))[0]  # with another weight, without a bias
+        tensor([4., 4., 4.])
+    """
 
     maps_features = True
 

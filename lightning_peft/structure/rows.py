@@ -22,6 +22,12 @@ class Rows(NamedTuple):
         stop: The row after the last one.
         period: Rows from one repetition to the next; ``repeats`` periods make up the layer.
         repeats: Number of repetitions.
+
+    Examples:
+        >>> from lightning_peft.core import Rows
+        >>> keys = Rows("key", 8, 16, period=24, repeats=4)
+        >>> keys.size, keys.ranges(), keys.take(torch.zeros(96, 32)).shape
+        (32, [(8, 16), (32, 40), (56, 64), (80, 88)], torch.Size([32, 32]))
     """
 
     part: str

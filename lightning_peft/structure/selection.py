@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -13,6 +11,7 @@ from .base_model import base_modules, base_parameters, matches
 from .expert_layers import expert_modules, expert_weights, owners_of_experts, warn_of_experts
 from .fused_rows import has_parts, requested_rows
 from .pattern_errors import LISTING, listed, no_match
+from .recorded_selections import Selection, recorded_selections
 from .roles import ROLES, called_like_role
 from .rows import Rows
 from .structure_of import structure_of
@@ -27,39 +26,16 @@ class Target(NamedTuple):
         name: Dotted name of the host.
         host: The module.
         rows: Rows of the host's weight that the targets mean; None for its whole output.
+
+    Examples:
+        >>> from lightning_peft.core import select
+        >>> select(nn.Sequential(nn.Linear(4, 2)), ["0"])[0]
+        Target(name='0', host=Linear(in_features=4, out_features=2, bias=True), rows=None)
     """
 
     name: str
     host: nn.Module
     rows: Rows | None
-
-
-class Selection(NamedTuple):
-    """Module with several parts that ``select`` or ``select_modules`` returned, and the targets that selected it.
-
-    Args:
-        name: Dotted name of the module.
-        host: The module.
-        targets: Globs and roles that were given.
-    """
-
-    name: str
-    host: nn.Module
-    targets: Sequence[str]
-
-
-_selections: ContextVar[list[Selection] | None] = ContextVar("selections", default=None)
-
-
-@contextmanager
-def record_selections() -> Iterator[list[Selection]]:
-    """Context that lists selected modules with several parts: injection compares what adapters change in them."""
-    selections: list[Selection] = []
-    token = _selections.set(selections)
-    try:
-        yield selections
-    finally:
-        _selections.reset(token)
 
 
 def modules_of_role(model: nn.Module, role: str) -> list[str]:
@@ -82,7 +58,8 @@ def select(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()
     Raises:
         ValueError: A target or an exclusion matches nothing; names what the model has.
 
-    Example:
+    Examples:
+        >>> from lightning_peft.core import select
         >>> [name for name, host, rows in select(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), ["0"])]
         ['0']
     """
@@ -106,6 +83,11 @@ def select_modules(model: nn.Module, targets: Sequence[str], exclude: Sequence[s
     """Return modules by name, in the model's order, for adapters that act on whole modules.
 
     Arguments and errors are those of ``select``.
+
+    Examples:
+        >>> from lightning_peft.core import select_modules
+        >>> select_modules(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), ["1"])
+        {'1': ReLU()}
     """
     modules = base_modules(model)
     return {name: modules[name] for name in selected_targets(model, targets, exclude)}
@@ -134,7 +116,7 @@ def selected_targets(
     if not meant_by:
         raise ValueError(f"exclude={list(exclude)!r} leaves nothing of targets={list(targets)!r}. {LISTING}")
     chosen = {name: meant_by[name] for name in modules if name in meant_by}
-    if (selections := _selections.get()) is not None:
+    if (selections := recorded_selections.get()) is not None:
         parts = [n for n in chosen if has_parts(n, modules[n]) or (expert_weights(modules[n]) and not experts)]
         selections += [Selection(name, modules[name], chosen[name]) for name in parts]
     return chosen
@@ -164,6 +146,11 @@ def select_parameters(model: nn.Module, patterns: Sequence[str], roles_only: boo
 
     Raises:
         ValueError: A pattern matches no parameter, or it is unclear what it means; names what the model has.
+
+    Examples:
+        >>> from lightning_peft.core import select_parameters
+        >>> select_parameters(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ["0.weight", "1"])
+        ['0.weight', '1.weight', '1.bias']
     """
     first_names = names_of_shared(model)
     chosen = {first_names[name] for name in select_parameter_names(model, patterns, roles_only)}

@@ -47,6 +47,13 @@ class CausalLM(ThroughputModule):
         schedule: What the learning rate does after the warm-up.
         gradient_checkpointing: Whether blocks keep their inputs alone and run again in the backward pass.
         dtype: Data type of the weights; auto keeps that of the pretrained file. Adapters are in float32 in any case.
+
+    Examples:
+        >>> from lightning_peft.tasks import CausalLM
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> module = CausalLM(config={"model_type": "llama", "vocab_size": 32, **sizes})
+        >>> module(**module.sample_batch(2, 8)).shape
+        torch.Size([2, 8, 32])
     """
 
     def __init__(

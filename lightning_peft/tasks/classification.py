@@ -34,6 +34,13 @@ class TextClassification(TaskModule):
         warmup_fraction: Share of all steps in which the learning rate grows.
         schedule: What the learning rate does after the warm-up.
         dtype: Data type of the weights; auto keeps that of the pretrained file.
+
+    Examples:
+        >>> from lightning_peft.tasks import TextClassification
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> module = TextClassification(config={"model_type": "bert", "vocab_size": 32, **sizes}, num_classes=4)
+        >>> module(**module.sample_batch(2, 8)).shape
+        torch.Size([2, 4])
     """
 
     def __init__(

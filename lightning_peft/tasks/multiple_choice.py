@@ -25,8 +25,8 @@ class Choices(TaskModule):
 
     Trains by a weighted sum of three losses of `lightning_peft.losses`: L_LM makes the right answer likely, L_UL the
     tokens of wrong ones unlikely, L_LN the right one the likeliest. Adafactor optimizes, with a scale for each
-    parameter's size. The model is one with an encoder (T5, T0, BART), which reads each prompt once whatever the number
-    of choices, or a decoder alone. Give exactly one of ``model`` and ``config``; the network is built in train mode.
+    parameter's size. The model has an encoder (T5, T0, BART), which reads each prompt once, or is a decoder alone. Give
+    exactly one of ``model`` and ``config``; the network is built in train mode.
 
     Args:
         model: Pretrained model: a folder, package:name/folder in an installed Python package, or a hub name.
@@ -39,6 +39,13 @@ class Choices(TaskModule):
         warmup_fraction: Share of all steps in which the learning rate grows.
         schedule: What the learning rate does after the warm-up.
         dtype: Data type of the weights; auto keeps that of the pretrained file. Adapters are in float32 in any case.
+
+    Examples:
+        >>> from lightning_peft.tasks import Choices
+        >>> sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+        >>> module = Choices(config={"model_type": "t5", "vocab_size": 32, **sizes})
+        >>> module(**module.sample_batch(2, 16)).shape  # 2 rows of 2 choices of 2 tokens
+        torch.Size([4, 2, 32])
     """
 
     accuracy = "accuracy"
@@ -128,10 +135,7 @@ class Choices(TaskModule):
         return int(next(token for token in tokens if token is not None))
 
     def sample_batch(self, rows: int, tokens: int) -> dict[str, Tensor]:
-        """A batch of this shape with two choices, each of an eighth as many tokens.
-
-        A decoder reads them after the prompt: both together have ``tokens``.
-        """
+        """A batch of this shape, two choices of an eighth as many tokens with it, or within it for a decoder."""
         answer = max(1, tokens // 8)
         batch = super().sample_batch(rows, tokens if self.has_encoder else max(1, tokens - answer))
         return {**batch, "choices": torch.ones(rows, 2, answer, dtype=torch.long)}

@@ -44,6 +44,13 @@ class Seq2Seq(TaskModule):
         warmup_fraction: Share of all steps in which the learning rate grows.
         schedule: What the learning rate does after the warm-up.
         dtype: Data type of the weights; auto keeps that of the pretrained file. Adapters are in float32 in any case.
+
+    Examples:
+        >>> from lightning_peft.tasks import Seq2Seq
+        >>> sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+        >>> module = Seq2Seq(config={"model_type": "t5", "vocab_size": 32, **sizes})
+        >>> module(**module.sample_batch(2, 16)).shape
+        torch.Size([2, 16, 32])
     """
 
     def __init__(

@@ -52,6 +52,13 @@ class PEFTStrategy(Callback):
 
     Raises:
         ValueError: A method does not fit the model, what was declared does not train, or no adapter gets a gradient.
+
+    Examples:
+        >>> module = L.LightningModule()
+        >>> module.layer = nn.Linear(32, 2)
+        >>> lp.PEFTStrategy(lp.LoRA(rank=1, targets=["layer"])).apply(module)  # as a Trainer's fit does
+        >>> list(module.state_dict())  # what a checkpoint holds
+        ['layer.peft.lora.a', 'layer.peft.lora.b']
     """
 
     def __init__(
@@ -116,7 +123,6 @@ class PEFTStrategy(Callback):
         self._resume.start_training(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the mode of frozen modules, and have the cache compared."""
         self._resume.restore()
         self._cache.start_epoch()
         self._modes.set(pl_module)
@@ -128,12 +134,10 @@ class PEFTStrategy(Callback):
         self._cache.begin(batch, trains=True)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
-        """Refuse what caching does not fit, before anything changes."""
         self._cache.check_first(trainer)
         self._steps.check_loss(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Complete gradients that tensor parallelism left in parts."""
         self._steps.after_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -148,7 +152,6 @@ class PEFTStrategy(Callback):
         self._steps.end_batch(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn once if rows come that are not in the cache."""
         self._resume.restore()
         self._cache.end_epoch(trainer.current_epoch)
 
@@ -161,11 +164,9 @@ class PEFTStrategy(Callback):
     on_test_start = on_predict_start = on_validation_start
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, *_: Any, **__: Any) -> None:
-        """Start a step of the cache."""
         self._cache.begin(batch, trains=False)
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """End a step of the cache."""
         self._cache.end()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -176,7 +177,6 @@ class PEFTStrategy(Callback):
         check_base_unchanged(pl_module, self._base_fingerprint)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave nothing behind of the training."""
         forget_injection(pl_module)
         self._leave()
 

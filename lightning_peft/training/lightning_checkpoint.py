@@ -73,10 +73,8 @@ def install_checkpoint_hooks(module: pl.LightningModule, check_base: bool) -> No
 def check_saved(module: pl.LightningModule, state: Mapping[str, Any] | None) -> None:
     """Check that a checkpoint that is about to be written holds all that trains.
 
-    Processes after the first have an empty state where the first one writes for all; DeepSpeed writes by itself.
-
-    Raises:
-        ValueError: Something is missing; names it.
+    Processes after the first have an empty state where the first one writes for all; DeepSpeed writes by itself. What
+    is missing is named by a ``ValueError``.
     """
     trainer = trainer_of(module)
     if state is None or (not state and trainer is not None and trainer.global_rank > 0):
@@ -136,6 +134,15 @@ def load_from_checkpoint(
     Raises:
         ValueError: The checkpoint was written without PEFTStrategy, or for another base, or names code that the program
             has not imported itself, or holds pickled objects.
+
+    Examples:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> strategy = lp.PEFTStrategy(lp.LoRA(rank=2, targets=["layer"]), show_summary=False)
+        >>> trainer = L.Trainer(max_steps=1, barebones=True, callbacks=[strategy], accelerator="cpu")
+        >>> trainer.fit(BoringModel())
+        >>> trainer.save_checkpoint("run.ckpt")
+        >>> lp.active(lp.load_from_checkpoint(BoringModel, "run.ckpt", check_base=False))  # it draws its base anew
+        ('lora',)
     """
     checkpoint = _read(path, weights_only)
     check_saved_arguments(checkpoint)
@@ -173,10 +180,8 @@ def _read(path: str | os.PathLike[str], weights_only: bool) -> dict[str, Any]:
 def inject_from_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any], check_base: bool = True) -> None:
     """Inject what an adapter-only checkpoint says into a module that has no adapters yet.
 
-    Called in a module's own ``on_load_checkpoint``, it makes the module's ``load_from_checkpoint`` read such files.
-
-    Raises:
-        ValueError: The checkpoint does not fit; says how.
+    Called in a module's own ``on_load_checkpoint``, it makes the module's ``load_from_checkpoint`` read such files. A
+    checkpoint that does not fit is a ``ValueError``, which says how.
     """
     fresh = CHECKPOINT_KEY in checkpoint and get_record(module) is None
     if fresh:

@@ -43,6 +43,15 @@ class PredictionWriter(BasePredictionWriter):
 
     Raises:
         ValueError: The path has another suffix, or is an address.
+
+    Examples:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "limit_predict_batches": 2}
+        >>> _ = L.Trainer(callbacks=[lp.PredictionWriter("rows.csv")], **settings).predict(BoringModel())
+        predictions: ...rows.csv (2 rows)
+        >>> with open("rows.csv") as file:
+        ...     file.readline().split(",")[0]  # columns are the row's number and what was predicted
+        'row'
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:

@@ -45,6 +45,14 @@ def compare_adapters(one: str | os.PathLike[str], other: str | os.PathLike[str])
     Raises:
         FileNotFoundError: There is no such folder or file.
         ValueError: A file is damaged, or holds no adapter.
+
+    Examples:
+        >>> model = lp.inject(nn.Sequential(nn.Linear(16, 8)), lp.LoRA(rank=2, targets=["0"]))
+        >>> before = lp.save_adapter(model, "before")
+        >>> _ = nn.init.ones_(model[0].peft["lora"].b)
+        >>> report = lp.compare_adapters(before, lp.save_adapter(model, "after"))
+        >>> report["equal"], [row["key"] for row in report["tensors"] if row["difference"]]
+        (False, ['0.peft.lora.b'])
     """
     first, second = read_adapter_contents(one), read_adapter_contents(other)
     left, right = _side(first, {}), _side(second, align_keys(_hosts(second), _hosts(first)))

@@ -31,6 +31,12 @@ def inspect_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         FileNotFoundError: There is no such folder or file.
         ValueError: A file is damaged, or holds no adapter.
+
+    Examples:
+        >>> model = lp.inject(nn.Sequential(nn.Linear(16, 8)), lp.LoRA(rank=2, targets=["0"]))
+        >>> report = lp.inspect_adapter(lp.save_adapter(model, "my-adapter"))
+        >>> report["parameters"], report["bytes"], report["warnings"][1]
+        (48, 192, "every update of 'lora' is zero: it was not trained")
     """
     contents = read_adapter_contents(path)
     places, tensors = [_place(contents, place) for place in contents.places], _tensors(contents)

@@ -66,9 +66,17 @@ def add_tokens(
         RuntimeError: The model is adapted.
         TypeError: It is no model of transformers, or its embeddings are stored in few bits.
 
-    Example:
-        >>> ids = add_tokens(model, tokenizer, ["<call>", "<result>"])  # doctest: +SKIP
-        >>> inject(model, [LoRA(), TrainableTokens(tokens=ids)])  # doctest: +SKIP
+    Examples:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"[UNK]": 0, "hello": 1}, unk_token="[UNK]"))
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=2, **sizes))
+        >>> ids = lp.add_tokens(model, tokenizer, ["<call>", "<result>"])
+        >>> ids, model.get_input_embeddings().weight.shape
+        ([2, 3], torch.Size([4, 8]))
+        >>> _ = lp.inject(model, [lp.LoRA(), lp.TrainableTokens(tokens=ids)])
     """
     _network(model)  # raises where it cannot get rows, before the tokenizer changes
     tokenizer.add_tokens(list(tokens))

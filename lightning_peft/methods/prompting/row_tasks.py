@@ -61,6 +61,15 @@ def row_tasks(model: nn.Module, ids: Tensor | int) -> Iterator[None]:
     Raises:
         ValueError: No adapter has several tasks, or an id is out of range.
         TypeError: The ids are not whole numbers in one dimension.
+
+    Examples:
+        >>> model = nn.ModuleDict({"block": nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)})
+        >>> _ = lp.inject(model, lp.PromptTuning(length=5, tasks=3, targets=["block"]))
+        >>> x = torch.randn(1, 7, 16).expand(2, 7, 16)  # two equal rows
+        >>> with lp.row_tasks(model, torch.tensor([0, 2])):
+        ...     y = model["block"].eval()(x)
+        >>> torch.equal(y[0], y[1])
+        False
     """
     task_adapters = [module for module in model.modules() if isinstance(module, TaskAdapter) and module.tasks > 1]
     if not task_adapters:

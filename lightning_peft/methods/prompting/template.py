@@ -40,6 +40,11 @@ class Template:
 
     Raises:
         ValueError: The text cannot be parsed (the message says where), or ``shorten`` is not one of its fields.
+
+    Examples:
+        >>> template = lp.Template("[P:3] {subject} [P] is in {mask} .")
+        >>> template.pseudo_tokens, template.fields, template.masks
+        (4, ['subject'], 1)
     """
 
     text: str

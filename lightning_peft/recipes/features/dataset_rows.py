@@ -29,6 +29,13 @@ class Rows:
         dataset: Items are dicts with a label, or tuples whose last part is the label.
         collate: Makes a batch from a list of items.
         label: Name of the label in a dict.
+
+    Examples:
+        >>> from torch.utils.data import default_collate
+        >>> from lightning_peft.recipes.features import Rows
+        >>> rows = Rows("train", [(torch.zeros(4), 0), (torch.ones(4), 1)], default_collate, "labels")
+        >>> len(rows), rows.read(1)[2]  # the label
+        (2, 1)
     """
 
     split: str
@@ -81,6 +88,13 @@ def rows_of(data: LightningDataModule, split: LabelledSplit, label: str) -> Rows
     Raises:
         ValueError: There is no such split, or several loaders of it.
         TypeError: The dataset can only be iterated over, or makes batches itself.
+
+    Examples:
+        >>> from lightning_peft.recipes.features import rows_of
+        >>> dataset = torch.utils.data.TensorDataset(torch.zeros(6, 4), torch.arange(6) % 2)
+        >>> data = L.LightningDataModule.from_datasets(dataset)
+        >>> len(rows_of(data, "train", label="labels"))
+        6
     """
     name = _LOADERS[split]
     loader = getattr(data, name)() if is_overridden(name, data, LightningDataModule) else []

@@ -34,6 +34,13 @@ class Features:
         cache: Folder with the stored rows.
         computed: Number of different rows that were computed.
         cached: Number of different rows that were read.
+
+    Examples:
+        >>> from lightning_peft.recipes.features import Rows, extract
+        >>> rows = Rows("train", [(torch.zeros(4), 0), (torch.ones(4), 1)], torch.utils.data.default_collate, "labels")
+        >>> found = extract(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), [rows], "cache", layer="0", pooling=None)
+        >>> found.values["train"].shape, found.labels["train"], found.layer
+        (torch.Size([2, 3]), [0, 1], '0')
     """
 
     values: dict[str, Tensor]
@@ -67,6 +74,16 @@ def extract(
 
     Raises:
         ValueError: The layer cannot be captured or pooled, a row has no label, or features are not finite.
+
+    Examples:
+        >>> from lightning_peft.recipes.features import Rows, extract
+        >>> rows = Rows("train", [(torch.zeros(4), 0), (torch.ones(4), 1)], torch.utils.data.default_collate, "labels")
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> for visit in range(2):
+        ...     found = extract(model, [rows], "cache", layer="0", pooling=None)
+        ...     print(found.values["train"].shape, found.computed, found.cached)
+        torch.Size([2, 3]) 2 0
+        torch.Size([2, 3]) 0 2
     """
     if batch_size < 1:
         raise ValueError(f"Got batch_size={batch_size}, expected 1 or more.")

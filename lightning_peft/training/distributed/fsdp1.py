@@ -56,6 +56,12 @@ class FSDP1Strategy(FSDPStrategy):
     Raises:
         ValueError: A pattern matches nothing.
         TypeError: A unit cannot be flattened.
+
+    Examples:
+        >>> strategy = lp.FSDP1Strategy(wrap_modules=["LlamaDecoderLayer"], param_dtype="bfloat16")
+        >>> trainer = L.Trainer(strategy=strategy, accelerator="cpu", callbacks=[lp.PEFTStrategy(lp.LoRA())])
+        >>> strategy.mixed_precision_config.param_dtype
+        torch.bfloat16
     """
 
     def __init__(

@@ -58,6 +58,12 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     Raises:
         ValueError: A pattern matches nothing.
+
+    Examples:
+        >>> strategy = lp.FSDP2Strategy(wrap_modules=["LlamaDecoderLayer"])
+        >>> trainer = L.Trainer(strategy=strategy, accelerator="cpu", devices=2, callbacks=[lp.PEFTStrategy(lp.LoRA())])
+        >>> trainer.world_size
+        2
     """
 
     def __init__(

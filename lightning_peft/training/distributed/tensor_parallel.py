@@ -43,6 +43,13 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     Raises:
         TypeError: The model is not Llama-like, or an adapter cannot follow; says which part and why.
         ValueError: Heads or features do not divide.
+
+    Examples:
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from lightning_peft.training.distributed import parallelize
+        >>> parallelize(nn.Sequential(nn.Linear(16, 8)), mesh=None)  # init_device_mesh("cuda", (2,)) in each process
+        Traceback (most recent call last):
+        TypeError: Sequential has no layers of attention.query. ...
     """
     if mesh_of(model) is not None:
         return model
