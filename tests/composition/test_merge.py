@@ -49,7 +49,8 @@ def now(model):
     return bits(dict(model.named_parameters()) | dict(model.named_buffers()))
 
 
-WIDE = pytest.param(torch.float64, marks=pytest.mark.slow)
+# In the narrowest type most sums are rounded, so that bits that could not come back would be seen in any.
+DTYPES = [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float32, torch.float64))]
 
 
 @torch.no_grad()
@@ -60,7 +61,7 @@ def run(model, case):
 
 
 @pytest.mark.usefixtures("ordinary_path")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, WIDE], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @Laws()(cases=MERGEABLE)
 def test_unmerging_gives_back_the_very_bits(case, dtype):
     model = stirred(case, dtype)

@@ -11,11 +11,15 @@ def method_of(case):
     return str(case).removeprefix(f"{case.model}-")
 
 
-def diagonal(names, *values, ids=None):
-    """Return a mark for the product of ``values``; all of it is slow but a diagonal, on which each value comes up."""
+def diagonal(names, *values, ids=None, among=None):
+    """Return a mark for the product of ``values``; all of it is slow but a diagonal, on which each value comes up.
+
+    With ``among``, the diagonal has these of the first values alone.
+    """
     values = [list(each) for each in values]
     longest = max(map(len, values))
     quick = {tuple((i + i // len(each)) % len(each) for each in values) for i in range(longest)}
+    quick = {index for index in quick if among is None or values[0][index[0]] in among}
     product = itertools.product(*(range(len(each)) for each in values))
     sets = [(index, [each[i] for each, i in zip(values, index, strict=True)]) for index in product]
     marked = [pytest.param(*one, marks=() if index in quick else pytest.mark.slow) for index, one in sets]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from cases import CASES, adapted, call, disturb, run
 from models import MODELS
-from sampling import Laws
+from sampling import Laws, method_of
 from torch import nn
 
 import lightning_peft as lp
@@ -116,17 +116,16 @@ def _without_influence(name):
 
 
 @law()
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
-def test_copies_are_equal_and_independent(case, copied):
+def test_copies_are_equal_and_independent(case):
     model = disturb(adapted(case))
     y = run(model, case)
-    twin = copied(model)
-    assert torch.equal(run(twin, case), y)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.zero_() if parameter.requires_grad else None
-    assert torch.equal(run(model, case), y)
-    assert not torch.equal(run(twin, case), y)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(run(twin, case), y)
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.zero_() if parameter.requires_grad else None
+        assert torch.equal(run(model, case), y)
+        assert not torch.equal(run(twin, case), y)
 
 
 @law()
@@ -160,10 +159,13 @@ def two_blocks(model):
     return model
 
 
-# To compile takes seconds: each method is compiled on two models, and on one of them traced through autograd as well;
-# test_compiled.py compiles all methods on the models that are left out here.
+# To compile takes seconds: each method is traced through autograd on one model and, unless it computes what another
+# does, compiled without that on a second; test_compiled.py compiles all methods on the models that are left out here.
 compiling, others = Laws(), [case for case in CASES if case.model not in ("llama", "bert")]
-TRACED, OTHERS = compiling.sample(others), compiling.sample(others)
+ALIKE = {"LoRA", "LoRA-pissa", "LoRA-orthogonal+LoRA-olora", "FedPara-personalized", "KronA-factor-all"}
+ALIKE |= {"FullFineTuning", "OutputLayers", "LastLayers", "BitFit", "KronABlock", "ParallelAdapter", "PTuning-mlp"}
+TRACED = compiling.sample(others)
+OTHERS = [case for case in compiling.sample(others) if method_of(case) not in ALIKE]
 COMPILED = {str(case): case for case in TRACED + OTHERS}
 
 
@@ -225,7 +227,7 @@ def test_generation_agrees_with_and_without_cache_beams_and_padding(case):
     assert torch.equal(again, ids)
     torch.testing.assert_close(others, scores, atol=1e-4, rtol=1e-4)  # ids alone may repeat one token
     alone, others = generate(model, x[:1, kept], mask[:1, kept])
-    assert torch.equal(ids[:1, -6:], alone[:, -6:])
+    assert torch.equal(ids[:1, -4:], alone[:, -4:])
     torch.testing.assert_close(others, scores[:, :1], atol=1e-4, rtol=1e-4)
     beams, scores = generate(model, x, mask, num_beams=3)
     again, others = generate(model, x, mask, num_beams=3, use_cache=False)
@@ -235,7 +237,7 @@ def test_generation_agrees_with_and_without_cache_beams_and_padding(case):
 
 def generate(model, x, mask, **settings):
     """Return ids and the scores of each step."""
-    settings |= {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    settings |= {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     output = model.generate(x, attention_mask=mask, return_dict_in_generate=True, output_scores=True, **settings)
     return output.sequences, torch.stack(output.scores)
 

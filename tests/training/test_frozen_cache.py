@@ -160,7 +160,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+ALIKE = {"bert, output", "llama, last", "convolutions", "sequential", "plain"}  # to quick ones
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in ALIKE else ()) for c in CASES])
 def test_all_is_the_same_to_the_bit_and_the_trunk_runs_once(case):
     if BEFORE_5 and case == "t5, last":
         pytest.skip(

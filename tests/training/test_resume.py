@@ -128,10 +128,10 @@ def every_stop(folder, kind, reads, run, only=""):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_checkpoint_of_any_hook_resumes_with_the_same_rows_and_weights(name, tmp_path):
-    for kind, reads in (("shuffled", True), ("iterable", False)):
-        differ, count = every_stop(tmp_path / kind, kind, reads, RUNS[name])
-        assert count >= 35
-        assert differ == {}, kind
+    kind, reads = ("iterable", False) if list(RUNS).index(name) % 2 else ("shuffled", True)
+    differ, count = every_stop(tmp_path / kind, kind, reads, RUNS[name])
+    assert count >= 35
+    assert differ == {}
 
 
 @pytest.mark.slow
