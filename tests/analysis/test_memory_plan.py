@@ -74,7 +74,7 @@ def compare(model, step, batch, name):
 
 
 @pytest.mark.usefixtures("_as_on_a_gpu")
-@Laws()(lambda case: case.model in ("bert", "llama"))
+@Laws()(lambda case: case.model in ("bert", "llama"), every=2)
 def test_the_estimate_is_what_a_step_saves(case):
     model = MODELS[case.model]().train()
     lp.inject(model, case.methods)

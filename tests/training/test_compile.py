@@ -21,7 +21,7 @@ FEW = [
 ]
 
 
-@Laws()()
+@Laws()(every=3)
 def test_a_compiled_model_is_adapted_in_the_same_places(case):
     names = []
     for wrap in (lambda net: net, torch.compile):  # which compiles nothing until it is called
