@@ -115,9 +115,7 @@ def test_plugins_that_replace_layers_are_refused(plugin):
         tuner.fit(module(), data())
 
 
-@law(
-    lambda case: case.has_adapters and case.model not in ("t5", "bart"), every=2
-)  # whose attention takes a cache object
+@law(lambda case: case.has_adapters and case.model not in ("t5", "bart"), every=2)  # whose attention takes a cache
 def test_wide_adapters_on_a_narrow_base_compute_what_float64_does(case):
     """Each host alone, with the inputs that it sees in the model and a random gradient of its output."""
     model = disturb(adapted(case)).bfloat16().train()
