@@ -274,7 +274,7 @@ def test_folders_of_ordinary_runs_are_named_by_their_folders(folders, tmp_path):
 
 def test_a_second_adapter_is_added_and_not_loaded(folders):
     net = lp.load_adapter(MODELS["llama"](), folders["lora"][0])
-    with pytest.raises(ValueError, match=r"To have both side by side, call lightning_peft.add_adapter\(model, folder"):
+    with pytest.raises(ValueError, match=r"to have both side by side, call lightning_peft.add_adapter\(model, folder"):
         lp.load_adapter(net, folders["ia3"][0])
     assert torch.equal(out(net), folders["lora"][1])
 

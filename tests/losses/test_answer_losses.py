@@ -129,7 +129,7 @@ def test_a_single_choice_teaches_language_alone():
 
 
 def test_the_log_probabilities_are_computed_once(monkeypatch):
-    from lightning_peft.losses import choices as losses
+    from lightning_peft.losses import likelihoods as losses
 
     calls, own = [], losses.cross_entropy
     monkeypatch.setattr(losses, "cross_entropy", lambda *args, **kw: calls.append(args[0].dim()) or own(*args, **kw))

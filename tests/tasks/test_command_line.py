@@ -74,7 +74,7 @@ def test_help_explains_every_argument(module: type, data: type, capsys: pytest.C
         LightningCLI(module, data, args=["--help"], run=False)
     shown = " ".join(capsys.readouterr().out.split())
     for part in (module, data):
-        arguments = part.__doc__.partition("Args:")[2].strip().splitlines()
+        arguments = part.__doc__.partition("Args:")[2].partition("Examples:")[0].strip().splitlines()
         assert len(arguments) >= 8
         for line in arguments:
             name, _, text = line.strip().partition(": ")
