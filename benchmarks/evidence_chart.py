@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence_summary import FILE, SETS, Runs, average, each, load, mean
+from evidence_summary import title as name_of
 
 from lightning_peft import plots
 from lightning_peft.plots.label_placement import write_names
@@ -39,7 +40,7 @@ def panel(axes: Any, runs: Runs, title: str, sets: list[str]) -> dict[str, tuple
     for method in sorted(set.intersection(*(set(runs.get(name, {})) for name in sets)) - {"majority", *BRACKETS}):
         values = by_seed(runs, method, sets)
         x, y = average(runs, method, "trained", sets), mean(values)
-        points[method] = (x, y)
+        points[name_of(method)] = (x, y)
         axes.errorbar(
             x, y, [[y - min(values)], [max(values) - y]], fmt="o", markersize=5, color=COLORS[0], elinewidth=1, zorder=3
         )

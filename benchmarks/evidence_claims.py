@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import isfinite
 
-from evidence_summary import DECODER, SETS, Runs, differences, interval
+from evidence_summary import DECODER, SETS, Runs, differences, interval, title
 
 MARGIN, LOSS_MARGIN = 0.01, 0.02  # what "on par" leaves open: of accuracy, and of the loss
 
@@ -86,6 +86,6 @@ def lines(runs: Runs) -> list[list[str]]:
             center, half = interval(groups)
             text = f"{unit * center:+.{digits}f}" + (f" ± {unit * half:.{digits}f}" if isfinite(half) else "")
             said = verdict(claim, center, half, margin) if isfinite(half) else "one seed"
-            pair = f"{claim.method} − {claim.other}, {where}".replace("_", " ")
+            pair = f"{title(claim.method)} − {title(claim.other)}, {where}"
             found.append([claim.text, pair, text, str(sum(map(len, groups))), said])
     return found

@@ -8,9 +8,23 @@ from typing import Any
 FILE = Path(__file__).parent / "results" / "evidence.json"
 SETS = {"sst2": "SST-2", "trec": "TREC", "ag_news": "AG News"}
 DECODER = "e2e"
+# What tables and charts call methods; others are called by their stem.
+TITLES = {
+    "adalora": "AdaLoRA", "bitfit": "BitFit", "bottleneck": "Houlsby's adapters", "dora": "DoRA", "fedpara": "FedPara",
+    "features": "feature-based", "features_mean": "mean features", "full_fine_tuning": "full fine-tuning",
+    "ia3": "(IA)³", "krona": "KronA", "krona_block": "KronA^B", "krona_block_residual": "KronA^B_res",
+    "llama_adapter": "LLaMA-Adapter", "llama_adapter_2": "LLaMA-Adapter V2", "lora": "LoRA", "mam": "MAM adapters",
+    "multitask_prompt_tuning": "multitask prompts", "p_tuning": "P-tuning", "p_tuning_v2": "P-tuning v2",
+    "qlora": "QLoRA",
+}  # fmt: skip
 # Quantiles of Student's t for an interval of 95 %, by degrees of freedom; beyond the last, that of the last.
 STUDENT = [0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20]
 Runs = dict[str, dict[str, dict[str, dict[str, Any]]]]
+
+
+def title(method: str) -> str:
+    """Return what tables and charts call a method."""
+    return TITLES.get(method, method.replace("_", " "))
 
 
 def load(path: Path = FILE) -> Runs:

@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import evidence_claims  # noqa: E402
-from evidence_summary import DECODER, FILE, SETS, Runs, average, each, load, spread  # noqa: E402
+from evidence_summary import DECODER, FILE, SETS, Runs, average, each, load, spread, title  # noqa: E402
 
 MARKED = re.compile(r"(<!-- measured: ([\w-]+) -->\n).*?(<!-- /measured -->)", re.DOTALL)
 NAMES: dict[str, dict[str, str]] = yaml.safe_load((ROOT / "docs" / "methods.yaml").read_text())
-FRAMES = {"features": "feature-based", "full_fine_tuning": "full fine-tuning"}
+FRAMES = ("features", "full_fine_tuning")
 # Pages with other methods than that of their stem; benchmarks of costs with other names than methods.
 OF_A_PAGE = {"krona_block": ["krona_block", "krona_block_residual"], "feature_based": ["features", "features_mean"]}
 OF_A_PAGE |= {"llama_adapter": ["llama_adapter", "llama_adapter_2"]}
@@ -53,11 +53,6 @@ def rows(lines: list[list[str]]) -> str:
 def number(value: float | None, unit: float = 1, digits: int = 0) -> str:
     """Return a number in a unit, or nothing."""
     return "" if value is None else f"{value / unit:,.{digits}f}"
-
-
-def title(method: str) -> str:
-    """Return what tables call a method."""
-    return FRAMES.get(method, method.replace("_", " "))
 
 
 def of_method(stem: str, runs: Runs) -> str:
