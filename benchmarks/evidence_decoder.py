@@ -95,6 +95,7 @@ def run(method: str, name: str, seed: int, rates: list[float], settings: dict[st
     with tempfile.TemporaryDirectory() as folder:
         data = data_of(Path(folder), settings, seed, base(settings), "pub", "restaurant")
         if method == "base":
-            loss = Fit(built(data), None, data, 1.0, seed).score("test", "test")["loss"]
-            return {"test": -loss, "test_loss": loss, "trained": 0}
+            fit = Fit(built(data), None, data, 1.0, seed)
+            loss = fit.score("test", "test")["loss"]
+            return {"test": -loss, "test_loss": loss, "validation": -fit.validation["loss"], "trained": 0}
         return best_of(rates, lambda rate: Fit(built(data), strategy(method), data, rate, seed))

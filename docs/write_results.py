@@ -84,12 +84,14 @@ def values(method: str, runs: Runs) -> list[str]:
 
 def decoder(methods: list[str], runs: Runs) -> str:
     """Return the table of the decoder."""
-    head = ["E2E, small decoder", "test loss", "trained", "CPU s", "memory, MB", "adapter, MB"]
+    head = ["E2E, small decoder", "test loss", "validation loss", "trained", "CPU s", "memory, MB", "adapter, MB"]
     lines = []
     for method in dict.fromkeys(methods):
         keys = {"trained": (1, 0), "cpu_seconds": (1, 0), "memory": (1e6, 0), "adapter_bytes": (1e6, 3)}
         costs = [number(average(runs, method, key, [DECODER]), *unit) for key, unit in keys.items()]
-        lines.append([title(method), spread(each(runs, DECODER, method, "test_loss"), 1, 3), *costs])
+        validation = {seed: -value for seed, value in each(runs, DECODER, method, "validation").items()}
+        losses = [spread(values, 1, 3) for values in (each(runs, DECODER, method, "test_loss"), validation)]
+        lines.append([title(method), *losses, *costs])
     return rows([head, *lines])
 
 

@@ -34,7 +34,7 @@ def test_pages_say_what_the_files_of_results_hold():
 def test_a_table_that_is_not_as_the_file_has_it_is_written_again():
     page = "before\n<!-- measured: lora -->\nold\n<!-- /measured -->\nafter\n"
     new = write_results.filled(page, runs_of(ACCURACIES))
-    assert "| lora | 85.0 ± 5.0 |  |  | 10 |" in new
+    assert "| LoRA | 85.0 ± 5.0 |  |  | 10 |" in new
     assert "| full fine-tuning | 85.0 ± 5.6 |" in new
     assert (new.startswith("before\n"), new.endswith("<!-- /measured -->\nafter\n"), "old" in new) == (
         True,
@@ -75,7 +75,7 @@ def test_a_claim_holds_where_the_whole_interval_is_on_its_side(on_par, center, h
 
 def test_a_claim_says_its_difference_in_points():
     lines = evidence_claims.lines(runs_of(ACCURACIES))
-    assert [line[2:] for line in lines if line[1].startswith("lora − full")] == [["+0.0 ± 2.5", "3", "not decided"]]
+    assert [line[2:] for line in lines if line[1].startswith("LoRA − full")] == [["+0.0 ± 2.5", "3", "not decided"]]
     assert [line[2:] for line in lines if line[1].startswith("ia3 − full")] == [["-24.0 ± 15.5", "3", "does not hold"]]
 
 
