@@ -23,8 +23,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
+# Threads that wait do not spin: where other programs keep the cores busy, the run would take several times as long.
 quickstart: $(VENV)/.installed-demo ## Install the package and train a first adapter
-	$(BIN)/lightning-peft fit --config configs/quickstart.yaml
+	OMP_WAIT_POLICY=passive $(BIN)/lightning-peft fit --config configs/quickstart.yaml
 
 # One thread per process: small models gain nothing from more, and processes do not fight for cores.
 test: $(VENV)/.installed-test ## Run the quick tests

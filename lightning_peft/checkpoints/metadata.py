@@ -137,7 +137,8 @@ def check_base(model: nn.Module, description: Mapping[str, Any], source: str, me
     if None not in (fingerprint_here, description["base"]) and fingerprint_here != description["base"]:
         raise ValueError(
             f"{source} belongs to another base model: fingerprint {description['base']}, here {fingerprint_here}. Load "
-            f"the weights that it was trained on, or pass strict=False (PEFTStrategy: check_base=False) to try anyway."
+            f"the weights that it was trained on. To try anyway, pass strict=False (to PEFTStrategy and "
+            f"load_from_checkpoint check_base=False)."
         )
 
 

@@ -35,6 +35,7 @@ _WARNINGS = (
 )
 _REPORT = "LOAD REPORT"
 _ROW = re.compile(r"^([\w.{}, ]+?)\s*\|\s*(MISSING|UNEXPECTED|MISMATCH\w*|CONVERSION\w*)\s*\|", re.MULTILINE)
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")  # on a terminal
 _NEW_HEADS = ("classifier.", "score.", "qa_outputs.")
 
 
@@ -59,7 +60,7 @@ def only_heads_are_new(text: str) -> bool:
     """Return whether a text is transformers' report of a load in which nothing is missing but a new classifier."""
     if _REPORT not in text:
         return False
-    rows = _ROW.findall(text)
+    rows = _ROW.findall(_COLOR.sub("", text))
     expected = [state == "UNEXPECTED" or (state == "MISSING" and key.startswith(_NEW_HEADS)) for key, state in rows]
     return bool(rows) and all(expected)
 

@@ -61,6 +61,7 @@ def test_a_load_report_is_left_out_only_if_nothing_but_a_head_is_new():
     assert not only_heads_are_new(REPORT + "classifier.bias | MISSING | \nbert.pooler.dense.bias | MISSING | \n")
     assert not only_heads_are_new(REPORT + "classifier.bias | MISMATCH | sizes differ\n")
     assert not only_heads_are_new("classifier.bias | MISSING | \n")
+    assert only_heads_are_new(REPORT + "classifier.bias | \x1b[31mMISSING\x1b[0m | \n")  # as on a terminal
 
 
 def test_the_margin_of_an_accuracy_is_wilsons():
