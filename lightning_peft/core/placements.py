@@ -13,6 +13,7 @@ from ..structure.recorded_selections import Selection, record_selections
 from ..structure.selection import literal, names_of_shared, selected_targets
 from .adapted_module import adapter_key, replaced_names
 from .adapter import Adapter
+from .check_updates import check_updates
 from .checks import check_selection
 from .method import Method
 from .own_parameters import OwnParameters
@@ -46,6 +47,7 @@ def placements_of(model: nn.Module, modules: dict[str, nn.Module], method: Metho
         if name not in modules:
             raise ValueError(f"{type(method).__name__} has {type(adapter).__name__} on {name!r}, which is no module.")
     check_selection(selections, placed)
+    check_updates((name, modules[name], adapter) for name, adapter in placed)
     return [Placement(name, modules[name], adapter_key(method.name, adapter), adapter) for name, adapter in placed]
 
 
