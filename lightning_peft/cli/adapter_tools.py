@@ -26,7 +26,7 @@ from ..interop.vllm import VERSION
 from ..training.distributed import without_values
 from ..training.lightning_checkpoint import inject_from_checkpoint
 from .adapter_companions import files_beside, files_of_data, name_merged_classes
-from .merged_model import write_model
+from .merged_model import how_to_load, write_model
 from .run_report import metrics_of, read_metrics_file
 
 
@@ -61,13 +61,13 @@ class AdapterTools:
             folder = merge_files(model, base, adapter, output, allow_nonfinite=allow_nonfinite)
             name_merged_classes(folder, adapter)
             replace_files(folder, files_beside(adapter))
-            echo(f"merged model: {folder}")
+            echo("\n".join([f"merged model: {folder}", *how_to_load(folder, model)]))
             return
         target = check_local(_new(output), "a merged model is written into files in place")
         _adapt(model, adapter)
         merge(model, allow_nonfinite=allow_nonfinite)
         write_model(model, target, adapter, datamodule)
-        echo(f"merged model: {target}")
+        echo("\n".join([f"merged model: {target}", *how_to_load(target, model)]))
 
     def export(
         self,

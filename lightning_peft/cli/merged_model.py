@@ -16,7 +16,7 @@ from ..files.read_json import parse_json
 from ..structure.transformers_api import from_config
 from .adapter_companions import files_beside, files_of_data
 
-_CONFIG = "config.json"
+_CONFIG, _STATE = "config.json", "model.safetensors"
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -34,10 +34,10 @@ def write_model(module: pl.LightningModule, target: Path, adapter: str, data: An
     """
     from safetensors.torch import save_model
 
-    savers: list[Any] = [part for part in module.children() if callable(getattr(part, "save_pretrained", None))]
+    savers = _savers(module)
     with new_folder(target) as folder:
         if len(savers) != 1:
-            save_model(module, str(folder / "model.safetensors"))
+            save_model(module, str(folder / _STATE))
             return
         network, base = savers[0], _base_folder(savers[0])
         if (dtype := _stored_type(base)) is not None:
@@ -50,6 +50,21 @@ def write_model(module: pl.LightningModule, target: Path, adapter: str, data: An
         companions = files_beside(adapter) or ({} if has_tokenizer else files_of_data(module, data))
         for name, content in companions.items():
             (folder / name).write_bytes(content)
+
+
+def how_to_load(folder: Path, module: pl.LightningModule) -> list[str]:
+    """Return a line of Python that loads a merged model; none where that depends on what the base's files are."""
+    savers = _savers(module)
+    if (folder / _CONFIG).is_file() and len(savers) == 1:
+        return [f"load it:      {type(savers[0]).__name__}.from_pretrained({str(folder)!r})"]
+    if len(savers) != 1 and (folder / _STATE).is_file():  # load_model knows of tensors that share memory
+        return [f"load it:      safetensors.torch.load_model(module, {str(folder / _STATE)!r})"]
+    return []
+
+
+def _savers(module: nn.Module) -> list[Any]:
+    """Return the children of a module that write themselves, as models of transformers do."""
+    return [part for part in module.children() if callable(getattr(part, "save_pretrained", None))]
 
 
 def _base_folder(network: nn.Module) -> Path | None:

@@ -38,7 +38,9 @@ class ClearParser(ArgumentParser):
         program = parser.prog.replace(" [options]", "")
         if not self.exit_on_error:
             super().error(message, ex)
-        sys.stderr.write(f"{program}: error: {paragraph(message, parser)} See {program} --help.\n")
+        said = paragraph(message, parser)
+        said += "" if said.endswith((".", "?", "!")) else "."
+        sys.stderr.write(f"{program}: error: {said} See {program} --help.\n")
         self.exit(2)
 
 

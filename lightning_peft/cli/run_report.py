@@ -10,10 +10,12 @@ from torch import nn
 
 from ..core.adapter_folder import CONFIG, WEIGHTS, read_files
 from ..core.console import echo
+from ..core.injection_record import get_record
 from ..summary import size, summary
 from .test_rows import TestRows
 
 REPORT = "report.json"
+_PACKAGE = __name__.partition(".")[0]
 _SIZES = ("trainable_parameters", "total_parameters", "checkpoint_bytes", "adapter_bytes")
 
 
@@ -74,7 +76,17 @@ def show_next(model: nn.Module, data: Any, logs: Path, adapter: Path | str | Non
         echo("      --data.predict FILE.csv --predictions predictions.csv")
     else:
         echo("\nLoad the adapter in Python:")
+    for module in _modules_of_own_methods(model):
+        echo(f"  import {module}  # defines the method")
     echo(f"  lightning_peft.load_adapter(model, {str(adapter)!r})")
+
+
+def _modules_of_own_methods(model: nn.Module) -> list[str]:
+    """Return the modules that a program has to import before it can load the adapter."""
+    record = get_record(model)
+    names = [type(method).__module__ for method in record.methods] if record is not None else []
+    own = [name for name in dict.fromkeys(names) if name.partition(".")[0] not in (_PACKAGE, "__main__")]
+    return sorted(own)
 
 
 def read_metrics_file(path: Path) -> dict[str, float]:

@@ -94,7 +94,10 @@ def from_dict(data: Mapping[str, Any]) -> Method:
     name = fields.pop("method", None)
     classes = methods_by_name()
     if not isinstance(name, str) or name not in classes:
-        raise ValueError(f"Method {name!r} is not known here; import its module first. Known: {', '.join(classes)}.")
+        raise ValueError(
+            f"Method {name!r} is not known here. Files hold the name of a class and no code: import the module that "
+            f"defines {name} first (import my_module). Known: {', '.join(classes)}."
+        )
     check_types(classes[name], fields)
     try:
         return classes[name](**fields)

@@ -58,10 +58,33 @@ def merge(base, adapter, output, *more):
     main(["merge", *model, "--adapter", str(adapter), "--output", str(output), "--seed_everything", "1", *more])
 
 
+def test_a_module_of_ones_own_is_loaded_as_the_command_says(tmp_path, capsys):
+    import safetensors.torch
+    from cli_models import Net
+
+    x = torch.randn(4, 6)
+    model = lp.inject(Net(), lp.LoRA(rank=2, targets=["net.0"]))
+    stir(model, 0)
+    adapter, output = lp.save_adapter(model, tmp_path / "adapter"), tmp_path / "merged"
+    given = ["--model", "cli_models.Net", "--model.late", "true", "--trainer.accelerator", "cpu"]
+    main(["merge", *given, "--adapter", str(adapter), "--output", str(output)])
+    printed = capsys.readouterr().out
+    loads = f"safetensors.torch.load_model(module, {str(output / 'model.safetensors')!r})"
+    assert printed.endswith(f"merged model: {output}\nload it:      {loads}\n")
+    module = Net()
+    before = module.net(x)
+    eval(loads, {"safetensors": safetensors, "module": module})  # noqa: S307
+    assert (module.net(x) - before).abs().max() > 1e-3
+    torch.testing.assert_close(module.net(x), model.net(x))
+
+
 @pytest.mark.parametrize("by_file", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_merged_folder_is_read_as_it_is(by_file, base, adapter, tmp_path):
+def test_the_merged_folder_is_read_as_it_is(by_file, base, adapter, tmp_path, capsys):
     output = tmp_path / "merged"
     merge(base, adapter, output, *(["--base", str(base)] if by_file else []))
+    assert capsys.readouterr().out.endswith(
+        f"merged model: {output}\nload it:      LlamaForCausalLM.from_pretrained({str(output)!r})\n"
+    )
     plain = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     expected = lp.merge(lp.load_adapter(plain, adapter)).bfloat16()
     merged = transformers.AutoModelForCausalLM.from_pretrained(output, dtype="auto")

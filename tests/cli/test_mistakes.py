@@ -49,6 +49,7 @@ def said(capsys, tmp_path, monkeypatch):
         (["--peft.method", "LoRA", "--peft.method.rnak", "4"], "LoRA has no setting 'rnak'. Nearest: rank. Fields of"),
         (["--peft.method", "LoRA", "--peft.method.rank", "x"], "peft.method.rank: expected a whole number (int), got"),
         (["--peft.method", "nowhere.Gate"], "No module named 'nowhere'. Modules are looked for among installed"),
+        (["--peft.method", "cli_models.ScaleShft"], "has no attribute 'ScaleShft'. See lightning-peft fit --help."),
         (["--model", "TextClasification"], "model: there is no class 'TextClasification'. Nearest: TextClassification"),
     ],
 )
@@ -56,7 +57,7 @@ def test_a_wrong_option_is_one_paragraph_with_what_is_near(arguments, expected, 
     text = said("fit", *MODEL, *arguments)
     assert text.startswith("lightning-peft fit: error: ")
     assert expected in text
-    assert text.endswith("See lightning-peft fit --help.\n")
+    assert text.endswith(". See lightning-peft fit --help.\n")
 
 
 @pytest.mark.parametrize(

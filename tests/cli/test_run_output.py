@@ -8,6 +8,7 @@ import pytest
 import torch
 from cli_models import Net, Numbers
 
+import lightning_peft as lp
 from lightning_peft.cli.leftovers import remove_empty_run
 from lightning_peft.cli.main import main
 from lightning_peft.cli.quiet import KnownMessages, hide_known_messages, only_heads_are_new
@@ -127,8 +128,20 @@ def test_what_to_do_next_names_the_adapter(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"lightning_peft.load_adapter(model, '{tmp_path / 'adapter'}')" in printed
     assert "predict" not in printed
+    assert "import" not in printed
     show_next(Net(), Numbers(), tmp_path, None, TestRows())
     assert capsys.readouterr().out == ""
+
+
+def test_what_to_do_next_imports_the_module_of_a_method_of_ones_own(tmp_path, capsys):
+    class Own(lp.LoRA):
+        pass
+
+    model = lp.inject(Net(), [lp.LoRA(rank=2, targets=["net.0"]), Own(name="own", rank=2, targets=["net.2"])])
+    show_next(model, Numbers(), tmp_path, tmp_path / "adapter", TestRows())
+    *_, imported, loaded = capsys.readouterr().out.splitlines()
+    assert imported == f"  import {__name__}  # defines the method"
+    assert loaded == f"  lightning_peft.load_adapter(model, {str(tmp_path / 'adapter')!r})"
 
 
 def arguments(tmp_path, *more):
