@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from .adapter import Adapter
 from .weight_update import WeightUpdate
 
-_PACKAGE = __name__.partition(".")[0]
+_PACKAGE = __name__.partition(".")[0] + "."
 
 
 def check_updates(placed: Iterable[tuple[str, nn.Module, Adapter]]) -> None:
@@ -28,7 +28,7 @@ def check_updates(placed: Iterable[tuple[str, nn.Module, Adapter]]) -> None:
     checked = set[type]()
     for name, host, adapter in placed:
         cls = type(adapter)
-        if cls in checked or not isinstance(adapter, WeightUpdate) or cls.__module__.partition(".")[0] == _PACKAGE:
+        if cls.__module__.startswith(_PACKAGE) or cls in checked or not isinstance(adapter, WeightUpdate):
             continue
         checked.add(cls)
         tensors = [*host.parameters(recurse=False), *adapter.parameters(), *adapter.buffers()]
