@@ -22,7 +22,7 @@ from lightning_peft.tasks.optimization import check_optimization
 from lightning_peft.tasks.pretrained import build_model, build_tokenizer
 from lightning_peft.tasks.text_metrics import Perplexity
 from lightning_peft.tasks.throughput import ThroughputModule
-from lightning_peft.tasks.token_rows_check import check_new_rows, check_tokens, count_rows, count_tokens
+from lightning_peft.tasks.token_rows_check import check_ends, check_new_rows, check_tokens, count_rows, count_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,8 +109,9 @@ class CausalLM(ThroughputModule):
             self.hparams["resize_embeddings"] = rows
 
     def on_fit_start(self) -> None:
-        """Check that new rows train, and that the data's rows fit the model."""
+        """Check that new rows train, that the model can tell where answers end, and that the data's rows fit it."""
         check_new_rows(self.network, range(self._base_rows, count_rows(self.network)))
+        check_ends(self.network, self.data_of_tasks())
         check_positions(self.network, self.data_of_tasks())
 
     def forward(self, **batch: Tensor) -> Tensor:

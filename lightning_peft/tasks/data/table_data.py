@@ -112,8 +112,8 @@ class TableDataModule(PortableDataModule, ABC):
         reference = self.reference or getattr(trained, "hparams", {}).get("model")
         if reference is None:
             raise ValueError(
-                "Got neither model nor tokenizer, and the module that is trained names no model either. Give the data "
-                "the model whose tokenizer to use."
+                "Got neither model nor tokenizer, and the module that is trained names no model either. Set "
+                "data.tokenizer or data.model: the folder or name of the model whose tokenizer to use."
             )
         tokenizer = build_tokenizer(reference, self.padding_side)
         if self.max_length > tokenizer.model_max_length:
