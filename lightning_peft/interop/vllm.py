@@ -115,7 +115,11 @@ def _of_settings(config: Mapping[str, Any]) -> Iterator[str]:
 def _of_tensors(config: Mapping[str, Any], tensors: StateDict) -> Iterator[str]:
     saved = bool(config.get("modules_to_save"))
     if unknown := [key for key in tensors if not key.endswith(_TENSORS) and not (saved and _is_head(key))]:
-        yield f"vLLM has no place for {', '.join(unknown[:3])}."
+        yield (
+            f"vLLM has no place for {', '.join(unknown[:3])}. Merge the adapter and serve the whole model: "
+            "lightning-peft merge --config CONFIG --adapter ADAPTER --output merged, or lightning_peft.merge(model). "
+            "Or train and export an adapter without it."
+        )
     kernels = [key.partition(".lora_A")[0] for key, value in tensors.items() if ".lora_A" in key and value.dim() > 2]
     if kernels:
         yield f"vLLM adapts linear layers and embeddings, not the convolution {kernels[0]}."
