@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ..checkpoints.companion_files import tokenizer_of
 from ..checkpoints.save_load import save_adapter
+from ..core.console import echo
 from ..core.injection_record import get_record
 from .run_report import show_next, write_report
 from .test_rows import TestRows
@@ -42,4 +43,17 @@ def finish_fit(trainer: pl.Trainer, model: pl.LightningModule, data: Any, adapte
         trainer.callbacks.append(rows)  # type: ignore[attr-defined]
         results |= trainer.test(model, datamodule=data, verbose=False)[0]
     rank_zero_only(write_report)(model, logs, best, results, adapter, rows)
+    if adapter is not None:
+        rank_zero_only(echo)(f"{'its values':<22}{name_values(trainer)}")
     rank_zero_only(show_next)(model, data, logs, adapter, rows)
+
+
+def name_values(trainer: pl.Trainer) -> str:
+    """Say when in a run the values were had that its adapter is saved with."""
+    callback: Any = trainer.checkpoint_callback
+    if not getattr(callback, "best_model_path", ""):
+        return "those of the last step, since no checkpoint was saved"
+    name = Path(callback.best_model_path).name
+    if callback.monitor is None:
+        return f"those of the last checkpoint, {name}; a ModelCheckpoint with monitor: val_loss keeps the best"
+    return f"those of the best {callback.monitor}, {float(callback.best_model_score):.4f}, in {name}"

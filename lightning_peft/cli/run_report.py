@@ -73,7 +73,8 @@ def show_next(model: nn.Module, data: Any, logs: Path, adapter: Path | str | Non
     if config.is_file() and hasattr(data, "predict_dataloader") and hasattr(data, "splits"):
         echo("\nPredict rows of your own, and load the adapter in Python:")
         echo(f"  lightning-peft predict --config {config} --ckpt_path {adapter} \\")
-        echo("      --data.predict FILE.csv --predictions predictions.csv")
+        ending = "jsonl" if hasattr(model, "generate") else "csv"  # conversations are no cells of a table
+        echo(f"      --data.predict FILE.{ending} --predictions predictions.{ending}")
     else:
         echo("\nLoad the adapter in Python:")
     for module in _modules_of_own_methods(model):

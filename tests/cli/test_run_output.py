@@ -1,14 +1,17 @@
 """What a run prints, and what it leaves: known messages of others are left out, all else is seen."""
 
 import logging
+import re
 import warnings
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from cli_models import Net, Numbers
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_peft as lp
+from lightning_peft.cli.after_fit import name_values
 from lightning_peft.cli.leftovers import remove_empty_run
 from lightning_peft.cli.main import main
 from lightning_peft.cli.quiet import KnownMessages, hide_known_messages, only_heads_are_new
@@ -199,3 +202,32 @@ def test_lightnings_own_summary_is_left_to_those_who_ask(tmp_path, monkeypatch, 
     assert "Non-trainable params" not in printed
     main(arguments(tmp_path, "--trainer.fast_dev_run", "1", "--trainer.enable_model_summary", "true"))
     assert "Non-trainable params" in capsys.readouterr().out
+
+
+class Answering(Net):
+    def generate(self):
+        """Makes it a model that writes texts."""
+
+
+@pytest.mark.parametrize(("kind", "ending"), [(Net, "csv"), (Answering, "jsonl")])
+def test_what_to_do_next_names_files_that_rows_can_be_in(tmp_path, capsys, kind, ending):
+    (tmp_path / "config.yaml").touch()
+    data = Numbers()
+    data.splits = data.predict_dataloader = None
+    show_next(kind(), data, tmp_path, tmp_path / "adapter", TestRows())
+    assert f"--data.predict FILE.{ending} --predictions predictions.{ending}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "saving", "expected"),
+    [
+        ([ModelCheckpoint(monitor="val_loss")], True, r"those of the best val_loss, 0\.5000, in best\.ckpt"),
+        ([ModelCheckpoint()], True, r"those of the last checkpoint, best\.ckpt; a ModelCheckpoint with monitor"),
+        ([], False, "those of the last step, since no checkpoint was saved"),
+    ],
+)
+def test_a_report_says_which_values_were_saved(tmp_path, callbacks, saving, expected):
+    for callback in callbacks:
+        callback.best_model_path, callback.best_model_score = str(tmp_path / "best.ckpt"), torch.tensor(0.5)
+    trainer = pl.Trainer(logger=False, accelerator="cpu", enable_checkpointing=saving, callbacks=callbacks)
+    assert re.match(expected, name_values(trainer))
