@@ -19,7 +19,7 @@ PAGES = sorted(
     for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("configs/**/*.md")]
 )
 RUN = ("setup", "python", "yaml", "bash", "json")
-SHOWN = ("text", "console", "csv", "diff", "html", "toml")
+SHOWN = ("text", "console", "csv", "diff", "html", "jinja", "toml")
 _PART = re.compile(
     r"^(?P<margin> *)<!-- setup\n(?P<setup>.*?)^ *-->$"
     r"|^ *<!-- (?P<key>over|not run): (?P<value>[^\n]*?) -->$"
