@@ -4,32 +4,18 @@ import inspect
 import re
 from pathlib import Path
 
+import method_classes
 import pytest
 
 import lightning_peft as lp
 
 PAGES = Path(__file__).parents[2] / "docs/methods"
 METHODS = {
-    "lora": lp.LoRA,
+    **{
+        page: method for page, method in method_classes.METHODS.items() if page != "full_fine_tuning"
+    },  # has no settings
     "dora": lp.LoRA,
     "qlora": lp.LoRA,
-    "adalora": lp.AdaLoRA,
-    "fedpara": lp.FedPara,
-    "krona": lp.KronA,
-    "krona_block": lp.KronABlock,
-    "ia3": lp.IA3,
-    "bottleneck": lp.Bottleneck,
-    "parallel_adapter": lp.ParallelAdapter,
-    "prefix_tuning": lp.PrefixTuning,
-    "p_tuning_v2": lp.PTuningV2,
-    "llama_adapter": lp.LLaMAAdapter,
-    "prompt_tuning": lp.PromptTuning,
-    "multitask_prompt_tuning": lp.MultitaskPromptTuning,
-    "p_tuning": lp.PTuning,
-    "trainable_tokens": lp.TrainableTokens,
-    "bitfit": lp.BitFit,
-    "output_layers": lp.OutputLayers,
-    "last_layers": lp.LastLayers,
 }
 
 
